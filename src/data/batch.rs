@@ -1,0 +1,153 @@
+//! Encoded examples → batches: packed for candle (no padding), padded for ONNX graphs.
+
+/// One example's tokens.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Encoding {
+    /// Token ids, special tokens included. (T)
+    pub ids: Vec<u32>,
+    /// 0 for the first text, 1 for the second. (T)
+    pub type_ids: Vec<u32>,
+    /// Whether tokens were cut off to fit the maximum length.
+    pub truncated: bool,
+}
+
+impl Encoding {
+    /// The number of tokens.
+    pub fn len(&self) -> usize {
+        self.ids.len()
+    }
+
+    /// Whether it has no token at all.
+    pub fn is_empty(&self) -> bool {
+        self.ids.is_empty()
+    }
+}
+
+/// Where the sequences of a packed batch stand: sequence b is `bounds[b]..bounds[b + 1]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Spans {
+    bounds: Vec<usize>,
+}
+
+impl Spans {
+    /// Spans of sequences of the given lengths, back to back.
+    pub fn of_lengths(lengths: impl IntoIterator<Item = usize>) -> Self {
+        let mut bounds = vec![0];
+        let mut end = 0;
+        for length in lengths {
+            end += length;
+            bounds.push(end);
+        }
+        Self { bounds }
+    }
+
+    /// The number of sequences, B.
+    pub fn len(&self) -> usize {
+        self.bounds.len() - 1
+    }
+
+    /// Whether there is no sequence.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The number of tokens of all sequences, T.
+    pub fn tokens(&self) -> usize {
+        self.bounds[self.bounds.len() - 1]
+    }
+
+    /// Each sequence's range of tokens.
+    pub fn iter(&self) -> impl Iterator<Item = std::ops::Range<usize>> + '_ {
+        self.bounds.windows(2).map(|pair| pair[0]..pair[1])
+    }
+}
+
+/// Sequences one after another, without padding.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Packed {
+    /// (T)
+    pub ids: Vec<u32>,
+    /// (T)
+    pub type_ids: Vec<u32>,
+    pub spans: Spans,
+}
+
+impl Packed {
+    /// Packs encodings in the given order.
+    pub fn new<'a>(encodings: impl IntoIterator<Item = &'a Encoding>) -> Self {
+        let (mut ids, mut type_ids, mut lengths) = (Vec::new(), Vec::new(), Vec::new());
+        for encoding in encodings {
+            ids.extend_from_slice(&encoding.ids);
+            type_ids.extend_from_slice(&encoding.type_ids);
+            lengths.push(encoding.len());
+        }
+        Self { ids, type_ids, spans: Spans::of_lengths(lengths) }
+    }
+
+    /// 0, 1, 2 … in every sequence. (T)
+    pub fn positions(&self) -> Vec<u32> {
+        self.spans.iter().flat_map(|span| 0..span.len() as u32).collect()
+    }
+}
+
+/// Sequences of one batch padded to the longest, as exported graphs take them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Padded {
+    pub rows: usize,
+    pub width: usize,
+    /// (rows, width), row-major; padding is `pad_id`.
+    pub ids: Vec<i64>,
+    /// 1 for a token, 0 for padding.
+    pub mask: Vec<i64>,
+    pub type_ids: Vec<i64>,
+}
+
+impl Padded {
+    /// Pads on the right to the longest encoding.
+    pub fn new(encodings: &[&Encoding], pad_id: u32) -> Self {
+        let width = encodings.iter().map(|e| e.len()).max().unwrap_or(0);
+        let rows = encodings.len();
+        let mut padded = Self {
+            rows,
+            width,
+            ids: vec![i64::from(pad_id); rows * width],
+            mask: vec![0; rows * width],
+            type_ids: vec![0; rows * width],
+        };
+        for (row, encoding) in encodings.iter().enumerate() {
+            let start = row * width;
+            for (i, (&id, &kind)) in encoding.ids.iter().zip(&encoding.type_ids).enumerate() {
+                padded.ids[start + i] = i64::from(id);
+                padded.mask[start + i] = 1;
+                padded.type_ids[start + i] = i64::from(kind);
+            }
+        }
+        padded
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn encoding(ids: &[u32]) -> Encoding {
+        Encoding { ids: ids.to_vec(), type_ids: vec![0; ids.len()], truncated: false }
+    }
+
+    #[test]
+    fn packing_keeps_every_token_and_restarts_positions() {
+        let packed = Packed::new(&[encoding(&[5, 6]), encoding(&[7]), encoding(&[8, 9, 10])]);
+        assert_eq!(packed.ids, [5, 6, 7, 8, 9, 10]);
+        assert_eq!(packed.positions(), [0, 1, 0, 0, 1, 2]);
+        assert_eq!(packed.spans.iter().collect::<Vec<_>>(), [0..2, 2..3, 3..6]);
+    }
+
+    #[test]
+    fn padding_is_masked_out() {
+        let (a, b) = (encoding(&[5, 6]), encoding(&[7]));
+        let padded = Padded::new(&[&a, &b], 99);
+        assert_eq!((padded.rows, padded.width), (2, 2));
+        assert_eq!(padded.ids, [5, 6, 7, 99]);
+        assert_eq!(padded.mask, [1, 1, 1, 0]);
+    }
+}

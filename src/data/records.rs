@@ -1,0 +1,1 @@
+//! Files → rows of named fields, each with its place.

@@ -1,0 +1,1 @@
+//! Texts → token ids, by the tokenizer that stands in the model's directory.

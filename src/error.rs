@@ -1,0 +1,29 @@
+//! Errors carry place, finding and remedy; the kind decides the exit code.
+//!
+//! Everything returns [`anyhow::Result`]. An error in whose chain an [`Unusable`] stands is the
+//! caller's to mend (exit code 2, nothing was changed); every other error is work that failed (1).
+
+/// Wrong usage or unusable input: a file, a setting or a machine that cannot serve the request.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Unusable(pub String);
+
+/// The crate's result type.
+pub type Result<T, E = anyhow::Error> = std::result::Result<T, E>;
+
+/// Makes an [`Unusable`] error from a format string.
+#[macro_export]
+macro_rules! unusable {
+    ($($arg:tt)*) => { ::anyhow::Error::new($crate::error::Unusable(format!($($arg)*))) };
+}
+
+/// Returns with an [`Unusable`] error.
+#[macro_export]
+macro_rules! bail_unusable {
+    ($($arg:tt)*) => { return Err($crate::unusable!($($arg)*)) };
+}
+
+/// The process's exit code for an error: 2 where the input or the usage is at fault, else 1.
+pub fn exit_code(error: &anyhow::Error) -> u8 {
+    if error.chain().any(|cause| cause.is::<Unusable>()) { 2 } else { 1 }
+}

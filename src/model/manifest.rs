@@ -1,0 +1,106 @@
+//! The interpreter that computes nothing: a definition → the list of its parameters.
+
+use std::cell::RefCell;
+
+use crate::Result;
+use crate::model::ops::{Activation, Attend, Ids, Linear, Norm, Ops, Param, Pick, Table};
+
+/// Every parameter of a definition once, in the order of first use.
+///
+/// # Errors
+/// A name that is used twice with different shapes.
+pub fn manifest(define: impl FnOnce(&Manifest) -> Result<()>) -> Result<Vec<Param>> {
+    let list = Manifest::default();
+    define(&list)?;
+    Ok(list.params.into_inner())
+}
+
+/// Collects what the verbs name.
+#[derive(Default)]
+pub struct Manifest {
+    params: RefCell<Vec<Param>>,
+}
+
+impl Manifest {
+    fn note(&self, params: impl IntoIterator<Item = Param>) -> Result<()> {
+        let mut list = self.params.borrow_mut();
+        for param in params {
+            match list.iter().find(|known| known.name == param.name) {
+                None => list.push(param),
+                Some(known) if known.shape == param.shape => {} // a tied weight
+                Some(known) => anyhow::bail!(
+                    "{} is used with shape {:?} and with shape {:?}",
+                    param.name,
+                    known.shape,
+                    param.shape
+                ),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Ops for Manifest {
+    type X = ();
+
+    fn embed(&self, table: Table, _: Ids) -> Result<()> {
+        self.note([table.weight])
+    }
+
+    fn linear(&self, map: Linear, _: &()) -> Result<()> {
+        self.note([map.weight, map.bias])
+    }
+
+    fn layer_norm(&self, norm: Norm, _: &()) -> Result<()> {
+        self.note([norm.weight, norm.bias])
+    }
+
+    fn attention(&self, _: &(), _: &(), _: &(), _: Attend) -> Result<()> {
+        Ok(())
+    }
+
+    fn activate(&self, _: &(), _: Activation) -> Result<()> {
+        Ok(())
+    }
+
+    fn add(&self, _: &(), _: &()) -> Result<()> {
+        Ok(())
+    }
+
+    fn dropout(&self, _: &(), _: f32) -> Result<()> {
+        Ok(())
+    }
+
+    fn pick(&self, _: &(), _: Pick) -> Result<()> {
+        Ok(())
+    }
+
+    fn tap(&self, _: &str, _: ()) -> Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::ops::At;
+
+    #[test]
+    fn a_name_used_twice_is_one_parameter() {
+        let params = manifest(|o| {
+            o.embed(At::body("x").table(3, 2), Ids::Tokens)?;
+            o.embed(At::body("x").table(3, 2), Ids::Tokens)
+        });
+        assert_eq!(params.unwrap().len(), 1);
+    }
+
+    #[test]
+    fn a_name_with_two_shapes_is_an_error_that_names_both() {
+        let error = manifest(|o| {
+            o.embed(At::body("x").table(3, 2), Ids::Tokens)?;
+            o.embed(At::body("x").table(4, 2), Ids::Tokens)
+        })
+        .unwrap_err();
+        assert_eq!(error.to_string(), "x.weight is used with shape [3, 2] and with shape [4, 2]");
+    }
+}

@@ -1,0 +1,226 @@
+//! The vocabulary: what a model definition may say, and the names of the weights it says it with.
+//!
+//! A definition is a function over [`Ops`]. It names weights and composes verbs; it never sees a
+//! batch, a length, a dtype, a device or a mode, so it cannot bake one into a graph. Interpreters
+//! give the verbs their meaning: [`crate::model::manifest`] lists the parameters,
+//! [`crate::eager`] computes with candle, [`crate::onnx::emit`] writes ONNX nodes.
+//!
+//! Letters: B sequences in a batch, T tokens, C channels, H heads, D channels of a head, V vocabulary.
+
+use crate::Result;
+
+/// Where a module's weights stand: a prefix of Hugging Face parameter names.
+///
+/// ```
+/// # use tk::model::ops::At;
+/// let layer = At::body("bert").to("encoder.layer.0");
+/// assert_eq!(layer.to("attention.self.query").linear(8, 8).weight.name,
+///            "bert.encoder.layer.0.attention.self.query.weight");
+/// ```
+#[derive(Clone, Debug)]
+pub struct At {
+    prefix: String,
+    part: Part,
+}
+
+/// Which part of a model a parameter belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// The pre-trained network: missing from a checkpoint, it is an error.
+    Body,
+    /// What a task puts on top: missing from a checkpoint, it is initialised and said so.
+    Head,
+}
+
+/// What a parameter is to its verb. Decides how it is initialised and whether weight decay applies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// A table of embeddings.
+    Table,
+    /// The matrix of a linear map.
+    Matrix,
+    /// A bias: starts at 0, never decays.
+    Bias,
+    /// A layer norm's scale: starts at 1, never decays.
+    Scale,
+}
+
+impl Role {
+    /// Whether AdamW's weight decay applies; biases and layer norms are left out, as `transformers` does.
+    pub fn decays(self) -> bool {
+        matches!(self, Role::Table | Role::Matrix)
+    }
+}
+
+/// One parameter as its definition states it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Param {
+    /// The Hugging Face name.
+    pub name: String,
+    /// The shape it has in a checkpoint.
+    pub shape: Vec<usize>,
+    pub role: Role,
+    pub part: Part,
+}
+
+impl Param {
+    /// How many numbers it holds.
+    pub fn numel(&self) -> usize {
+        self.shape.iter().product()
+    }
+}
+
+/// A table of embeddings, (rows, C).
+#[derive(Clone, Debug)]
+pub struct Table {
+    pub weight: Param,
+}
+
+/// `y = x · Wᵀ + b` with W of shape (out, in), as `torch.nn.Linear` stores it.
+#[derive(Clone, Debug)]
+pub struct Linear {
+    pub weight: Param,
+    pub bias: Param,
+}
+
+/// Layer normalisation over the last axis (Ba et al. 2016, arXiv:1607.06450), biased variance.
+#[derive(Clone, Debug)]
+pub struct Norm {
+    pub weight: Param,
+    pub bias: Param,
+    pub eps: f64,
+}
+
+impl At {
+    /// The root of a pre-trained body, e.g. `bert`.
+    pub fn body(name: &str) -> Self {
+        Self { prefix: name.to_owned(), part: Part::Body }
+    }
+
+    /// The root of a task's head, e.g. `classifier`.
+    pub fn head(name: &str) -> Self {
+        Self { prefix: name.to_owned(), part: Part::Head }
+    }
+
+    /// A module inside this one. The name is Hugging Face's, written literally where it is used.
+    pub fn to(&self, name: &str) -> Self {
+        Self { prefix: format!("{}.{name}", self.prefix), part: self.part }
+    }
+
+    /// The `index`-th of a list of modules.
+    pub fn item(&self, index: usize) -> Self {
+        self.to(&index.to_string())
+    }
+
+    /// The prefix, as in the checkpoint.
+    pub fn path(&self) -> &str {
+        &self.prefix
+    }
+
+    fn param(&self, leaf: &str, shape: &[usize], role: Role) -> Param {
+        Param { name: format!("{}.{leaf}", self.prefix), shape: shape.to_vec(), role, part: self.part }
+    }
+
+    /// The embedding table that stands here.
+    pub fn table(&self, rows: usize, width: usize) -> Table {
+        Table { weight: self.param("weight", &[rows, width], Role::Table) }
+    }
+
+    /// The linear map that stands here.
+    pub fn linear(&self, input: usize, output: usize) -> Linear {
+        Linear {
+            weight: self.param("weight", &[output, input], Role::Matrix),
+            bias: self.param("bias", &[output], Role::Bias),
+        }
+    }
+
+    /// The layer norm that stands here.
+    pub fn norm(&self, width: usize, eps: f64) -> Norm {
+        Norm {
+            weight: self.param("weight", &[width], Role::Scale),
+            bias: self.param("bias", &[width], Role::Bias),
+            eps,
+        }
+    }
+}
+
+/// What is looked up in a table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ids {
+    /// The tokens' ids.
+    Tokens,
+    /// 0 for the first text's tokens, 1 for the second's.
+    TokenTypes,
+    /// 0, 1, 2 … in every sequence.
+    Positions,
+}
+
+/// Which keys a query sees. An intent: each interpreter turns it into what it runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sees {
+    /// Every token of its own sequence.
+    All,
+}
+
+/// How attention is to be computed: `softmax(q · kᵀ / √D) · v` (Vaswani et al. 2017, arXiv:1706.03762).
+#[derive(Clone, Copy, Debug)]
+pub struct Attend {
+    pub heads: usize,
+    pub sees: Sees,
+    /// The probability with which an attention weight is dropped in training.
+    pub dropout: f32,
+}
+
+/// An element-wise non-linearity.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// `x · Φ(x)`, exact (`gelu`).
+    Gelu,
+    /// Its tanh approximation (`gelu_new`, `gelu_pytorch_tanh`).
+    GeluTanh,
+    Relu,
+    Silu,
+    Tanh,
+}
+
+/// Which tokens of a sequence go on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pick {
+    /// The first: BERT's `[CLS]`.
+    First,
+}
+
+/// The vocabulary of model definitions.
+///
+/// `X` is an activation. Between `embed` and `pick` it stands for every token of the batch, (…, C);
+/// after `pick` for one row a sequence, (B, C).
+pub trait Ops {
+    type X: Clone;
+
+    /// Looks rows up in a table: (T) ids → (T, C).
+    fn embed(&self, table: Table, ids: Ids) -> Result<Self::X>;
+
+    /// Applies a linear map to the last axis: (…, in) → (…, out).
+    fn linear(&self, map: Linear, x: &Self::X) -> Result<Self::X>;
+
+    /// Normalises the last axis.
+    fn layer_norm(&self, norm: Norm, x: &Self::X) -> Result<Self::X>;
+
+    /// Multi-head attention inside every sequence: three times (T, H·D) → (T, H·D).
+    fn attention(&self, q: &Self::X, k: &Self::X, v: &Self::X, how: Attend) -> Result<Self::X>;
+
+    /// Applies a non-linearity to every element.
+    fn activate(&self, x: &Self::X, how: Activation) -> Result<Self::X>;
+
+    /// The sum of two activations of one shape.
+    fn add(&self, a: &Self::X, b: &Self::X) -> Result<Self::X>;
+
+    /// Drops elements with probability `p` in training and scales the rest by 1 / (1 − p).
+    fn dropout(&self, x: &Self::X, p: f32) -> Result<Self::X>;
+
+    /// Keeps one token of every sequence: (T, C) → (B, C).
+    fn pick(&self, x: &Self::X, which: Pick) -> Result<Self::X>;
+
+    /// Names an intermediate result, so that runtimes can be compared there. Returns it unchanged.
+    fn tap(&self, name: &str, x: Self::X) -> Result<Self::X>;
+}
