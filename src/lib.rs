@@ -1,9 +1,13 @@
 //! tk: text → tokens → batch → model → loss → checkpoint → graph → session → prediction.
 
 pub mod checkpoint;
+pub mod cli;
+pub mod cmd;
 pub mod data;
 pub mod error;
 pub mod files;
 pub mod model;
+pub mod say;
+pub mod task;
 
 pub use error::{Result, Unusable};

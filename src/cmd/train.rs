@@ -1,0 +1,13 @@
+//! `tk train`.
+
+use crate::Result;
+use crate::say::Say;
+
+/// Fine-tune a model.
+#[derive(Debug, clap::Args)]
+pub struct Args {}
+
+/// Runs the command.
+pub fn run(_args: &Args, _say: Say) -> Result<()> {
+    anyhow::bail!("not written yet")
+}
