@@ -1,9 +1,17 @@
 //! tk: text → tokens → batch → model → loss → checkpoint → graph → session → prediction.
 
 pub mod checkpoint;
+pub mod cli;
+pub mod cmd;
 pub mod data;
+pub mod device;
+pub mod eager;
 pub mod error;
 pub mod files;
 pub mod model;
+pub mod saved;
+pub mod say;
+pub mod task;
+pub mod train;
 
 pub use error::{Result, Unusable};

@@ -1,0 +1,176 @@
+//! The command line: arguments (and `--config` files) → one command's settings.
+
+use std::ffi::OsString;
+use std::path::Path;
+
+use clap::{CommandFactory, Parser, Subcommand};
+
+use crate::cmd;
+use crate::say::Say;
+use crate::train::checkpoint::Folder;
+use crate::{Result, bail_unusable, unusable};
+
+/// Fine-tunes transformers, exports them to ONNX, serves them through ONNX Runtime, and proves that what is
+/// served is what was trained.
+#[derive(Debug, Parser)]
+#[command(
+    name = "tk",
+    version,
+    max_term_width = 100,
+    subcommand_required = true,
+    arg_required_else_help = true
+)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+    /// Say nothing but errors.
+    #[arg(short, long, global = true)]
+    quiet: bool,
+    /// Say more.
+    #[arg(short, long, global = true, conflicts_with = "quiet")]
+    verbose: bool,
+    /// Print the result as one JSON object on stdout.
+    #[arg(long, global = true)]
+    json: bool,
+    /// Read options from a TOML file: `learning-rate = 3e-5` stands for `--learning-rate 3e-5`. The command
+    /// line wins.
+    #[arg(long, global = true, value_name = "FILE")]
+    config: Option<std::path::PathBuf>,
+}
+
+/// What tk does.
+#[derive(Debug, Subcommand)]
+#[command(args_override_self = true)]
+pub enum Command {
+    Train(Box<cmd::train::Args>),
+    Eval(cmd::eval::Args),
+    Export(cmd::export::Args),
+    Parity(cmd::parity::Args),
+    ServeBatch(cmd::serve_batch::Args),
+    Doctor(cmd::doctor::Args),
+    Completions(cmd::completions::Args),
+}
+
+impl Cli {
+    /// Parses arguments, the first of which is the program's name.
+    ///
+    /// # Errors
+    /// A `--config` file that can't be read or has options the command does not know. Wrong usage of the
+    /// command line itself ends the process, as clap does it.
+    pub fn parse_with_config(args: impl IntoIterator<Item = OsString>) -> Result<Self> {
+        let args = expand_config(args.into_iter().collect())?;
+        Ok(Self::parse_from(expand_resumed(args)?))
+    }
+
+    /// How much is to be said.
+    pub fn say(&self) -> Say {
+        Say {
+            quiet: self.quiet,
+            verbose: self.verbose,
+            json: self.json,
+        }
+    }
+}
+
+/// Puts a `--config` file's options behind the command's name, where later ones override them.
+fn expand_config(mut args: Vec<OsString>) -> Result<Vec<OsString>> {
+    let Some(path) = value_of(&args, "--config") else {
+        return Ok(args);
+    };
+    let cli = Cli::command();
+    let found = args
+        .iter()
+        .enumerate()
+        .skip(1)
+        .find_map(|(at, arg)| Some((at, cli.find_subcommand(arg)?)));
+    let Some((at, command)) = found else {
+        return Ok(args);
+    };
+    let options = config_options(Path::new(&path), command)?;
+    args.splice(at + 1..at + 1, options.into_iter().map(OsString::from));
+    Ok(args)
+}
+
+/// Puts the settings that a run was started with behind `tk train --resume`, so that nobody has to repeat them.
+fn expand_resumed(mut args: Vec<OsString>) -> Result<Vec<OsString>> {
+    let at = args.iter().position(|arg| arg == "train");
+    let (Some(at), Some(output)) = (at, value_of(&args, "--output")) else {
+        return Ok(args);
+    };
+    let settings = Folder::of(Path::new(&output)).settings();
+    let cli = Cli::command();
+    if let (true, true, Some(command)) = (
+        args.iter().any(|arg| arg == "--resume"),
+        settings.is_file(),
+        cli.find_subcommand("train"),
+    ) {
+        let options = config_options(&settings, command)?;
+        args.splice(at + 1..at + 1, options.into_iter().map(OsString::from));
+    }
+    Ok(args)
+}
+
+/// The value that the command line gives an option.
+fn value_of(args: &[OsString], option: &str) -> Option<OsString> {
+    let mut args = args.iter();
+    while let Some(arg) = args.next() {
+        match arg.to_str().and_then(|text| text.strip_prefix(option)) {
+            Some("") => return args.next().cloned(),
+            Some(rest) if rest.starts_with('=') => return Some(rest[1..].into()),
+            _ => {}
+        }
+    }
+    None
+}
+
+fn config_options(path: &Path, command: &clap::Command) -> Result<Vec<String>> {
+    let text = std::fs::read_to_string(path).map_err(|e| unusable!("{}: {e}", path.display()))?;
+    let table: toml::Table = toml::from_str(&text).map_err(|e| unusable!("{}: {e}", path.display()))?;
+    let known: Vec<&str> = command.get_arguments().filter_map(|arg| arg.get_long()).collect();
+    let mut options = Vec::new();
+    for (key, value) in &table {
+        let key = key.replace('_', "-");
+        if !known.contains(&key.as_str()) {
+            bail_unusable!(
+                "{}: tk {} has no option \"{key}\"; it has {}",
+                path.display(),
+                command.get_name(),
+                known.join(", ")
+            );
+        }
+        let text = |value: &toml::Value| match value {
+            toml::Value::String(text) => Ok(text.clone()),
+            toml::Value::Integer(_) | toml::Value::Float(_) => Ok(value.to_string()),
+            other => Err(unusable!(
+                "{}: {key} is {other}, expected a string or a number",
+                path.display()
+            )),
+        };
+        match value {
+            toml::Value::Boolean(true) => options.push(format!("--{key}")),
+            toml::Value::Boolean(false) => {}
+            toml::Value::Array(list) => {
+                options.push(format!(
+                    "--{key}={}",
+                    list.iter().map(text).collect::<Result<Vec<_>>>()?.join(",")
+                ));
+            }
+            value => options.push(format!("--{key}={}", text(value)?)),
+        }
+    }
+    Ok(options)
+}
+
+/// Runs the parsed command.
+pub fn run(cli: Cli) -> Result<()> {
+    let say = cli.say();
+    match cli.command {
+        Command::Train(args) => cmd::train::run(&args, say),
+        Command::Eval(args) => cmd::eval::run(&args, say),
+        Command::Export(args) => cmd::export::run(&args, say),
+        Command::Parity(args) => cmd::parity::run(&args, say),
+        Command::ServeBatch(args) => cmd::serve_batch::run(&args, say),
+        Command::Doctor(args) => cmd::doctor::run(&args, say),
+        Command::Completions(args) => cmd::completions::run(&args),
+    }
+}

@@ -1,0 +1,18 @@
+//! `tk completions`: a shell's name → its completion script.
+
+use clap::CommandFactory;
+
+use crate::Result;
+use crate::cli::Cli;
+
+/// Print a completion script for a shell.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    shell: clap_complete::Shell,
+}
+
+/// Writes the script to stdout.
+pub fn run(args: &Args) -> Result<()> {
+    clap_complete::generate(args.shell, &mut Cli::command(), "tk", &mut std::io::stdout());
+    Ok(())
+}

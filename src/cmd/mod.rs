@@ -1,0 +1,9 @@
+//! One file a command: checked settings → work → a result. Each reads top to bottom.
+
+pub mod completions;
+pub mod doctor;
+pub mod eval;
+pub mod export;
+pub mod parity;
+pub mod serve_batch;
+pub mod train;

@@ -1,0 +1,526 @@
+//! Text classification: one text or a pair → one label, several labels, or a number.
+
+use anyhow::Context;
+use candle_core::{DType, Device, Tensor};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use super::{Dim, Metrics, Output};
+use crate::model::ops::Ops;
+use crate::model::{Family, ModelConfig, heads};
+use crate::{Result, bail_unusable, unusable};
+
+/// The labels and what a text may have of them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TextClassification {
+    pub problem: Problem,
+    /// In the order of `id2label`; one, for a regression.
+    pub labels: Vec<String>,
+}
+
+/// transformers' `problem_type`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
+#[value(rename_all = "snake_case")]
+#[serde(rename_all = "snake_case")]
+pub enum Problem {
+    /// Exactly one of the labels: softmax, cross-entropy.
+    SingleLabelClassification,
+    /// Any number of the labels: a sigmoid each, binary cross-entropy.
+    MultiLabelClassification,
+    /// A number: mean squared error.
+    Regression,
+}
+
+impl Problem {
+    fn name(self) -> &'static str {
+        match self {
+            Self::SingleLabelClassification => "single_label_classification",
+            Self::MultiLabelClassification => "multi_label_classification",
+            Self::Regression => "regression",
+        }
+    }
+}
+
+/// What an example ought to give.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Target {
+    Class(u32),
+    /// Label ids, ascending.
+    Classes(Vec<u32>),
+    Number(f32),
+}
+
+/// The score above which a label of several is predicted: a logit above 0.
+const THRESHOLD: f32 = 0.5;
+
+impl TextClassification {
+    /// Reads `problem_type` and `id2label` of a fine-tuned model. As in transformers, one label without a
+    /// `problem_type` is a regression, and labels without names are `LABEL_0`, `LABEL_1` ….
+    pub fn from_config(config: &ModelConfig) -> Result<Self> {
+        let labels = match labels_of(config)? {
+            Some(labels) => labels,
+            None => {
+                let n = config.raw.get("num_labels").and_then(Value::as_u64).unwrap_or(2);
+                (0..n).map(|i| format!("LABEL_{i}")).collect()
+            }
+        };
+        let problem = match config.raw.get("problem_type").and_then(Value::as_str) {
+            Some("single_label_classification") => Problem::SingleLabelClassification,
+            Some("multi_label_classification") => Problem::MultiLabelClassification,
+            Some("regression") => Problem::Regression,
+            Some(other) => bail_unusable!(
+                "problem_type is \"{other}\", expected single_label_classification, \
+                 multi_label_classification or regression"
+            ),
+            None if labels.len() == 1 => Problem::Regression,
+            None => Problem::SingleLabelClassification,
+        };
+        if problem == Problem::Regression && labels.len() != 1 {
+            bail_unusable!("a regression has one label, id2label has {}", labels.len());
+        }
+        Ok(Self { problem, labels })
+    }
+
+    /// Finds out from the labels of the training data what is to be learnt.
+    ///
+    /// A list is multi label, a fraction a regression, all else a single label; `problem` overrides.
+    /// Where the model's own `id2label` already names every label, its order is kept; integers inside its
+    /// range are taken for its ids. Otherwise the labels are sorted (integers by value).
+    ///
+    /// # Errors
+    /// Labels of mixed kinds, or fewer than two different labels.
+    pub fn from_labels(labels: &[&Value], problem: Option<Problem>, config: &ModelConfig) -> Result<Self> {
+        let problem = match problem {
+            Some(problem) => problem,
+            None if labels.iter().any(|label| label.is_array()) => Problem::MultiLabelClassification,
+            None if labels.iter().all(|label| as_number(label).is_some())
+                && labels.iter().any(|label| as_integer(label).is_none()) =>
+            {
+                Problem::Regression
+            }
+            None => Problem::SingleLabelClassification,
+        };
+        if problem == Problem::Regression {
+            return Ok(Self {
+                problem,
+                labels: vec!["LABEL_0".to_owned()],
+            });
+        }
+        let mut names: Vec<String> = Vec::new();
+        for label in labels {
+            names.extend(label_names(label, problem)?);
+        }
+        names.sort_by(|a, b| match (a.parse::<i64>(), b.parse::<i64>()) {
+            (Ok(a), Ok(b)) => a.cmp(&b),
+            _ => a.cmp(b),
+        });
+        names.dedup();
+        if let Some(known) = labels_of(config)? {
+            let ids = 0..known.len();
+            let by_name = names.iter().all(|name| known.contains(name));
+            let by_id = names
+                .iter()
+                .all(|name| name.parse().is_ok_and(|id: usize| ids.contains(&id)));
+            if by_name || by_id {
+                return Ok(Self {
+                    problem,
+                    labels: known,
+                });
+            }
+        }
+        let least = if problem == Problem::SingleLabelClassification {
+            2
+        } else {
+            1
+        };
+        if names.len() < least {
+            bail_unusable!(
+                "the training data has the labels {names:?}: a classifier needs at least {least} different ones"
+            );
+        }
+        Ok(Self {
+            problem,
+            labels: names,
+        })
+    }
+
+    /// Reads one label of a record.
+    ///
+    /// # Errors
+    /// Names the label that was found and what was expected.
+    pub fn target(&self, label: &Value) -> Result<Target> {
+        if self.problem == Problem::Regression {
+            let number = as_number(label).with_context(|| {
+                unusable!("label is {label}, expected a number (the problem is a regression)")
+            })?;
+            return Ok(Target::Number(number as f32));
+        }
+        let mut ids = Vec::new();
+        for name in label_names(label, self.problem)? {
+            ids.push(self.id_of(&name)?);
+        }
+        if self.problem == Problem::SingleLabelClassification {
+            return Ok(Target::Class(ids[0]));
+        }
+        ids.sort_unstable();
+        ids.dedup();
+        Ok(Target::Classes(ids))
+    }
+
+    fn id_of(&self, name: &str) -> Result<u32> {
+        let by_name = self.labels.iter().position(|known| known == name);
+        let by_id = || name.parse().ok().filter(|&id: &usize| id < self.labels.len());
+        by_name.or_else(by_id).map(|id| id as u32).ok_or_else(|| {
+            unusable!(
+                "label \"{name}\" is not one of the model's labels: {}",
+                self.labels.join(", ")
+            )
+        })
+    }
+
+    pub(super) fn define<O: Ops>(&self, o: &O, family: &Family) -> Result<O::X> {
+        heads::sequence_classification(o, family, self.labels.len())
+    }
+
+    pub(super) fn outputs(&self) -> Vec<Output> {
+        vec![Output {
+            name: "logits",
+            dims: vec![Dim::Batch, Dim::Of(self.labels.len())],
+        }]
+    }
+
+    pub(super) fn write_config(&self, config: &mut ModelConfig) {
+        let family = match config.family {
+            Family::Bert(_) => "Bert",
+        };
+        let id2label: Map<String, Value> = self
+            .labels
+            .iter()
+            .enumerate()
+            .map(|(id, name)| (id.to_string(), json!(name)))
+            .collect();
+        let label2id: Map<String, Value> = self
+            .labels
+            .iter()
+            .enumerate()
+            .map(|(id, name)| (name.clone(), json!(id)))
+            .collect();
+        let raw = &mut config.raw;
+        raw.insert(
+            "architectures".to_owned(),
+            json!([format!("{family}ForSequenceClassification")]),
+        );
+        raw.insert("problem_type".to_owned(), json!(self.problem.name()));
+        raw.insert("id2label".to_owned(), Value::Object(id2label));
+        raw.insert("label2id".to_owned(), Value::Object(label2id));
+        raw.remove("num_labels"); // transformers derives it from id2label
+    }
+
+    /// The sum over the examples. A mean over the labels of an example with several, as in
+    /// `torch.nn.BCEWithLogitsLoss`; label smoothing as in `torch.nn.CrossEntropyLoss`.
+    pub(super) fn loss(&self, logits: &Tensor, targets: &[&Target], label_smoothing: f64) -> Result<Tensor> {
+        let (rows, width) = logits.dims2()?;
+        let wanted = self.matrix(targets, label_smoothing as f32);
+        let wanted = Tensor::from_vec(wanted, (rows, width), logits.device())?.to_dtype(logits.dtype())?;
+        let loss = match self.problem {
+            Problem::SingleLabelClassification => {
+                let log_p = candle_nn::ops::log_softmax(logits, 1)?;
+                (log_p * wanted)?.sum_all()?.neg()?
+            }
+            Problem::MultiLabelClassification => {
+                // max(x, 0) − x·y + log(1 + e^−|x|), which does not overflow
+                let soft = ((logits.abs()?.neg()?.exp()? + 1.0)?.log()? + logits.relu()?)?;
+                ((soft - (logits * wanted)?)?.sum_all()? / width as f64)?
+            }
+            Problem::Regression => (logits - wanted)?.sqr()?.sum_all()?,
+        };
+        Ok(loss.to_dtype(DType::F32)?)
+    }
+
+    /// Targets as a matrix, (B, labels).
+    fn matrix(&self, targets: &[&Target], label_smoothing: f32) -> Vec<f32> {
+        let width = self.labels.len();
+        let mut matrix = vec![0.0; targets.len() * width];
+        for (row, target) in matrix.chunks_mut(width).zip(targets) {
+            match target {
+                Target::Class(id) => {
+                    row.fill(label_smoothing / width as f32);
+                    row[*id as usize] += 1.0 - label_smoothing;
+                }
+                Target::Classes(ids) => ids.iter().for_each(|&id| row[id as usize] = 1.0),
+                Target::Number(number) => row[0] = *number,
+            }
+        }
+        matrix
+    }
+
+    pub(super) fn prediction(&self, logits: &[f32], with_logits: bool) -> Map<String, Value> {
+        let mut record = Map::new();
+        let scores = self.scores(logits);
+        let by_label = || -> Map<String, Value> {
+            self.labels
+                .iter()
+                .zip(&scores)
+                .map(|(label, &score)| (label.clone(), json!(score)))
+                .collect()
+        };
+        match self.problem {
+            Problem::SingleLabelClassification => {
+                let best = argmax(&scores);
+                record.insert("label".to_owned(), json!(self.labels[best]));
+                record.insert("score".to_owned(), json!(scores[best]));
+                record.insert("scores".to_owned(), Value::Object(by_label()));
+            }
+            Problem::MultiLabelClassification => {
+                let labels: Vec<&String> = self
+                    .labels
+                    .iter()
+                    .zip(&scores)
+                    .filter(|&(_, &score)| score > THRESHOLD)
+                    .map(|(label, _)| label)
+                    .collect();
+                record.insert("labels".to_owned(), json!(labels));
+                record.insert("scores".to_owned(), Value::Object(by_label()));
+            }
+            Problem::Regression => {
+                record.insert("score".to_owned(), json!(scores[0]));
+            }
+        }
+        if with_logits {
+            record.insert("logits".to_owned(), json!(logits));
+        }
+        record
+    }
+
+    /// Softmax, sigmoids, or the number itself.
+    fn scores(&self, logits: &[f32]) -> Vec<f32> {
+        match self.problem {
+            Problem::SingleLabelClassification => {
+                let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                let exp: Vec<f32> = logits.iter().map(|x| (x - max).exp()).collect();
+                let sum: f32 = exp.iter().sum();
+                exp.iter().map(|e| e / sum).collect()
+            }
+            Problem::MultiLabelClassification => logits.iter().map(|x| 1.0 / (1.0 + (-x).exp())).collect(),
+            Problem::Regression => logits.to_vec(),
+        }
+    }
+
+    /// The metric that decides which evaluation is the best, and all that there are beside the loss.
+    pub(super) fn metrics(&self) -> (&'static str, &'static [&'static str]) {
+        match self.problem {
+            Problem::SingleLabelClassification => ("accuracy", &["accuracy", "f1_macro"]),
+            Problem::MultiLabelClassification => ("f1_micro", &["accuracy", "f1_macro", "f1_micro"]),
+            Problem::Regression => ("mse", &["mse", "mae", "pearson", "spearman"]),
+        }
+    }
+
+    pub(super) fn measure(&self, logits: &[Vec<f32>], targets: &[Target]) -> Result<Metrics> {
+        let width = self.labels.len();
+        let matrix = Tensor::from_vec(logits.concat(), (logits.len(), width), &Device::Cpu)?;
+        let targets_by_ref: Vec<&Target> = targets.iter().collect();
+        let loss = self
+            .loss(&matrix.to_dtype(DType::F64)?, &targets_by_ref, 0.0)?
+            .to_scalar::<f32>()?;
+        let mut metrics = self.compare(logits, targets);
+        metrics.insert("loss".to_owned(), f64::from(loss) / logits.len() as f64);
+        Ok(metrics)
+    }
+
+    fn compare(&self, logits: &[Vec<f32>], targets: &[Target]) -> Metrics {
+        let metrics: Vec<(&str, f64)> = match self.problem {
+            Problem::Regression => {
+                let predicted: Vec<f64> = logits.iter().map(|row| f64::from(row[0])).collect();
+                let wanted: Vec<f64> = targets
+                    .iter()
+                    .map(|target| match target {
+                        Target::Number(number) => f64::from(*number),
+                        _ => f64::NAN,
+                    })
+                    .collect();
+                let n = predicted.len() as f64;
+                let errors = || predicted.iter().zip(&wanted).map(|(p, w)| p - w);
+                vec![
+                    ("mse", errors().map(|e| e * e).sum::<f64>() / n),
+                    ("mae", errors().map(f64::abs).sum::<f64>() / n),
+                    ("pearson", pearson(&predicted, &wanted)),
+                    ("spearman", pearson(&ranks(&predicted), &ranks(&wanted))),
+                ]
+            }
+            _ => {
+                let predicted: Vec<Vec<u32>> = logits.iter().map(|row| self.predicted(row)).collect();
+                let wanted: Vec<Vec<u32>> = targets
+                    .iter()
+                    .map(|target| match target {
+                        Target::Class(id) => vec![*id],
+                        Target::Classes(ids) => ids.clone(),
+                        Target::Number(_) => Vec::new(),
+                    })
+                    .collect();
+                let right = predicted.iter().zip(&wanted).filter(|(p, w)| p == w).count();
+                let counts = Counts::by_label(&predicted, &wanted, self.labels.len());
+                let mut metrics = vec![
+                    ("accuracy", right as f64 / predicted.len() as f64),
+                    (
+                        "f1_macro",
+                        counts.iter().map(Counts::f1).sum::<f64>() / counts.len() as f64,
+                    ),
+                ];
+                if self.problem == Problem::MultiLabelClassification {
+                    metrics.push(("f1_micro", Counts::sum(&counts).f1()));
+                }
+                metrics
+            }
+        };
+        metrics
+            .into_iter()
+            .map(|(name, value)| (name.to_owned(), value))
+            .collect()
+    }
+
+    /// The predicted label ids, ascending.
+    fn predicted(&self, logits: &[f32]) -> Vec<u32> {
+        match self.problem {
+            Problem::MultiLabelClassification => (0..)
+                .zip(logits)
+                .filter(|&(_, &x)| x > 0.0)
+                .map(|(id, _)| id)
+                .collect(),
+            _ => vec![argmax(logits) as u32],
+        }
+    }
+}
+
+/// True positives, false positives and false negatives.
+#[derive(Clone, Copy, Default)]
+struct Counts {
+    hit: usize,
+    extra: usize,
+    missed: usize,
+}
+
+impl Counts {
+    fn by_label(predicted: &[Vec<u32>], wanted: &[Vec<u32>], labels: usize) -> Vec<Self> {
+        let mut counts = vec![Self::default(); labels];
+        for (p, w) in predicted.iter().zip(wanted) {
+            for id in p {
+                let count = &mut counts[*id as usize];
+                if w.contains(id) {
+                    count.hit += 1
+                } else {
+                    count.extra += 1
+                }
+            }
+            for id in w.iter().filter(|id| !p.contains(id)) {
+                counts[*id as usize].missed += 1;
+            }
+        }
+        counts
+    }
+
+    fn sum(counts: &[Self]) -> Self {
+        counts.iter().fold(Self::default(), |a, b| Self {
+            hit: a.hit + b.hit,
+            extra: a.extra + b.extra,
+            missed: a.missed + b.missed,
+        })
+    }
+
+    /// 0 for a label that is neither predicted nor wanted, as scikit-learn has it.
+    fn f1(&self) -> f64 {
+        let all = 2 * self.hit + self.extra + self.missed;
+        if all == 0 {
+            0.0
+        } else {
+            2.0 * self.hit as f64 / all as f64
+        }
+    }
+}
+
+fn argmax(values: &[f32]) -> usize {
+    (0..values.len()).fold(0, |best, i| if values[i] > values[best] { i } else { best })
+}
+
+/// Pearson's correlation; not a number where one side is constant.
+fn pearson(a: &[f64], b: &[f64]) -> f64 {
+    let n = a.len() as f64;
+    let (mean_a, mean_b) = (a.iter().sum::<f64>() / n, b.iter().sum::<f64>() / n);
+    let (mut ab, mut aa, mut bb) = (0.0, 0.0, 0.0);
+    for (x, y) in a.iter().zip(b) {
+        let (x, y) = (x - mean_a, y - mean_b);
+        (ab, aa, bb) = (ab + x * y, aa + x * x, bb + y * y);
+    }
+    ab / (aa * bb).sqrt()
+}
+
+/// Ranks from 1, ties share their mean.
+fn ranks(values: &[f64]) -> Vec<f64> {
+    let mut order: Vec<usize> = (0..values.len()).collect();
+    order.sort_by(|&i, &j| values[i].total_cmp(&values[j]));
+    let mut ranks = vec![0.0; values.len()];
+    let mut before = 0;
+    for tie in order.chunk_by(|&i, &j| values[i] == values[j]) {
+        for &i in tie {
+            ranks[i] = before as f64 + (tie.len() as f64 + 1.0) / 2.0;
+        }
+        before += tie.len();
+    }
+    ranks
+}
+
+/// The labels that `id2label` names, by ascending id.
+fn labels_of(config: &ModelConfig) -> Result<Option<Vec<String>>> {
+    let Some(map) = config.raw.get("id2label").and_then(Value::as_object) else {
+        return Ok(None);
+    };
+    let mut labels = vec![None; map.len()];
+    for (id, name) in map {
+        let slot = id.parse().ok().and_then(|id: usize| labels.get_mut(id));
+        match (slot, name.as_str()) {
+            (Some(slot), Some(name)) => *slot = Some(name.to_owned()),
+            _ => bail_unusable!(
+                "id2label has \"{id}\": {name}; expected the ids 0 to {} with names",
+                map.len() - 1
+            ),
+        }
+    }
+    labels
+        .into_iter()
+        .collect::<Option<Vec<_>>>()
+        .map(Some)
+        .context(unusable!("id2label repeats an id"))
+}
+
+fn label_names(label: &Value, problem: Problem) -> Result<Vec<String>> {
+    let one = |label: &Value| match label {
+        Value::String(name) => Ok(name.clone()),
+        Value::Number(n) if n.is_i64() || n.is_u64() => Ok(n.to_string()),
+        Value::Bool(flag) => Ok(u8::from(*flag).to_string()),
+        other => Err(unusable!("label is {other}, expected a name or an integer")),
+    };
+    match (label, problem) {
+        (Value::Array(list), Problem::MultiLabelClassification) => list.iter().map(one).collect(),
+        (Value::Array(_), _) => Err(unusable!(
+            "label is a list, expected one label (the problem is {})",
+            problem.name()
+        )),
+        (label, _) => Ok(vec![one(label)?]),
+    }
+}
+
+fn as_number(label: &Value) -> Option<f64> {
+    let number = match label {
+        Value::Number(n) => n.as_f64(),
+        Value::String(text) => text.trim().parse().ok(),
+        _ => None,
+    };
+    number.filter(|n: &f64| n.is_finite())
+}
+
+fn as_integer(label: &Value) -> Option<i64> {
+    match label {
+        Value::Number(n) => n.as_i64(),
+        Value::String(text) => text.trim().parse().ok(),
+        _ => None,
+    }
+}
