@@ -364,7 +364,10 @@ fn files_of_two_commits_are_not_mixed() {
     let cache = tempfile::tempdir().unwrap();
     let options = hub.options(cache.path());
     let error = model_dir_with("owner/tiny", &options).unwrap_err();
-    assert_eq!(error.to_string(), "owner/tiny was changed on the hub while it was fetched: try again");
+    assert_eq!(
+        error.to_string(),
+        "owner/tiny was changed on the hub while it was fetched: try again"
+    );
     let dir = model_dir_with("owner/tiny", &options).unwrap();
     assert!(dir.ends_with("f".repeat(40)) && dir.join("config.json").is_file());
 }
