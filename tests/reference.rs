@@ -10,6 +10,7 @@ use tk::checkpoint::Weights;
 use tk::data::batch::{Encoding, Packed};
 use tk::eager::{Eager, Init, Kernels, Mode, Params, logits};
 use tk::model::ModelConfig;
+use tk::model::ops::At;
 use tk::task::{Target, Task};
 use tk::train::{Example, Settings, Trainer};
 
@@ -146,6 +147,21 @@ fn label_smoothing_is_pytorchs() {
         / targets.len() as f32;
     let expected = r.json["loss_smoothed"].as_f64().unwrap() as f32;
     assert!((loss - expected).abs() <= 1e-5, "{loss}, {expected}");
+}
+
+#[test]
+fn a_parameter_that_no_gradient_reaches_ends_training_at_the_first_step() {
+    let r = Reference::load("tiny-bert-single");
+    let mut manifest = r.task.params(&r.config.family).unwrap();
+    manifest.push(At::head("forgotten").linear(4, 4).weight);
+    let weights = Weights::open(&models(r.name)).unwrap();
+    let (params, _) = Params::load(&manifest, &weights, Init { seed: 1, std: 0.02 }, &Device::Cpu).unwrap();
+    let before = params.values().unwrap();
+    let settings = Settings::default();
+    let mut trainer = Trainer::new(&settings, &r.config.family, &r.task, &params, &Device::Cpu, 10).unwrap();
+    let error = trainer.step(&[&r.examples[0], &r.examples[1]]).unwrap_err().to_string();
+    assert!(error.contains("no gradient reaches 1 of") && error.contains("forgotten.weight"), "{error}");
+    assert_eq!(params.values().unwrap(), before);
 }
 
 /// The regime that the ten reference steps were taken with.

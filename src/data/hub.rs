@@ -76,8 +76,8 @@ impl HubOptions {
 ///
 /// # Errors
 /// Unusable: neither a directory nor a model that can be had. Others: a download that breaks off.
-pub fn model_dir(model: &str) -> Result<PathBuf> {
-    find(model, HubOptions::from_env)
+pub fn model_dir(model: &str, quiet: bool) -> Result<PathBuf> {
+    find(model, || Ok(HubOptions { quiet, ..HubOptions::from_env()? }))
 }
 
 /// [`model_dir`] with options other than the environment's.
