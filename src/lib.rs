@@ -7,6 +7,7 @@ pub mod data;
 pub mod error;
 pub mod files;
 pub mod model;
+pub mod onnx;
 pub mod say;
 pub mod task;
 
