@@ -8,6 +8,7 @@ pub mod error;
 pub mod files;
 pub mod model;
 pub mod onnx;
+pub mod runtime;
 pub mod say;
 pub mod task;
 

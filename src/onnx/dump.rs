@@ -13,7 +13,17 @@ pub fn dump(model: &ModelProto) -> String {
     let opsets: Vec<String> = model
         .opset_import
         .iter()
-        .map(|opset| format!("{} {}", if opset.domain.is_empty() { "ai.onnx" } else { &opset.domain }, opset.version))
+        .map(|opset| {
+            format!(
+                "{} {}",
+                if opset.domain.is_empty() {
+                    "ai.onnx"
+                } else {
+                    &opset.domain
+                },
+                opset.version
+            )
+        })
         .collect();
     let Some(graph) = &model.graph else { return text };
     // writing to a String can't fail
@@ -26,8 +36,16 @@ pub fn dump(model: &ModelProto) -> String {
     }
     for node in &graph.node {
         let attributes: Vec<String> = node.attribute.iter().map(attribute).collect();
-        let attributes = if attributes.is_empty() { String::new() } else { format!(" {{{}}}", attributes.join(", ")) };
-        let renamed = if node.output == [node.name.as_str()] { String::new() } else { format!("  # {}", node.name) };
+        let attributes = if attributes.is_empty() {
+            String::new()
+        } else {
+            format!(" {{{}}}", attributes.join(", "))
+        };
+        let renamed = if node.output == [node.name.as_str()] {
+            String::new()
+        } else {
+            format!("  # {}", node.name)
+        };
         let _ = writeln!(
             text,
             "{} = {}({}){attributes}{renamed}",
@@ -43,15 +61,25 @@ pub fn dump(model: &ModelProto) -> String {
 }
 
 fn value(info: &ValueInfoProto) -> String {
-    let Some(type_proto::Value::TensorType(tensor)) = info.r#type.as_ref().and_then(|t| t.value.as_ref()) else {
+    let Some(type_proto::Value::TensorType(tensor)) = info.r#type.as_ref().and_then(|t| t.value.as_ref())
+    else {
         return format!("{}: ?", info.name);
     };
-    let dims = tensor.shape.iter().flat_map(|shape| &shape.dim).map(|dim| match &dim.value {
-        Some(dimension::Value::DimValue(n)) => n.to_string(),
-        Some(dimension::Value::DimParam(name)) => name.clone(),
-        None => "?".to_owned(),
-    });
-    format!("{}: {} [{}]", info.name, kind(tensor.elem_type), dims.collect::<Vec<_>>().join(", "))
+    let dims = tensor
+        .shape
+        .iter()
+        .flat_map(|shape| &shape.dim)
+        .map(|dim| match &dim.value {
+            Some(dimension::Value::DimValue(n)) => n.to_string(),
+            Some(dimension::Value::DimParam(name)) => name.clone(),
+            None => "?".to_owned(),
+        });
+    format!(
+        "{}: {} [{}]",
+        info.name,
+        kind(tensor.elem_type),
+        dims.collect::<Vec<_>>().join(", ")
+    )
 }
 
 fn initializer(tensor: &TensorProto) -> String {
