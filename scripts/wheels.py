@@ -83,6 +83,9 @@ def filled(folder, package, recipe):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / STAMP).unlink(missing_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the temporary folder goes
+    for left in DEPS.glob(".fetch-*"):  # by a run that was killed
+        if time.time() - left.stat().st_mtime > 3600:
+            shutil.rmtree(left, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(prefix=".fetch-", dir=DEPS))
     files = {}
 

@@ -1,1 +1,238 @@
 //! Files → rows of named fields, each with its place.
+//!
+//! A row that can't be read is a [`BadRow`], an item like any other, and reading goes on: the caller
+//! answers it in its place (serving) or lists it (training). Only what ends the reading is an error.
+
+mod columns;
+mod parquet;
+mod readers;
+
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use serde_json::{Map, Value};
+
+pub use columns::{Columns, describe};
+
+use crate::{Result, bail_unusable, unusable};
+
+/// One record.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Row {
+    /// Where the record begins: the 1-based line, or the record's number in Parquet files and JSON arrays.
+    pub line: usize,
+    pub fields: Map<String, Value>,
+}
+
+/// One record that can't be used; those after it can.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("line {line}: {message}")]
+pub struct BadRow {
+    /// As in [`Row`].
+    pub line: usize,
+    pub message: String,
+}
+
+/// Where records come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    Path(PathBuf),
+    Stdin,
+}
+
+impl Source {
+    /// The source that a command line's argument names: `-` is standard input.
+    pub fn of(argument: &str) -> Self {
+        if argument == "-" {
+            Self::Stdin
+        } else {
+            Self::Path(argument.into())
+        }
+    }
+}
+
+impl std::fmt::Display for Source {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        match self {
+            Self::Path(path) => path.display().fmt(f),
+            Self::Stdin => f.write_str("standard input"),
+        }
+    }
+}
+
+/// How records stand in a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// A JSON object a line.
+    Jsonl,
+    /// An array of objects, or an object whose `data` is one. JSON lines are taken too, as `datasets` does.
+    Json,
+    /// A header, then records; fields may be quoted. Blank lines are skipped.
+    Csv,
+    /// A header, then a record a line; a quote is text.
+    Tsv,
+    Parquet,
+    /// A text a line; an empty line is an empty text.
+    Txt,
+}
+
+const FORMATS: [(&str, Format); 6] = [
+    ("jsonl", Format::Jsonl),
+    ("json", Format::Json),
+    ("csv", Format::Csv),
+    ("tsv", Format::Tsv),
+    ("parquet", Format::Parquet),
+    ("txt", Format::Txt),
+];
+
+impl Format {
+    /// The format that a path's extension names.
+    pub fn of(path: &Path) -> Result<Self> {
+        match path.extension() {
+            Some(extension) => extension.to_string_lossy().parse::<Self>(),
+            None => Err(unusable!("no extension; the known ones are {}", known())),
+        }
+        .map_err(|error| unusable!("{}: the format is not known: {error}", path.display()))
+    }
+}
+
+impl FromStr for Format {
+    type Err = anyhow::Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        let name = name.to_lowercase();
+        if name == "conll" {
+            bail_unusable!(
+                r#""conll" is for token-classification; the other tasks read {}"#,
+                known()
+            );
+        }
+        match FORMATS.iter().find(|(known, _)| *known == name) {
+            Some((_, format)) => Ok(*format),
+            None => Err(unusable!("{name:?} is none of {}", known())),
+        }
+    }
+}
+
+fn known() -> String {
+    FORMATS.map(|(name, _)| name).join(", ")
+}
+
+/// The records of a source, in order. After an error (the source can't be read on) it ends.
+pub struct Rows {
+    name: String,
+    rows: Option<Box<dyn Iterator<Item = Item> + Send>>,
+}
+
+/// What [`Rows`] gives for each record.
+pub type Item = Result<Result<Row, BadRow>>;
+
+impl Iterator for Rows {
+    type Item = Item;
+
+    fn next(&mut self) -> Option<Item> {
+        let item = self.rows.as_mut()?.next();
+        if !matches!(item, Some(Ok(_))) {
+            self.rows = None;
+        }
+        item.map(|item| item.map_err(|error| error.context(format!("reading {}", self.name))))
+    }
+}
+
+/// Opens a source. Without a format, the extension decides; standard input is `jsonl`.
+/// Memory does not grow with the file, save for `json`, and row groups of `parquet`.
+///
+/// # Errors
+/// Unusable: a file that isn't there, an unknown extension, a header or a whole document that can't be read.
+pub fn read(source: &Source, format: Option<Format>) -> Result<Rows> {
+    let name = source.to_string();
+    let (rows, format) = match source {
+        Source::Path(path) => (open(path)?, format.map_or_else(|| Format::of(path), Ok)?),
+        Source::Stdin => {
+            let stdin: Input = Box::new(BufReader::new(std::io::stdin()));
+            (Opened::Stream(stdin), format.unwrap_or(Format::Jsonl))
+        }
+    };
+    let rows = match (rows, format) {
+        (Opened::File(file), Format::Parquet) => parquet::rows(file, &name)?,
+        (Opened::Stream(_), Format::Parquet) => {
+            bail_unusable!("{name}: a Parquet file is read from its end, so it can't come through a pipe")
+        }
+        (Opened::File(file), _) => {
+            readers::rows(Box::new(BufReader::with_capacity(1 << 17, file)), format, &name)?
+        }
+        (Opened::Stream(input), _) => readers::rows(input, format, &name)?,
+    };
+    Ok(Rows {
+        name,
+        rows: Some(rows),
+    })
+}
+
+type Input = Box<dyn BufRead + Send>;
+
+enum Opened {
+    File(File),
+    Stream(Input),
+}
+
+fn open(path: &Path) -> Result<Opened> {
+    match File::open(path) {
+        Ok(_) if path.is_dir() => bail_unusable!(
+            "{} is a directory; a file of records was expected",
+            path.display()
+        ),
+        Ok(file) => Ok(Opened::File(file)),
+        Err(error) => bail_unusable!("{} can't be opened: {error}", path.display()),
+    }
+}
+
+/// How many bad records an error lists.
+const LISTED: usize = 10;
+
+/// Reads a whole file for training: all rows or, as one error, what is wrong with it.
+///
+/// # Errors
+/// Unusable: as [`read`]; a file without records; bad records, the first ten with file and line.
+pub fn read_all(path: &Path, format: Option<Format>) -> Result<Vec<Row>> {
+    read_examples(path, format, Ok)
+}
+
+/// [`read_all`], with each row made into an example at once. What `example` refuses is listed with
+/// the records that can't be read.
+pub fn read_examples<T>(
+    path: &Path,
+    format: Option<Format>,
+    mut example: impl FnMut(Row) -> Result<T, BadRow>,
+) -> Result<Vec<T>> {
+    let (mut examples, mut listed, mut bad) = (Vec::new(), Vec::new(), 0);
+    for row in read(&Source::Path(path.into()), format)? {
+        match row?.and_then(&mut example) {
+            Ok(example) => examples.push(example),
+            Err(BadRow { line, message }) => {
+                bad += 1;
+                if bad <= LISTED {
+                    listed.push(format!("  {}:{line}: {message}", path.display()));
+                }
+            }
+        }
+    }
+    if bad > LISTED {
+        listed.push(format!("  and {} more", bad - LISTED));
+    }
+    match (bad, examples.len()) {
+        (0, 0) => Err(unusable!("{} has no records", path.display())),
+        (0, _) => Ok(examples),
+        (_, good) => Err(unusable!(
+            "{}: {bad} of {} records can't be used:\n{}",
+            path.display(),
+            bad + good,
+            listed.join("\n")
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests;

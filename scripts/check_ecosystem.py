@@ -1,0 +1,244 @@
+"""A directory that tk trained and exported comes in; the verdict of the ecosystem's own tools goes out.
+
+Run by scripts/check-ecosystem, which makes the Python environment.
+"""
+
+import argparse
+import json
+import logging
+import re
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+import transformers
+from safetensors import safe_open
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+INPUTS = ["input_ids", "attention_mask", "token_type_ids"]
+BATCH = 16
+
+AWKWARD = [
+    "",
+    " ",
+    "a",
+    "?",
+    "[SEP]",
+    "[CLS] [SEP] [MASK] [UNK] [PAD]",
+    "a plain sentence, of no special kind.",
+    "exactly " * 126,
+    "far over the longest that any model takes " * 200,
+    "x" * 5000,
+    "Ça va très bien à l'Ångström café — naïve façade, “señor” ß ø Æ İstanbul",
+    "cafe\u0301 vs caf\u00e9, \ufb01ne \u2460 \u212b \uff21\uff22\uff23",
+    "中文字很好，日本語もカタカナも 한국어도",
+    "мне не нравится это кино; שלום עולם; مرحبا بالعالم; नमस्ते दुनिया; สวัสดี",
+    "😀😂 ❤️ 👍🏽 👩‍👩‍👧 🇩🇪 #win @you http://t.co/x1Y2 :-) &amp; 100%",
+    "tabs\tand\nnew lines\r\nand\u00a0spaces\u2003of\u3000all\u200bkinds \u0007 \ufffd \u0000 end",
+    "\u202eright to left\u202c \u2066isolated\u2069 \ufeff",
+    "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 𝒾𝓈 𝕨𝕚𝕕𝕖 𐍈 𠜎",
+]
+
+
+class Table:
+    def __init__(self):
+        self.rows = []
+
+    def add(self, what, found, good):
+        self.rows.append((what, found, bool(good)))
+
+    def attempt(self, what, f):
+        """Runs one check; an exception is its failure, and the others go on."""
+        try:
+            f()
+        except Exception as error:  # noqa: BLE001
+            self.add(what, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", False)
+
+    def print(self):
+        width = max(len(what) for what, _, _ in self.rows)
+        for what, found, good in self.rows:
+            print(f"{'ok  ' if good else 'FAIL'}  {what:{width}}  {found}")
+        failed = sum(not good for _, _, good in self.rows)
+        print(f"{len(self.rows)} checks, {failed} failed")
+        return failed
+
+
+def shape_of(value):
+    return [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+
+
+def check_graph(table, directory, graph_file, outputs):
+    def checker():
+        onnx.checker.check_model(str(graph_file), full_check=True)
+        table.add("onnx: full checker", "passed", True)
+
+    def shapes():
+        model = onnx.load(graph_file)
+        inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
+        known = {v.name: v for v in [*inferred.graph.value_info, *inferred.graph.output]}
+        unknown = [n for node in inferred.graph.node for n in node.output if n and n not in known]
+        table.add("onnx: strict shape inference", f"{len(known)} values, {len(unknown)} unknown", not unknown)
+
+    def names():
+        graph = onnx.load(graph_file, load_external_data=False).graph
+        initial = {i.name for i in graph.initializer}
+        found = {v.name: (v.type.tensor_type.elem_type, shape_of(v)) for v in graph.input if v.name not in initial}
+        wanted = {n: (onnx.TensorProto.INT64, ["batch_size", "sequence_length"]) for n in INPUTS}
+        table.add("onnx: inputs", "; ".join(f"{n} {s}" for n, (_, s) in found.items()),
+                  found == wanted and list(found) == INPUTS)  # fmt: skip
+        found = {v.name: (v.type.tensor_type.elem_type, shape_of(v)) for v in graph.output}
+        wanted = {"logits": (onnx.TensorProto.FLOAT, ["batch_size", outputs])}
+        table.add("onnx: outputs", "; ".join(f"{n} {s}" for n, (_, s) in found.items()), found == wanted)
+
+    def initializers():
+        model = onnx.load(graph_file)
+        weights, constants, strangers, unlike = 0, [], [], []
+        with safe_open(directory / "model.safetensors", framework="np") as trained:
+            names = set(trained.keys())
+            for initializer in model.graph.initializer:
+                array = onnx.numpy_helper.to_array(initializer)
+                if initializer.name in names:
+                    weights += 1
+                    same = trained.get_tensor(initializer.name)
+                    if same.shape != array.shape or same.tobytes() != array.tobytes():
+                        unlike.append(initializer.name)
+                elif array.size == 1 or array.dtype.kind in "iub":
+                    constants.append(initializer.name)  # shapes, axes, epsilon: the graph's own
+                else:
+                    strangers.append(initializer.name)
+        table.add("onnx: initializers' names are the checkpoint's",
+                  f"{weights} weights of {len(names)}, {len(constants)} constants"
+                  + (f", not in the checkpoint: {', '.join(strangers[:5])}" if strangers else ""),
+                  weights and not strangers)  # fmt: skip
+        table.add("onnx: initializers' bytes are the checkpoint's", ", ".join(unlike[:5]) or "all", not unlike)
+
+    table.attempt("onnx: full checker", checker)
+    table.attempt("onnx: strict shape inference", shapes)
+    table.attempt("onnx: inputs and outputs", names)
+    table.attempt("onnx: initializers", initializers)
+
+
+def longest(directory, tokenizer, config):
+    """The number of tokens tk cuts at: what the run was trained with, else what the model takes."""
+    for file in sorted((directory / "training").glob("settings.*")):
+        found = re.search(r'max[-_]length"?\s*[:=]\s*(\d+)', file.read_text())
+        if found:
+            return int(found[1])
+    return min(tokenizer.model_max_length, config.max_position_embeddings)
+
+
+def batches(tokenizer, records, max_length, kind):
+    for at in range(0, len(records), BATCH):
+        part = records[at : at + BATCH]
+        texts = [r["text"] for r in part]
+        pairs = [r.get("text_pair") or "" for r in part] if any(r.get("text_pair") is not None for r in part) else None
+        if pairs and not all("text_pair" in r for r in part):
+            yield from (b for r in part for b in batches(tokenizer, [r], max_length, kind))
+            continue
+        yield tokenizer(texts, pairs, padding=True, truncation=True, max_length=max_length, return_tensors=kind)
+
+
+def logits_of(tokenizer, records, max_length, model):
+    with torch.no_grad():
+        return np.concatenate([model(**b).logits.numpy() for b in batches(tokenizer, records, max_length, "pt")])
+
+
+def served(tk, directory, records):
+    """The logits of `tk serve-batch --logits`, in the order of the records."""
+    with tempfile.TemporaryDirectory() as folder:
+        question, answer = Path(folder, "in.jsonl"), Path(folder, "out.jsonl")
+        wanted = [{k: r[k] for k in ("text", "text_pair") if k in r} for r in records]
+        question.write_text("".join(json.dumps(r) + "\n" for r in wanted))
+        command = [tk, "serve-batch", directory, "--input", question, "--output", answer, "--logits", "-q"]
+        done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"tk serve-batch: exit code {done.returncode}: {done.stderr.strip()[-300:]}")
+        lines = [json.loads(line) for line in answer.read_text().splitlines()]
+    if [line.get("index") for line in lines] != list(range(len(records))):
+        raise RuntimeError(f"{len(lines)} lines for {len(records)} records, or not in order")
+    broken = [line for line in lines if "logits" not in line]
+    if broken:
+        raise RuntimeError(f"{len(broken)} lines without logits, the first: {broken[0]}")
+    return np.array([line["logits"] for line in lines], dtype=np.float32)
+
+
+def compare(table, what, found, truth, tolerance):
+    if found.shape != truth.shape:
+        table.add(what, f"shape {found.shape}, not {truth.shape}", False)
+        return
+    worst = np.abs(found - truth).max(axis=1)
+    at = int(worst.argmax())
+    table.add(what, f"{len(found)} records, largest difference {worst[at]:.1e} (record {at})", worst[at] <= tolerance)
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="check-ecosystem", description=__doc__.splitlines()[0])
+    parser.add_argument("directory", type=Path, help="what tk train and tk export wrote")
+    parser.add_argument("--input", type=Path, help="a .jsonl file whose texts are compared as well")
+    parser.add_argument("--limit", type=int, default=500, help="at most so many of its records (default: 500)")
+    parser.add_argument("--tolerance", type=float, default=1e-4, help="of logits (default: 1e-4)")
+    parser.add_argument("--max-length", type=int, help="tokens (default: as the model was trained)")
+    parser.add_argument("--tk", type=Path, default=ROOT / "target/release/tk", help="the tk binary")
+    options = parser.parse_args()
+    directory = options.directory
+    graph_file = directory / "onnx/model.onnx"
+    for file in (directory / "config.json", directory / "model.safetensors", graph_file, options.tk):
+        if not file.is_file():
+            parser.error(f"{file} is missing")
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+
+    records = [{"text": text} for text in AWKWARD]
+    if options.input:
+        lines = [json.loads(line) for line in options.input.read_text().splitlines() if line.strip()]
+        records += lines[: options.limit]
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model, loading = AutoModelForSequenceClassification.from_pretrained(directory, output_loading_info=True)
+    model.eval()
+    max_length = options.max_length or longest(directory, tokenizer, model.config)
+    print(f"onnx {onnx.__version__}, ONNX Runtime {onnxruntime.__version__}, torch {torch.__version__}, "
+          f"transformers {transformers.__version__}; {len(records)} texts, at most {max_length} tokens each")  # fmt: skip
+
+    table = Table()
+    wrong = {kind: keys for kind, keys in loading.items() if keys}
+    table.add("transformers: loads every weight and no other", str(wrong) if wrong else "all", not wrong)
+    check_graph(table, directory, graph_file, model.config.num_labels)
+    truth = logits_of(tokenizer, records, max_length, model)
+
+    def onnx_runtime():
+        session = onnxruntime.InferenceSession(graph_file, providers=["CPUExecutionProvider"])
+        wanted = {i.name for i in session.get_inputs()}
+        found = [
+            session.run(["logits"], {n: v for n, v in b.items() if n in wanted})[0]
+            for b in batches(tokenizer, records, max_length, "np")
+        ]
+        compare(table, "ONNX Runtime against transformers", np.concatenate(found), truth, options.tolerance)
+
+    def optimum():
+        from optimum.onnxruntime import ORTModelForSequenceClassification
+
+        loaded = ORTModelForSequenceClassification.from_pretrained(
+            str(directory), subfolder="onnx", file_name="model.onnx", local_files_only=True
+        )
+        found = logits_of(tokenizer, records, max_length, loaded)
+        compare(table, "Optimum against transformers", found, truth, options.tolerance)
+
+    def serve_batch():
+        found = served(options.tk, directory, records)
+        compare(table, "tk serve-batch against transformers", found, truth, options.tolerance)
+
+    table.attempt("ONNX Runtime against transformers", onnx_runtime)
+    table.attempt("Optimum against transformers", optimum)
+    table.attempt("tk serve-batch against transformers", serve_batch)
+    sys.exit(1 if table.print() else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,376 @@
+use std::io::Write;
+
+use proptest::prelude::*;
+use serde_json::json;
+
+use super::*;
+
+/// A file of the given name and bytes, in a directory that lives as long as the result.
+fn file(name: &str, bytes: impl AsRef<[u8]>) -> (tempfile::TempDir, PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join(name);
+    std::fs::write(&path, bytes).unwrap();
+    (dir, path)
+}
+
+/// What reading the bytes gives: (line, the fields or the message).
+fn items(name: &str, bytes: impl AsRef<[u8]>) -> Vec<(usize, Result<Value, String>)> {
+    let (_dir, path) = file(name, bytes);
+    let rows = read(&Source::Path(path), None).unwrap();
+    rows.map(|item| match item.unwrap() {
+        Ok(row) => (row.line, Ok(Value::Object(row.fields))),
+        Err(bad) => (bad.line, Err(bad.message)),
+    })
+    .collect()
+}
+
+/// The error of opening or reading whole.
+fn refused(name: &str, bytes: impl AsRef<[u8]>) -> String {
+    let (_dir, path) = file(name, bytes);
+    let error = read_all(&path, None).unwrap_err();
+    assert_eq!(crate::error::exit_code(&error), 2, "{error:#}");
+    format!("{error:#}").replace(&format!("{}/", path.parent().unwrap().display()), "")
+}
+
+#[test]
+fn a_jsonl_line_is_a_row_or_says_what_is_wrong_with_it() {
+    let bytes = b"\xef\xbb\xbf{\"text\": \"a\\nb\", \"label\": [1, 2.5]}\r\n\n[1]\n{\"text\": \"\xff\"}\n{\"text\": }\n{}";
+    assert_eq!(
+        items("a.jsonl", bytes),
+        [
+            (1, Ok(json!({"text": "a\nb", "label": [1, 2.5]}))),
+            (2, Err("empty line".into())),
+            (3, Err("a list; a JSON object was expected".into())),
+            (4, Err("not UTF-8: byte 11 of the line".into())),
+            (5, Err("not JSON: expected value, at column 10".into())),
+            (6, Ok(json!({}))),
+        ]
+    );
+}
+
+#[test]
+fn txt_keeps_empty_lines_and_replaces_what_is_not_utf8() {
+    assert_eq!(
+        items("a.txt", b"\xef\xbb\xbfone\r\n\ntw\xffo\rx\n"),
+        [
+            (1, Ok(json!({"text": "one"}))),
+            (2, Ok(json!({"text": ""}))),
+            (3, Ok(json!({"text": "tw\u{fffd}o\rx"}))),
+        ]
+    );
+    assert_eq!(items("a.txt", ""), []);
+    assert_eq!(items("a.txt", "\u{feff}"), []);
+}
+
+#[test]
+fn csv_fields_may_hold_commas_quotes_and_lines() {
+    let text = "\u{feff}text,label\r\n\"a, \"\"b\"\"\r\nc\",1\r\n\r\n\"\",\r\nonly\r\nx,y,z\r\nlast,2";
+    assert_eq!(
+        items("a.csv", text),
+        [
+            (2, Ok(json!({"text": "a, \"b\"\r\nc", "label": "1"}))),
+            (5, Ok(json!({"text": "", "label": ""}))),
+            (6, Err("1 fields; the header has 2: text, label".into())),
+            (7, Err("3 fields; the header has 2: text, label".into())),
+            (8, Ok(json!({"text": "last", "label": "2"}))),
+        ]
+    );
+    assert_eq!(items("a.csv", b"t\n\xff\n"), [(2, Ok(json!({"t": "\u{fffd}"})))]);
+    assert_eq!(items("a.csv", ""), []);
+    assert_eq!(
+        items("a.csv", "text,label\na,1\n\"b,2\nc,3\n"),
+        [
+            (2, Ok(json!({"text": "a", "label": "1"}))),
+            (3, Err("a quote is opened in this record and never closed".into())),
+        ]
+    );
+}
+
+#[test]
+fn a_quote_in_tsv_is_text() {
+    assert_eq!(
+        items("a.TSV", "text\tlabel\r\n\"a\t1\r\n\nb \"c\"\r d\t\n"),
+        [
+            (2, Ok(json!({"text": "\"a", "label": "1"}))),
+            (3, Err("1 fields; the header has 2: text, label".into())),
+            (4, Ok(json!({"text": "b \"c\"\r d", "label": ""}))),
+        ]
+    );
+}
+
+#[test]
+fn a_json_document_is_an_array_or_has_one_under_data_or_is_lines() {
+    let rows = [
+        (1, Ok(json!({"a": 1}))),
+        (2, Err("a number (2); a JSON object was expected".into())),
+    ];
+    assert_eq!(items("a.json", "\u{feff}[{\"a\": 1}, 2]"), rows);
+    assert_eq!(
+        items("a.json", r#"{"version": "1.1", "data": [{"a": 1}, 2]}"#),
+        rows
+    );
+    assert_eq!(items("a.json", "{\"a\": 1}\n2\n"), rows);
+    assert_eq!(items("a.json", " \n"), []);
+    let pretty = refused("a.json", "{\n \"a\": 1\n}");
+    assert_eq!(
+        pretty,
+        r#"a.json is an object; an array of objects was expected, or an object whose "data" is one"#
+    );
+    assert!(
+        refused("a.json", "[{\"a\": 1},\n 2")
+            .contains("a.json is not JSON: EOF while parsing a list at line 2")
+    );
+}
+
+#[test]
+fn parquet_columns_become_json_and_null_is_absent() {
+    use ::parquet::data_type::{BoolType, ByteArray, ByteArrayType, DoubleType, Int64Type};
+    use ::parquet::file::writer::SerializedFileWriter;
+
+    let schema = "message rows {
+        optional binary text (UTF8);
+        required int64 label;
+        required double score;
+        required boolean ok;
+        required group tags (LIST) { repeated group list { required binary element (UTF8); } }
+    }";
+    let schema = ::parquet::schema::parser::parse_message_type(schema)
+        .unwrap()
+        .into();
+    let (dir, path) = file("a.parquet", "");
+    let mut writer =
+        SerializedFileWriter::new(File::create(&path).unwrap(), schema, Default::default()).unwrap();
+    // two row groups, so that numbering must go through both
+    for round in 0..2 {
+        let mut group = writer.next_row_group().unwrap();
+        let text = |text: &str| ByteArray::from(text.as_bytes().to_vec());
+        let mut column = group.next_column().unwrap().unwrap();
+        column
+            .typed::<ByteArrayType>()
+            .write_batch(&[text("é")], Some(&[1, 0]), None)
+            .unwrap();
+        column.close().unwrap();
+        let mut column = group.next_column().unwrap().unwrap();
+        column
+            .typed::<Int64Type>()
+            .write_batch(&[round, -7], None, None)
+            .unwrap();
+        column.close().unwrap();
+        let mut column = group.next_column().unwrap().unwrap();
+        column
+            .typed::<DoubleType>()
+            .write_batch(&[0.5, f64::NAN], None, None)
+            .unwrap();
+        column.close().unwrap();
+        let mut column = group.next_column().unwrap().unwrap();
+        column
+            .typed::<BoolType>()
+            .write_batch(&[true, false], None, None)
+            .unwrap();
+        column.close().unwrap();
+        let mut column = group.next_column().unwrap().unwrap();
+        let tags = [text("x"), text("y")];
+        column
+            .typed::<ByteArrayType>()
+            .write_batch(&tags, Some(&[1, 1, 0]), Some(&[0, 1, 0]))
+            .unwrap();
+        column.close().unwrap();
+        group.close().unwrap();
+    }
+    writer.close().unwrap();
+
+    let rows = read_all(&path, None).unwrap();
+    drop(dir);
+    assert_eq!(rows.iter().map(|row| row.line).collect::<Vec<_>>(), [1, 2, 3, 4]);
+    let second = json!({"label": -7, "score": "NaN", "ok": false, "tags": []});
+    for (i, row) in rows.into_iter().enumerate() {
+        let first = json!({"text": "é", "label": i / 2, "score": 0.5, "ok": true, "tags": ["x", "y"]});
+        assert_eq!(
+            Value::Object(row.fields),
+            if i % 2 == 0 { first } else { second.clone() }
+        );
+    }
+    assert!(refused("b.parquet", "PAR1 no").starts_with("b.parquet can't be read as Parquet: "));
+}
+
+#[test]
+fn headers_must_tell_the_columns_apart() {
+    assert_eq!(
+        refused("a.csv", "text,,label\n"),
+        "a.csv:1: column 2 has no name in the header"
+    );
+    assert_eq!(
+        refused("a.tsv", "text\tlabel\ttext\n"),
+        "a.tsv:1: columns 1 and 3 are both named \"text\""
+    );
+}
+
+#[test]
+fn whole_files_are_refused_with_all_that_is_wrong() {
+    assert_eq!(refused("tweets.jsonl", ""), "tweets.jsonl has no records");
+    assert_eq!(refused("tweets.csv", "text,label\n"), "tweets.csv has no records");
+    let message = refused("tweets.jsonl", "{}\n".to_owned() + &"x\n".repeat(12));
+    let lines: Vec<_> = message.lines().collect();
+    assert_eq!(lines[0], "tweets.jsonl: 12 of 13 records can't be used:");
+    assert_eq!(
+        lines[1],
+        "  tweets.jsonl:2: not JSON: expected value, at column 1"
+    );
+    assert_eq!(lines[11], "  and 2 more");
+    assert_eq!(lines.len(), 12);
+}
+
+#[test]
+fn examples_and_lines_are_refused_together() {
+    let (_dir, path) = file("a.jsonl", "{\"text\": \"a\"}\n\n{\"text\": 3}\n");
+    let columns = Columns::default();
+    let example = |row: Row| row.text(&columns, "text").map(str::to_owned);
+    let error = read_examples(&path, None, example).unwrap_err().to_string();
+    assert!(error.contains("a.jsonl:2: empty line\n"), "{error}");
+    assert!(
+        error.ends_with("a.jsonl:3: field \"text\" is a number (3); a string was expected"),
+        "{error}"
+    );
+}
+
+#[test]
+fn formats_are_known_by_extension() {
+    assert_eq!(Format::of(Path::new("x/A.JSONL")).unwrap(), Format::Jsonl);
+    let message = |path| Format::of(Path::new(path)).unwrap_err().to_string();
+    let known = "jsonl, json, csv, tsv, parquet, txt";
+    assert_eq!(
+        message("a.xml"),
+        format!("a.xml: the format is not known: \"xml\" is none of {known}")
+    );
+    assert_eq!(
+        message("a"),
+        format!("a: the format is not known: no extension; the known ones are {known}")
+    );
+    assert!(message("ner.conll").contains("is for token-classification"));
+    assert!(read(&Source::of("no/such.csv"), None).is_err_and(|e| e.to_string().contains("No such file")));
+    assert_eq!(Source::of("-"), Source::Stdin);
+}
+
+#[test]
+fn a_missing_column_is_named_beside_those_that_stand_there() {
+    let fields = json!({"sentence": "good", "label": 1, "note": null})
+        .as_object()
+        .unwrap()
+        .clone();
+    let mut row = Row { line: 7, fields };
+    let plain = Columns::default().with("text", None).with("text_pair", None);
+    assert_eq!(
+        row.text(&plain, "text").unwrap_err().to_string(),
+        r#"line 7: no field "text"; the line has "sentence", "label", "note" (--text-column names another)"#
+    );
+    assert_eq!(row.optional_text(&plain, "text_pair"), Ok(None));
+    let mapped = Columns::default()
+        .with("text", Some("sentence".into()))
+        .with("text_pair", Some("second".into()));
+    assert_eq!(row.text(&mapped, "text"), Ok("good"));
+    // a column that was asked for is not optional
+    let message = row.optional_text(&mapped, "text_pair").unwrap_err().message;
+    assert!(
+        message.starts_with("no field \"second\";") && message.ends_with("(--text-pair-column asks for it)")
+    );
+    assert_eq!(
+        row.text(&plain, "label").unwrap_err().message,
+        "field \"label\" is a number (1); a string was expected"
+    );
+    assert_eq!(
+        row.value(&plain, "note").unwrap_err().message,
+        "field \"note\" is null"
+    );
+    assert_eq!(row.take(&mapped, "text"), Some(json!("good")));
+    assert_eq!(row.fields.keys().collect::<Vec<_>>(), ["label", "note"]);
+}
+
+/// A reader that gives one record and then fails for good.
+struct Failing(bool);
+
+impl std::io::Read for Failing {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        match std::mem::replace(&mut self.0, true) {
+            false => (&mut &mut *buffer).write(b"{}\n{"),
+            true => Err(std::io::Error::other("the disk is gone")),
+        }
+    }
+}
+
+#[test]
+fn after_an_error_the_rows_end() {
+    let input: Input = Box::new(BufReader::new(Failing(false)));
+    let rows = readers::rows(input, Format::Jsonl, "x").unwrap();
+    let mut rows = Rows {
+        name: "x".into(),
+        rows: Some(rows),
+    };
+    assert!(rows.next().unwrap().unwrap().is_ok());
+    let error = rows.next().unwrap().unwrap_err();
+    assert_eq!(format!("{error:#}"), "reading x: the disk is gone");
+    assert!(rows.next().is_none());
+}
+
+/// Bytes in which lines, marks, quotes and broken UTF-8 are likely.
+fn bytes() -> impl Strategy<Value = Vec<u8>> {
+    let piece = prop_oneof![
+        4 => prop::sample::select(vec!["\n", "\r\n", "\r", "\t", ",", "\"", "\u{feff}", "{}", "{\"a\": 1}", "[", "é"])
+            .prop_map(|piece| piece.as_bytes().to_vec()),
+        1 => prop::collection::vec(any::<u8>(), 0..4),
+    ];
+    prop::collection::vec(piece, 0..40).prop_map(|pieces| pieces.concat())
+}
+
+/// How many lines bytes have: a final end begins none.
+fn lines(bytes: &[u8]) -> usize {
+    let bytes = bytes.strip_prefix("\u{feff}".as_bytes()).unwrap_or(bytes);
+    bytes.split(|&byte| byte == b'\n').count() - usize::from(bytes.is_empty() || bytes.ends_with(b"\n"))
+}
+
+proptest! {
+    #[test]
+    fn every_line_gives_one_item_in_order(bytes in bytes()) {
+        for name in ["a.jsonl", "a.txt"] {
+            let numbers: Vec<_> = items(name, &bytes).into_iter().map(|(line, _)| line).collect();
+            prop_assert_eq!(numbers, (1..=lines(&bytes)).collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
+    fn every_line_below_a_tsv_header_gives_one_item(bytes in bytes()) {
+        let bytes = [b"text\tlabel\n", &bytes[..]].concat();
+        let numbers: Vec<_> = items("a.tsv", &bytes).into_iter().map(|(line, _)| line).collect();
+        prop_assert_eq!(numbers, (2..=lines(&bytes)).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn csv_is_read_as_the_csv_crate_reads_it(bytes in bytes()) {
+        // a lone \r ends a record there and is text here
+        let lone = |i: usize| bytes[i] == b'\r' && bytes.get(i + 1) != Some(&b'\n');
+        let text: Vec<_> = (0..bytes.len()).filter(|&i| !lone(i)).map(|i| bytes[i]).collect();
+        let bytes = [b"a,b\n", &text[..]].concat();
+        let mut theirs = ::csv::ReaderBuilder::new().flexible(true).from_reader(&bytes[..]);
+        let theirs: Vec<_> = theirs.byte_records().map(Result::unwrap).collect();
+        let ours = items("a.csv", &bytes);
+        prop_assert_eq!(ours.len(), theirs.len());
+        for ((_, ours), theirs) in ours.into_iter().zip(theirs) {
+            match ours {
+                Ok(fields) => {
+                    let theirs: Vec<_> = theirs.iter().map(String::from_utf8_lossy).collect();
+                    prop_assert_eq!(fields, json!({"a": theirs[0], "b": theirs[1]}));
+                }
+                Err(message) => prop_assert!(theirs.len() != 2 || message.contains("never closed")),
+            }
+        }
+    }
+
+    #[test]
+    fn csv_and_json_of_any_bytes_end_without_panic(bytes in bytes()) {
+        for name in ["a.csv", "a.json", "a.parquet"] {
+            let (_dir, path) = file(name, &bytes);
+            if let Ok(rows) = read(&Source::Path(path), None) {
+                prop_assert!(rows.count() <= bytes.len());
+            }
+        }
+    }
+}
