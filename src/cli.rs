@@ -12,13 +12,7 @@ use crate::{Result, bail_unusable, unusable};
 /// Fine-tunes transformers, exports them to ONNX, serves them through ONNX Runtime, and proves that what is
 /// served is what was trained.
 #[derive(Debug, Parser)]
-#[command(
-    name = "tk",
-    version,
-    max_term_width = 100,
-    subcommand_required = true,
-    arg_required_else_help = true
-)]
+#[command(name = "tk", version, max_term_width = 100, subcommand_required = true, arg_required_else_help = true)]
 pub struct Cli {
     #[command(subcommand)]
     pub command: Command,
@@ -63,28 +57,16 @@ impl Cli {
 
     /// How much is to be said.
     pub fn say(&self) -> Say {
-        Say {
-            quiet: self.quiet,
-            verbose: self.verbose,
-            json: self.json,
-        }
+        Say { quiet: self.quiet, verbose: self.verbose, json: self.json }
     }
 }
 
 /// Puts a `--config` file's options behind the command's name, where later ones override them.
 fn expand_config(mut args: Vec<OsString>) -> Result<Vec<OsString>> {
-    let Some(path) = config_path(&args) else {
-        return Ok(args);
-    };
+    let Some(path) = config_path(&args) else { return Ok(args) };
     let cli = Cli::command();
-    let found = args
-        .iter()
-        .enumerate()
-        .skip(1)
-        .find_map(|(at, arg)| Some((at, cli.find_subcommand(arg)?)));
-    let Some((at, command)) = found else {
-        return Ok(args);
-    };
+    let found = args.iter().enumerate().skip(1).find_map(|(at, arg)| Some((at, cli.find_subcommand(arg)?)));
+    let Some((at, command)) = found else { return Ok(args) };
     let options = config_options(Path::new(&path), command)?;
     args.splice(at + 1..at + 1, options.into_iter().map(OsString::from));
     Ok(args)
@@ -120,19 +102,13 @@ fn config_options(path: &Path, command: &clap::Command) -> Result<Vec<String>> {
         let text = |value: &toml::Value| match value {
             toml::Value::String(text) => Ok(text.clone()),
             toml::Value::Integer(_) | toml::Value::Float(_) => Ok(value.to_string()),
-            other => Err(unusable!(
-                "{}: {key} is {other}, expected a string or a number",
-                path.display()
-            )),
+            other => Err(unusable!("{}: {key} is {other}, expected a string or a number", path.display())),
         };
         match value {
             toml::Value::Boolean(true) => options.push(format!("--{key}")),
             toml::Value::Boolean(false) => {}
             toml::Value::Array(list) => {
-                options.push(format!(
-                    "--{key}={}",
-                    list.iter().map(text).collect::<Result<Vec<_>>>()?.join(",")
-                ));
+                options.push(format!("--{key}={}", list.iter().map(text).collect::<Result<Vec<_>>>()?.join(",")));
             }
             value => options.push(format!("--{key}={}", text(value)?)),
         }

@@ -45,11 +45,7 @@ impl Task {
     /// # Errors
     /// `architectures` names no head that tk knows, or the labels are inconsistent.
     pub fn from_config(config: &ModelConfig) -> Result<Self> {
-        let architecture = config
-            .raw
-            .get("architectures")
-            .and_then(|list| list.get(0))
-            .and_then(Value::as_str);
+        let architecture = config.raw.get("architectures").and_then(|list| list.get(0)).and_then(Value::as_str);
         match architecture {
             Some(name) if name.ends_with("ForSequenceClassification") => {
                 Ok(Self::TextClassification(TextClassification::from_config(config)?))
@@ -58,9 +54,7 @@ impl Task {
                 "architectures is [\"{name}\"], which is no trained task of tk's \
                  (BertForSequenceClassification is): fine-tune it first with `tk train`"
             ),
-            None => {
-                bail_unusable!("architectures is missing, so the task is unknown: fine-tune with `tk train`")
-            }
+            None => bail_unusable!("architectures is missing, so the task is unknown: fine-tune with `tk train`"),
         }
     }
 
