@@ -9,6 +9,8 @@ pub mod eager;
 pub mod error;
 pub mod files;
 pub mod model;
+pub mod onnx;
+pub mod runtime;
 pub mod saved;
 pub mod say;
 pub mod task;

@@ -1,0 +1,323 @@
+//! The interpreter that writes ONNX: a definition → nodes and initializers.
+//!
+//! Weights keep their Hugging Face names and layout, so a graph's initializers are byte for byte those of
+//! `model.safetensors`; the transpose in front of a matrix product is constant, and runtimes fold it. Shapes
+//! are written with 0 (copied from the input) where a batch or a length stands, so nothing is baked in.
+
+use std::borrow::Cow;
+use std::cell::RefCell;
+
+use super::graph::{Graph, Value, float, int, ints, string};
+use super::proto::tensor_proto::DataType;
+use super::proto::{ModelProto, OperatorSetIdProto};
+use super::{check, checked_opset};
+use crate::Result;
+use crate::model::ops::{Activation, Attend, Ids, Linear, Norm, Ops, Param, Pick, Sees, Table};
+use crate::task::Output;
+
+/// What a masked score becomes: the lowest f32. Finite, so a row without any key stays finite too.
+const MASKED: f32 = f32::MIN;
+
+/// Writes the nodes that the verbs stand for.
+pub struct Emit {
+    graph: RefCell<Graph>,
+    opset: i64,
+}
+
+/// A value of the graph.
+#[derive(Clone, Debug)]
+pub struct X {
+    value: Value,
+    /// The module it came from: what follows without weights of its own is named after it.
+    scope: String,
+    /// C, the last axis.
+    width: usize,
+}
+
+/// A definition as a checked model: (batch_size, sequence_length) inputs, the given outputs, one weight for
+/// each parameter. The same definition and weights give the same bytes.
+///
+/// # Errors
+/// An opset that tk does not write; a weight that is missing, of another size, or not finite.
+pub fn graph<'w>(
+    define: impl FnOnce(&Emit) -> Result<Vec<X>>,
+    outputs: &[Output],
+    opset: i64,
+    weights: impl Fn(&Param) -> Result<Cow<'w, [f32]>>,
+) -> Result<ModelProto> {
+    let opset = checked_opset(opset)?;
+    let emit = Emit {
+        graph: RefCell::default(),
+        opset,
+    };
+    let results = define(&emit)?;
+    anyhow::ensure!(
+        results.len() == outputs.len(),
+        "the definition gives {} results, its contract has {} outputs",
+        results.len(),
+        outputs.len()
+    );
+    let results: Vec<_> = outputs.iter().zip(results.iter().map(|x| x.value)).collect();
+    let model = ModelProto {
+        ir_version: ir_version(opset),
+        opset_import: vec![OperatorSetIdProto {
+            domain: String::new(),
+            version: opset,
+        }],
+        producer_name: "tk".to_owned(),
+        producer_version: env!("CARGO_PKG_VERSION").to_owned(),
+        graph: Some(emit.graph.into_inner().finish(&results, weights)?),
+        ..Default::default()
+    };
+    check::check(&model)?;
+    Ok(model)
+}
+
+/// The file format's version that came with an opset, never below 8.
+fn ir_version(opset: i64) -> i64 {
+    match opset {
+        ..=18 => 8,
+        19 | 20 => 9,
+        _ => 10,
+    }
+}
+
+impl Emit {
+    fn node(
+        &self,
+        scope: &str,
+        op: &'static str,
+        inputs: &[Value],
+        attributes: Vec<super::proto::AttributeProto>,
+    ) -> Value {
+        self.graph.borrow_mut().node(scope, op, inputs, attributes)
+    }
+
+    /// A node without attributes.
+    fn plain(&self, scope: &str, op: &'static str, inputs: &[Value]) -> Value {
+        self.node(scope, op, inputs, Vec::new())
+    }
+
+    fn f32(&self, value: f32) -> Value {
+        self.graph.borrow_mut().f32(value)
+    }
+
+    fn list(&self, values: &[i64]) -> Value {
+        self.graph.borrow_mut().i64s(&[values.len() as i64], values)
+    }
+
+    fn param(&self, param: &Param) -> Result<Value> {
+        self.graph.borrow_mut().param(param)
+    }
+
+    fn transpose(&self, scope: &str, x: Value, perm: &[i64]) -> Value {
+        self.node(scope, "Transpose", &[x], vec![ints("perm", perm)])
+    }
+
+    /// (B, T, H·D) → (B, T, H, D) → the given order.
+    fn split_heads(&self, x: &X, heads: usize, perm: &[i64]) -> Value {
+        let shape = self.list(&[0, 0, heads as i64, (x.width / heads) as i64]);
+        let split = self.plain(&x.scope, "Reshape", &[x.value, shape]);
+        self.transpose(&x.scope, split, perm)
+    }
+
+    /// (B, 1, 1, T), true for a token.
+    fn keep(&self) -> Value {
+        self.graph.borrow_mut().shared("keep", |g| {
+            let mask = g.input("attention_mask");
+            let mask = g.node(
+                "attention_mask",
+                "Cast",
+                &[mask],
+                vec![int("to", DataType::Bool as i64)],
+            );
+            let axes = g.i64s(&[2], &[1, 2]);
+            g.node("attention_mask", "Unsqueeze", &[mask, axes], Vec::new())
+        })
+    }
+
+    /// 0, 1, 2 … for every sequence: (B, T).
+    fn positions(&self) -> Value {
+        self.graph.borrow_mut().shared("positions", |g| {
+            let ids = g.input("input_ids");
+            let shape = g.node("position_ids", "Shape", &[ids], Vec::new());
+            let (zero, one) = (g.i64s(&[], &[0]), g.i64s(&[], &[1]));
+            let length = g.node("position_ids", "Gather", &[shape, one], vec![int("axis", 0)]);
+            let range = g.node("position_ids", "Range", &[zero, length, one], Vec::new());
+            g.node("position_ids", "Expand", &[range, shape], Vec::new())
+        })
+    }
+
+    /// `x · 0.5 · (1 + erf(x / √2))`, in the order of operations that runtimes know and fuse.
+    fn gelu_from_erf(&self, at: &str, x: Value) -> Value {
+        let scaled = self.plain(at, "Div", &[x, self.f32(std::f32::consts::SQRT_2)]);
+        let erf = self.plain(at, "Erf", &[scaled]);
+        let sum = self.plain(at, "Add", &[erf, self.f32(1.0)]);
+        let product = self.plain(at, "Mul", &[x, sum]);
+        self.plain(at, "Mul", &[product, self.f32(0.5)])
+    }
+
+    /// `0.5 · x · (1 + tanh(√(2/π) · (x + 0.044715 · x³)))`.
+    fn gelu_from_tanh(&self, at: &str, x: Value) -> Value {
+        let half = self.plain(at, "Mul", &[x, self.f32(0.5)]);
+        let cube = self.plain(at, "Pow", &[x, self.f32(3.0)]);
+        let small = self.plain(at, "Mul", &[cube, self.f32(0.044_715)]);
+        let sum = self.plain(at, "Add", &[x, small]);
+        let scaled = self.plain(
+            at,
+            "Mul",
+            &[sum, self.f32((2.0 / std::f64::consts::PI).sqrt() as f32)],
+        );
+        let tanh = self.plain(at, "Tanh", &[scaled]);
+        let one = self.plain(at, "Add", &[tanh, self.f32(1.0)]);
+        self.plain(at, "Mul", &[half, one])
+    }
+
+    /// Layer norm where the opset has no operator for it.
+    fn layer_norm_from_primitives(&self, at: &str, x: Value, scale: Value, shift: Value, eps: f32) -> Value {
+        let mean = |x| {
+            self.node(
+                at,
+                "ReduceMean",
+                &[x],
+                vec![ints("axes", &[-1]), int("keepdims", 1)],
+            )
+        };
+        let centred = self.plain(at, "Sub", &[x, mean(x)]);
+        let square = self.plain(at, "Pow", &[centred, self.f32(2.0)]);
+        let shifted = self.plain(at, "Add", &[mean(square), self.f32(eps)]);
+        let deviation = self.plain(at, "Sqrt", &[shifted]);
+        let normal = self.plain(at, "Div", &[centred, deviation]);
+        let scaled = self.plain(at, "Mul", &[normal, scale]);
+        self.plain(at, "Add", &[scaled, shift])
+    }
+}
+
+impl Ops for Emit {
+    type X = X;
+
+    fn embed(&self, table: Table, ids: Ids) -> Result<X> {
+        let scope = module(&table.weight.name).to_owned();
+        let width = table.weight.shape[1];
+        let table = self.param(&table.weight)?;
+        let ids = match ids {
+            Ids::Tokens => self.graph.borrow_mut().input("input_ids"),
+            Ids::TokenTypes => self.graph.borrow_mut().input("token_type_ids"),
+            Ids::Positions => self.positions(),
+        };
+        let value = self.node(&scope, "Gather", &[table, ids], vec![int("axis", 0)]);
+        Ok(X { value, scope, width })
+    }
+
+    fn linear(&self, map: Linear, x: &X) -> Result<X> {
+        let scope = module(&map.weight.name).to_owned();
+        let width = map.weight.shape[0];
+        let weight = self.param(&map.weight)?;
+        let weight = self.transpose(&scope, weight, &[1, 0]);
+        let product = self.plain(&scope, "MatMul", &[x.value, weight]);
+        let value = self.plain(&scope, "Add", &[product, self.param(&map.bias)?]);
+        Ok(X { value, scope, width })
+    }
+
+    fn layer_norm(&self, norm: Norm, x: &X) -> Result<X> {
+        let scope = module(&norm.weight.name).to_owned();
+        let (scale, shift) = (self.param(&norm.weight)?, self.param(&norm.bias)?);
+        let eps = norm.eps as f32;
+        let value = if self.opset >= 17 {
+            let how = vec![int("axis", -1), float("epsilon", eps)];
+            self.node(&scope, "LayerNormalization", &[x.value, scale, shift], how)
+        } else {
+            self.layer_norm_from_primitives(&scope, x.value, scale, shift, eps)
+        };
+        Ok(X {
+            value,
+            scope,
+            width: x.width,
+        })
+    }
+
+    fn attention(&self, q: &X, k: &X, v: &X, how: Attend) -> Result<X> {
+        let Sees::All = how.sees;
+        let at = common(&q.scope, &k.scope).to_owned();
+        let q_heads = self.split_heads(q, how.heads, &[0, 2, 1, 3]); // (B, H, T, D)
+        let k_heads = self.split_heads(k, how.heads, &[0, 2, 3, 1]); // (B, H, D, T)
+        let v_heads = self.split_heads(v, how.heads, &[0, 2, 1, 3]); // (B, H, T, D)
+        let scale = 1.0 / ((q.width / how.heads) as f64).sqrt();
+        let scores = self.plain(&at, "MatMul", &[q_heads, k_heads]); // (B, H, T, T)
+        let scores = self.plain(&at, "Mul", &[scores, self.f32(scale as f32)]);
+        let scores = self.plain(&at, "Where", &[self.keep(), scores, self.f32(MASKED)]);
+        let weights = self.node(&at, "Softmax", &[scores], vec![int("axis", -1)]);
+        let mixed = self.plain(&at, "MatMul", &[weights, v_heads]); // (B, H, T, D)
+        let mixed = self.transpose(&at, mixed, &[0, 2, 1, 3]);
+        let shape = self.list(&[0, 0, v.width as i64]);
+        let value = self.plain(&at, "Reshape", &[mixed, shape]); // (B, T, C)
+        Ok(X {
+            value,
+            scope: at,
+            width: v.width,
+        })
+    }
+
+    fn activate(&self, x: &X, how: Activation) -> Result<X> {
+        let at = &x.scope;
+        let value = match how {
+            Activation::Gelu if self.opset >= 20 => self.plain(at, "Gelu", &[x.value]),
+            Activation::Gelu => self.gelu_from_erf(at, x.value),
+            Activation::GeluTanh if self.opset >= 20 => {
+                self.node(at, "Gelu", &[x.value], vec![string("approximate", "tanh")])
+            }
+            Activation::GeluTanh => self.gelu_from_tanh(at, x.value),
+            Activation::Relu => self.plain(at, "Relu", &[x.value]),
+            Activation::Silu => {
+                let sigmoid = self.plain(at, "Sigmoid", &[x.value]);
+                self.plain(at, "Mul", &[x.value, sigmoid])
+            }
+            Activation::Tanh => self.plain(at, "Tanh", &[x.value]),
+        };
+        Ok(X { value, ..x.clone() })
+    }
+
+    fn add(&self, a: &X, b: &X) -> Result<X> {
+        let (shared, parent) = (common(&a.scope, &b.scope), module(&a.scope));
+        let scope = if shared.len() > parent.len() {
+            shared
+        } else {
+            parent
+        }
+        .to_owned();
+        let value = self.plain(&scope, "Add", &[a.value, b.value]);
+        Ok(X {
+            value,
+            scope,
+            width: a.width,
+        })
+    }
+
+    fn dropout(&self, x: &X, _: f32) -> Result<X> {
+        Ok(x.clone())
+    }
+
+    fn pick(&self, x: &X, which: Pick) -> Result<X> {
+        let Pick::First = which;
+        let zero = self.graph.borrow_mut().i64s(&[], &[0]);
+        let value = self.node(&x.scope, "Gather", &[x.value, zero], vec![int("axis", 1)]);
+        Ok(X { value, ..x.clone() })
+    }
+
+    fn tap(&self, name: &str, x: X) -> Result<X> {
+        let value = self.graph.borrow_mut().rename(x.value, name)?;
+        Ok(X { value, ..x })
+    }
+}
+
+/// `a.b.weight` → `a.b`; a name without dots stays.
+fn module(name: &str) -> &str {
+    name.rsplit_once('.').map_or(name, |(module, _)| module)
+}
+
+/// The longest prefix of whole dotted parts that both share.
+fn common<'a>(a: &'a str, b: &str) -> &'a str {
+    let parts = a.split('.').zip(b.split('.')).take_while(|(a, b)| a == b);
+    let length: usize = parts.map(|(part, _)| part.len() + 1).sum();
+    &a[..length.saturating_sub(1)]
+}

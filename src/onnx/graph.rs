@@ -1,0 +1,322 @@
+//! A graph under construction: nodes over numbered values, whose names are settled last.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use anyhow::Context;
+
+use super::proto::attribute_proto::AttributeType;
+use super::proto::tensor_proto::DataType;
+use super::proto::tensor_shape_proto::{Dimension, dimension};
+use super::proto::{
+    AttributeProto, GraphProto, NodeProto, TensorProto, TensorShapeProto, TypeProto, ValueInfoProto,
+    type_proto,
+};
+use crate::checkpoint::f32_bytes;
+use crate::model::ops::Param;
+use crate::task::{Dim, Output};
+use crate::{Result, bail_unusable};
+
+/// A value's number. Values are named when the graph is finished, so that a tap can still rename one.
+pub(super) type Value = usize;
+
+/// The inputs that an encoder's graph may have, in their order: (batch_size, sequence_length), int64.
+pub const INPUTS: [&str; 3] = ["input_ids", "attention_mask", "token_type_ids"];
+
+#[derive(Default)]
+pub(super) struct Graph {
+    /// The name of each value.
+    names: Vec<String>,
+    /// Values whose name is somebody's promise: inputs, weights, taps, outputs.
+    fixed: BTreeSet<Value>,
+    nodes: Vec<Node>,
+    node_names: BTreeMap<String, usize>,
+    inputs: BTreeMap<&'static str, Value>,
+    params: Vec<(Param, Value)>,
+    constants: Vec<(TensorProto, Value)>,
+    /// What is computed once for the whole graph, e.g. the mask.
+    shared: BTreeMap<&'static str, Value>,
+}
+
+struct Node {
+    op: &'static str,
+    name: String,
+    inputs: Vec<Value>,
+    output: Value,
+    attributes: Vec<AttributeProto>,
+}
+
+impl Graph {
+    fn value(&mut self, name: String) -> Value {
+        self.names.push(name);
+        self.names.len() - 1
+    }
+
+    fn fixed_value(&mut self, name: &str) -> Value {
+        let value = self.value(name.to_owned());
+        self.fixed.insert(value);
+        value
+    }
+
+    /// Adds a node `scope/Op` (`scope/Op_1` … where that is taken) and returns its output.
+    pub fn node(
+        &mut self,
+        scope: &str,
+        op: &'static str,
+        inputs: &[Value],
+        attributes: Vec<AttributeProto>,
+    ) -> Value {
+        let mut name = format!("{scope}/{op}");
+        let seen = self.node_names.entry(name.clone()).or_default();
+        if *seen > 0 {
+            name = format!("{name}_{seen}");
+        }
+        *seen += 1;
+        let output = self.value(name.clone());
+        self.nodes.push(Node {
+            op,
+            name,
+            inputs: inputs.to_vec(),
+            output,
+            attributes,
+        });
+        output
+    }
+
+    /// One of [`INPUTS`], declared by its first use.
+    pub fn input(&mut self, name: &'static str) -> Value {
+        if let Some(&value) = self.inputs.get(name) {
+            return value;
+        }
+        let value = self.fixed_value(name);
+        self.inputs.insert(name, value);
+        value
+    }
+
+    /// A weight, declared by its first use; the same name again is the same (tied) weight.
+    pub fn param(&mut self, param: &Param) -> Result<Value> {
+        match self.params.iter().find(|(known, _)| known.name == param.name) {
+            Some((known, value)) if known.shape == param.shape => return Ok(*value),
+            Some((known, _)) => anyhow::bail!(
+                "{} is used with shape {:?} and with shape {:?}",
+                param.name,
+                known.shape,
+                param.shape
+            ),
+            None => {}
+        }
+        let value = self.fixed_value(&param.name);
+        self.params.push((param.clone(), value));
+        Ok(value)
+    }
+
+    /// An integer constant of the given shape: `[]` for a scalar, `[n]` for a list.
+    pub fn i64s(&mut self, dims: &[i64], values: &[i64]) -> Value {
+        let bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        self.constant(
+            format!("const/i64/{}", listed(dims, values)),
+            DataType::Int64,
+            dims,
+            bytes,
+        )
+    }
+
+    /// A number as a constant without dimensions.
+    pub fn f32(&mut self, value: f32) -> Value {
+        self.constant(
+            format!("const/f32/{value:?}"),
+            DataType::Float,
+            &[],
+            value.to_le_bytes().to_vec(),
+        )
+    }
+
+    /// Constants are named for their content, so equal ones are one.
+    fn constant(&mut self, name: String, kind: DataType, dims: &[i64], raw_data: Vec<u8>) -> Value {
+        if let Some((_, value)) = self.constants.iter().find(|(known, _)| known.name == name) {
+            return *value;
+        }
+        let value = self.fixed_value(&name);
+        let tensor = TensorProto {
+            name,
+            data_type: kind as i32,
+            dims: dims.to_vec(),
+            raw_data,
+            ..Default::default()
+        };
+        self.constants.push((tensor, value));
+        value
+    }
+
+    /// A value that is made once and used wherever it is asked for.
+    pub fn shared(&mut self, key: &'static str, make: impl FnOnce(&mut Self) -> Value) -> Value {
+        if let Some(&value) = self.shared.get(key) {
+            return value;
+        }
+        let value = make(self);
+        self.shared.insert(key, value);
+        value
+    }
+
+    /// Gives a value exactly this name; one that already has a promised name is passed through an Identity.
+    pub fn rename(&mut self, value: Value, name: &str) -> Result<Value> {
+        anyhow::ensure!(
+            !self.names.iter().any(|known| known == name),
+            "two values are named {name}"
+        );
+        let value = if self.fixed.contains(&value) {
+            self.node(name, "Identity", &[value], Vec::new())
+        } else {
+            value
+        };
+        name.clone_into(&mut self.names[value]);
+        self.fixed.insert(value);
+        Ok(value)
+    }
+
+    /// Settles the names, fetches the weights and writes the graph out.
+    pub fn finish<'w>(
+        mut self,
+        outputs: &[(&Output, Value)],
+        weights: impl Fn(&Param) -> Result<std::borrow::Cow<'w, [f32]>>,
+    ) -> Result<GraphProto> {
+        let mut graph = GraphProto {
+            name: "tk".to_owned(),
+            ..Default::default()
+        };
+        for (output, value) in outputs {
+            self.rename(*value, output.name)?;
+            graph
+                .output
+                .push(value_info(output.name, DataType::Float, &output.dims));
+        }
+        for name in INPUTS.into_iter().filter(|name| self.inputs.contains_key(name)) {
+            graph
+                .input
+                .push(value_info(name, DataType::Int64, &[Dim::Batch, Dim::Sequence]));
+        }
+        for (param, _) in &self.params {
+            let values = weights(param).with_context(|| param.name.clone())?;
+            if values.len() != param.numel() {
+                bail_unusable!(
+                    "{} holds {} numbers, the shape {:?} asks for {}",
+                    param.name,
+                    values.len(),
+                    param.shape,
+                    param.numel()
+                );
+            }
+            graph.initializer.push(TensorProto {
+                name: param.name.clone(),
+                data_type: DataType::Float as i32,
+                dims: param.shape.iter().map(|&n| n as i64).collect(),
+                raw_data: f32_bytes(&values).into_owned(),
+                ..Default::default()
+            });
+        }
+        graph
+            .initializer
+            .extend(self.constants.into_iter().map(|(tensor, _)| tensor));
+        graph.node = self
+            .nodes
+            .into_iter()
+            .map(|node| NodeProto {
+                op_type: node.op.to_owned(),
+                name: node.name,
+                input: node
+                    .inputs
+                    .iter()
+                    .map(|&value| self.names[value].clone())
+                    .collect(),
+                output: vec![self.names[node.output].clone()],
+                attribute: node.attributes,
+                ..Default::default()
+            })
+            .collect();
+        Ok(graph)
+    }
+}
+
+fn listed(dims: &[i64], values: &[i64]) -> String {
+    let values: Vec<String> = values.iter().map(i64::to_string).collect();
+    if dims.is_empty() {
+        values.join(",")
+    } else {
+        format!("[{}]", values.join(","))
+    }
+}
+
+/// An integer attribute.
+pub(super) fn int(name: &str, value: i64) -> AttributeProto {
+    AttributeProto {
+        name: name.to_owned(),
+        r#type: AttributeType::Int as i32,
+        i: value,
+        ..Default::default()
+    }
+}
+
+/// A list of integers as an attribute.
+pub(super) fn ints(name: &str, values: &[i64]) -> AttributeProto {
+    AttributeProto {
+        name: name.to_owned(),
+        r#type: AttributeType::Ints as i32,
+        ints: values.to_vec(),
+        ..Default::default()
+    }
+}
+
+/// A number as an attribute.
+pub(super) fn float(name: &str, value: f32) -> AttributeProto {
+    AttributeProto {
+        name: name.to_owned(),
+        r#type: AttributeType::Float as i32,
+        f: value,
+        ..Default::default()
+    }
+}
+
+/// A text as an attribute.
+pub(super) fn string(name: &str, value: &str) -> AttributeProto {
+    AttributeProto {
+        name: name.to_owned(),
+        r#type: AttributeType::String as i32,
+        s: value.as_bytes().to_vec(),
+        ..Default::default()
+    }
+}
+
+/// The name, type and shape of a graph's input or output.
+pub(super) fn value_info(name: &str, kind: DataType, dims: &[Dim]) -> ValueInfoProto {
+    let dim = dims
+        .iter()
+        .map(|dim| {
+            let value = match dim {
+                Dim::Batch => dimension::Value::DimParam("batch_size".to_owned()),
+                Dim::Sequence => dimension::Value::DimParam("sequence_length".to_owned()),
+                Dim::Of(n) => dimension::Value::DimValue(*n as i64),
+            };
+            Dimension {
+                value: Some(value),
+                ..Default::default()
+            }
+        })
+        .collect();
+    typed(name, kind, Some(TensorShapeProto { dim }))
+}
+
+/// The name and type of a graph's output whose shape is left to inference.
+pub(super) fn typed(name: &str, kind: DataType, shape: Option<TensorShapeProto>) -> ValueInfoProto {
+    let tensor = type_proto::Tensor {
+        elem_type: kind as i32,
+        shape,
+    };
+    let r#type = TypeProto {
+        value: Some(type_proto::Value::TensorType(tensor)),
+        ..Default::default()
+    };
+    ValueInfoProto {
+        name: name.to_owned(),
+        r#type: Some(r#type),
+        ..Default::default()
+    }
+}

@@ -1,0 +1,130 @@
+//! A model → its file, with large weights beside it where protobuf's 2 GB would not hold them; and back.
+
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::Path;
+
+use anyhow::Context;
+use prost::Message;
+
+use super::proto::tensor_proto::DataLocation;
+use super::proto::{ModelProto, StringStringEntryProto, TensorProto};
+use crate::{Result, files, unusable};
+
+/// Above this many bytes of initializers they go into a file of their own: protobuf stops at 2 GiB.
+const LARGEST_SINGLE_FILE: usize = 1_900_000_000;
+
+/// Tensors below this size stay in the model file: shapes and scalars, which readers want at hand.
+const SMALLEST_EXTERNAL: usize = 1024;
+
+/// Each external tensor starts at a multiple of this, so that it can be mapped into memory.
+const ALIGNMENT: usize = 4096;
+
+/// Writes `model` to `path`, and its weights to `path` + `_data` if they are too large for one file or
+/// `external` asks for it. Returns whether there is such a file.
+pub fn save(mut model: ModelProto, path: &Path, external: bool) -> Result<bool> {
+    let total: usize = model
+        .graph
+        .iter()
+        .flat_map(|g| &g.initializer)
+        .map(|t| t.raw_data.len())
+        .sum();
+    let external = external || total > LARGEST_SINGLE_FILE;
+    if external {
+        let data = data_path(path);
+        let location = data
+            .file_name()
+            .map(|name| name.to_string_lossy().into_owned())
+            .unwrap_or_default();
+        files::write_through_rename(&data, |temporary| write_data(&mut model, temporary, &location))?;
+    }
+    files::write(path, model.encode_to_vec())?;
+    Ok(external)
+}
+
+/// Where the weights of the model at `path` stand if they are in a file of their own.
+pub fn data_path(path: &Path) -> std::path::PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push("_data");
+    name.into()
+}
+
+/// Moves the large initializers out of the model into a file.
+fn write_data(model: &mut ModelProto, path: &Path, location: &str) -> Result<()> {
+    let mut file = BufWriter::new(File::create(path)?);
+    let mut offset = 0;
+    for tensor in model.graph.iter_mut().flat_map(|graph| &mut graph.initializer) {
+        if tensor.raw_data.len() < SMALLEST_EXTERNAL {
+            continue;
+        }
+        let start = usize::next_multiple_of(offset, ALIGNMENT);
+        file.write_all(&vec![0; start - offset])?;
+        let bytes = std::mem::take(&mut tensor.raw_data);
+        file.write_all(&bytes)?;
+        offset = start + bytes.len();
+        tensor.data_location = DataLocation::External as i32;
+        let entry = |key: &str, value: String| StringStringEntryProto {
+            key: key.to_owned(),
+            value,
+        };
+        tensor.external_data = vec![
+            entry("location", location.to_owned()),
+            entry("offset", start.to_string()),
+            entry("length", bytes.len().to_string()),
+        ];
+    }
+    file.flush()?;
+    Ok(())
+}
+
+/// Reads a model, with weights that stand in another file.
+///
+/// # Errors
+/// The file is missing, is no ONNX model, or points outside its data file.
+pub fn load(path: &Path) -> Result<ModelProto> {
+    let bytes = std::fs::read(path).map_err(|e| unusable!("{}: {e}", path.display()))?;
+    let mut model = ModelProto::decode(bytes.as_slice()).map_err(|e| {
+        unusable!(
+            "{}: not a whole ONNX model ({e}): export it again",
+            path.display()
+        )
+    })?;
+    let folder = path.parent().unwrap_or(Path::new(""));
+    for tensor in model.graph.iter_mut().flat_map(|graph| &mut graph.initializer) {
+        if tensor.data_location == DataLocation::External as i32 {
+            tensor.raw_data = read_external(tensor, folder)
+                .with_context(|| unusable!("{}: the weights of {}", path.display(), tensor.name))?;
+            tensor.external_data.clear();
+            tensor.data_location = DataLocation::Default as i32;
+        }
+    }
+    Ok(model)
+}
+
+fn read_external(tensor: &TensorProto, folder: &Path) -> Result<Vec<u8>> {
+    use std::io::{Read, Seek, SeekFrom};
+    let entry = |key: &str| {
+        let found = tensor.external_data.iter().find(|entry| entry.key == key);
+        found
+            .map(|entry| entry.value.as_str())
+            .with_context(|| format!("external data without {key}"))
+    };
+    let location = entry("location")?;
+    anyhow::ensure!(
+        Path::new(location)
+            .components()
+            .all(|part| matches!(part, std::path::Component::Normal(_))),
+        "the location {location} leaves the model's folder"
+    );
+    let (offset, length): (u64, usize) = (entry("offset")?.parse()?, entry("length")?.parse()?);
+    let mut file = File::open(folder.join(location)).with_context(|| location.to_owned())?;
+    let size = file.metadata()?.len();
+    anyhow::ensure!(
+        offset.checked_add(length as u64).is_some_and(|end| end <= size),
+        "{location} has {size} bytes, {length} from {offset} are asked for"
+    );
+    file.seek(SeekFrom::Start(offset))?;
+    let mut bytes = vec![0; length];
+    file.read_exact(&mut bytes)?;
+    Ok(bytes)
+}

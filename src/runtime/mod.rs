@@ -1,0 +1,10 @@
+//! ONNX Runtime: finding its library, choosing an execution provider, running a model. The only place that
+//! says `ort::`.
+
+pub mod library;
+pub mod providers;
+pub mod session;
+
+pub use library::Library;
+pub use providers::{Provider, Providers};
+pub use session::{Model, OrtSession};

@@ -1,0 +1,185 @@
+//! A model in ONNX Runtime: a padded batch in, its outputs' values out.
+
+use std::borrow::Cow;
+use std::path::Path;
+
+use anyhow::Context;
+use ort::environment::Environment;
+use ort::session::builder::{AutoDevicePolicy, SessionBuilder};
+use ort::session::{Session, SessionInputValue};
+use ort::value::TensorRef;
+
+use super::library;
+use super::providers::{Provider, Providers};
+use crate::data::batch::Padded;
+use crate::say::Say;
+use crate::{Result, bail_unusable, unusable};
+
+/// Where a model's bytes are.
+#[derive(Clone, Copy, Debug)]
+pub enum Model<'m> {
+    /// A file, with its weights beside it if they are external.
+    File(&'m Path),
+    /// A whole file in memory.
+    Bytes(&'m [u8]),
+}
+
+/// A loaded model. One run at a time: for more, open more.
+pub struct OrtSession {
+    session: Session,
+    provider: Provider,
+}
+
+/// One output of a run.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Values {
+    pub name: String,
+    pub shape: Vec<usize>,
+    /// Row-major.
+    pub values: Vec<f32>,
+}
+
+impl OrtSession {
+    /// Loads a model on the first of the providers that can be had, with `threads` threads of its own.
+    /// Says which one it took where there was a choice.
+    ///
+    /// # Errors
+    /// Unusable: no ONNX Runtime, no such model, or none of the providers; says why for each.
+    pub fn open(model: Model<'_>, providers: &Providers, threads: usize, say: Say) -> Result<Self> {
+        let library = library::library()?;
+        match providers {
+            Providers::Auto if !Provider::Cuda.compiled_in()? => {
+                say.line(format!(
+                    "provider: cpu, because {} is built without CUDA",
+                    library.path.file_name().unwrap_or_default().display()
+                ));
+                Self::open_on(Provider::Cpu, model, threads)
+            }
+            Providers::Auto => match Self::open_on(Provider::Cuda, model, threads) {
+                Ok(session) => {
+                    say.line("provider: cuda, because this machine has it");
+                    Ok(session)
+                }
+                Err(why) => {
+                    say.line(format!("provider: cpu, because {why:#}"));
+                    Self::open_on(Provider::Cpu, model, threads)
+                }
+            },
+            Providers::Ordered(list) => {
+                let mut refused = Vec::new();
+                for &provider in list {
+                    match Self::open_on(provider, model, threads) {
+                        Ok(session) => {
+                            if !refused.is_empty() {
+                                say.line(format!(
+                                    "provider: {}, because {}",
+                                    provider.name(),
+                                    refused.join("; ")
+                                ));
+                            }
+                            return Ok(session);
+                        }
+                        Err(why) if list.len() == 1 => return Err(why),
+                        Err(why) => refused.push(format!("{why:#}")),
+                    }
+                }
+                bail_unusable!("none of the providers can be had:\n  {}", refused.join("\n  "))
+            }
+        }
+    }
+
+    fn open_on(provider: Provider, model: Model<'_>, threads: usize) -> Result<Self> {
+        let place = match model {
+            Model::File(path) => path.display().to_string(),
+            Model::Bytes(_) => "the graph".to_owned(),
+        };
+        let builder = options(library::environment()?, threads)?;
+        let ask = || format!("provider {}", provider.name());
+        let mut builder = provider.register(builder).with_context(ask)?;
+        let session = match model {
+            Model::File(path) => builder.commit_from_file(path),
+            Model::Bytes(bytes) => builder.commit_from_memory(bytes),
+        };
+        let session = session.map_err(|e| match provider {
+            Provider::Cpu => unusable!("{place}: ONNX Runtime can't load it: {}", e.message()),
+            _ => unusable!("provider {}: {place}: {}", provider.name(), e.message()),
+        })?;
+        provider.prove(&session).with_context(ask)?;
+        Ok(Self { session, provider })
+    }
+
+    /// What runs the model.
+    pub fn provider(&self) -> Provider {
+        self.provider
+    }
+
+    /// An entry of the model's metadata.
+    pub fn metadata(&self, key: &str) -> Option<String> {
+        self.session.metadata().ok()?.custom(key)
+    }
+
+    /// The names of the outputs, in order.
+    pub fn outputs(&self) -> Vec<String> {
+        self.session
+            .outputs()
+            .iter()
+            .map(|output| output.name().to_owned())
+            .collect()
+    }
+
+    /// Runs one batch and gives every output, in the model's order.
+    ///
+    /// # Errors
+    /// The model asks for an input that a batch does not have, gives other than f32, or the run fails.
+    pub fn run(&mut self, batch: &Padded) -> Result<Vec<Values>> {
+        let shape = [batch.rows, batch.width];
+        let mut inputs: Vec<(Cow<'_, str>, SessionInputValue<'_>)> = Vec::new();
+        for input in self.session.inputs() {
+            let values = match input.name() {
+                "input_ids" => &batch.ids,
+                "attention_mask" => &batch.mask,
+                "token_type_ids" => &batch.type_ids,
+                other => bail_unusable!(
+                    "the model asks for an input \"{other}\"; tk gives input_ids, attention_mask and token_type_ids"
+                ),
+            };
+            let tensor = TensorRef::from_array_view((shape, values.as_slice()))?;
+            inputs.push((input.name().to_owned().into(), tensor.into()));
+        }
+        let outputs = self.session.run(inputs).with_context(|| {
+            format!(
+                "running {} sequences of {} tokens on {}",
+                batch.rows,
+                batch.width,
+                self.provider.name()
+            )
+        })?;
+        outputs
+            .iter()
+            .map(|(name, value)| {
+                let (shape, values) = value
+                    .try_extract_tensor::<f32>()
+                    .with_context(|| name.to_owned())?;
+                let shape = shape.iter().map(|&n| n as usize).collect();
+                Ok(Values {
+                    name: name.to_owned(),
+                    shape,
+                    values: values.to_vec(),
+                })
+            })
+            .collect()
+    }
+}
+
+/// The options that every session has.
+fn options(environment: &Environment, threads: usize) -> ort::Result<SessionBuilder> {
+    Ok(Session::builder(environment)?
+        // with this ort would let plug-in providers in that nobody asked for
+        .with_auto_device(AutoDevicePolicy::PreferCPU)?
+        .with_intra_threads(threads)?
+        // several sessions share the cores; a waiting thread must not burn one
+        .with_intra_op_spinning(false)?
+        // batches differ in shape, and a plan for each shape would be kept
+        .with_memory_pattern(false)?
+        .with_config_entry("session.record_ep_graph_assignment_info", "1")?)
+}

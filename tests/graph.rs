@@ -1,0 +1,283 @@
+//! The emitted graphs: as text, as bytes, and as ONNX Runtime computes them, against transformers' numbers.
+
+use std::path::{Path, PathBuf};
+
+use prost::Message;
+use serde_json::Value;
+use tk::checkpoint::Weights;
+use tk::data::batch::{Encoding, Padded};
+use tk::model::ModelConfig;
+use tk::onnx::{OPSETS, dump, model, proto::ModelProto, write};
+use tk::runtime::{Model, OrtSession, Provider, Providers};
+use tk::say::Say;
+use tk::task::Task;
+
+const TINY: [&str; 3] = ["tiny-bert-single", "tiny-bert-multi", "tiny-bert-regression"];
+
+fn tiny(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("models").join(name)
+}
+
+fn exported(name: &str, opset: i64) -> ModelProto {
+    let dir = tiny(name);
+    let config = ModelConfig::read(&dir).unwrap();
+    let task = Task::from_config(&config).unwrap();
+    model::build(&config, &task, &Weights::open(&dir).unwrap(), "tokenizer", opset).unwrap()
+}
+
+fn open(model: Model) -> OrtSession {
+    OrtSession::open(model, &Providers::only(Provider::Cpu), 1, Say::default()).unwrap()
+}
+
+fn session(model: &ModelProto) -> OrtSession {
+    open(Model::Bytes(&model.encode_to_vec()))
+}
+
+fn logits(session: &mut OrtSession, batch: &Padded) -> Vec<Vec<f32>> {
+    let outputs = session.run(batch).unwrap();
+    assert_eq!(outputs[0].shape[0], batch.rows);
+    outputs[0]
+        .values
+        .chunks(outputs[0].shape[1])
+        .map(<[f32]>::to_vec)
+        .collect()
+}
+
+/// What transformers tokenized, and the logits it gave.
+fn reference(name: &str) -> (Vec<Encoding>, Vec<Vec<f32>>) {
+    let text = std::fs::read_to_string(tiny(name).join("reference.json")).unwrap();
+    let reference: Value = serde_json::from_str(&text).unwrap();
+    let list = |key: &str| -> Vec<Vec<u32>> { serde_json::from_value(reference[key].clone()).unwrap() };
+    let encodings = list("ids")
+        .into_iter()
+        .zip(list("type_ids"))
+        .map(|(ids, type_ids)| Encoding {
+            ids,
+            type_ids,
+            truncated: false,
+        })
+        .collect();
+    (
+        encodings,
+        serde_json::from_value(reference["logits"].clone()).unwrap(),
+    )
+}
+
+fn distance(a: &[Vec<f32>], b: &[Vec<f32>]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    let pairs = a.iter().flatten().zip(b.iter().flatten());
+    pairs
+        .map(|(a, b)| (a - b).abs())
+        .fold(0.0, |max, d| if d > max || d.is_nan() { d } else { max })
+}
+
+#[test]
+fn graphs_stay_as_they_are() {
+    for name in TINY {
+        for opset in [14, 18] {
+            insta::assert_snapshot!(format!("{name}-{opset}"), dump::dump(&exported(name, opset)));
+        }
+    }
+}
+
+#[test]
+fn the_same_weights_give_the_same_bytes() {
+    assert_eq!(
+        exported("tiny-bert-single", 18).encode_to_vec(),
+        exported("tiny-bert-single", 18).encode_to_vec()
+    );
+}
+
+#[test]
+fn initializers_are_the_checkpoints_bytes() {
+    for name in TINY {
+        let weights = Weights::open(&tiny(name)).unwrap();
+        let model = exported(name, 18);
+        let initializers = &model.graph.as_ref().unwrap().initializer;
+        for weight in weights.names() {
+            let tensor = initializers.iter().find(|t| t.name == weight).unwrap();
+            let shape: Vec<usize> = tensor.dims.iter().map(|&n| n as usize).collect();
+            assert_eq!(weights.shape(weight).unwrap(), shape);
+            assert_eq!(
+                tk::checkpoint::f32_bytes(&weights.f32(weight).unwrap()).as_ref(),
+                tensor.raw_data
+            );
+        }
+    }
+}
+
+#[test]
+fn every_opset_gives_transformers_logits() {
+    for name in TINY {
+        let (encodings, wanted) = reference(name);
+        let batch = Padded::new(&encodings.iter().collect::<Vec<_>>(), 0);
+        for opset in OPSETS {
+            let found = logits(&mut session(&exported(name, opset)), &batch);
+            assert!(
+                distance(&found, &wanted) < 1e-5,
+                "{name} {opset}: {}",
+                distance(&found, &wanted)
+            );
+        }
+    }
+}
+
+#[test]
+fn an_opset_that_tk_does_not_write_is_refused_by_name() {
+    let dir = tiny("tiny-bert-single");
+    let config = ModelConfig::read(&dir).unwrap();
+    let task = Task::from_config(&config).unwrap();
+    let error = model::build(&config, &task, &Weights::open(&dir).unwrap(), "", 22).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "opset 22: tk writes the opsets 13 to 21 (default 18)"
+    );
+    assert_eq!(tk::error::exit_code(&error), 2);
+}
+
+#[test]
+fn a_record_gives_the_same_logits_in_any_batch() {
+    let (encodings, wanted) = reference("tiny-bert-single");
+    for opset in [14, 18] {
+        let mut session = session(&exported("tiny-bert-single", opset));
+        for size in [1, 2, 3, 5] {
+            let found: Vec<Vec<f32>> = encodings
+                .chunks(size)
+                .flat_map(|part| logits(&mut session, &Padded::new(&part.iter().collect::<Vec<_>>(), 0)))
+                .collect();
+            assert!(distance(&found, &wanted) < 1e-5, "batches of {size}");
+        }
+    }
+}
+
+#[test]
+fn any_number_of_sequences_of_any_length_runs() {
+    let mut session = session(&exported("tiny-bert-single", 18));
+    for rows in [1, 2, 7] {
+        for width in [1, 2, 17, 64] {
+            let encoding = Encoding {
+                ids: vec![5; width],
+                type_ids: vec![0; width],
+                truncated: false,
+            };
+            let found = logits(&mut session, &Padded::new(&vec![&encoding; rows], 0));
+            assert_eq!((found.len(), found[0].len()), (rows, 3));
+            assert!(distance(&found[..1], &found[rows - 1..]) < 1e-6);
+        }
+    }
+}
+
+#[test]
+fn a_fully_masked_row_is_finite_and_leaves_the_others_alone() {
+    let (encodings, wanted) = reference("tiny-bert-single");
+    for opset in [14, 18, 21] {
+        let mut session = session(&exported("tiny-bert-single", opset));
+        let mut batch = Padded::new(&encodings.iter().collect::<Vec<_>>(), 0);
+        batch.mask[..batch.width].fill(0);
+        let found = logits(&mut session, &batch);
+        assert!(found[0].iter().all(|x| x.is_finite()), "{:?}", found[0]);
+        assert!(distance(&found[1..], &wanted[1..]) < 1e-5);
+    }
+}
+
+#[test]
+fn external_weights_give_the_same_logits_and_read_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("model.onnx");
+    let model = exported("tiny-bert-single", 18);
+    assert!(write::save(model.clone(), &path, true).unwrap());
+    let data = std::fs::metadata(dir.path().join("model.onnx_data"))
+        .unwrap()
+        .len();
+    assert!(data > 100_000 && std::fs::metadata(&path).unwrap().len() < 40_000);
+    assert_eq!(write::load(&path).unwrap(), model);
+
+    let (encodings, wanted) = reference("tiny-bert-single");
+    let batch = Padded::new(&encodings.iter().collect::<Vec<_>>(), 0);
+    assert!(distance(&logits(&mut open(Model::File(&path)), &batch), &wanted) < 1e-5);
+
+    std::fs::File::options()
+        .write(true)
+        .open(write::data_path(&path))
+        .unwrap()
+        .set_len(data / 2)
+        .unwrap();
+    let error = format!("{:#}", write::load(&path).unwrap_err());
+    assert!(
+        error.contains("model.onnx_data has") && error.contains("are asked for"),
+        "{error}"
+    );
+}
+
+#[test]
+fn taps_can_be_asked_for() {
+    let taps = [
+        "bert.embeddings",
+        "bert.encoder.layer.0.attention",
+        "bert.encoder.layer.1",
+        "bert.pooler",
+    ];
+    let taps: Vec<String> = taps.iter().map(|&tap| tap.to_owned()).collect();
+    let mut session = session(&model::with_outputs(exported("tiny-bert-single", 18), &taps));
+    let (encodings, _) = reference("tiny-bert-single");
+    let outputs = session.run(&Padded::new(&[&encodings[0]], 0)).unwrap();
+    assert_eq!(outputs[1].name, "bert.embeddings");
+    assert_eq!(outputs[1].shape, [1, encodings[0].len(), 32]);
+    assert_eq!(outputs[4].shape, [1, 32]);
+}
+
+#[test]
+fn metadata_says_what_a_server_must_know() {
+    let model = exported("tiny-bert-single", 18);
+    let keys: Vec<&str> = model
+        .metadata_props
+        .iter()
+        .map(|entry| entry.key.as_str())
+        .collect();
+    assert!(keys.is_sorted(), "{keys:?}");
+    assert_eq!(
+        model::metadata(&model, "labels"),
+        Some(r#"["negative","neutral","positive"]"#)
+    );
+    assert_eq!(
+        model::metadata(&model, "problem_type"),
+        Some("single_label_classification")
+    );
+    let session = session(&model);
+    assert_eq!(session.metadata("task").as_deref(), Some("text-classification"));
+    assert_eq!(session.metadata("max_positions").as_deref(), Some("64"));
+    assert_eq!(session.metadata("absent"), None);
+}
+
+#[test]
+fn weights_that_diverged_are_not_exported() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = tiny("tiny-bert-single");
+    std::fs::copy(source.join("config.json"), dir.path().join("config.json")).unwrap();
+    let weights = Weights::open(&source).unwrap();
+    let mut tensors: Vec<(String, Vec<usize>, Vec<f32>)> = weights
+        .names()
+        .map(|name| {
+            (
+                name.to_owned(),
+                weights.shape(name).unwrap().to_vec(),
+                weights.f32(name).unwrap().to_vec(),
+            )
+        })
+        .collect();
+    tensors
+        .iter_mut()
+        .find(|(name, ..)| name == "classifier.bias")
+        .unwrap()
+        .2[1] = f32::NAN;
+    let views = tensors
+        .iter()
+        .map(|(name, shape, values)| (name.as_str(), shape.as_slice(), values.as_slice()));
+    tk::checkpoint::write_safetensors(&dir.path().join("model.safetensors"), views).unwrap();
+
+    let config = ModelConfig::read(dir.path()).unwrap();
+    let task = Task::from_config(&config).unwrap();
+    let error = model::build(&config, &task, &Weights::open(dir.path()).unwrap(), "", 18).unwrap_err();
+    assert!(error.to_string().contains("classifier.bias"), "{error}");
+    assert_eq!(tk::error::exit_code(&error), 2);
+}
