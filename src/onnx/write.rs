@@ -128,3 +128,29 @@ fn read_external(tensor: &TensorProto, folder: &Path) -> Result<Vec<u8>> {
     file.read_exact(&mut bytes)?;
     Ok(bytes)
 }
+
+/// A folder of its own that is removed with everything in it when it is dropped.
+pub struct Scratch(std::path::PathBuf);
+
+impl Scratch {
+    /// Makes an empty folder inside `parent`.
+    pub fn new(parent: &Path) -> Result<Self> {
+        static COUNT: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
+        let n = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let path = parent.join(format!(".tk-{}-{n}", std::process::id()));
+        std::fs::create_dir(&path).with_context(|| path.display().to_string())?;
+        Ok(Self(path))
+    }
+
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // what can't be removed does no harm; the error that led here matters more
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
