@@ -7,12 +7,19 @@ use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::cmd;
 use crate::say::Say;
+use crate::train::checkpoint::Folder;
 use crate::{Result, bail_unusable, unusable};
 
 /// Fine-tunes transformers, exports them to ONNX, serves them through ONNX Runtime, and proves that what is
 /// served is what was trained.
 #[derive(Debug, Parser)]
-#[command(name = "tk", version, max_term_width = 100, subcommand_required = true, arg_required_else_help = true)]
+#[command(
+    name = "tk",
+    version,
+    max_term_width = 100,
+    subcommand_required = true,
+    arg_required_else_help = true
+)]
 pub struct Cli {
     #[command(subcommand)]
     pub command: Command,
@@ -52,32 +59,64 @@ impl Cli {
     /// command line itself ends the process, as clap does it.
     pub fn parse_with_config(args: impl IntoIterator<Item = OsString>) -> Result<Self> {
         let args = expand_config(args.into_iter().collect())?;
-        Ok(Self::parse_from(args))
+        Ok(Self::parse_from(expand_resumed(args)?))
     }
 
     /// How much is to be said.
     pub fn say(&self) -> Say {
-        Say { quiet: self.quiet, verbose: self.verbose, json: self.json }
+        Say {
+            quiet: self.quiet,
+            verbose: self.verbose,
+            json: self.json,
+        }
     }
 }
 
 /// Puts a `--config` file's options behind the command's name, where later ones override them.
 fn expand_config(mut args: Vec<OsString>) -> Result<Vec<OsString>> {
-    let Some(path) = config_path(&args) else { return Ok(args) };
+    let Some(path) = value_of(&args, "--config") else {
+        return Ok(args);
+    };
     let cli = Cli::command();
-    let found = args.iter().enumerate().skip(1).find_map(|(at, arg)| Some((at, cli.find_subcommand(arg)?)));
-    let Some((at, command)) = found else { return Ok(args) };
+    let found = args
+        .iter()
+        .enumerate()
+        .skip(1)
+        .find_map(|(at, arg)| Some((at, cli.find_subcommand(arg)?)));
+    let Some((at, command)) = found else {
+        return Ok(args);
+    };
     let options = config_options(Path::new(&path), command)?;
     args.splice(at + 1..at + 1, options.into_iter().map(OsString::from));
     Ok(args)
 }
 
-fn config_path(args: &[OsString]) -> Option<OsString> {
+/// Puts the settings that a run was started with behind `tk train --resume`, so that nobody has to repeat them.
+fn expand_resumed(mut args: Vec<OsString>) -> Result<Vec<OsString>> {
+    let at = args.iter().position(|arg| arg == "train");
+    let (Some(at), Some(output)) = (at, value_of(&args, "--output")) else {
+        return Ok(args);
+    };
+    let settings = Folder::of(Path::new(&output)).settings();
+    let cli = Cli::command();
+    if let (true, true, Some(command)) = (
+        args.iter().any(|arg| arg == "--resume"),
+        settings.is_file(),
+        cli.find_subcommand("train"),
+    ) {
+        let options = config_options(&settings, command)?;
+        args.splice(at + 1..at + 1, options.into_iter().map(OsString::from));
+    }
+    Ok(args)
+}
+
+/// The value that the command line gives an option.
+fn value_of(args: &[OsString], option: &str) -> Option<OsString> {
     let mut args = args.iter();
     while let Some(arg) = args.next() {
-        match arg.to_str() {
-            Some("--config") => return args.next().cloned(),
-            Some(text) if text.starts_with("--config=") => return Some(text["--config=".len()..].into()),
+        match arg.to_str().and_then(|text| text.strip_prefix(option)) {
+            Some("") => return args.next().cloned(),
+            Some(rest) if rest.starts_with('=') => return Some(rest[1..].into()),
             _ => {}
         }
     }
@@ -102,13 +141,19 @@ fn config_options(path: &Path, command: &clap::Command) -> Result<Vec<String>> {
         let text = |value: &toml::Value| match value {
             toml::Value::String(text) => Ok(text.clone()),
             toml::Value::Integer(_) | toml::Value::Float(_) => Ok(value.to_string()),
-            other => Err(unusable!("{}: {key} is {other}, expected a string or a number", path.display())),
+            other => Err(unusable!(
+                "{}: {key} is {other}, expected a string or a number",
+                path.display()
+            )),
         };
         match value {
             toml::Value::Boolean(true) => options.push(format!("--{key}")),
             toml::Value::Boolean(false) => {}
             toml::Value::Array(list) => {
-                options.push(format!("--{key}={}", list.iter().map(text).collect::<Result<Vec<_>>>()?.join(",")));
+                options.push(format!(
+                    "--{key}={}",
+                    list.iter().map(text).collect::<Result<Vec<_>>>()?.join(",")
+                ));
             }
             value => options.push(format!("--{key}={}", text(value)?)),
         }

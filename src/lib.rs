@@ -4,12 +4,18 @@ pub mod checkpoint;
 pub mod cli;
 pub mod cmd;
 pub mod data;
+pub mod device;
+pub mod eager;
 pub mod error;
 pub mod files;
 pub mod model;
 pub mod onnx;
+pub mod parity;
 pub mod runtime;
+pub mod saved;
 pub mod say;
+pub mod serve;
 pub mod task;
+pub mod train;
 
 pub use error::{Result, Unusable};

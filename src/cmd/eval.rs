@@ -1,13 +1,74 @@
-//! `tk eval`.
+//! `tk eval`: a trained model and labelled records → the task's metrics.
 
-use crate::Result;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use serde_json::json;
+
+use crate::data::batch::Encoding;
+use crate::eager::Evaluator;
+use crate::saved::Saved;
 use crate::say::Say;
+use crate::task::Target;
+use crate::task::examples::{self, Fields};
+use crate::{Result, device};
 
 /// Measure a trained model on labelled records.
 #[derive(Debug, clap::Args)]
-pub struct Args {}
+pub struct Args {
+    /// The trained model's directory.
+    dir: PathBuf,
+    /// Labelled records.
+    #[arg(long, value_name = "FILE")]
+    input: PathBuf,
+    /// What computes the logits: candle, or ONNX Runtime on what `tk export` wrote.
+    #[arg(long, value_enum, default_value_t = Runtime::Eager)]
+    runtime: Runtime,
+    /// Tokens of the longest example [default: what the model takes].
+    #[arg(long, value_name = "N")]
+    max_length: Option<usize>,
+    /// Where candle computes: cpu, cuda or cuda:N.
+    #[arg(long, default_value = "cpu")]
+    device: String,
+    #[command(flatten)]
+    fields: Fields,
+}
 
-/// Runs the command.
-pub fn run(_args: &Args, _say: Say) -> Result<()> {
-    anyhow::bail!("not written yet")
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Runtime {
+    Eager,
+    Onnx,
+}
+
+/// Measures and prints.
+pub fn run(args: &Args, say: Say) -> Result<()> {
+    let saved = Saved::open(&args.dir)?;
+    let max_length = saved.checked_max_length(args.max_length)?;
+    let records = examples::read(&args.input, &args.fields)?;
+    let examples = examples::encode(&records, &args.input, &saved.task, &saved.tokenizer, max_length)?;
+    let (encodings, targets): (Vec<Encoding>, Vec<Target>) = examples
+        .into_iter()
+        .map(|example| (example.encoding, example.target))
+        .unzip();
+    let started = Instant::now();
+    let logits = match args.runtime {
+        Runtime::Eager => Evaluator::open(&saved, &device::open(&args.device)?)?.logits(&encodings)?,
+        Runtime::Onnx => anyhow::bail!("comes with the runtime"),
+    };
+    let seconds = started.elapsed().as_secs_f64();
+    let metrics = saved.task.measure(&logits, &targets)?;
+    let shown: Vec<String> = metrics
+        .iter()
+        .map(|(name, value)| format!("{name} {value:.4}"))
+        .collect();
+    let human = format!(
+        "{}: {} records in {seconds:.1} s; {}",
+        args.input.display(),
+        targets.len(),
+        shown.join("  ")
+    );
+    say.result(
+        human,
+        &json!({"records": targets.len(), "seconds": seconds, "metrics": metrics}),
+    )
 }

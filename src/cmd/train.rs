@@ -1,13 +1,435 @@
-//! `tk train`.
+//! `tk train`: a model, labelled records and a regime → a directory with the trained model.
 
-use crate::Result;
-use crate::say::Say;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Fine-tune a model.
-#[derive(Debug, clap::Args)]
-pub struct Args {}
+use anyhow::Context;
+use candle_core::Device;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
 
-/// Runs the command.
-pub fn run(_args: &Args, _say: Say) -> Result<()> {
-    anyhow::bail!("not written yet")
+use crate::checkpoint::{Weights, file_hash};
+use crate::data::tokens::{self, Tokenizer};
+use crate::eager::{Init, Params};
+use crate::model::ModelConfig;
+use crate::say::{Say, peak_rss_bytes};
+use crate::task::examples::{self, Fields};
+use crate::task::{Metrics, Problem, Task};
+use crate::train::checkpoint::Folder;
+use crate::train::{Example, Outcome, Run, Settings};
+use crate::{Result, bail_unusable, device, files, saved, unusable};
+
+/// Fine-tune a model, or pre-train one from scratch.
+#[derive(Clone, Debug, PartialEq, clap::Args, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Args {
+    /// What to train for.
+    #[arg(long, value_enum)]
+    task: TaskName,
+    /// The model to start from: a directory in Hugging Face's layout, or a hub id.
+    #[arg(long, value_name = "DIR|ID", alias = "model-name-or-path")]
+    model: String,
+    /// Labelled records to learn from: .jsonl, .json, .csv, .tsv or .parquet.
+    #[arg(long, value_name = "FILE", alias = "train-file")]
+    train: PathBuf,
+    /// Labelled records to measure on; the best evaluation's weights are kept.
+    #[arg(long, value_name = "FILE", alias = "validation-file")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    eval: Option<PathBuf>,
+    /// The directory to write.
+    #[arg(long, value_name = "DIR", alias = "output-dir")]
+    #[serde(skip)]
+    output: PathBuf,
+    /// Go on from the newest checkpoint of --output, with the settings it was started with.
+    #[arg(long, conflicts_with = "overwrite")]
+    #[serde(skip)]
+    resume: bool,
+    /// Replace what an earlier run wrote to --output.
+    #[arg(long)]
+    #[serde(skip)]
+    overwrite: bool,
+    /// Use only the model's config.json and tokenizer; draw all weights anew.
+    #[arg(long)]
+    #[serde(default)]
+    from_scratch: bool,
+    /// Where to compute: cpu, cuda or cuda:N.
+    #[arg(long, default_value = "cpu")]
+    device: String,
+    /// What kind of label is learnt [default: found in the training data].
+    #[arg(long, value_enum)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    problem_type: Option<Problem>,
+    #[command(flatten)]
+    #[serde(flatten)]
+    fields: Fields,
+    #[command(flatten)]
+    #[serde(flatten)]
+    settings: Settings,
+}
+
+/// The tasks that can be trained.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum TaskName {
+    TextClassification,
+}
+
+/// What a run is started with and goes on with.
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+struct Manifest {
+    /// Sha-256 of each input, so that a resumed run goes on with the same.
+    inputs: Vec<(String, String)>,
+}
+
+/// Trains and writes the model.
+pub fn run(args: &Args, say: Say) -> Result<()> {
+    args.settings.check()?;
+    let folder = Folder::of(&args.output);
+    check_output(args, &folder)?;
+    let device = device::open(&args.device)?;
+    let prepared = Prepared::new(args, &device, &say)?;
+    prepared.describe(args, &say);
+    start_folder(args, &folder, &prepared)?;
+
+    let Prepared {
+        config,
+        task,
+        params,
+        train,
+        eval,
+        ..
+    } = &prepared;
+    let run = Run {
+        settings: &args.settings,
+        family: &config.family,
+        task,
+        params,
+        device: &device,
+        train,
+        eval,
+        folder: &folder,
+        say,
+        interrupted: interrupted(),
+    };
+    let outcome = run.go(args.resume)?;
+    if !outcome.finished {
+        anyhow::bail!(
+            "interrupted at step {}; `tk train --resume --output {}` goes on from there",
+            outcome.progress.step,
+            args.output.display()
+        );
+    }
+    write_model(args, &prepared)?;
+    report(args, &outcome, &say)
+}
+
+/// Everything that is read and checked before the first file is written.
+struct Prepared {
+    model: PathBuf,
+    config: ModelConfig,
+    task: Task,
+    tokenizer: Tokenizer,
+    params: Params,
+    new: Vec<String>,
+    unused: Vec<String>,
+    train: Vec<Example>,
+    eval: Vec<Example>,
+}
+
+impl Prepared {
+    fn new(args: &Args, device: &Device, say: &Say) -> Result<Self> {
+        let settings = &args.settings;
+        let model = std::path::PathBuf::from(&args.model);
+        let mut config = ModelConfig::read(&model)?;
+        if let Some(p) = settings.dropout {
+            config.set_dropout(p);
+        }
+        if settings.max_length > config.max_positions() {
+            bail_unusable!(
+                "--max-length {} is above the {} rows of the model's position table (max_position_embeddings)",
+                settings.max_length,
+                config.max_positions()
+            );
+        }
+        let tokenizer = Tokenizer::open(&model)?;
+        tokenizer.check_fits(config.vocab_size(), Some(config.token_types()))?;
+
+        let records = examples::read(&args.train, &args.fields)?;
+        let task = examples::find_task(&records, args.problem_type, &config)
+            .with_context(|| args.train.display().to_string())?;
+        task.deciding_metric(settings.best_metric.as_deref())?;
+        let train = examples::encode(&records, &args.train, &task, &tokenizer, settings.max_length)?;
+        let eval = match &args.eval {
+            Some(path) => {
+                let records = examples::read(path, &args.fields)?;
+                examples::encode(&records, path, &task, &tokenizer, settings.max_length)?
+            }
+            None => Vec::new(),
+        };
+
+        let manifest = task.params(&config.family)?;
+        let init = Init {
+            seed: settings.seed,
+            std: config.initializer_range(),
+        };
+        let (params, fit) = if args.from_scratch {
+            (Params::from_scratch(&manifest, init, device)?, Default::default())
+        } else {
+            let mut weights = Weights::open(&model)?;
+            if Task::from_config(&config).ok().as_ref() != Some(&task) {
+                // a head that was trained for other labels
+                for name in ["classifier.weight", "classifier.bias"] {
+                    if weights.forget(name) {
+                        say.line(format!("{name} was trained for other labels and starts anew"));
+                    }
+                }
+            }
+            Params::load(&manifest, &weights, init, device)?
+        };
+        task.write_config(&mut config);
+        Ok(Self {
+            model,
+            config,
+            task,
+            tokenizer,
+            params,
+            new: fit.new,
+            unused: fit.unused,
+            train,
+            eval,
+        })
+    }
+
+    fn describe(&self, args: &Args, say: &Say) {
+        let Task::TextClassification(classification) = &self.task;
+        say.line(format!(
+            "{}: {} parameters; {}",
+            self.model.display(),
+            grouped(self.params.numel()),
+            if args.from_scratch {
+                "all drawn anew".to_owned()
+            } else if self.new.is_empty() {
+                "all from the checkpoint".to_owned()
+            } else {
+                format!("{} drawn anew", self.new.join(", "))
+            }
+        ));
+        if !self.unused.is_empty() {
+            say.line(format!(
+                "not used from the checkpoint: {}",
+                self.unused.join(", ")
+            ));
+        }
+        let cut = |examples: &[Example]| {
+            examples
+                .iter()
+                .filter(|example| example.encoding.truncated)
+                .count()
+        };
+        let tokens: usize = self.train.iter().map(|example| example.encoding.len()).sum();
+        let per_example = tokens as f64 / self.train.len() as f64;
+        say.line(format!(
+            "{} training examples of {per_example:.1} tokens, {} to measure on; labels: {}",
+            grouped(self.train.len()),
+            grouped(self.eval.len()),
+            classification.labels.join(", ")
+        ));
+        for (name, examples) in [("training", &self.train), ("evaluation", &self.eval)] {
+            if cut(examples) > 0 {
+                say.warn(format!(
+                    "{} of {} {name} examples are longer than --max-length {} and are cut",
+                    grouped(cut(examples)),
+                    grouped(examples.len()),
+                    args.settings.max_length
+                ));
+            }
+        }
+    }
+
+    /// The hash of each file that a run's result depends on.
+    fn inputs(&self, args: &Args) -> Result<Vec<(String, String)>> {
+        let mut inputs = vec![("train".to_owned(), file_hash(&args.train)?)];
+        if let Some(path) = &args.eval {
+            inputs.push(("eval".to_owned(), file_hash(path)?));
+        }
+        for name in ["config.json", "model.safetensors"].iter().chain(&tokens::FILES) {
+            let path = self.model.join(name);
+            if path.is_file() {
+                inputs.push(((*name).to_owned(), file_hash(&path)?));
+            }
+        }
+        Ok(inputs)
+    }
+}
+
+/// Refuses an output directory that holds something of somebody else's, or a run that nobody spoke of.
+fn check_output(args: &Args, folder: &Folder) -> Result<()> {
+    let output = &args.output;
+    let ours = folder.settings().is_file();
+    if args.resume && !ours {
+        bail_unusable!("{} holds no run of tk's that could be resumed", output.display());
+    }
+    if output.exists() && !output.is_dir() {
+        bail_unusable!("--output {} is a file, expected a directory", output.display());
+    }
+    let is_empty = !output.is_dir()
+        || output
+            .read_dir()
+            .map_err(|e| unusable!("{}: {e}", output.display()))?
+            .next()
+            .is_none();
+    if !ours && !is_empty {
+        bail_unusable!(
+            "--output {} holds files that tk train did not write; name a new or an empty directory",
+            output.display()
+        );
+    }
+    if ours && !args.resume && !args.overwrite {
+        bail_unusable!(
+            "--output {} holds an earlier run: --resume goes on with it, --overwrite replaces it",
+            output.display()
+        );
+    }
+    if args.resume {
+        let saved = saved_settings(folder)?;
+        let differing = differences(&toml::Table::try_from(args)?, &saved);
+        if !differing.is_empty() {
+            bail_unusable!(
+                "a resumed run goes on with the settings of {}; these differ: {}",
+                folder.settings().display(),
+                differing.join(", ")
+            );
+        }
+    }
+    Ok(())
+}
+
+fn saved_settings(folder: &Folder) -> Result<toml::Table> {
+    let path = folder.settings();
+    let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+    toml::from_str(&text).map_err(|e| unusable!("{}: {e}", path.display()))
+}
+
+fn differences(now: &toml::Table, then: &toml::Table) -> Vec<String> {
+    let keys: std::collections::BTreeSet<&String> = now.keys().chain(then.keys()).collect();
+    let shown = |value: Option<&toml::Value>| value.map_or("not set".to_owned(), toml::Value::to_string);
+    keys.into_iter()
+        .filter(|key| now.get(*key) != then.get(*key))
+        .map(|key| format!("{key} ({}, was {})", shown(now.get(key)), shown(then.get(key))))
+        .collect()
+}
+
+/// Makes `training/` with the settings and the inputs' hashes, or holds a resumed run against them.
+fn start_folder(args: &Args, folder: &Folder, prepared: &Prepared) -> Result<()> {
+    let now = Manifest {
+        inputs: prepared.inputs(args)?,
+    };
+    let inputs = folder.path().join("inputs.json");
+    if args.resume {
+        let text = std::fs::read_to_string(&inputs).with_context(|| inputs.display().to_string())?;
+        let then: Manifest =
+            serde_json::from_str(&text).map_err(|e| unusable!("{}: {e}", inputs.display()))?;
+        let changed: Vec<&str> = now
+            .inputs
+            .iter()
+            .filter(|input| !then.inputs.contains(input))
+            .map(|(name, _)| name.as_str())
+            .collect();
+        if now != then {
+            bail_unusable!(
+                "the run can't be resumed: its inputs have changed since it was started ({})",
+                changed.join(", ")
+            );
+        }
+        return Ok(());
+    }
+    let unwritable =
+        |e: std::io::Error| unusable!("--output {} can't be written: {e}", args.output.display());
+    if folder.path().exists() {
+        std::fs::remove_dir_all(folder.path()).map_err(unwritable)?;
+    }
+    std::fs::create_dir_all(folder.path()).map_err(unwritable)?;
+    files::write(&inputs, serde_json::to_string_pretty(&now)?).map_err(|e| unusable!("{e:#}"))?;
+    files::write(&folder.settings(), toml::to_string(args)?)
+}
+
+/// Writes the directory that transformers, `tk export` and `tk eval` read; the weights last.
+fn write_model(args: &Args, prepared: &Prepared) -> Result<()> {
+    let output = &args.output;
+    // graphs of an earlier run would not be this model's
+    let onnx = output.join("onnx");
+    if onnx.exists() {
+        std::fs::remove_dir_all(&onnx).with_context(|| onnx.display().to_string())?;
+    }
+    prepared.tokenizer.save(&prepared.model, output)?;
+    saved::set_model_max_length(output, args.settings.max_length)?;
+    files::write(
+        &output.join("config.json"),
+        serde_json::to_string_pretty(&prepared.config.raw)? + "\n",
+    )?;
+    prepared.params.save(&output.join("model.safetensors"))
+}
+
+fn report(args: &Args, outcome: &Outcome, say: &Say) -> Result<()> {
+    let progress = &outcome.progress;
+    let metrics: Metrics = progress
+        .best
+        .as_ref()
+        .map(|best| best.metrics.clone())
+        .unwrap_or_default();
+    let shown: Vec<String> = metrics
+        .iter()
+        .map(|(name, value)| format!("{name} {value:.4}"))
+        .collect();
+    let speed = progress.tokens as f64 / progress.seconds.max(1e-9);
+    let human = format!(
+        "{}: {} steps, {} tokens in {:.1} s ({speed:.0} tokens/s){}{}",
+        args.output.display(),
+        progress.step,
+        grouped(progress.tokens as usize),
+        progress.seconds,
+        if shown.is_empty() { "" } else { "; " },
+        shown.join("  ")
+    );
+    say.result(
+        human,
+        &json!({
+            "train_seconds": progress.seconds,
+            "tokens": progress.tokens,
+            "tokens_per_second": speed,
+            "epochs": args.settings.epochs,
+            "steps": progress.step,
+            "train_loss": progress.loss_sum / progress.step.max(1) as f64,
+            "eval": metrics,
+            "peak_rss_bytes": peak_rss_bytes(),
+        }),
+    )
+}
+
+/// Digits in groups of three.
+fn grouped(n: usize) -> String {
+    let digits = n.to_string();
+    let first = digits.len() % 3;
+    let (head, rest) = digits.split_at(first);
+    let mut groups: Vec<&str> = if head.is_empty() { Vec::new() } else { vec![head] };
+    // digits are ASCII, so every cut is between characters
+    groups.extend(
+        rest.as_bytes()
+            .chunks(3)
+            .map(|group| std::str::from_utf8(group).unwrap_or_default()),
+    );
+    groups.join(",")
+}
+
+/// Set by Ctrl-C; the second one ends the process at once.
+fn interrupted() -> &'static AtomicBool {
+    static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+    let handler = || {
+        if INTERRUPTED.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+    };
+    // where no handler can be set, Ctrl-C ends the process as it always does
+    let _ = ctrlc::set_handler(handler);
+    &INTERRUPTED
 }

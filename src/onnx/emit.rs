@@ -131,8 +131,10 @@ impl Emit {
                 &[mask],
                 vec![int("to", DataType::Bool as i64)],
             );
-            let axes = g.i64s(&[2], &[1, 2]);
-            g.node("attention_mask", "Unsqueeze", &[mask, axes], Vec::new())
+            // one axis at a time: candle-onnx 0.11.1 inserts several of them from the last, in the wrong places
+            let (one, two) = (g.i64s(&[1], &[1]), g.i64s(&[1], &[2]));
+            let mask = g.node("attention_mask", "Unsqueeze", &[mask, one], Vec::new());
+            g.node("attention_mask", "Unsqueeze", &[mask, two], Vec::new())
         })
     }
 

@@ -1,5 +1,6 @@
 //! A model → its file, with large weights beside it where protobuf's 2 GB would not hold them; and back.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::Path;
@@ -77,23 +78,32 @@ fn write_data(model: &mut ModelProto, path: &Path, location: &str) -> Result<()>
     Ok(())
 }
 
+/// The metadata of a model file.
+///
+/// # Errors
+/// As [`load`].
+pub fn metadata(path: &Path) -> Result<BTreeMap<String, String>> {
+    let entries = decode(path)?.metadata_props;
+    Ok(entries.into_iter().map(|entry| (entry.key, entry.value)).collect())
+}
+
+fn decode(path: &Path) -> Result<ModelProto> {
+    let bytes = std::fs::read(path).map_err(|e| unusable!("{}: {e}", path.display()))?;
+    ModelProto::decode(bytes.as_slice())
+        .map_err(|e| unusable!("{}: not a whole ONNX model ({e}): export it again", path.display()))
+}
+
 /// Reads a model, with weights that stand in another file.
 ///
 /// # Errors
 /// The file is missing, is no ONNX model, or points outside its data file.
 pub fn load(path: &Path) -> Result<ModelProto> {
-    let bytes = std::fs::read(path).map_err(|e| unusable!("{}: {e}", path.display()))?;
-    let mut model = ModelProto::decode(bytes.as_slice()).map_err(|e| {
-        unusable!(
-            "{}: not a whole ONNX model ({e}): export it again",
-            path.display()
-        )
-    })?;
+    let mut model = decode(path)?;
     let folder = path.parent().unwrap_or(Path::new(""));
     for tensor in model.graph.iter_mut().flat_map(|graph| &mut graph.initializer) {
         if tensor.data_location == DataLocation::External as i32 {
             tensor.raw_data = read_external(tensor, folder)
-                .with_context(|| unusable!("{}: the weights of {}", path.display(), tensor.name))?;
+                .map_err(|e| unusable!("{}: the weights of {}: {e:#}", path.display(), tensor.name))?;
             tensor.external_data.clear();
             tensor.data_location = DataLocation::Default as i32;
         }

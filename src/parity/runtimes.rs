@@ -62,7 +62,7 @@ impl FromStr for Runtime {
     type Err = anyhow::Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        Self::ALL.into_iter().find(|runtime| runtime.name() == text).with_context(|| {
+        Self::ALL.into_iter().find(|runtime| runtime.name() == text).ok_or_else(|| {
             let known: Vec<&str> = Self::ALL.iter().map(|runtime| runtime.name()).collect();
             unusable!("\"{text}\" is no runtime; tk has {}", known.join(", "))
         })

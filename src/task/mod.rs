@@ -1,6 +1,7 @@
 //! Tasks: each owns its head, loss, metrics, graph contract and record shapes in one file here.
 //! Training, export, parity and serving read them from [`Task`].
 
+pub mod examples;
 pub mod text_classification;
 
 use std::collections::BTreeMap;
@@ -45,7 +46,11 @@ impl Task {
     /// # Errors
     /// `architectures` names no head that tk knows, or the labels are inconsistent.
     pub fn from_config(config: &ModelConfig) -> Result<Self> {
-        let architecture = config.raw.get("architectures").and_then(|list| list.get(0)).and_then(Value::as_str);
+        let architecture = config
+            .raw
+            .get("architectures")
+            .and_then(|list| list.get(0))
+            .and_then(Value::as_str);
         match architecture {
             Some(name) if name.ends_with("ForSequenceClassification") => {
                 Ok(Self::TextClassification(TextClassification::from_config(config)?))
@@ -54,7 +59,9 @@ impl Task {
                 "architectures is [\"{name}\"], which is no trained task of tk's \
                  (BertForSequenceClassification is): fine-tune it first with `tk train`"
             ),
-            None => bail_unusable!("architectures is missing, so the task is unknown: fine-tune with `tk train`"),
+            None => {
+                bail_unusable!("architectures is missing, so the task is unknown: fine-tune with `tk train`")
+            }
         }
     }
 
@@ -105,10 +112,30 @@ impl Task {
         }
     }
 
-    /// The task's metrics over a whole evaluation set.
-    pub fn metrics(&self, logits: &[Vec<f32>], targets: &[Target]) -> Metrics {
+    /// The task's metrics over a whole evaluation set, and the mean `loss`.
+    pub fn measure(&self, logits: &[Vec<f32>], targets: &[Target]) -> Result<Metrics> {
         match self {
-            Self::TextClassification(task) => task.metrics(logits, targets),
+            Self::TextClassification(task) => task.measure(logits, targets),
         }
+    }
+
+    /// The metric that decides which evaluation is the best, and whether more of it is better: the asked one, or
+    /// the task's own.
+    ///
+    /// # Errors
+    /// The task has no such metric.
+    pub fn deciding_metric(&self, asked: Option<&str>) -> Result<(String, bool)> {
+        let (own, known) = match self {
+            Self::TextClassification(task) => task.metrics(),
+        };
+        let name = asked.unwrap_or(own);
+        if name != "loss" && !known.contains(&name) {
+            bail_unusable!(
+                "--best-metric {name}: {} has loss, {}",
+                self.name(),
+                known.join(", ")
+            );
+        }
+        Ok((name.to_owned(), !["loss", "mse", "mae"].contains(&name)))
     }
 }

@@ -1,7 +1,8 @@
 //! Text classification: one text or a pair → one label, several labels, or a number.
 
 use anyhow::Context;
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::{Dim, Metrics, Output};
@@ -18,8 +19,9 @@ pub struct TextClassification {
 }
 
 /// transformers' `problem_type`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
 #[value(rename_all = "snake_case")]
+#[serde(rename_all = "snake_case")]
 pub enum Problem {
     /// Exactly one of the labels: softmax, cross-entropy.
     SingleLabelClassification,
@@ -99,7 +101,10 @@ impl TextClassification {
             None => Problem::SingleLabelClassification,
         };
         if problem == Problem::Regression {
-            return Ok(Self { problem, labels: vec!["LABEL_0".to_owned()] });
+            return Ok(Self {
+                problem,
+                labels: vec!["LABEL_0".to_owned()],
+            });
         }
         let mut names: Vec<String> = Vec::new();
         for label in labels {
@@ -113,18 +118,30 @@ impl TextClassification {
         if let Some(known) = labels_of(config)? {
             let ids = 0..known.len();
             let by_name = names.iter().all(|name| known.contains(name));
-            let by_id = names.iter().all(|name| name.parse().is_ok_and(|id: usize| ids.contains(&id)));
+            let by_id = names
+                .iter()
+                .all(|name| name.parse().is_ok_and(|id: usize| ids.contains(&id)));
             if by_name || by_id {
-                return Ok(Self { problem, labels: known });
+                return Ok(Self {
+                    problem,
+                    labels: known,
+                });
             }
         }
-        let least = if problem == Problem::SingleLabelClassification { 2 } else { 1 };
+        let least = if problem == Problem::SingleLabelClassification {
+            2
+        } else {
+            1
+        };
         if names.len() < least {
             bail_unusable!(
                 "the training data has the labels {names:?}: a classifier needs at least {least} different ones"
             );
         }
-        Ok(Self { problem, labels: names })
+        Ok(Self {
+            problem,
+            labels: names,
+        })
     }
 
     /// Reads one label of a record.
@@ -133,8 +150,9 @@ impl TextClassification {
     /// Names the label that was found and what was expected.
     pub fn target(&self, label: &Value) -> Result<Target> {
         if self.problem == Problem::Regression {
-            let number = as_number(label)
-                .with_context(|| unusable!("label is {label}, expected a number (the problem is a regression)"))?;
+            let number = as_number(label).with_context(|| {
+                unusable!("label is {label}, expected a number (the problem is a regression)")
+            })?;
             return Ok(Target::Number(number as f32));
         }
         let mut ids = Vec::new();
@@ -153,7 +171,10 @@ impl TextClassification {
         let by_name = self.labels.iter().position(|known| known == name);
         let by_id = || name.parse().ok().filter(|&id: &usize| id < self.labels.len());
         by_name.or_else(by_id).map(|id| id as u32).ok_or_else(|| {
-            unusable!("label \"{name}\" is not one of the model's labels: {}", self.labels.join(", "))
+            unusable!(
+                "label \"{name}\" is not one of the model's labels: {}",
+                self.labels.join(", ")
+            )
         })
     }
 
@@ -162,19 +183,33 @@ impl TextClassification {
     }
 
     pub(super) fn outputs(&self) -> Vec<Output> {
-        vec![Output { name: "logits", dims: vec![Dim::Batch, Dim::Of(self.labels.len())] }]
+        vec![Output {
+            name: "logits",
+            dims: vec![Dim::Batch, Dim::Of(self.labels.len())],
+        }]
     }
 
     pub(super) fn write_config(&self, config: &mut ModelConfig) {
         let family = match config.family {
             Family::Bert(_) => "Bert",
         };
-        let id2label: Map<String, Value> =
-            self.labels.iter().enumerate().map(|(id, name)| (id.to_string(), json!(name))).collect();
-        let label2id: Map<String, Value> =
-            self.labels.iter().enumerate().map(|(id, name)| (name.clone(), json!(id))).collect();
+        let id2label: Map<String, Value> = self
+            .labels
+            .iter()
+            .enumerate()
+            .map(|(id, name)| (id.to_string(), json!(name)))
+            .collect();
+        let label2id: Map<String, Value> = self
+            .labels
+            .iter()
+            .enumerate()
+            .map(|(id, name)| (name.clone(), json!(id)))
+            .collect();
         let raw = &mut config.raw;
-        raw.insert("architectures".to_owned(), json!([format!("{family}ForSequenceClassification")]));
+        raw.insert(
+            "architectures".to_owned(),
+            json!([format!("{family}ForSequenceClassification")]),
+        );
         raw.insert("problem_type".to_owned(), json!(self.problem.name()));
         raw.insert("id2label".to_owned(), Value::Object(id2label));
         raw.insert("label2id".to_owned(), Value::Object(label2id));
@@ -223,7 +258,11 @@ impl TextClassification {
         let mut record = Map::new();
         let scores = self.scores(logits);
         let by_label = || -> Map<String, Value> {
-            self.labels.iter().zip(&scores).map(|(label, &score)| (label.clone(), json!(score))).collect()
+            self.labels
+                .iter()
+                .zip(&scores)
+                .map(|(label, &score)| (label.clone(), json!(score)))
+                .collect()
         };
         match self.problem {
             Problem::SingleLabelClassification => {
@@ -267,16 +306,28 @@ impl TextClassification {
         }
     }
 
-    /// The metric that decides which evaluation is the best, and whether more is better.
-    pub fn deciding_metric(&self) -> (&'static str, bool) {
+    /// The metric that decides which evaluation is the best, and all that there are beside the loss.
+    pub(super) fn metrics(&self) -> (&'static str, &'static [&'static str]) {
         match self.problem {
-            Problem::SingleLabelClassification => ("accuracy", true),
-            Problem::MultiLabelClassification => ("f1_micro", true),
-            Problem::Regression => ("mse", false),
+            Problem::SingleLabelClassification => ("accuracy", &["accuracy", "f1_macro"]),
+            Problem::MultiLabelClassification => ("f1_micro", &["accuracy", "f1_macro", "f1_micro"]),
+            Problem::Regression => ("mse", &["mse", "mae", "pearson", "spearman"]),
         }
     }
 
-    pub(super) fn metrics(&self, logits: &[Vec<f32>], targets: &[Target]) -> Metrics {
+    pub(super) fn measure(&self, logits: &[Vec<f32>], targets: &[Target]) -> Result<Metrics> {
+        let width = self.labels.len();
+        let matrix = Tensor::from_vec(logits.concat(), (logits.len(), width), &Device::Cpu)?;
+        let targets_by_ref: Vec<&Target> = targets.iter().collect();
+        let loss = self
+            .loss(&matrix.to_dtype(DType::F64)?, &targets_by_ref, 0.0)?
+            .to_scalar::<f32>()?;
+        let mut metrics = self.compare(logits, targets);
+        metrics.insert("loss".to_owned(), f64::from(loss) / logits.len() as f64);
+        Ok(metrics)
+    }
+
+    fn compare(&self, logits: &[Vec<f32>], targets: &[Target]) -> Metrics {
         let metrics: Vec<(&str, f64)> = match self.problem {
             Problem::Regression => {
                 let predicted: Vec<f64> = logits.iter().map(|row| f64::from(row[0])).collect();
@@ -310,7 +361,10 @@ impl TextClassification {
                 let counts = Counts::by_label(&predicted, &wanted, self.labels.len());
                 let mut metrics = vec![
                     ("accuracy", right as f64 / predicted.len() as f64),
-                    ("f1_macro", counts.iter().map(Counts::f1).sum::<f64>() / counts.len() as f64),
+                    (
+                        "f1_macro",
+                        counts.iter().map(Counts::f1).sum::<f64>() / counts.len() as f64,
+                    ),
                 ];
                 if self.problem == Problem::MultiLabelClassification {
                     metrics.push(("f1_micro", Counts::sum(&counts).f1()));
@@ -318,13 +372,20 @@ impl TextClassification {
                 metrics
             }
         };
-        metrics.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+        metrics
+            .into_iter()
+            .map(|(name, value)| (name.to_owned(), value))
+            .collect()
     }
 
     /// The predicted label ids, ascending.
     fn predicted(&self, logits: &[f32]) -> Vec<u32> {
         match self.problem {
-            Problem::MultiLabelClassification => (0..).zip(logits).filter(|&(_, &x)| x > 0.0).map(|(id, _)| id).collect(),
+            Problem::MultiLabelClassification => (0..)
+                .zip(logits)
+                .filter(|&(_, &x)| x > 0.0)
+                .map(|(id, _)| id)
+                .collect(),
             _ => vec![argmax(logits) as u32],
         }
     }
@@ -344,7 +405,11 @@ impl Counts {
         for (p, w) in predicted.iter().zip(wanted) {
             for id in p {
                 let count = &mut counts[*id as usize];
-                if w.contains(id) { count.hit += 1 } else { count.extra += 1 }
+                if w.contains(id) {
+                    count.hit += 1
+                } else {
+                    count.extra += 1
+                }
             }
             for id in w.iter().filter(|id| !p.contains(id)) {
                 counts[*id as usize].missed += 1;
@@ -364,7 +429,11 @@ impl Counts {
     /// 0 for a label that is neither predicted nor wanted, as scikit-learn has it.
     fn f1(&self) -> f64 {
         let all = 2 * self.hit + self.extra + self.missed;
-        if all == 0 { 0.0 } else { 2.0 * self.hit as f64 / all as f64 }
+        if all == 0 {
+            0.0
+        } else {
+            2.0 * self.hit as f64 / all as f64
+        }
     }
 }
 
@@ -401,16 +470,25 @@ fn ranks(values: &[f64]) -> Vec<f64> {
 
 /// The labels that `id2label` names, by ascending id.
 fn labels_of(config: &ModelConfig) -> Result<Option<Vec<String>>> {
-    let Some(map) = config.raw.get("id2label").and_then(Value::as_object) else { return Ok(None) };
+    let Some(map) = config.raw.get("id2label").and_then(Value::as_object) else {
+        return Ok(None);
+    };
     let mut labels = vec![None; map.len()];
     for (id, name) in map {
         let slot = id.parse().ok().and_then(|id: usize| labels.get_mut(id));
         match (slot, name.as_str()) {
             (Some(slot), Some(name)) => *slot = Some(name.to_owned()),
-            _ => bail_unusable!("id2label has \"{id}\": {name}; expected the ids 0 to {} with names", map.len() - 1),
+            _ => bail_unusable!(
+                "id2label has \"{id}\": {name}; expected the ids 0 to {} with names",
+                map.len() - 1
+            ),
         }
     }
-    labels.into_iter().collect::<Option<Vec<_>>>().map(Some).context(unusable!("id2label repeats an id"))
+    labels
+        .into_iter()
+        .collect::<Option<Vec<_>>>()
+        .map(Some)
+        .context(unusable!("id2label repeats an id"))
 }
 
 fn label_names(label: &Value, problem: Problem) -> Result<Vec<String>> {
@@ -422,7 +500,10 @@ fn label_names(label: &Value, problem: Problem) -> Result<Vec<String>> {
     };
     match (label, problem) {
         (Value::Array(list), Problem::MultiLabelClassification) => list.iter().map(one).collect(),
-        (Value::Array(_), _) => Err(unusable!("label is a list, expected one label (the problem is {})", problem.name())),
+        (Value::Array(_), _) => Err(unusable!(
+            "label is a list, expected one label (the problem is {})",
+            problem.name()
+        )),
         (label, _) => Ok(vec![one(label)?]),
     }
 }

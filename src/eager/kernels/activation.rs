@@ -1,0 +1,99 @@
+//! Element-wise non-linearities; the backward pass recomputes from the input and keeps nothing.
+
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
+use rayon::prelude::*;
+
+use super::simd::{self, exp, normal_cdf, tanh};
+use super::{CHUNK, Kernels, Numbers, gradient, numbers, stored};
+use crate::model::ops::Activation;
+
+/// √(2/π), of the tanh form of GELU (Hendrycks and Gimpel 2016, arXiv:1606.08415).
+const SQRT_2_OVER_PI: f32 = 0.797_884_6;
+/// The cubic term's factor there.
+const CUBIC: f32 = 0.044_715;
+/// 1 / √(2π), the height of the normal density.
+const DENSITY: f32 = 0.398_942_3;
+
+/// Applies `how` to every element.
+pub fn activate(kernels: Kernels, x: &Tensor, how: Activation) -> Result<Tensor> {
+    match (kernels, how) {
+        (Kernels::Fused, Activation::Gelu | Activation::GeluTanh) => x.contiguous()?.apply_op1(Fused(how)),
+        (_, Activation::Gelu) => x.gelu_erf(),
+        (_, Activation::GeluTanh) => x.gelu(),
+        // candle's relu has gradient 1 at 0, PyTorch's has 0
+        (_, Activation::Relu) => x * x.gt(0.0)?.to_dtype(x.dtype())?,
+        (_, Activation::Silu) => x.silu(),
+        (_, Activation::Tanh) => x.tanh(),
+    }
+}
+
+struct Fused(Activation);
+
+impl CustomOp1 for Fused {
+    fn name(&self) -> &'static str {
+        "activation"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let x = numbers(x, layout)?;
+        let mut y = vec![0.0; x.len()];
+        let forward = if self.0 == Activation::Gelu {
+            gelu
+        } else {
+            gelu_tanh
+        };
+        y.par_chunks_mut(CHUNK)
+            .zip(x.par_chunks(CHUNK))
+            .for_each(|(y, x)| forward(y, x));
+        stored(y, layout.shape())
+    }
+
+    fn bwd(&self, x: &Tensor, _: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        let dy = dy.contiguous()?;
+        let (xs, dys) = (Numbers::of(x)?, Numbers::of(&dy)?);
+        let mut dx = vec![0.0; xs.len()];
+        let backward = if self.0 == Activation::Gelu {
+            gelu_backward
+        } else {
+            gelu_tanh_backward
+        };
+        dx.par_chunks_mut(CHUNK)
+            .zip(xs.par_chunks(CHUNK).zip(dys.par_chunks(CHUNK)))
+            .for_each(|(dx, (x, dy))| backward(dx, x, dy));
+        gradient(dx, x)
+    }
+}
+
+simd::vectorised! {
+    fn gelu(y: &mut [f32], x: &[f32]) {
+        for (y, &x) in y.iter_mut().zip(x) {
+            *y = x * normal_cdf(x);
+        }
+    }
+}
+
+simd::vectorised! {
+    fn gelu_backward(dx: &mut [f32], x: &[f32], dy: &[f32]) {
+        for ((dx, &x), &dy) in dx.iter_mut().zip(x).zip(dy) {
+            *dx = dy * (normal_cdf(x) + x * DENSITY * exp(-0.5 * x * x));
+        }
+    }
+}
+
+simd::vectorised! {
+    fn gelu_tanh(y: &mut [f32], x: &[f32]) {
+        for (y, &x) in y.iter_mut().zip(x) {
+            *y = 0.5 * x * (1.0 + tanh(SQRT_2_OVER_PI * (x + CUBIC * x * x * x)));
+        }
+    }
+}
+
+simd::vectorised! {
+    fn gelu_tanh_backward(dx: &mut [f32], x: &[f32], dy: &[f32]) {
+        for ((dx, &x), &dy) in dx.iter_mut().zip(x).zip(dy) {
+            let t = tanh(SQRT_2_OVER_PI * (x + CUBIC * x * x * x));
+            let inner = SQRT_2_OVER_PI * (1.0 + 3.0 * CUBIC * x * x);
+            *dx = dy * (0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * inner);
+        }
+    }
+}

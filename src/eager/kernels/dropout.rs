@@ -1,0 +1,172 @@
+//! Dropout (Srivastava et al. 2014) whose mask is a function of a key and a place: nothing is stored, and the
+//! backward pass computes the same mask again.
+
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
+use rayon::prelude::*;
+
+use super::{Kernels, Numbers, gradient, numbers, simd, stored};
+
+/// Which elements are dropped: a pure function of (key, row, column).
+#[derive(Clone, Copy, Debug)]
+pub struct Mask {
+    key: u64,
+    /// An element stays where its hash is at least this.
+    threshold: u32,
+    scale: f32,
+}
+
+impl Mask {
+    /// A mask that drops each element with probability `p`, in [0, 1), and scales the rest by 1 / (1 − p).
+    pub fn new(key: u64, p: f32) -> Self {
+        let threshold = (f64::from(p) * 4_294_967_296.0) as u32;
+        Self {
+            key,
+            threshold,
+            scale: 1.0 / (1.0 - p),
+        }
+    }
+
+    /// The mask's row.
+    #[inline(always)]
+    pub fn row(&self, row: u64) -> Row {
+        let key = mix(self.key ^ mix(row));
+        Row {
+            low: key as u32,
+            high: (key >> 32) as u32,
+            threshold: self.threshold,
+            scale: self.scale,
+        }
+    }
+}
+
+/// One row of a mask.
+#[derive(Clone, Copy)]
+pub struct Row {
+    low: u32,
+    high: u32,
+    threshold: u32,
+    scale: f32,
+}
+
+impl Row {
+    /// What the element of this column is multiplied by: 0, or 1 / (1 − p).
+    #[inline(always)]
+    pub fn factor(&self, column: u32) -> f32 {
+        // a 32-bit finalizer (xor-shift-multiply) over a Weyl sequence
+        let mut x = column.wrapping_mul(0x9E37_79B9).wrapping_add(self.low);
+        x ^= x >> 16;
+        x = x.wrapping_mul(0x7FEB_352D) ^ self.high;
+        x ^= x >> 15;
+        x = x.wrapping_mul(0x846C_A68B);
+        x ^= x >> 16;
+        if x >= self.threshold { self.scale } else { 0.0 }
+    }
+}
+
+/// SplitMix64's finalizer (Steele et al. 2014): one 64-bit number → a well-mixed one.
+#[inline(always)]
+pub fn mix(x: u64) -> u64 {
+    let x = x.wrapping_add(0x9E37_79B9_7F4A_7C15);
+    let x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    let x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    x ^ (x >> 31)
+}
+
+/// Elements of a mask's row, where what is masked has no rows of its own.
+const ROW: usize = 1024;
+
+/// Multiplies `x` by the mask, element i standing in row i / 1024.
+pub fn dropout(kernels: Kernels, x: &Tensor, mask: Mask) -> Result<Tensor> {
+    match kernels {
+        Kernels::Fused => x.contiguous()?.apply_op1(Dropout(mask)),
+        Kernels::Composite => {
+            let mut factors = vec![1.0; x.elem_count()];
+            apply(&mut factors, mask);
+            x * Tensor::from_vec(factors, x.shape(), x.device())?.to_dtype(x.dtype())?
+        }
+    }
+}
+
+struct Dropout(Mask);
+
+impl CustomOp1 for Dropout {
+    fn name(&self) -> &'static str {
+        "dropout"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let mut y = numbers(x, layout)?.to_vec();
+        apply(&mut y, self.0);
+        stored(y, layout.shape())
+    }
+
+    fn bwd(&self, x: &Tensor, _: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        let dy = dy.contiguous()?;
+        let mut dx = Numbers::of(&dy)?.to_vec();
+        apply(&mut dx, self.0);
+        gradient(dx, x)
+    }
+}
+
+fn apply(values: &mut [f32], mask: Mask) {
+    values
+        .par_chunks_mut(ROW)
+        .enumerate()
+        .with_min_len(16)
+        .for_each(|(row, values)| {
+            multiply(values, mask.row(row as u64));
+        });
+}
+
+simd::vectorised! {
+    fn multiply(values: &mut [f32], row: Row) {
+        for (column, value) in values.iter_mut().enumerate() {
+            *value *= row.factor(column as u32);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mask_drops_the_share_it_says_everywhere() {
+        for p in [0.1f32, 0.5] {
+            let mask = Mask::new(42, p);
+            let dropped = |rows: std::ops::Range<u64>, columns: std::ops::Range<u32>| {
+                let all = (rows.end - rows.start) as f32 * columns.len() as f32;
+                let zeros = rows
+                    .map(|row| {
+                        columns
+                            .clone()
+                            .filter(|&c| mask.row(row).factor(c) == 0.0)
+                            .count()
+                    })
+                    .sum::<usize>();
+                zeros as f32 / all
+            };
+            // four standard deviations of a share of 100,000
+            let near = 4.0 * (p * (1.0 - p) / 1e5).sqrt();
+            assert!((dropped(0..100, 0..1000) - p).abs() < near);
+            assert!((dropped(0..100_000, 0..1) - p).abs() < near);
+            assert!((dropped(0..1, 0..100_000) - p).abs() < near);
+        }
+    }
+
+    #[test]
+    fn masks_of_different_keys_are_independent() {
+        let (a, b) = (Mask::new(1, 0.5), Mask::new(2, 0.5));
+        let same = (0..100u64)
+            .flat_map(|row| (0..1000u32).map(move |column| (row, column)))
+            .filter(|&(row, column)| a.row(row).factor(column) == b.row(row).factor(column))
+            .count();
+        assert!((same as f32 / 1e5 - 0.5).abs() < 0.0064);
+    }
+
+    #[test]
+    fn no_probability_changes_nothing() {
+        let row = Mask::new(7, 0.0).row(3);
+        assert!((0..1000).all(|column| row.factor(column) == 1.0));
+    }
+}

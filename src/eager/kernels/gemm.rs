@@ -1,0 +1,265 @@
+//! Matrix products: strided views → one multi-threaded product whose result depends on shapes alone.
+//!
+//! The work is cut into blocks by the shape, never by the number of threads, and each block is one
+//! single-threaded call of the `gemm` crate. So a result is the same bit for bit on any number of threads.
+
+use std::marker::PhantomData;
+
+use rayon::prelude::*;
+
+/// A matrix in memory: element (i, j) stands at `i · row_stride + j · column_stride`.
+#[derive(Clone, Copy)]
+pub struct Matrix<'a> {
+    data: &'a [f32],
+    rows: usize,
+    columns: usize,
+    row_stride: usize,
+    column_stride: usize,
+}
+
+impl<'a> Matrix<'a> {
+    /// A row-major matrix whose rows stand `row_stride` apart.
+    pub fn new(data: &'a [f32], rows: usize, columns: usize, row_stride: usize) -> Self {
+        assert!(rows == 0 || columns == 0 || (rows - 1) * row_stride + columns <= data.len());
+        Self {
+            data,
+            rows,
+            columns,
+            row_stride,
+            column_stride: 1,
+        }
+    }
+
+    /// The same numbers with rows and columns exchanged.
+    pub fn transposed(self) -> Self {
+        Self {
+            rows: self.columns,
+            columns: self.rows,
+            row_stride: self.column_stride,
+            column_stride: self.row_stride,
+            ..self
+        }
+    }
+}
+
+/// A row-major matrix that is written.
+pub struct MatrixMut<'a> {
+    data: Shared,
+    rows: usize,
+    columns: usize,
+    row_stride: usize,
+    borrowed: PhantomData<&'a mut f32>,
+}
+
+impl<'a> MatrixMut<'a> {
+    /// A row-major matrix whose rows stand `row_stride` apart.
+    pub fn new(data: &'a mut [f32], rows: usize, columns: usize, row_stride: usize) -> Self {
+        assert!(rows == 0 || columns == 0 || (rows - 1) * row_stride + columns <= data.len());
+        Self {
+            data: Shared::new(data),
+            rows,
+            columns,
+            row_stride,
+            borrowed: PhantomData,
+        }
+    }
+
+    /// A matrix whose rows lie between those of others, which a slice could not say.
+    ///
+    /// # Safety
+    /// For as long as the result lives, its elements are valid and nobody else touches them.
+    pub unsafe fn raw(data: *mut f32, rows: usize, columns: usize, row_stride: usize) -> Self {
+        Self {
+            data: Shared(data),
+            rows,
+            columns,
+            row_stride,
+            borrowed: PhantomData,
+        }
+    }
+}
+
+/// Whether a product replaces what stands in the destination or is added to it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Write {
+    Replace,
+    Add,
+}
+
+/// `dst = scale · lhs · rhs`, or `dst += …`, in this thread.
+pub fn product(dst: MatrixMut, write: Write, scale: f32, lhs: Matrix, rhs: Matrix) {
+    assert_eq!(
+        (dst.rows, dst.columns, lhs.columns),
+        (lhs.rows, rhs.columns, rhs.rows)
+    );
+    // SAFETY: the views' constructors have checked that every element lies inside its slice, and `dst`
+    // is borrowed exclusively.
+    unsafe {
+        block(
+            dst.data.get(),
+            dst.row_stride,
+            write,
+            scale,
+            lhs,
+            rhs,
+            0..dst.rows,
+            0..dst.columns,
+        )
+    }
+}
+
+/// `dst = lhs · rhs`, or `dst += …`, on all threads.
+pub fn parallel_product(dst: MatrixMut, write: Write, lhs: Matrix, rhs: Matrix) {
+    assert_eq!(
+        (dst.rows, dst.columns, lhs.columns),
+        (lhs.rows, rhs.columns, rhs.rows)
+    );
+    let (down, across) = blocks(dst.rows, dst.columns, lhs.columns);
+    let start = dst.data;
+    (0..down * across).into_par_iter().for_each(|task| {
+        let rows = share(dst.rows, down, task / across);
+        let columns = share(dst.columns, across, task % across);
+        // SAFETY: as in `product`; the blocks of two tasks have no element in common.
+        unsafe { block(start.get(), dst.row_stride, write, 1.0, lhs, rhs, rows, columns) }
+    });
+}
+
+/// A pointer that tasks share to write to places of their own.
+#[derive(Clone, Copy)]
+pub struct Shared(*mut f32);
+
+// SAFETY: whoever dereferences it keeps tasks apart.
+unsafe impl Send for Shared {}
+// SAFETY: as above.
+unsafe impl Sync for Shared {}
+
+impl Shared {
+    /// Shares what `data` points to.
+    pub fn new(data: &mut [f32]) -> Self {
+        Self(data.as_mut_ptr())
+    }
+
+    /// The pointer. Through this method closures capture the whole, which is `Sync`.
+    pub fn get(self) -> *mut f32 {
+        self.0
+    }
+
+    /// `length` elements from `offset` on.
+    ///
+    /// # Safety
+    /// They lie inside the shared slice, which outlives the result, and no other task touches them.
+    pub unsafe fn slice<'a>(self, offset: usize, length: usize) -> &'a mut [f32] {
+        // SAFETY: the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.0.add(offset), length) }
+    }
+}
+
+/// The `index`-th of `parts` nearly equal ranges of `0..n`, cut at multiples of 16 where there are enough.
+pub fn share(n: usize, parts: usize, index: usize) -> std::ops::Range<usize> {
+    let cut = |i: usize| {
+        let exact = n * i / parts;
+        if i == parts || n < 16 * parts {
+            exact
+        } else {
+            exact.next_multiple_of(16).min(n)
+        }
+    };
+    cut(index)..cut(index + 1)
+}
+
+/// Into how many blocks a product is cut, down and across: about sixteen for a large one, in the shape that
+/// reads the least twice.
+fn blocks(m: usize, n: usize, k: usize) -> (usize, usize) {
+    let tasks: usize = match 2 * m * n * k {
+        0..2_000_000 => 1,
+        2_000_000..50_000_000 => 4,
+        50_000_000..500_000_000 => 8,
+        _ => 16,
+    };
+    let mut best = (1, 1);
+    let mut least = usize::MAX;
+    for down in [1, 2, 4, 8, 16] {
+        let across = tasks / down;
+        if across == 0 || down > m.max(1) || across > n.max(1) {
+            continue;
+        }
+        let reads = down * n + across * m;
+        if reads < least {
+            (least, best) = (reads, (down, across));
+        }
+    }
+    best
+}
+
+/// # Safety
+/// `dst` points to a matrix that holds `rows` × `columns` at `row_stride`, which nobody else touches there.
+#[allow(clippy::too_many_arguments)] // a product has this many parts; both callers are above
+unsafe fn block(
+    dst: *mut f32,
+    row_stride: usize,
+    write: Write,
+    scale: f32,
+    lhs: Matrix,
+    rhs: Matrix,
+    rows: std::ops::Range<usize>,
+    columns: std::ops::Range<usize>,
+) {
+    if rows.is_empty() || columns.is_empty() {
+        return;
+    }
+    // SAFETY: the first element of each block lies inside its matrix, and so do all that the strides reach.
+    unsafe {
+        gemm::gemm(
+            rows.len(),
+            columns.len(),
+            lhs.columns,
+            dst.add(rows.start * row_stride + columns.start),
+            1,
+            row_stride as isize,
+            write == Write::Add,
+            lhs.data.as_ptr().add(rows.start * lhs.row_stride),
+            lhs.column_stride as isize,
+            lhs.row_stride as isize,
+            rhs.data.as_ptr().add(columns.start * rhs.column_stride),
+            rhs.column_stride as isize,
+            rhs.row_stride as isize,
+            1.0, // scales what stands in dst
+            scale,
+            false,
+            false,
+            false,
+            gemm::Parallelism::None,
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_cover_a_range_once() {
+        for n in [0, 1, 7, 16, 100, 530] {
+            for parts in [1, 3, 8] {
+                let all: Vec<usize> = (0..parts).flat_map(|i| share(n, parts, i)).collect();
+                assert_eq!(all, (0..n).collect::<Vec<_>>());
+            }
+        }
+    }
+
+    #[test]
+    fn a_product_is_the_sum_of_products() {
+        for (m, n, k) in [(1, 1, 1), (3, 5, 2), (130, 70, 65), (200, 300, 100)] {
+            let value = |i: usize| ((i * 7919) % 101) as f32 / 50.0 - 1.0;
+            let a: Vec<f32> = (0..m * k).map(value).collect();
+            let b: Vec<f32> = (0..n * k).map(|i| value(i + 5)).collect();
+            let mut c = vec![1.0; m * n];
+            let (lhs, rhs) = (Matrix::new(&a, m, k, k), Matrix::new(&b, n, k, k).transposed());
+            parallel_product(MatrixMut::new(&mut c, m, n, n), Write::Add, lhs, rhs);
+            for (i, j) in [(0, 0), (m - 1, n - 1), (m / 2, n / 3)] {
+                let exact = 1.0 + (0..k).map(|l| a[i * k + l] * b[j * k + l]).sum::<f32>();
+                assert!((c[i * n + j] - exact).abs() < 1e-4, "{m}×{n}×{k} at {i},{j}");
+            }
+        }
+    }
+}

@@ -1,0 +1,90 @@
+//! Fused differentiable operations for f32 on the CPU, each beside a composite of candle's primitives.
+//!
+//! The composite runs on every other device and dtype and is the oracle of the tests. A fused operation is a
+//! candle custom operation with its own backward pass; its result does not depend on the number of threads.
+
+pub mod activation;
+pub mod attention;
+pub mod dropout;
+pub mod embedding;
+pub mod gemm;
+pub mod layer_norm;
+pub mod linear;
+pub mod simd;
+
+use std::ops::Deref;
+
+use candle_core::{CpuStorage, DType, Device, Error, Layout, Result, Shape, Storage, Tensor};
+
+/// Which form of the operations is run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kernels {
+    Fused,
+    Composite,
+}
+
+impl Kernels {
+    /// The fastest that runs there.
+    pub fn of(device: &Device, dtype: DType) -> Self {
+        if device.is_cpu() && dtype == DType::F32 {
+            Self::Fused
+        } else {
+            Self::Composite
+        }
+    }
+}
+
+/// Elements that one task of an element-wise loop works on.
+pub(crate) const CHUNK: usize = 16 * 1024;
+
+/// A contiguous f32 CPU tensor's numbers, behind its storage's read lock.
+pub(crate) struct Numbers<G> {
+    storage: G,
+    range: std::ops::Range<usize>,
+}
+
+impl Numbers<()> {
+    pub(crate) fn of(tensor: &Tensor) -> Result<Numbers<impl Deref<Target = Storage> + '_>> {
+        let (storage, layout) = tensor.storage_and_layout();
+        let range = contiguous(layout)?;
+        match &*storage {
+            Storage::Cpu(CpuStorage::F32(_)) => Ok(Numbers { storage, range }),
+            _ => Err(Error::Msg(
+                "a fused operation takes f32 tensors on the CPU".to_owned(),
+            )),
+        }
+    }
+}
+
+impl<G: Deref<Target = Storage>> Deref for Numbers<G> {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        match &*self.storage {
+            Storage::Cpu(CpuStorage::F32(all)) => &all[self.range.clone()],
+            _ => &[], // `of` has let only f32 on the CPU in
+        }
+    }
+}
+
+/// The numbers that a custom operation's forward pass is handed.
+pub(crate) fn numbers<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
+    Ok(&storage.as_slice::<f32>()?[contiguous(layout)?])
+}
+
+fn contiguous(layout: &Layout) -> Result<std::ops::Range<usize>> {
+    let (start, end) = layout
+        .contiguous_offsets()
+        .ok_or_else(|| Error::Msg("a fused operation takes contiguous tensors".to_owned()))?;
+    Ok(start..end)
+}
+
+/// A custom operation's result.
+pub(crate) fn stored(values: Vec<f32>, shape: impl Into<Shape>) -> Result<(CpuStorage, Shape)> {
+    Ok((CpuStorage::F32(values), shape.into()))
+}
+
+/// A gradient, as a tensor of the shape of what it is the gradient of.
+pub(crate) fn gradient(values: Vec<f32>, of: &Tensor) -> Result<Option<Tensor>> {
+    Ok(Some(Tensor::from_vec(values, of.shape(), &Device::Cpu)?))
+}

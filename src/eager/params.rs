@@ -1,0 +1,157 @@
+//! A definition's parameters as candle variables, in the order of the manifest.
+
+use std::collections::BTreeMap;
+
+use anyhow::Context;
+use candle_core::{DType, Device, Tensor, Var};
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{Rng, SeedableRng};
+
+use crate::Result;
+use crate::checkpoint::{self, Fit, Weights};
+use crate::model::ops::{Param, Role};
+
+/// Named variables, f32.
+pub struct Params {
+    list: Vec<(Param, Var)>,
+    index: BTreeMap<String, usize>,
+}
+
+impl Params {
+    /// Takes every parameter from a checkpoint; those of the head that it lacks are drawn anew.
+    ///
+    /// # Errors
+    /// The checkpoint does not fit; see [`Weights::fit`].
+    pub fn load(params: &[Param], weights: &Weights, init: Init, device: &Device) -> Result<(Self, Fit)> {
+        let fit = weights.fit(params)?;
+        let list = params
+            .iter()
+            .map(|param| {
+                let values = if fit.new.contains(&param.name) {
+                    init.draw(param)
+                } else {
+                    weights.f32(&param.name)?.into_owned()
+                };
+                Ok((param.clone(), variable(values, &param.shape, device)?))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        Ok((Self::new(list), fit))
+    }
+
+    /// Draws every parameter anew.
+    pub fn from_scratch(params: &[Param], init: Init, device: &Device) -> Result<Self> {
+        let list = params
+            .iter()
+            .map(|param| Ok((param.clone(), variable(init.draw(param), &param.shape, device)?)))
+            .collect::<Result<Vec<_>>>()?;
+        Ok(Self::new(list))
+    }
+
+    fn new(list: Vec<(Param, Var)>) -> Self {
+        let index = list
+            .iter()
+            .enumerate()
+            .map(|(i, (param, _))| (param.name.clone(), i))
+            .collect();
+        Self { list, index }
+    }
+
+    /// The variable of this name.
+    ///
+    /// # Errors
+    /// The definition used a name that the manifest did not list.
+    pub fn get(&self, name: &str) -> Result<&Var> {
+        let at = self
+            .index
+            .get(name)
+            .with_context(|| format!("no parameter {name}"))?;
+        Ok(&self.list[*at].1)
+    }
+
+    /// All of them, in the order of the manifest.
+    pub fn iter(&self) -> impl Iterator<Item = (&Param, &Var)> {
+        self.list.iter().map(|(param, var)| (param, var))
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.list.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.list.is_empty()
+    }
+
+    /// How many numbers they hold together.
+    pub fn numel(&self) -> usize {
+        self.list.iter().map(|(param, _)| param.numel()).sum()
+    }
+
+    /// A copy of all values, in the order of the manifest.
+    pub fn values(&self) -> Result<Vec<Vec<f32>>> {
+        self.list
+            .iter()
+            .map(|(_, var)| Ok(var.flatten_all()?.to_vec1()?))
+            .collect()
+    }
+
+    /// Replaces all values by such a copy.
+    pub fn set_values(&self, values: &[Vec<f32>]) -> Result<()> {
+        for ((param, var), values) in self.list.iter().zip(values) {
+            var.set(&Tensor::from_slice(values, param.shape.as_slice(), var.device())?)?;
+        }
+        Ok(())
+    }
+
+    /// Writes them as a checkpoint that transformers loads.
+    pub fn save(&self, path: &std::path::Path) -> Result<()> {
+        let values = self.values()?;
+        let tensors = self.list.iter().zip(&values);
+        checkpoint::write_safetensors(
+            path,
+            tensors
+                .map(|((param, _), values)| (param.name.as_str(), param.shape.as_slice(), values.as_slice())),
+        )
+    }
+}
+
+fn variable(values: Vec<f32>, shape: &[usize], device: &Device) -> Result<Var> {
+    let tensor = Tensor::from_vec(values, shape, &Device::Cpu)?
+        .to_dtype(DType::F32)?
+        .to_device(device)?;
+    Ok(Var::from_tensor(&tensor)?)
+}
+
+/// How new parameters are drawn: as transformers' models do, matrices and tables from N(0, std²), biases 0,
+/// layer norms' scales 1. Each parameter has a stream of its own, so one more changes no other.
+#[derive(Clone, Copy, Debug)]
+pub struct Init {
+    pub seed: u64,
+    /// The configuration's `initializer_range`.
+    pub std: f64,
+}
+
+impl Init {
+    fn draw(&self, param: &Param) -> Vec<f32> {
+        let n = param.numel();
+        match param.role {
+            Role::Bias => vec![0.0; n],
+            Role::Scale => vec![1.0; n],
+            Role::Matrix | Role::Table => {
+                let stream = param.name.bytes().fold(self.seed, |hash, byte| {
+                    super::kernels::dropout::mix(hash ^ u64::from(byte))
+                });
+                let mut rng = ChaCha8Rng::seed_from_u64(stream);
+                (0..n).map(|_| (normal(&mut rng) * self.std) as f32).collect()
+            }
+        }
+    }
+}
+
+/// A standard normal number, by Box and Muller's transform.
+fn normal(rng: &mut ChaCha8Rng) -> f64 {
+    let uniform = |bits: u64| ((bits >> 11) as f64 + 0.5) / (1u64 << 53) as f64;
+    let (a, b) = (uniform(rng.next_u64()), uniform(rng.next_u64()));
+    (-2.0 * a.ln()).sqrt() * (std::f64::consts::TAU * b).cos()
+}

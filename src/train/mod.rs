@@ -1,0 +1,13 @@
+//! Training: encoded examples and a definition → trained parameters, reproducibly.
+
+pub mod checkpoint;
+pub mod log;
+pub mod optimizer;
+mod run;
+pub mod schedule;
+pub mod settings;
+pub mod trainer;
+
+pub use run::{Example, Outcome, Run, evaluate};
+pub use settings::Settings;
+pub use trainer::Trainer;

@@ -1,0 +1,253 @@
+//! The training loop: epochs, evaluations, checkpoints, the best model kept, early stopping, resuming.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use candle_core::Device;
+use indicatif::ProgressBar;
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{Rng, SeedableRng};
+use serde_json::{Map, Value, json};
+
+use super::Settings;
+use super::checkpoint::{Best, Folder, Progress};
+use super::log::Log;
+use super::trainer::{Step, Trainer};
+use crate::Result;
+use crate::data::batch::Encoding;
+use crate::eager::kernels::dropout::mix;
+use crate::eager::{Params, logits};
+use crate::model::Family;
+use crate::say::Say;
+use crate::task::{Metrics, Target, Task};
+
+/// An example that is learnt from, or measured on.
+#[derive(Clone, Debug)]
+pub struct Example {
+    pub encoding: Encoding,
+    pub target: Target,
+}
+
+/// All that a run needs.
+pub struct Run<'a> {
+    pub settings: &'a Settings,
+    pub family: &'a Family,
+    pub task: &'a Task,
+    pub params: &'a Params,
+    pub device: &'a Device,
+    pub train: &'a [Example],
+    pub eval: &'a [Example],
+    pub folder: &'a Folder,
+    pub say: Say,
+    /// Set from outside, it ends the run at the next step, behind a checkpoint.
+    pub interrupted: &'a AtomicBool,
+}
+
+/// How a run ended; the parameters are those of the best evaluation, or the last where none was made.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    pub progress: Progress,
+    /// False where the run was interrupted.
+    pub finished: bool,
+}
+
+impl Run<'_> {
+    /// Trains from the start, or from the newest checkpoint with `resume`.
+    ///
+    /// # Errors
+    /// A step fails (see [`Trainer::step`]), or a file can't be written.
+    pub fn go(&self, resume: bool) -> Result<Outcome> {
+        let total = self.settings.total_steps(self.train.len());
+        let mut trainer = Trainer::new(
+            self.settings,
+            self.family,
+            self.task,
+            self.params,
+            self.device,
+            total,
+        )?;
+        let restored = if resume {
+            self.folder.restore(self.params, &mut trainer.optimizer)?
+        } else {
+            None
+        };
+        let mut progress = restored.unwrap_or_default();
+        let mut log = Log::open(&self.folder.log(), progress.step)?;
+        let bar = self
+            .say
+            .bar(total as u64, "{bar:24} {pos}/{len} steps  {msg}  {eta} left")?;
+        bar.set_position(progress.step as u64);
+        let (started, seconds_before) = (Instant::now(), progress.seconds);
+        let per_epoch = self.settings.steps_per_epoch(self.train.len());
+        let mut order = Vec::new();
+        while progress.step < total && !self.is_patience_gone(&progress) {
+            let (epoch, place) = (progress.step / per_epoch, progress.step % per_epoch);
+            if order.is_empty() || place == 0 {
+                order = self.order(epoch);
+            }
+            let effective = self.settings.batch_size * self.settings.gradient_accumulation;
+            let batch: Vec<&Example> = order
+                .iter()
+                .skip(place * effective)
+                .take(effective)
+                .map(|&i| &self.train[i])
+                .collect();
+            let before = Instant::now();
+            let step = trainer.step(&batch)?;
+            progress.step += 1;
+            progress.tokens += step.tokens as u64;
+            progress.loss_sum += step.loss;
+            progress.seconds = seconds_before + started.elapsed().as_secs_f64();
+            let speed = step.tokens as f64 / before.elapsed().as_secs_f64();
+            self.report(&mut log, &bar, &progress, total, per_epoch, step, speed)?;
+
+            let last = progress.step == total;
+            if is_due(self.settings.eval_every, progress.step, per_epoch, last) && !self.eval.is_empty() {
+                self.evaluate(&mut log, &bar, &mut progress, per_epoch)?;
+            }
+            let interrupted = self.interrupted.load(Ordering::Relaxed);
+            if is_due(self.settings.save_every, progress.step, per_epoch, last) || interrupted {
+                self.folder.save(
+                    &progress,
+                    self.params,
+                    &trainer.optimizer,
+                    self.settings.keep_checkpoints,
+                )?;
+            }
+            if interrupted && !last {
+                bar.abandon();
+                return Ok(Outcome {
+                    progress,
+                    finished: false,
+                });
+            }
+        }
+        bar.finish_and_clear();
+        if progress.best.is_some() {
+            self.folder.restore_best(self.params)?;
+        }
+        Ok(Outcome {
+            progress,
+            finished: true,
+        })
+    }
+
+    /// The order of the examples in an epoch: Fisher and Yates' shuffle, a function of (seed, epoch).
+    fn order(&self, epoch: usize) -> Vec<usize> {
+        let mut order: Vec<usize> = (0..self.train.len()).collect();
+        if !self.settings.no_shuffle {
+            let mut rng = ChaCha8Rng::seed_from_u64(mix(self.settings.seed ^ mix(epoch as u64)));
+            for i in (1..order.len()).rev() {
+                // the high half of a 64-bit product: a number below i + 1
+                let j = ((u128::from(rng.next_u64()) * (i as u128 + 1)) >> 64) as usize;
+                order.swap(i, j);
+            }
+        }
+        order
+    }
+
+    fn is_patience_gone(&self, progress: &Progress) -> bool {
+        self.settings
+            .early_stopping_patience
+            .is_some_and(|most| progress.evaluations_without_gain >= most)
+    }
+
+    #[allow(clippy::too_many_arguments)] // one call, all of them different things
+    fn report(
+        &self,
+        log: &mut Log,
+        bar: &ProgressBar,
+        progress: &Progress,
+        total: usize,
+        per_epoch: usize,
+        step: Step,
+        tokens_per_second: f64,
+    ) -> Result<()> {
+        log.write(&json!({
+            "step": progress.step,
+            "epoch": progress.step as f64 / per_epoch as f64,
+            "loss": step.loss,
+            "learning_rate": step.learning_rate,
+            "grad_norm": step.grad_norm,
+            "tokens": step.tokens,
+            "tokens_per_second": tokens_per_second.round(),
+        }))?;
+        let mean_speed = progress.tokens as f64 / progress.seconds;
+        bar.set_position(progress.step as u64);
+        bar.set_message(format!("loss {:.4}  {mean_speed:.0} tokens/s", step.loss));
+        if bar.is_hidden() && (progress.step.is_multiple_of(total.div_ceil(20)) || progress.step == total) {
+            let left = progress.seconds / progress.step as f64 * (total - progress.step) as f64;
+            self.say.line(format!(
+                "step {}/{total}  epoch {:.2}  loss {:.4}  {mean_speed:.0} tokens/s  {left:.0} s left",
+                progress.step,
+                progress.step as f64 / per_epoch as f64,
+                step.loss,
+            ));
+        }
+        Ok(())
+    }
+
+    fn evaluate(
+        &self,
+        log: &mut Log,
+        bar: &ProgressBar,
+        progress: &mut Progress,
+        per_epoch: usize,
+    ) -> Result<()> {
+        let metrics = evaluate(self.params, self.family, self.task, self.eval, self.device)?;
+        let (name, more_is_better) = self.task.deciding_metric(self.settings.best_metric.as_deref())?;
+        let value = |metrics: &Metrics| metrics.get(&name).copied().unwrap_or(f64::NAN);
+        let is_better = progress.best.as_ref().is_none_or(|best| {
+            let (new, old) = (value(&metrics), value(&best.metrics));
+            if more_is_better { new > old } else { new < old }
+        });
+        let mut line = Map::from_iter([
+            ("step".to_owned(), json!(progress.step)),
+            ("epoch".to_owned(), json!(progress.step as f64 / per_epoch as f64)),
+        ]);
+        line.extend(
+            metrics
+                .iter()
+                .map(|(name, value)| (format!("eval_{name}"), json!(value))),
+        );
+        log.write(&Value::Object(line))?;
+        let shown: Vec<String> = metrics
+            .iter()
+            .map(|(name, value)| format!("{name} {value:.4}"))
+            .collect();
+        let text = format!("step {}  evaluation: {}", progress.step, shown.join("  "));
+        bar.suspend(|| {
+            self.say
+                .line(text + if is_better { "  (the best so far)" } else { "" })
+        });
+        if is_better {
+            self.params.save(&self.folder.best())?;
+            progress.best = Some(Best {
+                step: progress.step,
+                metrics,
+            });
+            progress.evaluations_without_gain = 0;
+        } else {
+            progress.evaluations_without_gain += 1;
+        }
+        Ok(())
+    }
+}
+
+/// Every `every` steps, or at the end of each epoch; always at the last step.
+fn is_due(every: Option<usize>, step: usize, per_epoch: usize, last: bool) -> bool {
+    last || step.is_multiple_of(every.unwrap_or(per_epoch))
+}
+
+/// The task's metrics and mean loss over examples.
+pub fn evaluate(
+    params: &Params,
+    family: &Family,
+    task: &Task,
+    examples: &[Example],
+    device: &Device,
+) -> Result<Metrics> {
+    let encodings: Vec<Encoding> = examples.iter().map(|example| example.encoding.clone()).collect();
+    let targets: Vec<Target> = examples.iter().map(|example| example.target.clone()).collect();
+    task.measure(&logits(params, family, task, &encodings, device)?, &targets)
+}

@@ -1,0 +1,75 @@
+//! What several test files need: the stored references, and how far two lists of numbers are apart.
+#![allow(dead_code)] // each test file uses its own part
+
+use std::path::PathBuf;
+
+use tk::checkpoint::Weights;
+use tk::model::ops::Param;
+
+/// A directory under `models/`.
+pub fn models(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .join("models")
+        .join(name)
+}
+
+/// A JSON file.
+pub fn json(path: PathBuf) -> serde_json::Value {
+    let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    serde_json::from_str(&text).unwrap()
+}
+
+/// The largest difference, and at which place.
+pub fn max_abs(a: &[f32], b: &[f32]) -> (f32, usize) {
+    assert_eq!(a.len(), b.len(), "different lengths");
+    let mut worst = (0.0, 0);
+    for (i, (x, y)) in a.iter().zip(b).enumerate() {
+        let d = (x - y).abs();
+        if d > worst.0 || d.is_nan() {
+            worst = (d, i);
+        }
+    }
+    worst
+}
+
+/// The Euclidean norm of the difference over that of the reference.
+pub fn relative(a: &[f32], reference: &[f32]) -> f64 {
+    assert_eq!(a.len(), reference.len(), "different lengths");
+    let norm =
+        |values: &mut dyn Iterator<Item = f32>| values.map(|v| f64::from(v).powi(2)).sum::<f64>().sqrt();
+    norm(&mut a.iter().zip(reference).map(|(x, y)| x - y)) / norm(&mut reference.iter().copied()).max(1e-12)
+}
+
+/// Stored i64 values, such as token ids.
+pub fn integers(file: &safetensors::SafeTensors, name: &str) -> Vec<u32> {
+    let view = file.tensor(name).unwrap();
+    view.data()
+        .as_chunks::<8>()
+        .0
+        .iter()
+        .map(|b| i64::from_le_bytes(*b) as u32)
+        .collect()
+}
+
+/// Stored f32 values.
+pub fn floats(file: &safetensors::SafeTensors, name: &str) -> Vec<f32> {
+    let view = file.tensor(name).unwrap_or_else(|e| panic!("{name}: {e}"));
+    view.data()
+        .as_chunks::<4>()
+        .0
+        .iter()
+        .map(|b| f32::from_le_bytes(*b))
+        .collect()
+}
+
+/// Writes weights as a checkpoint and maps it.
+pub fn weights(tensors: &[(Param, Vec<f32>)]) -> (tempfile::TempDir, Weights) {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("model.safetensors");
+    let named = tensors
+        .iter()
+        .map(|(p, v)| (p.name.as_str(), p.shape.as_slice(), v.as_slice()));
+    tk::checkpoint::write_safetensors(&file, named).unwrap();
+    let weights = Weights::open(dir.path()).unwrap();
+    (dir, weights)
+}

@@ -1,0 +1,222 @@
+//! Truth from outside: logits, loss, every gradient and ten optimizer steps of `transformers` and PyTorch, stored by
+//! `scripts/reference`, against the eager interpreter with both forms of its kernels.
+
+mod common;
+
+use candle_core::Device;
+use common::{floats, json, max_abs, models, relative};
+use serde_json::Value;
+use tk::checkpoint::Weights;
+use tk::data::batch::{Encoding, Packed};
+use tk::eager::{Eager, Init, Kernels, Mode, Params, logits};
+use tk::model::ModelConfig;
+use tk::task::{Target, Task};
+use tk::train::{Example, Settings, Trainer};
+
+const MODELS: [&str; 3] = ["tiny-bert-single", "tiny-bert-multi", "tiny-bert-regression"];
+
+struct Reference {
+    config: ModelConfig,
+    task: Task,
+    params: Params,
+    examples: Vec<Example>,
+    json: Value,
+    name: &'static str,
+}
+
+impl Reference {
+    fn load(name: &'static str) -> Self {
+        let dir = models(name);
+        let mut config = ModelConfig::read(&dir).unwrap();
+        config.set_dropout(0.0);
+        let task = Task::from_config(&config).unwrap();
+        let weights = Weights::open(&dir).unwrap();
+        let manifest = task.params(&config.family).unwrap();
+        let (params, fit) =
+            Params::load(&manifest, &weights, Init { seed: 0, std: 0.0 }, &Device::Cpu).unwrap();
+        assert!(fit.new.is_empty() && fit.unused.is_empty(), "{name}: {fit:?}");
+        let json = json(dir.join("reference.json"));
+        let ids = |key: &str, i: usize| serde_json::from_value::<Vec<u32>>(json[key][i].clone()).unwrap();
+        let Task::TextClassification(classification) = &task;
+        let examples = json["records"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .enumerate()
+            .map(|(i, record)| Example {
+                encoding: Encoding {
+                    ids: ids("ids", i),
+                    type_ids: ids("type_ids", i),
+                    truncated: false,
+                },
+                target: classification.target(&record["label"]).unwrap(),
+            })
+            .collect();
+        Self {
+            config,
+            task,
+            params,
+            examples,
+            json,
+            name,
+        }
+    }
+
+    fn file(&self, name: &str) -> Vec<u8> {
+        std::fs::read(models(self.name).join(name)).unwrap()
+    }
+}
+
+fn numbers(value: &Value) -> Vec<f32> {
+    serde_json::from_value(value.clone()).unwrap()
+}
+
+#[test]
+fn logits_are_those_of_transformers() {
+    for name in MODELS {
+        let r = Reference::load(name);
+        let encodings: Vec<Encoding> = r.examples.iter().map(|e| e.encoding.clone()).collect();
+        let rows = logits(&r.params, &r.config.family, &r.task, &encodings, &Device::Cpu).unwrap();
+        for (i, row) in rows.iter().enumerate() {
+            let (worst, _) = max_abs(row, &numbers(&r.json["logits"][i]));
+            assert!(worst <= 1e-5, "{name}, record {i}: {worst:e}");
+        }
+    }
+}
+
+#[test]
+fn loss_and_every_gradient_are_those_of_transformers() {
+    for name in MODELS {
+        for kernels in [Kernels::Fused, Kernels::Composite] {
+            let r = Reference::load(name);
+            let batch = Packed::new(r.examples.iter().map(|e| &e.encoding));
+            let targets: Vec<&Target> = r.examples.iter().map(|e| &e.target).collect();
+            let eager =
+                Eager::new(&r.params, &batch, &Device::Cpu, Mode::Training { key: 0 }).with_kernels(kernels);
+            let outputs = r.task.define(&eager, &r.config.family).unwrap();
+            let n = targets.len() as f64;
+            let loss = (r.task.loss(&outputs, &targets, 0.0).unwrap() / n).unwrap();
+            let value = loss.to_scalar::<f32>().unwrap();
+            let expected = r.json["loss"].as_f64().unwrap() as f32;
+            assert!(
+                (value - expected).abs() <= 1e-5 * expected.abs().max(1.0),
+                "{name}: loss {value}, {expected}"
+            );
+
+            let store = loss.backward().unwrap();
+            let bytes = r.file("gradients.safetensors");
+            let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+            assert_eq!(file.len(), r.params.len());
+            let largest = norm(&floats(&file, "bert.embeddings.word_embeddings.weight"));
+            for (param, var) in r.params.iter() {
+                let gradient = store
+                    .get(var.as_tensor())
+                    .unwrap_or_else(|| panic!("{name}: {}", param.name));
+                let gradient: Vec<f32> = gradient.flatten_all().unwrap().to_vec1().unwrap();
+                let expected = floats(&file, &param.name);
+                // softmax cancels what a bias adds to every key: its gradient is rounding alone
+                if param.name.ends_with("self.key.bias") {
+                    assert!(norm(&gradient) <= 1e-5 * largest, "{name}: {}", param.name);
+                } else {
+                    let error = relative(&gradient, &expected);
+                    assert!(error <= 1e-4, "{name}, {kernels:?}: {} {error:e}", param.name);
+                }
+            }
+        }
+    }
+}
+
+fn norm(values: &[f32]) -> f64 {
+    values.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>().sqrt()
+}
+
+#[test]
+fn label_smoothing_is_pytorchs() {
+    let r = Reference::load("tiny-bert-single");
+    let batch = Packed::new(r.examples.iter().map(|e| &e.encoding));
+    let targets: Vec<&Target> = r.examples.iter().map(|e| &e.target).collect();
+    let eager = Eager::new(&r.params, &batch, &Device::Cpu, Mode::Evaluation);
+    let outputs = r.task.define(&eager, &r.config.family).unwrap();
+    let loss = r
+        .task
+        .loss(&outputs, &targets, 0.1)
+        .unwrap()
+        .to_scalar::<f32>()
+        .unwrap()
+        / targets.len() as f32;
+    let expected = r.json["loss_smoothed"].as_f64().unwrap() as f32;
+    assert!((loss - expected).abs() <= 1e-5, "{loss}, {expected}");
+}
+
+/// The regime that the ten reference steps were taken with.
+fn settings(steps: &Value) -> Settings {
+    let number = |key: &str| steps[key].as_f64().unwrap_or_else(|| panic!("{key}"));
+    Settings {
+        batch_size: number("batch_size") as usize,
+        learning_rate: number("learning_rate"),
+        warmup_ratio: number("warmup_ratio"),
+        weight_decay: number("weight_decay"),
+        adam_epsilon: number("eps"),
+        max_grad_norm: number("max_grad_norm"),
+        dropout: Some(0.0),
+        ..Settings::default()
+    }
+}
+
+#[test]
+fn ten_steps_are_those_of_pytorch_with_and_without_accumulation() {
+    for name in MODELS {
+        for micro_batch in [4, 1, 3] {
+            let r = Reference::load(name);
+            let steps = &r.json["steps"];
+            let settings = Settings {
+                batch_size: micro_batch,
+                ..settings(steps)
+            };
+            let (losses, rates) = (numbers(&steps["losses"]), numbers(&steps["learning_rates"]));
+            let norms = numbers(&steps["gradient_norms"]);
+            let mut trainer = Trainer::new(
+                &settings,
+                &r.config.family,
+                &r.task,
+                &r.params,
+                &Device::Cpu,
+                losses.len(),
+            )
+            .unwrap();
+            for step in 0..losses.len() {
+                let batch: Vec<&Example> = (0..4)
+                    .map(|j| &r.examples[(4 * step + j) % r.examples.len()])
+                    .collect();
+                let did = trainer.step(&batch).unwrap();
+                let place = format!("{name}, micro-batches of {micro_batch}, step {step}");
+                assert!(
+                    (did.loss as f32 - losses[step]).abs() <= 1e-4,
+                    "{place}: {} {}",
+                    did.loss,
+                    losses[step]
+                );
+                assert!((did.learning_rate as f32 - rates[step]).abs() <= 1e-9, "{place}");
+                assert!(
+                    (did.grad_norm as f32 / norms[step] - 1.0).abs() <= 1e-4,
+                    "{place}: {}",
+                    did.grad_norm
+                );
+            }
+            let bytes = r.file("weights_after_steps.safetensors");
+            let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+            for weight in file.names() {
+                let now: Vec<f32> = r
+                    .params
+                    .get(weight)
+                    .unwrap()
+                    .flatten_all()
+                    .unwrap()
+                    .to_vec1()
+                    .unwrap();
+                let (worst, _) = max_abs(&now, &floats(&file, weight));
+                assert!(worst <= 1e-5, "{name}: {weight} {worst:e}");
+            }
+        }
+    }
+}

@@ -1,0 +1,244 @@
+//! Verb × runtime: each verb of the vocabulary alone, on every interpreter and kernel, against the numbers that
+//! `scripts/reference` took from PyTorch.
+
+mod common;
+
+use candle_core::{Device, Tensor};
+use common::{floats, integers, max_abs, relative};
+use tk::Result;
+use tk::checkpoint::Weights;
+use tk::data::batch::{Encoding, Packed};
+use tk::eager::{Eager, Init, Kernels, Mode, Params};
+use tk::model::manifest::manifest;
+use tk::model::ops::{Activation, At, Attend, Ids, Ops, Param, Pick, Sees};
+
+/// Outputs in f32 against references that were computed in f64.
+const TOLERANCE: f32 = 3e-6;
+/// The same for gradients, relative to the gradient's norm.
+const GRADIENT_TOLERANCE: f64 = 3e-6;
+
+const CASES: [&str; 14] = [
+    "embed_tokens",
+    "embed_types",
+    "embed_positions",
+    "linear",
+    "layer_norm",
+    "attention",
+    "gelu",
+    "gelu_tanh",
+    "relu",
+    "silu",
+    "tanh",
+    "add",
+    "dropout_off",
+    "pick_first",
+];
+
+/// A case's definition: `x` is looked up in a table of its own, so that its gradient is the table's.
+fn define<O: Ops>(o: &O, case: &Case) -> Result<O::X> {
+    let table = |name: &str| {
+        let at = At::body(name);
+        let shape = case.shape(&format!("{name}.weight"));
+        at.table(shape[0], shape[1])
+    };
+    let x = || o.embed(table("x"), Ids::Tokens);
+    match case.name {
+        "embed_tokens" => x(),
+        "embed_types" => o.embed(table("types"), Ids::TokenTypes),
+        "embed_positions" => o.embed(table("positions"), Ids::Positions),
+        "linear" => {
+            let shape = case.shape("f.weight");
+            o.linear(At::body("f").linear(shape[1], shape[0]), &x()?)
+        }
+        "layer_norm" => o.layer_norm(At::body("f").norm(case.shape("f.weight")[0], 1e-12), &x()?),
+        "attention" => {
+            let of = |name| o.embed(table(name), Ids::Tokens);
+            let how = Attend {
+                heads: 4,
+                sees: Sees::All,
+                dropout: 0.0,
+            };
+            o.attention(&of("q")?, &of("k")?, &of("v")?, how)
+        }
+        "gelu" => o.activate(&x()?, Activation::Gelu),
+        "gelu_tanh" => o.activate(&x()?, Activation::GeluTanh),
+        "relu" => o.activate(&x()?, Activation::Relu),
+        "silu" => o.activate(&x()?, Activation::Silu),
+        "tanh" => o.activate(&x()?, Activation::Tanh),
+        "add" => o.add(
+            &o.embed(table("a"), Ids::Tokens)?,
+            &o.embed(table("b"), Ids::Tokens)?,
+        ),
+        "dropout_off" => o.dropout(&x()?, 0.0),
+        "pick_first" => o.pick(&x()?, Pick::First),
+        other => anyhow::bail!("no case {other}"),
+    }
+}
+
+struct Case {
+    name: &'static str,
+    batch: Vec<Encoding>,
+    tensors: Vec<(String, Vec<usize>, Vec<f32>)>,
+    y: Vec<f32>,
+    gy: Vec<f32>,
+    gradients: Vec<(String, Vec<f32>)>,
+}
+
+impl Case {
+    fn load(file: &safetensors::SafeTensors, name: &'static str) -> Self {
+        let ids = integers(file, &format!("{name}/ids"));
+        let type_ids = integers(file, &format!("{name}/type_ids"));
+        let mut start = 0;
+        let batch = integers(file, &format!("{name}/lengths"))
+            .into_iter()
+            .map(|length| {
+                let range = start..start + length as usize;
+                start = range.end;
+                Encoding {
+                    ids: ids[range.clone()].to_vec(),
+                    type_ids: type_ids[range].to_vec(),
+                    truncated: false,
+                }
+            })
+            .collect();
+        let under = |prefix: String| -> Vec<String> {
+            let mut names: Vec<String> = file
+                .names()
+                .iter()
+                .filter_map(|full| full.strip_prefix(&prefix))
+                .map(str::to_owned)
+                .collect();
+            names.sort();
+            names
+        };
+        let tensors = under(format!("{name}/param/"))
+            .into_iter()
+            .map(|param| {
+                let full = format!("{name}/param/{param}");
+                (
+                    param,
+                    file.tensor(&full).unwrap().shape().to_vec(),
+                    floats(file, &full),
+                )
+            })
+            .collect();
+        let gradients = under(format!("{name}/grad/"))
+            .into_iter()
+            .map(|param| (param.clone(), floats(file, &format!("{name}/grad/{param}"))))
+            .collect();
+        Self {
+            name,
+            batch,
+            tensors,
+            y: floats(file, &format!("{name}/y")),
+            gy: floats(file, &format!("{name}/gy")),
+            gradients,
+        }
+    }
+
+    fn shape(&self, name: &str) -> &[usize] {
+        &self
+            .tensors
+            .iter()
+            .find(|(known, ..)| known == name)
+            .unwrap_or_else(|| panic!("{}: {name}", self.name))
+            .1
+    }
+
+    fn params(&self) -> Vec<Param> {
+        manifest(|o| define(o, self)).unwrap()
+    }
+
+    fn weights(&self) -> (tempfile::TempDir, Weights) {
+        let values = |param: &Param| {
+            self.tensors
+                .iter()
+                .find(|(name, ..)| *name == param.name)
+                .unwrap()
+                .2
+                .clone()
+        };
+        let tensors: Vec<_> = self
+            .params()
+            .into_iter()
+            .map(|param| (param.clone(), values(&param)))
+            .collect();
+        common::weights(&tensors)
+    }
+}
+
+fn each_case(check: impl Fn(&Case)) {
+    let bytes = std::fs::read(common::models("verbs.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let stored: std::collections::BTreeSet<&str> = file
+        .names()
+        .iter()
+        .filter_map(|name| name.split('/').next())
+        .collect();
+    assert_eq!(
+        stored,
+        CASES.into_iter().collect(),
+        "the stored cases are those that are run"
+    );
+    for name in CASES {
+        check(&Case::load(&file, name));
+    }
+}
+
+fn eager(case: &Case, kernels: Kernels, mode: Mode) -> (Params, Tensor) {
+    let (_dir, weights) = case.weights();
+    let init = Init { seed: 0, std: 0.0 };
+    let (params, _) = Params::load(&case.params(), &weights, init, &Device::Cpu).unwrap();
+    let interpreter =
+        Eager::new(&params, &Packed::new(&case.batch), &Device::Cpu, mode).with_kernels(kernels);
+    let y = define(&interpreter, case).unwrap();
+    (params, y)
+}
+
+fn assert_output(case: &Case, runtime: &str, y: &[f32]) {
+    let (worst, at) = max_abs(y, &case.y);
+    assert!(
+        worst <= TOLERANCE,
+        "{} on {runtime}: {worst:e} at element {at}",
+        case.name
+    );
+}
+
+#[test]
+fn every_verb_gives_the_reference_in_evaluation() {
+    each_case(|case| {
+        for kernels in [Kernels::Fused, Kernels::Composite] {
+            let (_, y) = eager(case, kernels, Mode::Evaluation);
+            assert_output(
+                case,
+                &format!("eager {kernels:?}"),
+                &y.flatten_all().unwrap().to_vec1().unwrap(),
+            );
+        }
+    });
+}
+
+#[test]
+fn every_verb_gives_the_reference_and_its_gradients_in_training() {
+    each_case(|case| {
+        for kernels in [Kernels::Fused, Kernels::Composite] {
+            let (params, y) = eager(case, kernels, Mode::Training { key: 1 });
+            let runtime = format!("eager {kernels:?} in training");
+            assert_output(case, &runtime, &y.flatten_all().unwrap().to_vec1().unwrap());
+            let gy = Tensor::from_slice(&case.gy, y.shape(), &Device::Cpu).unwrap();
+            let gradients = (y * gy).unwrap().sum_all().unwrap().backward().unwrap();
+            for (name, expected) in &case.gradients {
+                let var = params.get(name).unwrap();
+                let gradient = gradients
+                    .get(var.as_tensor())
+                    .unwrap_or_else(|| panic!("{}: {name}", case.name));
+                let error = relative(&gradient.flatten_all().unwrap().to_vec1().unwrap(), expected);
+                assert!(
+                    error <= GRADIENT_TOLERANCE,
+                    "{} on {runtime}: {name} {error:e}",
+                    case.name
+                );
+            }
+        }
+    });
+}
