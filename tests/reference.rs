@@ -3,13 +3,14 @@
 
 mod common;
 
-use candle_core::Device;
+use candle_core::{DType, Device, Tensor};
 use common::{floats, json, max_abs, models, relative};
 use serde_json::Value;
 use tk::checkpoint::Weights;
 use tk::data::batch::{Encoding, Packed};
 use tk::eager::{Eager, Init, Kernels, Mode, Params, logits};
 use tk::model::ModelConfig;
+use tk::model::ops::At;
 use tk::task::{Target, Task};
 use tk::train::{Example, Settings, Trainer};
 
@@ -146,6 +147,47 @@ fn label_smoothing_is_pytorchs() {
         / targets.len() as f32;
     let expected = r.json["loss_smoothed"].as_f64().unwrap() as f32;
     assert!((loss - expected).abs() <= 1e-5, "{loss}, {expected}");
+}
+
+/// One more witness: candle-transformers' BERT, which can't be trained but computes the same.
+#[test]
+fn hidden_states_are_those_of_candle_transformers() {
+    for name in MODELS {
+        let r = Reference::load(name);
+        let text = std::fs::read_to_string(models(name).join("config.json")).unwrap();
+        let text = text.replace("gelu_new", "geluapproximate"); // candle-transformers' own name for it
+        let config: candle_transformers::models::bert::Config = serde_json::from_str(&text).unwrap();
+        let bytes = r.file("model.safetensors");
+        let vb = candle_nn::VarBuilder::from_buffered_safetensors(bytes, DType::F32, &Device::Cpu).unwrap();
+        let theirs = candle_transformers::models::bert::BertModel::load(vb.pp("bert"), &config).unwrap();
+        for (i, example) in r.examples.iter().enumerate() {
+            let row = |ids: &[u32]| Tensor::from_slice(ids, (1, ids.len()), &Device::Cpu).unwrap();
+            let (ids, types) = (row(&example.encoding.ids), row(&example.encoding.type_ids));
+            let hidden = theirs.forward(&ids, &types, None).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+            let eager = Eager::new(&r.params, &Packed::new([&example.encoding]), &Device::Cpu, Mode::Evaluation);
+            let eager = eager.with_taps();
+            r.task.define(&eager, &r.config.family).unwrap();
+            let taps = eager.into_taps();
+            let (_, last) = taps.iter().find(|(tap, _)| tap == "bert.encoder.layer.1").unwrap();
+            let (worst, _) = max_abs(&last.flatten_all().unwrap().to_vec1().unwrap(), &hidden);
+            assert!(worst <= 1e-5, "{name}, record {i}: {worst:e}");
+        }
+    }
+}
+
+#[test]
+fn a_parameter_that_no_gradient_reaches_ends_training_at_the_first_step() {
+    let r = Reference::load("tiny-bert-single");
+    let mut manifest = r.task.params(&r.config.family).unwrap();
+    manifest.push(At::head("forgotten").linear(4, 4).weight);
+    let weights = Weights::open(&models(r.name)).unwrap();
+    let (params, _) = Params::load(&manifest, &weights, Init { seed: 1, std: 0.02 }, &Device::Cpu).unwrap();
+    let before = params.values().unwrap();
+    let settings = Settings::default();
+    let mut trainer = Trainer::new(&settings, &r.config.family, &r.task, &params, &Device::Cpu, 10).unwrap();
+    let error = trainer.step(&[&r.examples[0], &r.examples[1]]).unwrap_err().to_string();
+    assert!(error.contains("no gradient reaches 1 of") && error.contains("forgotten.weight"), "{error}");
+    assert_eq!(params.values().unwrap(), before);
 }
 
 /// The regime that the ten reference steps were taken with.

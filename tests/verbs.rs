@@ -7,10 +7,16 @@ use candle_core::{Device, Tensor};
 use common::{floats, integers, max_abs, relative};
 use tk::Result;
 use tk::checkpoint::Weights;
-use tk::data::batch::{Encoding, Packed};
+use tk::data::batch::{Encoding, Packed, Padded};
 use tk::eager::{Eager, Init, Kernels, Mode, Params};
 use tk::model::manifest::manifest;
 use tk::model::ops::{Activation, At, Attend, Ids, Ops, Param, Pick, Sees};
+use tk::onnx::proto::ModelProto;
+use tk::onnx::{CANDLE_OPSET, OPSETS, emit};
+use tk::runtime::providers::{Provider, Providers};
+use tk::runtime::session::{Model, OrtSession};
+use tk::say::Say;
+use tk::task::{Dim, Output};
 
 /// Outputs in f32 against references that were computed in f64.
 const TOLERANCE: f32 = 3e-6;
@@ -240,5 +246,62 @@ fn every_verb_gives_the_reference_and_its_gradients_in_training() {
                 );
             }
         }
+    });
+}
+
+/// A case as an ONNX graph of one verb.
+fn graph(case: &Case, opset: i64) -> ModelProto {
+    let (_dir, weights) = case.weights();
+    let rows: usize = case.batch.iter().map(Encoding::len).sum();
+    let dims = match case.name {
+        "pick_first" => vec![Dim::Batch, Dim::Of(case.y.len() / case.batch.len())],
+        _ => vec![Dim::Batch, Dim::Sequence, Dim::Of(case.y.len() / rows)],
+    };
+    let define = |o: &emit::Emit| Ok(vec![define(o, case)?]);
+    let output = Output { name: "y", dims };
+    let weight = |param: &Param| Ok(weights.f32(&param.name)?.into_owned().into());
+    emit::graph(define, &[output], opset, weight).unwrap()
+}
+
+/// Leaves the padding out of a graph's result, which is packed then.
+fn kept(case: &Case, padded: &Padded, y: &[f32]) -> Vec<f32> {
+    if case.name == "pick_first" {
+        return y.to_vec();
+    }
+    let width = y.len() / (padded.rows * padded.width);
+    let rows = y.chunks(width).zip(&padded.mask);
+    rows.filter(|(_, mask)| **mask == 1).flat_map(|(row, _)| row.to_vec()).collect()
+}
+
+fn padded(case: &Case) -> Padded {
+    Padded::new(&case.batch.iter().collect::<Vec<_>>(), 0)
+}
+
+#[test]
+fn every_verb_gives_the_reference_in_onnx_runtime_at_every_opset() {
+    each_case(|case| {
+        for opset in OPSETS {
+            let bytes = prost::Message::encode_to_vec(&graph(case, opset));
+            let providers = Providers::only(Provider::Cpu);
+            let say = Say { quiet: true, ..Say::default() };
+            let mut session = OrtSession::open(Model::Bytes(&bytes), &providers, 1, say).unwrap();
+            let batch = padded(case);
+            let y = session.run(&batch).unwrap().remove(0).values;
+            assert_output(case, &format!("ONNX Runtime, opset {opset}"), &kept(case, &batch, &y));
+        }
+    });
+}
+
+#[test]
+fn every_verb_gives_the_reference_in_candle_onnx() {
+    each_case(|case| {
+        let model = graph(case, CANDLE_OPSET);
+        let batch = padded(case);
+        let tensor = |values: &[i64]| Tensor::from_slice(values, (batch.rows, batch.width), &Device::Cpu).unwrap();
+        let given = [("input_ids", &batch.ids), ("attention_mask", &batch.mask), ("token_type_ids", &batch.type_ids)];
+        let inputs = given.map(|(name, values)| (name.to_owned(), tensor(values)));
+        let y = candle_onnx::simple_eval(&model, inputs.into_iter().collect()).unwrap().remove("y").unwrap();
+        let y: Vec<f32> = y.flatten_all().unwrap().to_vec1().unwrap();
+        assert_output(case, "candle-onnx", &kept(case, &batch, &y));
     });
 }

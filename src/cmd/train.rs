@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::checkpoint::{Weights, file_hash};
+use crate::data::hub;
 use crate::data::tokens::{self, Tokenizer};
 use crate::eager::{Init, Params};
 use crate::model::ModelConfig;
@@ -139,7 +140,7 @@ struct Prepared {
 impl Prepared {
     fn new(args: &Args, device: &Device, say: &Say) -> Result<Self> {
         let settings = &args.settings;
-        let model = std::path::PathBuf::from(&args.model);
+        let model = hub::model_dir(&args.model, say.quiet)?;
         let mut config = ModelConfig::read(&model)?;
         if let Some(p) = settings.dropout {
             config.set_dropout(p);

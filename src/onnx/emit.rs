@@ -131,10 +131,10 @@ impl Emit {
                 &[mask],
                 vec![int("to", DataType::Bool as i64)],
             );
-            // one axis at a time: candle-onnx 0.11.1 inserts several of them from the last, in the wrong places
-            let (one, two) = (g.i64s(&[1], &[1]), g.i64s(&[1], &[2]));
-            let mask = g.node("attention_mask", "Unsqueeze", &[mask, one], Vec::new());
-            g.node("attention_mask", "Unsqueeze", &[mask, two], Vec::new())
+            // one axis at a time: candle-onnx 0.11.1 puts several in the wrong order
+            let axis = g.i64s(&[1], &[1]);
+            let mask = g.node("attention_mask", "Unsqueeze", &[mask, axis], Vec::new());
+            g.node("attention_mask", "Unsqueeze", &[mask, axis], Vec::new())
         })
     }
 

@@ -73,3 +73,31 @@ pub fn weights(tensors: &[(Param, Vec<f32>)]) -> (tempfile::TempDir, Weights) {
     let weights = Weights::open(dir.path()).unwrap();
     (dir, weights)
 }
+
+/// The `tk` binary.
+pub fn tk() -> assert_cmd::Command {
+    assert_cmd::Command::new(assert_cmd::cargo::cargo_bin!("tk"))
+}
+
+/// The labelled records of a reference model, `times` over, as a JSON Lines file.
+pub fn records_file(model: &str, times: usize, path: &std::path::Path) {
+    let reference = json(models(model).join("reference.json"));
+    let lines: String = reference["records"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|record| format!("{record}\n"))
+        .collect();
+    std::fs::write(path, lines.repeat(times)).unwrap();
+}
+
+/// Copies a directory's files.
+pub fn copy_dir(from: &std::path::Path, to: &std::path::Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_file() {
+            std::fs::copy(&path, to.join(path.file_name().unwrap())).unwrap();
+        }
+    }
+}

@@ -179,11 +179,12 @@ fn csv_record(lines: &mut Lines) -> std::io::Result<Option<Result<CsvRecord, Bad
     Ok((first > 0).then_some(Err(BadRow { line: first, message })))
 }
 
-/// The columns' names; none may be empty or stand twice.
+/// The columns' names; none may stand twice, and only the first may be empty.
 fn header<'a>(names: impl Iterator<Item = &'a [u8]>, name: &str) -> Result<Vec<String>> {
     let names: Vec<_> = names.map(lossy).collect();
     for (i, column) in names.iter().enumerate() {
-        if column.is_empty() {
+        // pandas leaves the name of its index, the first column, empty
+        if column.is_empty() && i > 0 {
             bail_unusable!("{name}:1: column {} has no name in the header", i + 1);
         }
         if let Some(first) = names[..i].iter().position(|other| other == column) {

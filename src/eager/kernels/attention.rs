@@ -215,7 +215,8 @@ impl CustomOp3 for Attention {
         let dy = dy.contiguous()?;
         let (qs, ks, vs) = (Numbers::of(q)?, Numbers::of(k)?, Numbers::of(v)?);
         let (ys, dys) = (Numbers::of(y)?, Numbers::of(&dy)?);
-        let (qs, ks, vs, ys, dys): (&[f32], &[f32], &[f32], &[f32], &[f32]) = (&qs, &ks, &vs, &ys, &dys);
+        // plain slices, which threads may share
+        let [qs, ks, vs, ys, dys]: [&[f32]; 5] = [&qs, &ks, &vs, &ys, &dys];
         let Some(log_sums) = self.log_sums.get() else {
             candle_core::bail!("attention's backward pass before its forward pass");
         };

@@ -59,7 +59,7 @@ pub fn exp(x: f32) -> f32 {
 pub fn normal_cdf(x: f32) -> f32 {
     let z = x.abs() * std::f32::consts::FRAC_1_SQRT_2;
     let t = 1.0 / (1.0 + 0.5 * z);
-    let p = 0.162_095_61;
+    let p = 0.162_095_6;
     let p = p * t - 0.773_369_8;
     let p = p * t + 1.371_955_3;
     let p = p * t - 0.978_760_84;
@@ -67,7 +67,7 @@ pub fn normal_cdf(x: f32) -> f32 {
     let p = p * t - 0.118_510_32;
     let p = p * t + 0.074_412_47;
     let p = p * t + 0.378_535_42;
-    let p = p * t + 0.999_546_53;
+    let p = p * t + 0.999_546_5;
     let p = p * t - 1.265_491_4;
     let tail = 0.5 * t * exp(p - z * z);
     if x > 0.0 { 1.0 - tail } else { tail }

@@ -1,0 +1,521 @@
+//! `tk train`, the real binary on the tiny models: it repeats, resumes to the same bits, keeps the best, and says what
+//! it can't use.
+
+mod common;
+
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use common::{copy_dir, models, records_file, tk};
+use serde_json::Value;
+
+/// A directory with a model and data, and room for outputs.
+struct Bench {
+    dir: tempfile::TempDir,
+}
+
+impl Bench {
+    fn new(model: &str) -> Self {
+        let bench = Self {
+            dir: tempfile::tempdir().unwrap(),
+        };
+        copy_dir(&models(model), &bench.path("model"));
+        records_file(model, 4, &bench.path("train.jsonl"));
+        records_file(model, 1, &bench.path("eval.jsonl"));
+        bench
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// The arguments of a short run that writes `output`.
+    fn args(&self, output: &str) -> Vec<String> {
+        let path = |name| self.path(name).display().to_string();
+        let args = [
+            ["--task", "text-classification"],
+            ["--model", &path("model")],
+            ["--train", &path("train.jsonl")],
+            ["--eval", &path("eval.jsonl")],
+            ["--output", &path(output)],
+            ["--batch-size", "4"],
+            ["--max-length", "48"],
+            ["--learning-rate", "1e-3"],
+        ];
+        std::iter::once("train")
+            .chain(args.into_iter().flatten())
+            .map(str::to_owned)
+            .collect()
+    }
+
+    fn train(&self, output: &str, more: &[&str]) -> assert_cmd::assert::Assert {
+        tk().args(self.args(output)).args(more).assert()
+    }
+
+    fn weights(&self, output: &str) -> Vec<u8> {
+        std::fs::read(self.path(output).join("model.safetensors")).unwrap()
+    }
+
+    /// The log without what a clock decides.
+    fn log(&self, output: &str) -> Vec<Value> {
+        let text = std::fs::read_to_string(self.path(output).join("training/log.jsonl")).unwrap();
+        text.lines()
+            .map(|line| {
+                let mut line: Value = serde_json::from_str(line).unwrap();
+                line.as_object_mut().unwrap().remove("tokens_per_second");
+                line
+            })
+            .collect()
+    }
+
+    /// Starts a run and ends it by `signal` once it has told of step `step`.
+    fn interrupt(&self, output: &str, more: &[&str], step: &str, signal: i32) -> std::process::ExitStatus {
+        let mut run = Command::new(assert_cmd::cargo::cargo_bin!("tk"))
+            .args(self.args(output))
+            .args(more)
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(run.stderr.take().unwrap()).lines();
+        lines
+            .by_ref()
+            .map(Result::unwrap)
+            .find(|line| line.starts_with(step))
+            .expect("the run tells of the step");
+        // SAFETY: the child is ours and has not been waited for, so the number is its own.
+        unsafe { libc::kill(run.id() as i32, signal) };
+        lines.for_each(drop);
+        run.wait().unwrap()
+    }
+}
+
+fn stderr(assert: &assert_cmd::assert::Assert) -> String {
+    String::from_utf8_lossy(&assert.get_output().stderr).into_owned()
+}
+
+#[test]
+fn a_run_repeats_bit_for_bit_and_another_seed_does_not() {
+    let bench = Bench::new("tiny-bert-single");
+    for (output, seed) in [("a", "1"), ("b", "1"), ("c", "2")] {
+        bench
+            .train(output, &["--max-steps", "12", "--seed", seed])
+            .success();
+    }
+    assert_eq!(bench.weights("a"), bench.weights("b"));
+    assert_eq!(bench.log("a"), bench.log("b"));
+    assert_ne!(bench.weights("a"), bench.weights("c"));
+}
+
+#[test]
+fn a_run_that_was_killed_or_interrupted_resumes_to_the_same_bits() {
+    let bench = Bench::new("tiny-bert-single");
+    let more = ["--epochs", "6", "--save-every", "7", "--eval-every", "5"];
+    bench.train("whole", &more).success();
+    for (output, signal) in [("killed", libc::SIGKILL), ("stopped", libc::SIGINT)] {
+        let status = bench.interrupt(output, &more, "step 20/", signal);
+        assert!(!status.success());
+        assert!(
+            !bench.path(output).join("model.safetensors").exists(),
+            "an unfinished run leaves no model"
+        );
+        tk().args(["train", "--resume", "--output"])
+            .arg(bench.path(output))
+            .assert()
+            .success();
+        assert_eq!(bench.weights(output), bench.weights("whole"), "{output}");
+        assert_eq!(bench.log(output), bench.log("whole"), "{output}");
+    }
+}
+
+#[test]
+fn a_resumed_run_refuses_other_settings_and_other_data() {
+    let bench = Bench::new("tiny-bert-single");
+    bench.train("out", &["--max-steps", "5"]).success();
+    let resume = |more: &[&str]| {
+        tk().args(["train", "--resume", "--output"])
+            .arg(bench.path("out"))
+            .args(more)
+            .assert()
+            .code(2)
+    };
+    let said = stderr(&resume(&["--learning-rate", "3e-5"]));
+    assert!(said.contains("learning-rate (0.00003, was 0.001)"), "{said}");
+    records_file("tiny-bert-single", 5, &bench.path("train.jsonl"));
+    let said = stderr(&resume(&[]));
+    assert!(
+        said.contains("inputs have changed") && said.contains("train"),
+        "{said}"
+    );
+}
+
+#[test]
+fn the_best_evaluation_is_what_is_saved() {
+    let bench = Bench::new("tiny-bert-single");
+    // the longer it learns one label, the worse it gets on all of them
+    std::fs::write(
+        bench.path("train.jsonl"),
+        "{\"text\": \"a\", \"label\": \"negative\"}\n".repeat(8),
+    )
+    .unwrap();
+    let output = bench
+        .train("out", &["--epochs", "4", "--best-metric", "loss", "--json"])
+        .success();
+    let result: Value = serde_json::from_slice(&output.get_output().stdout).unwrap();
+    let log = bench.log("out");
+    let losses: Vec<f64> = log.iter().filter_map(|line| line["eval_loss"].as_f64()).collect();
+    let best = losses.iter().copied().fold(f64::INFINITY, f64::min);
+    assert_eq!(losses.len(), 4);
+    assert!(
+        losses[3] > best,
+        "the test needs a run that gets worse: {losses:?}"
+    );
+    assert_eq!(result["eval"]["loss"].as_f64(), Some(best));
+    let eval = tk()
+        .arg("eval")
+        .arg(bench.path("out"))
+        .arg("--input")
+        .arg(bench.path("eval.jsonl"))
+        .arg("--json")
+        .assert()
+        .success();
+    let measured: Value = serde_json::from_slice(&eval.get_output().stdout).unwrap();
+    assert!((measured["metrics"]["loss"].as_f64().unwrap() - best).abs() < 1e-6);
+}
+
+#[test]
+fn patience_ends_a_run_that_no_longer_gains() {
+    let bench = Bench::new("tiny-bert-single");
+    bench
+        .train(
+            "out",
+            &[
+                "--epochs",
+                "9",
+                "--learning-rate",
+                "0",
+                "--early-stopping-patience",
+                "2",
+            ],
+        )
+        .success();
+    let evaluations = bench
+        .log("out")
+        .iter()
+        .filter(|line| line.get("eval_loss").is_some())
+        .count();
+    assert_eq!(evaluations, 3);
+}
+
+#[test]
+fn what_is_saved_says_its_labels_and_its_length() {
+    let bench = Bench::new("tiny-bert-multi");
+    bench.train("out", &["--max-steps", "2"]).success();
+    let read = |name: &str| common::json(bench.path("out").join(name));
+    let config = read("config.json");
+    assert_eq!(config["architectures"][0], "BertForSequenceClassification");
+    assert_eq!(config["problem_type"], "multi_label_classification");
+    assert_eq!(
+        config["id2label"],
+        common::json(models("tiny-bert-multi").join("config.json"))["id2label"]
+    );
+    assert_eq!(read("tokenizer_config.json")["model_max_length"], 48);
+    assert!(bench.path("out/tokenizer.json").is_file());
+    let settings = std::fs::read_to_string(bench.path("out/training/settings.toml")).unwrap();
+    assert!(settings.contains("learning-rate = 0.001"), "{settings}");
+}
+
+#[test]
+fn a_head_for_other_labels_starts_anew_and_learns() {
+    let bench = Bench::new("tiny-bert-single");
+    let lines =
+        "{\"text\": \"good day\", \"label\": \"up\"}\n{\"text\": \"bad rain\", \"label\": \"down\"}\n"
+            .repeat(20);
+    std::fs::write(bench.path("train.jsonl"), &lines).unwrap();
+    std::fs::write(bench.path("eval.jsonl"), &lines).unwrap();
+    let output = bench.train("out", &["--epochs", "6", "--json"]).success();
+    let result: Value = serde_json::from_slice(&output.get_output().stdout).unwrap();
+    assert_eq!(result["eval"]["accuracy"], 1.0);
+    assert!(
+        stderr(&output).contains("classifier.weight was trained for other labels"),
+        "{}",
+        stderr(&output)
+    );
+    assert_eq!(
+        common::json(bench.path("out/config.json"))["label2id"],
+        serde_json::json!({"down": 0, "up": 1})
+    );
+}
+
+#[test]
+fn numbers_and_pairs_are_learnt() {
+    let bench = Bench::new("tiny-bert-regression");
+    let output = bench
+        .train("out", &["--epochs", "20", "--dropout", "0", "--json"])
+        .success();
+    let result: Value = serde_json::from_slice(&output.get_output().stdout).unwrap();
+    let log = bench.log("out");
+    let first = log.iter().find_map(|line| line["eval_mse"].as_f64()).unwrap();
+    assert!(
+        result["eval"]["mse"].as_f64().unwrap() < first / 2.0,
+        "{result} after {first}"
+    );
+}
+
+#[test]
+fn from_scratch_takes_no_weights() {
+    let bench = Bench::new("tiny-bert-single");
+    std::fs::remove_file(bench.path("model/model.safetensors")).unwrap();
+    bench
+        .train("out", &["--from-scratch", "--max-steps", "3"])
+        .success();
+    bench.train("without", &["--max-steps", "3"]).code(2);
+}
+
+#[test]
+fn options_stand_in_a_file_and_the_command_line_wins() {
+    let bench = Bench::new("tiny-bert-single");
+    let file = bench.path("run.toml");
+    std::fs::write(&file, "max-steps = 3\nlearning_rate = 2e-3\nno-shuffle = true\n").unwrap();
+    let config = file.display().to_string();
+    let mut args = bench.args("out");
+    args.truncate(args.len() - 2); // without --learning-rate
+    tk().args(&args)
+        .args(["--config", &config, "--max-steps", "2"])
+        .assert()
+        .success();
+    let settings = std::fs::read_to_string(bench.path("out/training/settings.toml")).unwrap();
+    for line in ["learning-rate = 0.002", "max-steps = 2", "no-shuffle = true"] {
+        assert!(settings.contains(line), "{settings}");
+    }
+    std::fs::write(&file, "learning-rat = 2e-3\n").unwrap();
+    let refused = tk()
+        .args(bench.args("out2"))
+        .args(["--config", &config])
+        .assert()
+        .code(2);
+    assert!(
+        stderr(&refused).contains("no option \"learning-rat\""),
+        "{}",
+        stderr(&refused)
+    );
+}
+
+#[test]
+fn weights_that_are_not_numbers_end_the_run_at_the_first_step() {
+    let bench = Bench::new("tiny-bert-single");
+    replace_weight(&bench, "bert.encoder.layer.1.output.dense.bias", |values| {
+        values[3] = f32::NAN
+    });
+    let failed = bench.train("out", &[]).code(1);
+    assert!(
+        stderr(&failed).contains("step 1: the loss is NaN"),
+        "{}",
+        stderr(&failed)
+    );
+    assert!(!bench.path("out/model.safetensors").exists());
+}
+
+fn replace_weight(bench: &Bench, name: &str, change: impl Fn(&mut Vec<f32>)) {
+    edit_weights(&bench.path("model"), |tensors| {
+        change(&mut tensors.iter_mut().find(|(known, ..)| known == name).unwrap().2);
+    });
+}
+
+type Tensors = Vec<(String, Vec<usize>, Vec<f32>)>;
+
+fn edit_weights(dir: &Path, edit: impl Fn(&mut Tensors)) {
+    let weights = tk::checkpoint::Weights::open(dir).unwrap();
+    let mut tensors: Tensors = weights
+        .names()
+        .map(|name| {
+            (
+                name.to_owned(),
+                weights.shape(name).unwrap().to_vec(),
+                weights.f32(name).unwrap().into_owned(),
+            )
+        })
+        .collect();
+    edit(&mut tensors);
+    let named = tensors
+        .iter()
+        .map(|(n, s, v)| (n.as_str(), s.as_slice(), v.as_slice()));
+    tk::checkpoint::write_safetensors(&dir.join("model.safetensors"), named).unwrap();
+}
+
+/// Changes `config.json` of the bench's model.
+fn edit_config(bench: &Bench, key: &str, value: Value) {
+    let path = bench.path("model/config.json");
+    let mut config = common::json(path.clone());
+    config[key] = value;
+    std::fs::write(path, config.to_string()).unwrap();
+}
+
+/// Expects exit code 2, all of `said` on stderr, and an output directory that was never made.
+fn refused(spoil: impl Fn(&Bench), more: &[&str], said: &[&str]) {
+    let bench = Bench::new("tiny-bert-single");
+    spoil(&bench);
+    let text = stderr(&bench.train("out", more).code(2));
+    for part in said {
+        assert!(text.contains(part), "{part:?} is not in: {text}");
+    }
+    assert!(!bench.path("out").exists(), "something was written: {text}");
+}
+
+#[test]
+fn bad_records_are_refused_with_their_places() {
+    let write = |name: &'static str, text: &'static str| {
+        move |bench: &Bench| {
+            std::fs::write(bench.path(name), text).unwrap();
+        }
+    };
+    let one = "{\"text\": \"a\", \"label\": \"x\"}\n";
+    refused(
+        write("train.jsonl", "{\"sentence\": \"a\", \"label\": \"x\"}\n"),
+        &[],
+        &["train.jsonl:1", "no field \"text\"", "--text-column"],
+    );
+    refused(write("train.jsonl", ""), &[], &["train.jsonl", "no records"]);
+    refused(
+        write("train.jsonl", "{\"text\": \"a\"}\n"),
+        &[],
+        &["train.jsonl:1", "label"],
+    );
+    refused(
+        write("train.jsonl", one),
+        &[],
+        &["train.jsonl", "[\"x\"]", "at least 2 different"],
+    );
+    refused(
+        write("eval.jsonl", "{\"text\": \"a\", \"label\": \"furious\"}\n"),
+        &[],
+        &["eval.jsonl:1", "furious", "negative, neutral, positive"],
+    );
+    refused(write("eval.jsonl", "{\"text\": \n"), &[], &["eval.jsonl:1"]);
+    refused(
+        |_| (),
+        &["--train", "/no/such/file.jsonl"],
+        &["/no/such/file.jsonl"],
+    );
+    refused(|_| (), &["--train", "/dev/null"], &["/dev/null"]);
+}
+
+#[test]
+fn bad_models_are_refused_with_what_was_found_and_expected() {
+    let weights = |bench: &Bench| bench.path("model/model.safetensors");
+    let cut = |share: usize| {
+        move |bench: &Bench| {
+            let bytes = std::fs::read(weights(bench)).unwrap();
+            std::fs::write(weights(bench), &bytes[..bytes.len() * share / 100]).unwrap();
+        }
+    };
+    for share in [0, 1, 50, 99] {
+        refused(
+            cut(share),
+            &[],
+            &["model.safetensors", "not a whole safetensors file"],
+        );
+    }
+    refused(
+        |bench| std::fs::write(weights(bench), vec![b'x'; 5000]).unwrap(),
+        &[],
+        &["not a whole safetensors file"],
+    );
+    refused(
+        |bench| std::fs::remove_file(weights(bench)).unwrap(),
+        &[],
+        &["holds no model.safetensors"],
+    );
+    refused(
+        |bench| {
+            edit_weights(&bench.path("model"), |tensors| {
+                let query = tensors
+                    .iter_mut()
+                    .find(|(name, ..)| name.ends_with("layer.0.attention.self.query.weight"))
+                    .unwrap();
+                (query.1, query.2) = (vec![2, 3], vec![0.0; 6]);
+            })
+        },
+        &[],
+        &["bert.encoder.layer.0.attention.self.query.weight has shape [2, 3], config.json asks for [32, 32]"],
+    );
+    refused(
+        |bench| {
+            edit_weights(&bench.path("model"), |tensors| {
+                tensors.retain(|(name, ..)| !name.contains("layer.1.output.dense"))
+            })
+        },
+        &[],
+        &[
+            "bert.encoder.layer.1.output.dense.weight is missing",
+            "bert.encoder.layer.1.output.dense.bias is missing",
+        ],
+    );
+    refused(
+        |bench| edit_config(bench, "model_type", "mamba".into()),
+        &[],
+        &["config.json", "mamba"],
+    );
+    refused(
+        |bench| edit_config(bench, "hidden_act", "snake".into()),
+        &[],
+        &["hidden_act", "snake", "gelu_new"],
+    );
+    refused(
+        |bench| edit_config(bench, "num_attention_heads", 5.into()),
+        &[],
+        &["not a multiple of num_attention_heads 5"],
+    );
+    refused(
+        |bench| edit_config(bench, "vocab_size", 100.into()),
+        &[],
+        &["tokenizer.json has ids up to", "100 rows"],
+    );
+    refused(|_| (), &["--max-length", "65"], &["--max-length 65", "64 rows"]);
+    refused(|_| (), &["--model", "/no/such/model"], &["/no/such/model"]);
+}
+
+#[test]
+fn wrong_settings_are_all_named_at_once() {
+    refused(
+        |_| (),
+        &["--epochs", "0", "--warmup-ratio", "2"],
+        &["--epochs is 0", "--warmup-ratio is 2"],
+    );
+    refused(
+        |_| (),
+        &["--best-metric", "beauty"],
+        &["beauty", "accuracy, f1_macro"],
+    );
+    refused(|_| (), &["--device", "cuda"], &["built without CUDA"]);
+    refused(
+        |_| (),
+        &["--problem-type", "regression"],
+        &["train.jsonl:1", "expected a number"],
+    );
+}
+
+#[test]
+fn an_output_that_is_not_ours_stays_as_it_is() {
+    let bench = Bench::new("tiny-bert-single");
+    std::fs::create_dir(bench.path("mine")).unwrap();
+    std::fs::write(bench.path("mine/thesis.txt"), "years").unwrap();
+    for flag in [&[][..], &["--overwrite"]] {
+        let text = stderr(&bench.train("mine", flag).code(2));
+        assert!(text.contains("did not write"), "{text}");
+    }
+    assert_eq!(std::fs::read_dir(bench.path("mine")).unwrap().count(), 1);
+
+    let text = stderr(&bench.train("train.jsonl", &[]).code(2));
+    assert!(text.contains("is a file"), "{text}");
+    let text = stderr(&bench.train("train.jsonl/out", &[]).code(2));
+    assert!(text.contains("can't be written"), "{text}");
+
+    bench.train("out", &["--max-steps", "1"]).success();
+    let text = stderr(&bench.train("out", &[]).code(2));
+    assert!(
+        text.contains("--resume") && text.contains("--overwrite"),
+        "{text}"
+    );
+    bench.train("out", &["--max-steps", "1", "--overwrite"]).success();
+}
