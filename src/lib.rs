@@ -10,9 +10,11 @@ pub mod error;
 pub mod files;
 pub mod model;
 pub mod onnx;
+pub mod parity;
 pub mod runtime;
 pub mod saved;
 pub mod say;
+pub mod serve;
 pub mod task;
 pub mod train;
 

@@ -1,13 +1,137 @@
-//! `tk parity`.
+//! `tk parity`: a trained model and records → how far its runtimes are apart.
 
-use crate::Result;
+use std::path::PathBuf;
+
+use serde_json::json;
+
+use crate::data::records::{self, Columns};
+use crate::onnx::{DEFAULT_OPSET, model, write};
+use crate::parity::inputs::{self, Text};
+use crate::parity::{self, Runtime, Subject, report};
+use crate::saved::Saved;
 use crate::say::Say;
+use crate::serve::served;
+use crate::{Result, bail_unusable, files};
 
-/// Compare the logits of the runtimes side by side.
+/// Hold the logits of a model's runtimes against each other; exit code 1 where they differ.
 #[derive(Debug, clap::Args)]
-pub struct Args {}
+pub struct Args {
+    /// The trained model's directory.
+    dir: PathBuf,
+    /// Records to compare on [default: a built-in set of awkward ones].
+    #[arg(long, value_name = "FILE")]
+    input: Option<PathBuf>,
+    /// The runtimes, the first of which the others are held against: eager, candle-onnx, ort-cpu, ort-cuda,
+    /// ort-tensorrt [default: all that this machine has].
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    runtimes: Vec<Runtime>,
+    /// How far a logit may be from the reference's.
+    #[arg(long, value_name = "X", default_value_t = parity::TOLERANCE)]
+    tolerance: f32,
+    /// Write the table as a page.
+    #[arg(long, value_name = "FILE.html")]
+    report: Option<PathBuf>,
+    /// Tokens of the longest record [default: what the model takes].
+    #[arg(long, value_name = "N")]
+    max_length: Option<usize>,
+    /// The column of the text [default: text].
+    #[arg(long, value_name = "NAME", help_heading = "Records")]
+    text_column: Option<String>,
+    /// The column of the second text of a pair [default: text_pair].
+    #[arg(long, value_name = "NAME", help_heading = "Records")]
+    text_pair_column: Option<String>,
+}
 
-/// Runs the command.
-pub fn run(_args: &Args, _say: Say) -> Result<()> {
-    anyhow::bail!("not written yet")
+/// Runs everything, prints the table, and fails where it says so.
+pub fn run(args: &Args, say: Say) -> Result<()> {
+    if !(args.tolerance >= 0.0 && args.tolerance.is_finite()) {
+        bail_unusable!("--tolerance {}: expected a number from 0 upwards", args.tolerance);
+    }
+    let saved = Saved::open(&args.dir)?;
+    let max_length = saved.checked_max_length(args.max_length)?;
+    let (runtimes, lacking) = pick(&args.runtimes)?;
+    for (name, why) in &lacking {
+        say.line(format!("{name} is not on this machine: {why}"));
+    }
+    let encodings = saved.tokenizer.encode_all(&texts(args, &saved)?, max_length)?;
+
+    let scratch; // keeps the unwritten graph until the comparison is over
+    let graph = served::path(&args.dir);
+    let graph = if graph.exists() {
+        served::check_fresh(&saved, &graph)?;
+        graph
+    } else {
+        say.line(format!("{} is not there; comparing the graph that `tk export` would write", graph.display()));
+        scratch = write::Scratch::new(&std::env::temp_dir())?;
+        let path = scratch.path().join("model.onnx");
+        let hash = saved.tokenizer.hash();
+        let model = model::build(&saved.config, &saved.task, &saved.weights, hash, DEFAULT_OPSET)?;
+        write::save(model, &path, false)?;
+        path
+    };
+
+    let subject = Subject { saved: &saved, graph: &graph, encodings: &encodings };
+    let compared = parity::run(&subject, &runtimes, args.tolerance)?;
+    let pass = compared.iter().all(|c| c.pass);
+    if let Some(path) = &args.report {
+        files::write(path, report::html(&args.dir.display().to_string(), &compared, &lacking))?;
+    }
+    let lacking: Vec<_> = lacking.iter().map(|(name, why)| json!({"name": name, "reason": why})).collect();
+    say.result(
+        report::table(&compared),
+        &json!({"pass": pass, "runtimes": compared, "reference": runtimes[0].name(), "lacking": lacking}),
+    )?;
+    if !pass {
+        let names: Vec<&str> = compared.iter().filter(|c| !c.pass).map(|c| c.name).collect();
+        anyhow::bail!(
+            "{} differ from {} by more than {}",
+            names.join(", "),
+            runtimes[0].name(),
+            args.tolerance
+        );
+    }
+    Ok(())
+}
+
+/// The runtimes to compare, the reference first, and what this machine lacks of the default ones.
+type Picked = (Vec<Runtime>, Vec<(&'static str, String)>);
+
+fn pick(asked: &[Runtime]) -> Result<Picked> {
+    let mut lacking = Vec::new();
+    let mut runtimes = Vec::new();
+    if asked.is_empty() {
+        for runtime in Runtime::ALL {
+            match runtime.available() {
+                Ok(()) => runtimes.push(runtime),
+                Err(why) => lacking.push((runtime.name(), format!("{why:#}"))),
+            }
+        }
+    } else {
+        for &runtime in asked {
+            runtime.available()?;
+            if runtimes.contains(&runtime) {
+                bail_unusable!("--runtimes names {} twice", runtime.name());
+            }
+            runtimes.push(runtime);
+        }
+        // what was trained is the reference wherever it takes part
+        runtimes.sort_by_key(|&runtime| runtime != Runtime::Eager);
+    }
+    if runtimes.len() < 2 {
+        let only: Vec<&str> = runtimes.iter().map(|runtime| runtime.name()).collect();
+        let why: Vec<String> = lacking.iter().map(|(name, why)| format!("\n  {name}: {why}")).collect();
+        bail_unusable!("nothing to compare: the only runtime is {}{}", only.join(", "), why.concat());
+    }
+    Ok((runtimes, lacking))
+}
+
+fn texts(args: &Args, saved: &Saved) -> Result<Vec<Text>> {
+    let Some(path) = &args.input else { return inputs::builtin(saved) };
+    let columns = Columns::default()
+        .with("text", args.text_column.clone())
+        .with("text_pair", args.text_pair_column.clone());
+    records::read_examples(path, None, |row| {
+        let pair = row.optional_text(&columns, "text_pair")?.map(str::to_owned);
+        Ok((row.text(&columns, "text")?.to_owned(), pair))
+    })
 }

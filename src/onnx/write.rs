@@ -1,5 +1,6 @@
 //! A model → its file, with large weights beside it where protobuf's 2 GB would not hold them; and back.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::Path;
@@ -77,23 +78,32 @@ fn write_data(model: &mut ModelProto, path: &Path, location: &str) -> Result<()>
     Ok(())
 }
 
+/// The metadata of a model file.
+///
+/// # Errors
+/// As [`load`].
+pub fn metadata(path: &Path) -> Result<BTreeMap<String, String>> {
+    let entries = decode(path)?.metadata_props;
+    Ok(entries.into_iter().map(|entry| (entry.key, entry.value)).collect())
+}
+
+fn decode(path: &Path) -> Result<ModelProto> {
+    let bytes = std::fs::read(path).map_err(|e| unusable!("{}: {e}", path.display()))?;
+    ModelProto::decode(bytes.as_slice())
+        .map_err(|e| unusable!("{}: not a whole ONNX model ({e}): export it again", path.display()))
+}
+
 /// Reads a model, with weights that stand in another file.
 ///
 /// # Errors
 /// The file is missing, is no ONNX model, or points outside its data file.
 pub fn load(path: &Path) -> Result<ModelProto> {
-    let bytes = std::fs::read(path).map_err(|e| unusable!("{}: {e}", path.display()))?;
-    let mut model = ModelProto::decode(bytes.as_slice()).map_err(|e| {
-        unusable!(
-            "{}: not a whole ONNX model ({e}): export it again",
-            path.display()
-        )
-    })?;
+    let mut model = decode(path)?;
     let folder = path.parent().unwrap_or(Path::new(""));
     for tensor in model.graph.iter_mut().flat_map(|graph| &mut graph.initializer) {
         if tensor.data_location == DataLocation::External as i32 {
             tensor.raw_data = read_external(tensor, folder)
-                .with_context(|| unusable!("{}: the weights of {}", path.display(), tensor.name))?;
+                .map_err(|e| unusable!("{}: the weights of {}: {e:#}", path.display(), tensor.name))?;
             tensor.external_data.clear();
             tensor.data_location = DataLocation::Default as i32;
         }
@@ -127,4 +137,30 @@ fn read_external(tensor: &TensorProto, folder: &Path) -> Result<Vec<u8>> {
     let mut bytes = vec![0; length];
     file.read_exact(&mut bytes)?;
     Ok(bytes)
+}
+
+/// A folder of its own that is removed with everything in it when it is dropped.
+pub struct Scratch(std::path::PathBuf);
+
+impl Scratch {
+    /// Makes an empty folder inside `parent`.
+    pub fn new(parent: &Path) -> Result<Self> {
+        static COUNT: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
+        let n = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let path = parent.join(format!(".tk-{}-{n}", std::process::id()));
+        std::fs::create_dir(&path).with_context(|| path.display().to_string())?;
+        Ok(Self(path))
+    }
+
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // what can't be removed does no harm; the error that led here matters more
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
 }

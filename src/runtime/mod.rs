@@ -2,6 +2,7 @@
 //! says `ort::`.
 
 pub mod library;
+pub mod probe;
 pub mod providers;
 pub mod session;
 

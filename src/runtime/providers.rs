@@ -3,7 +3,6 @@
 use std::ffi::{CStr, c_char};
 use std::str::FromStr;
 
-use anyhow::Context;
 use ort::AsPointer;
 use ort::ep::{self, ExecutionProvider};
 use ort::session::Session;
@@ -117,7 +116,7 @@ impl FromStr for Provider {
         Self::ALL
             .into_iter()
             .find(|provider| provider.name() == text)
-            .with_context(|| unusable!("\"{text}\" is no execution provider; tk has cpu, cuda and tensorrt"))
+            .ok_or_else(|| unusable!("\"{text}\" is no execution provider; tk has cpu, cuda and tensorrt"))
     }
 }
 

@@ -1,0 +1,110 @@
+//! Two runtimes' logits → how far they are apart.
+
+use serde::Serialize;
+
+use super::Runtime;
+use super::difference::Difference;
+
+/// One runtime held against another.
+#[derive(Clone, Debug, Serialize)]
+pub struct Compared {
+    pub name: &'static str,
+    pub compared_with: &'static str,
+    /// The largest |a − b| over all logits; not a number where one of them is not finite.
+    pub max_abs: f32,
+    /// The largest |a − b| / max(|a|, |b|).
+    pub max_rel: f32,
+    /// The share of records whose largest logit is the same one.
+    pub argmax_agreement: f64,
+    pub records: usize,
+    pub tolerance: f32,
+    /// Whether `max_abs` is within the tolerance and every logit is finite.
+    pub pass: bool,
+    /// Where the two part, if they do.
+    pub first_difference: Option<Difference>,
+}
+
+impl Compared {
+    /// Compares row by row; the two must have as many rows.
+    pub fn new(
+        name: Runtime,
+        with: Runtime,
+        wanted: &[Vec<f32>],
+        found: &[Vec<f32>],
+        tolerance: f32,
+    ) -> Self {
+        let (mut max_abs, mut max_rel, mut agreeing) = (0f32, 0f32, 0);
+        for (wanted, found) in wanted.iter().zip(found) {
+            max_abs = worse(max_abs, distance(wanted, found));
+            for (&a, &b) in wanted.iter().zip(found) {
+                let scale = a.abs().max(b.abs());
+                max_rel = worse(max_rel, if scale == 0.0 { 0.0 } else { (a - b).abs() / scale });
+            }
+            agreeing += usize::from(argmax(wanted) == argmax(found));
+        }
+        Self {
+            name: name.name(),
+            compared_with: with.name(),
+            max_abs,
+            max_rel,
+            argmax_agreement: agreeing as f64 / wanted.len().max(1) as f64,
+            records: wanted.len(),
+            tolerance,
+            pass: max_abs <= tolerance, // false for not a number
+            first_difference: None,
+        }
+    }
+}
+
+/// The largest |a − b|; not a number where one is not finite, or where the lengths differ.
+pub(super) fn distance(wanted: &[f32], found: &[f32]) -> f32 {
+    if wanted.len() != found.len() {
+        return f32::NAN;
+    }
+    wanted.iter().zip(found).fold(0.0, |max, (a, b)| {
+        worse(max, if a.is_finite() && b.is_finite() { (a - b).abs() } else { f32::NAN })
+    })
+}
+
+/// The larger of the two, where not a number is the largest.
+fn worse(a: f32, b: f32) -> f32 {
+    if a.is_nan() || b.is_nan() { f32::NAN } else { a.max(b) }
+}
+
+fn argmax(row: &[f32]) -> usize {
+    (0..row.len()).fold(0, |best, i| if row[i] > row[best] { i } else { best })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::runtime::Provider;
+
+    fn compare(wanted: &[f32], found: &[f32]) -> Compared {
+        Compared::new(
+            Runtime::Ort(Provider::Cpu),
+            Runtime::Eager,
+            &[wanted.to_vec()],
+            &[found.to_vec()],
+            1e-4,
+        )
+    }
+
+    #[test]
+    fn what_is_within_the_tolerance_passes() {
+        assert!(compare(&[1.0, 2.0], &[1.00005, 2.0]).pass);
+        let off = compare(&[1.0, 2.0], &[1.5, 1.0]);
+        assert!(!off.pass);
+        assert_eq!((off.max_abs, off.max_rel, off.argmax_agreement), (1.0, 0.5, 0.0));
+    }
+
+    #[test]
+    fn what_is_not_finite_or_of_another_width_never_passes() {
+        for found in [&[f32::NAN, 2.0][..], &[f32::INFINITY, 2.0], &[1.0], &[1.0, 2.0, 3.0]] {
+            assert!(!compare(&[1.0, 2.0], found).pass, "{found:?}");
+        }
+        // not even where both sides agree on it
+        assert!(!compare(&[f32::NAN, 2.0], &[f32::NAN, 2.0]).pass);
+        assert!(!compare(&[f32::INFINITY, 2.0], &[f32::INFINITY, 2.0]).pass);
+    }
+}

@@ -1,0 +1,156 @@
+//! What can run a model: each takes records and gives their logits.
+
+use std::path::Path;
+use std::str::FromStr;
+
+use anyhow::Context;
+
+use super::{BATCH, Subject, candle};
+use crate::data::batch::{Encoding, Padded};
+use crate::eager::Evaluator;
+use crate::onnx::write;
+use crate::runtime::session::Values;
+use crate::runtime::{Model, OrtSession, Provider, Providers, probe};
+use crate::say::Say;
+use crate::{Result, unusable};
+
+/// A way to run a model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Runtime {
+    /// The definition in candle: what was trained.
+    Eager,
+    /// candle's own evaluator of ONNX graphs, on a graph of an opset that it can run.
+    CandleOnnx,
+    /// ONNX Runtime on a provider.
+    Ort(Provider),
+}
+
+impl Runtime {
+    /// All of them, the reference first.
+    pub const ALL: [Self; 5] = [
+        Self::Eager,
+        Self::CandleOnnx,
+        Self::Ort(Provider::Cpu),
+        Self::Ort(Provider::Cuda),
+        Self::Ort(Provider::TensorRt),
+    ];
+
+    /// The name that `--runtimes` takes.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Eager => "eager",
+            Self::CandleOnnx => "candle-onnx",
+            Self::Ort(Provider::Cpu) => "ort-cpu",
+            Self::Ort(Provider::Cuda) => "ort-cuda",
+            Self::Ort(Provider::TensorRt) => "ort-tensorrt",
+        }
+    }
+
+    /// Whether this machine has it.
+    ///
+    /// # Errors
+    /// Says why not.
+    pub fn available(self) -> Result<()> {
+        match self {
+            Self::Eager | Self::CandleOnnx => Ok(()),
+            Self::Ort(provider) => probe::probe(provider),
+        }
+    }
+}
+
+impl FromStr for Runtime {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        Self::ALL.into_iter().find(|runtime| runtime.name() == text).ok_or_else(|| {
+            let known: Vec<&str> = Self::ALL.iter().map(|runtime| runtime.name()).collect();
+            unusable!("\"{text}\" is no runtime; tk has {}", known.join(", "))
+        })
+    }
+}
+
+/// Each record's logits on a runtime, in order.
+pub fn logits(runtime: Runtime, subject: &Subject) -> Result<Vec<Vec<f32>>> {
+    let rows = match runtime {
+        Runtime::Eager => {
+            Evaluator::open(subject.saved, &candle_core::Device::Cpu)?.logits(subject.encodings)
+        }
+        _ => {
+            let mut graph = Graph::open(runtime, subject, &[])?;
+            let mut rows = Vec::with_capacity(subject.encodings.len());
+            for batch in subject.encodings.chunks(BATCH) {
+                let outputs = graph.run(&padded(subject, batch))?;
+                rows.extend(rows_of(&outputs[0], batch.len())?);
+            }
+            Ok(rows)
+        }
+    };
+    let rows = rows.with_context(|| format!("runtime {}", runtime.name()))?;
+    anyhow::ensure!(
+        rows.len() == subject.encodings.len(),
+        "{} gave {} rows for {} records",
+        runtime.name(),
+        rows.len(),
+        subject.encodings.len()
+    );
+    Ok(rows)
+}
+
+/// A batch as graphs take it.
+pub(super) fn padded(subject: &Subject, batch: &[Encoding]) -> Padded {
+    Padded::new(&batch.iter().collect::<Vec<_>>(), subject.saved.tokenizer.pad_id())
+}
+
+/// A graph that is loaded somewhere.
+pub(super) enum Graph {
+    Candle(Box<candle::Evaluated>),
+    Ort(Box<OrtSession>),
+}
+
+impl Graph {
+    /// Loads the subject's graph with intermediate values as outputs behind its own.
+    pub fn open(runtime: Runtime, subject: &Subject, taps: &[String]) -> Result<Self> {
+        match runtime {
+            Runtime::Eager => anyhow::bail!("the eager runtime has no graph"),
+            Runtime::CandleOnnx => {
+                Ok(Self::Candle(Box::new(candle::Evaluated::of(subject.saved, taps)?)))
+            }
+            Runtime::Ort(provider) => Ok(Self::Ort(Box::new(ort(subject.graph, provider, taps)?))),
+        }
+    }
+
+    /// Every output of one batch.
+    pub fn run(&mut self, batch: &Padded) -> Result<Vec<Values>> {
+        match self {
+            Self::Candle(model) => model.run(batch),
+            Self::Ort(session) => session.run(batch),
+        }
+    }
+}
+
+fn ort(graph: &Path, provider: Provider, taps: &[String]) -> Result<OrtSession> {
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let open = |path: &Path| {
+        OrtSession::open(Model::File(path), &Providers::only(provider), threads, Say::default())
+    };
+    if taps.is_empty() {
+        return open(graph);
+    }
+    // by way of a file, because weights above 2 GB can't be handed over in memory
+    let scratch = write::Scratch::new(&std::env::temp_dir())?;
+    let path = scratch.path().join("model.onnx");
+    write::save(crate::onnx::model::with_outputs(write::load(graph)?, taps), &path, false)?;
+    open(&path)
+}
+
+/// An output of shape (B, …) as one flat row a record.
+pub(super) fn rows_of(values: &Values, records: usize) -> Result<Vec<Vec<f32>>> {
+    anyhow::ensure!(
+        values.shape.first() == Some(&records),
+        "{} has the shape {:?} for {records} records",
+        values.name,
+        values.shape
+    );
+    let width: usize = values.shape[1..].iter().product();
+    Ok((0..records).map(|row| values.values[row * width..(row + 1) * width].to_vec()).collect())
+}
