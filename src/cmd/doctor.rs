@@ -43,7 +43,9 @@ fn runtime() -> Value {
             "found": library.found,
             "build": library::build_info().unwrap_or_default(),
         }),
-        Err(error) => json!({"error": format!("{error:#}"), "oldest": format!("1.{}", library::OLDEST_MINOR)}),
+        Err(error) => {
+            json!({"error": format!("{error:#}"), "oldest": format!("1.{}", library::OLDEST_MINOR)})
+        }
     }
 }
 
@@ -154,7 +156,8 @@ fn human(report: &Value) -> String {
         let _ = writeln!(out, "  {:<12}{verdict}", text(&provider["name"]));
     }
     let nvidia = &report["nvidia"];
-    let _ = writeln!(out, "NVIDIA        driver: {}; GPUs: {}", text(&nvidia["driver"]), list(&nvidia["gpus"]));
+    let _ =
+        writeln!(out, "NVIDIA        driver: {}; GPUs: {}", text(&nvidia["driver"]), list(&nvidia["gpus"]));
     let candle = if nvidia["candle_cuda"] == true { "yes" } else { "no (cargo build --features cuda)" };
     let _ = writeln!(out, "  candle's CUDA built in: {candle}");
     let cpu = &report["cpu"];

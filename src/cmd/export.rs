@@ -50,7 +50,8 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
 
     let graph = model::build(&saved.config, &saved.task, &saved.weights, saved.tokenizer.hash(), opset)?;
     let weights_sha256 = model::metadata(&graph, "weights_sha256").unwrap_or_default().to_owned();
-    let scratch = Scratch::new(&args.dir).map_err(|e| unusable!("{}: can't write: {e:#}", args.dir.display()))?;
+    let scratch =
+        Scratch::new(&args.dir).map_err(|e| unusable!("{}: can't write: {e:#}", args.dir.display()))?;
     let written = scratch.path().join("model.onnx");
     let external = write::save(graph, &written, args.external_data)?;
     say.detail(format!("verifying {}", written.display()));
@@ -117,7 +118,9 @@ fn verify(saved: &Saved, graph: &Path) -> Result<Compared> {
 
 fn remove(path: &Path) -> Result<()> {
     match std::fs::remove_file(path) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e).with_context(|| path.display().to_string()),
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            Err(e).with_context(|| path.display().to_string())
+        }
         _ => Ok(()),
     }
 }

@@ -61,7 +61,10 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
         served::check_fresh(&saved, &graph)?;
         graph
     } else {
-        say.line(format!("{} is not there; comparing the graph that `tk export` would write", graph.display()));
+        say.line(format!(
+            "{} is not there; comparing the graph that `tk export` would write",
+            graph.display()
+        ));
         scratch = write::Scratch::new(&std::env::temp_dir())?;
         let path = scratch.path().join("model.onnx");
         let hash = saved.tokenizer.hash();

@@ -87,8 +87,9 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     saved.tokenizer.encode("", Some("a pair"), max_length)?; // room for the special tokens
     let model = served::checked(&saved)?;
     let rows = records::read(&source, args.format)?;
-    let threads =
-        args.threads.map_or_else(|| std::thread::available_parallelism().map_or(1, usize::from), |n| n as usize);
+    let threads = args
+        .threads
+        .map_or_else(|| std::thread::available_parallelism().map_or(1, usize::from), |n| n as usize);
     let batch_tokens = args.batch_tokens.map(|n| n as usize);
     let mut pool = Pool::open(&model, &args.ep, threads, batch_tokens, saved.tokenizer.pad_id(), say)?;
 
@@ -138,7 +139,9 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
 fn check_streams(args: &Args, source: &Source, target: Option<&Path>, say: Say) -> Result<()> {
     match target {
         None if say.json => {
-            bail_unusable!("--json prints the result on standard output, where the predictions go: give --output FILE")
+            bail_unusable!(
+                "--json prints the result on standard output, where the predictions go: give --output FILE"
+            )
         }
         None if args.resume => bail_unusable!("--resume goes on with a file: give --output FILE"),
         None => return Ok(()),

@@ -30,14 +30,11 @@ impl Evaluated {
     /// Every output of one batch.
     pub fn run(&self, batch: &Padded) -> Result<Vec<Values>> {
         let shape = (batch.rows, batch.width);
-        let inputs: HashMap<String, Tensor> = [
-            ("input_ids", &batch.ids),
-            ("attention_mask", &batch.mask),
-            ("token_type_ids", &batch.type_ids),
-        ]
-        .into_iter()
-        .map(|(name, values)| Ok((name.to_owned(), Tensor::from_slice(values, shape, &Device::Cpu)?)))
-        .collect::<Result<_>>()?;
+        let inputs: HashMap<String, Tensor> =
+            [("input_ids", &batch.ids), ("attention_mask", &batch.mask), ("token_type_ids", &batch.type_ids)]
+                .into_iter()
+                .map(|(name, values)| Ok((name.to_owned(), Tensor::from_slice(values, shape, &Device::Cpu)?)))
+                .collect::<Result<_>>()?;
         let results = candle_onnx::simple_eval(&self.model, inputs)?;
         self.outputs
             .iter()

@@ -65,12 +65,7 @@ pub fn first(
 }
 
 /// Compares packed rows, one a token or one a record, with a padded output.
-fn in_tap(
-    packed: &[Vec<f32>],
-    values: &Values,
-    batch: &[Encoding],
-    tolerance: f32,
-) -> Option<Difference> {
+fn in_tap(packed: &[Vec<f32>], values: &Values, batch: &[Encoding], tolerance: f32) -> Option<Difference> {
     let width = *values.shape.last()?;
     let row = |i: usize| values.values.get(i * width..(i + 1) * width).unwrap_or_default();
     let per_token = values.shape.len() == 3;

@@ -53,10 +53,8 @@ pub fn html(title: &str, compared: &[Compared], lacking: &[(&str, String)]) -> S
             escaped(&first_difference(c).unwrap_or_default())
         );
     }
-    let lacking: String = lacking
-        .iter()
-        .map(|(name, why)| format!("<li>{name}: {}</li>\n", escaped(why)))
-        .collect();
+    let lacking: String =
+        lacking.iter().map(|(name, why)| format!("<li>{name}: {}</li>\n", escaped(why))).collect();
     let lacking = if lacking.is_empty() {
         String::new()
     } else {
@@ -101,13 +99,7 @@ mod tests {
 
     #[test]
     fn a_difference_shows_in_both_and_the_page_is_escaped() {
-        let c = Compared::new(
-            Runtime::Ort(Provider::Cpu),
-            Runtime::Eager,
-            &[vec![1.0]],
-            &[vec![2.0]],
-            1e-4,
-        );
+        let c = Compared::new(Runtime::Ort(Provider::Cpu), Runtime::Eager, &[vec![1.0]], &[vec![2.0]], 1e-4);
         assert!(table(&[c.clone()]).contains("DIFFERS"));
         let page = html("a<b", &[c], &[("ort-cuda", "no <GPU>".to_owned())]);
         assert!(page.contains("a&lt;b") && page.contains("no &lt;GPU&gt;") && page.contains("DIFFERS"));

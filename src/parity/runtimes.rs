@@ -112,9 +112,7 @@ impl Graph {
     pub fn open(runtime: Runtime, subject: &Subject, taps: &[String]) -> Result<Self> {
         match runtime {
             Runtime::Eager => anyhow::bail!("the eager runtime has no graph"),
-            Runtime::CandleOnnx => {
-                Ok(Self::Candle(Box::new(candle::Evaluated::of(subject.saved, taps)?)))
-            }
+            Runtime::CandleOnnx => Ok(Self::Candle(Box::new(candle::Evaluated::of(subject.saved, taps)?))),
             Runtime::Ort(provider) => Ok(Self::Ort(Box::new(ort(subject.graph, provider, taps)?))),
         }
     }

@@ -107,7 +107,8 @@ impl Output {
     pub fn finish(self) -> Result<()> {
         let Self::File(partial) = self else { return Ok(()) };
         let place = || partial.target.display().to_string();
-        let file = partial.file.into_inner().map_err(std::io::IntoInnerError::into_error).with_context(place)?;
+        let file =
+            partial.file.into_inner().map_err(std::io::IntoInnerError::into_error).with_context(place)?;
         file.sync_all().with_context(place)?;
         std::fs::rename(&partial.partial, &partial.target).with_context(place)?;
         std::fs::remove_file(&partial.settings).with_context(place)
@@ -189,7 +190,8 @@ mod tests {
     fn what_was_cut_off_is_dropped_to_the_last_whole_window() {
         let dir = tempfile::tempdir().unwrap();
         let text = "{\"index\":0}\n{\"index\":1,\"error\":\"x\"}\n{\"index\":2}\n{\"index\":3}\n{\"ind";
-        for (length, records, errors) in [(0, 0, 0), (12, 0, 0), (36, 0, 0), (37, 2, 1), (49, 2, 1), (61, 4, 1)]
+        for (length, records, errors) in
+            [(0, 0, 0), (12, 0, 0), (36, 0, 0), (37, 2, 1), (49, 2, 1), (61, 4, 1)]
         {
             let target = begun(dir.path(), &text[..length]);
             let (output, done) = Output::resume(&target, &json!({"model": "a"}), 2).unwrap().unwrap();

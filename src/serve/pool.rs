@@ -90,7 +90,9 @@ impl Pool {
                 self.sessions.iter_mut().map(|session| scope.spawn(move || work(session))).collect();
             threads
                 .into_iter()
-                .map(|thread| thread.join().unwrap_or_else(|_| Err(anyhow::anyhow!("a session's thread died"))))
+                .map(|thread| {
+                    thread.join().unwrap_or_else(|_| Err(anyhow::anyhow!("a session's thread died")))
+                })
                 .collect::<Result<Vec<()>>>()
         })?;
         Ok(rows.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner()))
