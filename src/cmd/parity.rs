@@ -61,7 +61,10 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
         served::check_fresh(&saved, &graph)?;
         graph
     } else {
-        say.line(format!("{} is not there; comparing the graph that `tk export` would write", graph.display()));
+        say.line(format!(
+            "{} is not there; comparing the graph that `tk export` would write",
+            graph.display()
+        ));
         scratch = write::Scratch::new(&std::env::temp_dir())?;
         let path = scratch.path().join("model.onnx");
         let hash = saved.tokenizer.hash();
@@ -70,13 +73,23 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
         path
     };
 
-    let subject = Subject { saved: &saved, graph: &graph, encodings: &encodings };
+    let subject = Subject {
+        saved: &saved,
+        graph: &graph,
+        encodings: &encodings,
+    };
     let compared = parity::run(&subject, &runtimes, args.tolerance)?;
     let pass = compared.iter().all(|c| c.pass);
     if let Some(path) = &args.report {
-        files::write(path, report::html(&args.dir.display().to_string(), &compared, &lacking))?;
+        files::write(
+            path,
+            report::html(&args.dir.display().to_string(), &compared, &lacking),
+        )?;
     }
-    let lacking: Vec<_> = lacking.iter().map(|(name, why)| json!({"name": name, "reason": why})).collect();
+    let lacking: Vec<_> = lacking
+        .iter()
+        .map(|(name, why)| json!({"name": name, "reason": why}))
+        .collect();
     say.result(
         report::table(&compared),
         &json!({"pass": pass, "runtimes": compared, "reference": runtimes[0].name(), "lacking": lacking}),
@@ -119,14 +132,23 @@ fn pick(asked: &[Runtime]) -> Result<Picked> {
     }
     if runtimes.len() < 2 {
         let only: Vec<&str> = runtimes.iter().map(|runtime| runtime.name()).collect();
-        let why: Vec<String> = lacking.iter().map(|(name, why)| format!("\n  {name}: {why}")).collect();
-        bail_unusable!("nothing to compare: the only runtime is {}{}", only.join(", "), why.concat());
+        let why: Vec<String> = lacking
+            .iter()
+            .map(|(name, why)| format!("\n  {name}: {why}"))
+            .collect();
+        bail_unusable!(
+            "nothing to compare: the only runtime is {}{}",
+            only.join(", "),
+            why.concat()
+        );
     }
     Ok((runtimes, lacking))
 }
 
 fn texts(args: &Args, saved: &Saved) -> Result<Vec<Text>> {
-    let Some(path) = &args.input else { return inputs::builtin(saved) };
+    let Some(path) = &args.input else {
+        return inputs::builtin(saved);
+    };
     let columns = Columns::default()
         .with("text", args.text_column.clone())
         .with("text_pair", args.text_pair_column.clone());

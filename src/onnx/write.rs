@@ -84,13 +84,20 @@ fn write_data(model: &mut ModelProto, path: &Path, location: &str) -> Result<()>
 /// As [`load`].
 pub fn metadata(path: &Path) -> Result<BTreeMap<String, String>> {
     let entries = decode(path)?.metadata_props;
-    Ok(entries.into_iter().map(|entry| (entry.key, entry.value)).collect())
+    Ok(entries
+        .into_iter()
+        .map(|entry| (entry.key, entry.value))
+        .collect())
 }
 
 fn decode(path: &Path) -> Result<ModelProto> {
     let bytes = std::fs::read(path).map_err(|e| unusable!("{}: {e}", path.display()))?;
-    ModelProto::decode(bytes.as_slice())
-        .map_err(|e| unusable!("{}: not a whole ONNX model ({e}): export it again", path.display()))
+    ModelProto::decode(bytes.as_slice()).map_err(|e| {
+        unusable!(
+            "{}: not a whole ONNX model ({e}): export it again",
+            path.display()
+        )
+    })
 }
 
 /// Reads a model, with weights that stand in another file.

@@ -23,8 +23,15 @@ impl Evaluated {
         // the evaluator does not read the tokenizer's hash
         let model = model::build(&saved.config, &saved.task, &saved.weights, "", CANDLE_OPSET)?;
         let model = model::with_outputs(model, taps);
-        let outputs = model.graph.iter().flat_map(|graph| &graph.output).map(|output| output.name.clone());
-        Ok(Self { outputs: outputs.collect(), model })
+        let outputs = model
+            .graph
+            .iter()
+            .flat_map(|graph| &graph.output)
+            .map(|output| output.name.clone());
+        Ok(Self {
+            outputs: outputs.collect(),
+            model,
+        })
     }
 
     /// Every output of one batch.
@@ -42,9 +49,15 @@ impl Evaluated {
         self.outputs
             .iter()
             .map(|name| {
-                let tensor = results.get(name).with_context(|| format!("candle-onnx gives no {name}"))?;
+                let tensor = results
+                    .get(name)
+                    .with_context(|| format!("candle-onnx gives no {name}"))?;
                 let values = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
-                Ok(Values { name: name.clone(), shape: tensor.dims().to_vec(), values })
+                Ok(Values {
+                    name: name.clone(),
+                    shape: tensor.dims().to_vec(),
+                    values,
+                })
             })
             .collect()
     }

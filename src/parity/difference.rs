@@ -33,8 +33,10 @@ pub fn first(
     found: &[Vec<f32>],
     tolerance: f32,
 ) -> Result<Option<Difference>> {
-    let apart = |i: &usize| !(distance(&wanted[*i], &found[*i]) <= tolerance);
-    let Some(record) = (0..wanted.len()).find(apart) else { return Ok(None) };
+    let apart = |i: &usize| !same(&wanted[*i], &found[*i], tolerance);
+    let Some(record) = (0..wanted.len()).find(apart) else {
+        return Ok(None);
+    };
     // the batch that it ran in, so that its neighbours and its padding are the same
     let start = record / BATCH * BATCH;
     let batch = &subject.encodings[start..subject.encodings.len().min(start + BATCH)];
@@ -47,37 +49,43 @@ pub fn first(
         let names: Vec<String> = expected.iter().map(|(name, _)| name.clone()).collect();
         let outputs = Graph::open(runtime, subject, &names)?.run(&padded(subject, batch))?;
         for (name, rows) in &expected {
-            let Some(values) = outputs.iter().find(|values| values.name == *name) else { continue };
+            let Some(values) = outputs.iter().find(|values| values.name == *name) else {
+                continue;
+            };
             if let Some(difference) = in_tap(rows, values, batch, tolerance) {
-                return Ok(Some(Difference { record: start + difference.record, ..difference }));
+                return Ok(Some(Difference {
+                    record: start + difference.record,
+                    ..difference
+                }));
             }
         }
     }
     let (expected, found) = (&wanted[record], &found[record]);
-    Ok(in_row(expected, found, tolerance).map(|(channel, expected, found)| Difference {
-        tap: "logits".to_owned(),
-        record,
-        token: None,
-        channel,
-        expected,
-        found,
-    }))
+    Ok(
+        in_row(expected, found, tolerance).map(|(channel, expected, found)| Difference {
+            tap: "logits".to_owned(),
+            record,
+            token: None,
+            channel,
+            expected,
+            found,
+        }),
+    )
 }
 
 /// Compares packed rows, one a token or one a record, with a padded output.
-fn in_tap(
-    packed: &[Vec<f32>],
-    values: &Values,
-    batch: &[Encoding],
-    tolerance: f32,
-) -> Option<Difference> {
+fn in_tap(packed: &[Vec<f32>], values: &Values, batch: &[Encoding], tolerance: f32) -> Option<Difference> {
     let width = *values.shape.last()?;
     let row = |i: usize| values.values.get(i * width..(i + 1) * width).unwrap_or_default();
     let per_token = values.shape.len() == 3;
     let mut next = 0;
     for (record, encoding) in batch.iter().enumerate() {
         for token in 0..if per_token { encoding.len() } else { 1 } {
-            let at = if per_token { record * values.shape[1] + token } else { record };
+            let at = if per_token {
+                record * values.shape[1] + token
+            } else {
+                record
+            };
             let expected = packed.get(next).map_or(&[][..], Vec::as_slice);
             next += 1;
             if let Some((channel, expected, found)) = in_row(expected, row(at), tolerance) {
@@ -96,13 +104,17 @@ fn in_tap(
     None
 }
 
+/// Whether two rows are finite and within the tolerance.
+fn same(expected: &[f32], found: &[f32], tolerance: f32) -> bool {
+    distance(expected, found) <= tolerance
+}
+
 /// The first number of a row that differs; rows of different lengths differ at the shorter one's end.
 fn in_row(expected: &[f32], found: &[f32], tolerance: f32) -> Option<(usize, f32, f32)> {
     (0..expected.len().max(found.len())).find_map(|i| {
         let at = |row: &[f32]| row.get(i).copied().unwrap_or(f32::NAN);
         let (expected, found) = (at(expected), at(found));
-        let same = distance(&[expected], &[found]) <= tolerance;
-        (!same).then_some((i, expected, found))
+        (!same(&[expected], &[found], tolerance)).then_some((i, expected, found))
     })
 }
 
@@ -112,15 +124,25 @@ mod tests {
 
     #[test]
     fn padding_is_not_compared_and_the_place_is_named() {
-        let encoding = |n: usize| Encoding { ids: vec![1; n], type_ids: vec![0; n], truncated: false };
+        let encoding = |n: usize| Encoding {
+            ids: vec![1; n],
+            type_ids: vec![0; n],
+            truncated: false,
+        };
         let batch = [encoding(1), encoding(2)];
         let packed = [vec![1.0], vec![2.0], vec![3.0]];
-        let mut values =
-            Values { name: "t".to_owned(), shape: vec![2, 2, 1], values: vec![1.0, 9.0, 2.0, 3.0] };
+        let mut values = Values {
+            name: "t".to_owned(),
+            shape: vec![2, 2, 1],
+            values: vec![1.0, 9.0, 2.0, 3.0],
+        };
         assert_eq!(in_tap(&packed, &values, &batch, 1e-4), None);
         values.values[3] = 4.0;
         let difference = in_tap(&packed, &values, &batch, 1e-4).unwrap();
-        assert_eq!((difference.record, difference.token, difference.channel), (1, Some(1), 0));
+        assert_eq!(
+            (difference.record, difference.token, difference.channel),
+            (1, Some(1), 0)
+        );
         assert_eq!((difference.expected, difference.found), (3.0, 4.0));
     }
 }

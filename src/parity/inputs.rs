@@ -55,9 +55,7 @@ const PAIRS: [(&str, &str); 5] = [
 /// long words. The long ones stand together, between short ones, so that few batches are wide.
 pub fn builtin(saved: &Saved) -> Result<Vec<Text>> {
     let words = |n: usize| vec!["the"; n].join(" ");
-    let length = |text: &str| -> Result<usize> {
-        Ok(saved.tokenizer.encode(text, None, usize::MAX)?.len())
-    };
+    let length = |text: &str| -> Result<usize> { Ok(saved.tokenizer.encode(text, None, usize::MAX)?.len()) };
     let (specials, with_one) = (length("")?, length("the")?);
     let most = saved.max_length.saturating_sub(specials) / with_one.saturating_sub(specials).max(1);
 

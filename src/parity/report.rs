@@ -38,10 +38,10 @@ pub fn html(title: &str, compared: &[Compared], lacking: &[(&str, String)]) -> S
     let mut rows = String::new();
     for c in compared {
         let class = if c.pass { "pass" } else { "fail" };
-        let _ = write!(
+        let _ = writeln!(
             rows,
             "<tr class=\"{class}\"><td>{}</td><td>{}</td><td>{:.2e}</td><td>{:.2e}</td><td>{:.1} %</td>\
-             <td>{}</td><td>{:.0e}</td><td>{}</td><td>{}</td></tr>\n",
+             <td>{}</td><td>{:.0e}</td><td>{}</td><td>{}</td></tr>",
             c.name,
             c.compared_with,
             c.max_abs,
@@ -82,7 +82,10 @@ fn verdict(compared: &Compared) -> &'static str {
 
 fn first_difference(compared: &Compared) -> Option<String> {
     let d = compared.first_difference.as_ref()?;
-    let token = d.token.map(|token| format!(", token {token}")).unwrap_or_default();
+    let token = d
+        .token
+        .map(|token| format!(", token {token}"))
+        .unwrap_or_default();
     Some(format!(
         "first at {}: record {}{token}, channel {}: {} expected, {} found",
         d.tap, d.record, d.channel, d.expected, d.found
@@ -90,7 +93,10 @@ fn first_difference(compared: &Compared) -> Option<String> {
 }
 
 fn escaped(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
+    text.replace('&', "&amp;")
+        .replace('<', "&lt;")
+        .replace('>', "&gt;")
+        .replace('"', "&quot;")
 }
 
 #[cfg(test)]
@@ -108,7 +114,7 @@ mod tests {
             &[vec![2.0]],
             1e-4,
         );
-        assert!(table(&[c.clone()]).contains("DIFFERS"));
+        assert!(table(std::slice::from_ref(&c)).contains("DIFFERS"));
         let page = html("a<b", &[c], &[("ort-cuda", "no <GPU>".to_owned())]);
         assert!(page.contains("a&lt;b") && page.contains("no &lt;GPU&gt;") && page.contains("DIFFERS"));
     }
