@@ -123,7 +123,7 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
         strict: args.strict,
         read: 0,
     };
-    windows.skip(done.records)?;
+    windows.pass_over(done.records)?;
 
     let mut progress = Progress::new(done, say)?;
     for window in prefetched(windows) {

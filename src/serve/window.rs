@@ -60,7 +60,7 @@ impl Windows {
     ///
     /// # Errors
     /// The source ends before that.
-    pub fn skip(&mut self, count: usize) -> Result<()> {
+    pub fn pass_over(&mut self, count: usize) -> Result<()> {
         for _ in 0..count {
             match self.rows.next() {
                 Some(row) => drop(row?),
@@ -116,7 +116,8 @@ impl Windows {
     }
 }
 
-/// Ends after an error: the source can't be read on, or a record can't be used and that is strict.
+/// An error is that the source can't be read on, or that a record can't be used and that is strict; nothing behind
+/// it counts.
 impl Iterator for Windows {
     type Item = Result<Window>;
 
