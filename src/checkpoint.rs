@@ -45,10 +45,7 @@ impl Weights {
     /// # Errors
     /// No such file, or one that is truncated, corrupt, or of a dtype other than f32, f16, bf16 and f64.
     pub fn open(dir: &Path) -> Result<Self> {
-        let mut weights = Self {
-            files: Vec::new(),
-            entries: BTreeMap::new(),
-        };
+        let mut weights = Self { files: Vec::new(), entries: BTreeMap::new() };
         for path in weight_files(dir)? {
             weights.map(&path)?;
         }
@@ -58,10 +55,7 @@ impl Weights {
 
     /// Maps one file, its names as they are.
     pub fn open_file(path: &Path) -> Result<Self> {
-        let mut weights = Self {
-            files: Vec::new(),
-            entries: BTreeMap::new(),
-        };
+        let mut weights = Self { files: Vec::new(), entries: BTreeMap::new() };
         weights.map(path)?;
         Ok(weights)
     }
@@ -106,10 +100,8 @@ impl Weights {
     fn make_names_canonical(&mut self) {
         let prefixed = self.entries.keys().any(|name| name.starts_with("bert."));
         let entries = std::mem::take(&mut self.entries);
-        self.entries = entries
-            .into_iter()
-            .map(|(name, entry)| (canonical_name(&name, prefixed), entry))
-            .collect();
+        self.entries =
+            entries.into_iter().map(|(name, entry)| (canonical_name(&name, prefixed), entry)).collect();
     }
 
     /// The canonical names, sorted.
@@ -124,10 +116,7 @@ impl Weights {
 
     /// A weight's values as f32, borrowed from the file where they are stored so.
     pub fn f32(&self, name: &str) -> Result<Cow<'_, [f32]>> {
-        let entry = self
-            .entries
-            .get(name)
-            .with_context(|| format!("the checkpoint has no {name}"))?;
+        let entry = self.entries.get(name).with_context(|| format!("the checkpoint has no {name}"))?;
         let bytes = &self.files[entry.file].1[entry.bytes.clone()];
         let view = TensorView::new(entry.dtype, entry.shape.clone(), bytes)?;
         Ok(as_f32(&view))
@@ -152,11 +141,7 @@ impl Weights {
             }
         }
         if !wrong.is_empty() {
-            let file = self
-                .files
-                .first()
-                .map(|(path, _)| path.display().to_string())
-                .unwrap_or_default();
+            let file = self.files.first().map(|(path, _)| path.display().to_string()).unwrap_or_default();
             bail_unusable!(
                 "{file} does not fit its config.json, {} of {} weights:\n  {}",
                 wrong.len(),
@@ -164,11 +149,8 @@ impl Weights {
                 shortened(&wrong, 12).join("\n  ")
             );
         }
-        fit.unused = self
-            .names()
-            .filter(|name| !params.iter().any(|p| p.name == **name))
-            .map(str::to_owned)
-            .collect();
+        fit.unused =
+            self.names().filter(|name| !params.iter().any(|p| p.name == **name)).map(str::to_owned).collect();
         Ok(fit)
     }
 
@@ -274,49 +256,23 @@ fn canonical_name(name: &str, prefixed: bool) -> String {
         Some((module, "beta")) => format!("{module}.bias"),
         _ => name.to_owned(),
     };
-    let of_bert = ["embeddings.", "encoder.", "pooler."]
-        .iter()
-        .any(|part| name.starts_with(part));
-    if !prefixed && of_bert {
-        format!("bert.{name}")
-    } else {
-        name
-    }
+    let of_bert = ["embeddings.", "encoder.", "pooler."].iter().any(|part| name.starts_with(part));
+    if !prefixed && of_bert { format!("bert.{name}") } else { name }
 }
 
 fn as_f32<'a>(view: &TensorView<'a>) -> Cow<'a, [f32]> {
     let bytes = view.data();
     match view.dtype() {
-        Dtype::F16 => bytes
-            .as_chunks()
-            .0
-            .iter()
-            .map(|b| half::f16::from_le_bytes(*b).to_f32())
-            .collect(),
-        Dtype::BF16 => bytes
-            .as_chunks()
-            .0
-            .iter()
-            .map(|b| half::bf16::from_le_bytes(*b).to_f32())
-            .collect(),
-        Dtype::F64 => bytes
-            .as_chunks()
-            .0
-            .iter()
-            .map(|b| f64::from_le_bytes(*b) as f32)
-            .collect(),
+        Dtype::F16 => bytes.as_chunks().0.iter().map(|b| half::f16::from_le_bytes(*b).to_f32()).collect(),
+        Dtype::BF16 => bytes.as_chunks().0.iter().map(|b| half::bf16::from_le_bytes(*b).to_f32()).collect(),
+        Dtype::F64 => bytes.as_chunks().0.iter().map(|b| f64::from_le_bytes(*b) as f32).collect(),
         _ => {
             // SAFETY: any four bytes are a valid f32; `align_to` leaves what is not aligned outside.
             let (before, values, after) = unsafe { bytes.align_to::<f32>() };
             if cfg!(target_endian = "little") && before.is_empty() && after.is_empty() {
                 Cow::Borrowed(values)
             } else {
-                bytes
-                    .as_chunks()
-                    .0
-                    .iter()
-                    .map(|b| f32::from_le_bytes(*b))
-                    .collect()
+                bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
             }
         }
     }
@@ -337,22 +293,10 @@ mod tests {
     #[test]
     fn names_become_canonical() {
         for (stored, prefixed, canonical) in [
-            (
-                "embeddings.LayerNorm.gamma",
-                false,
-                "bert.embeddings.LayerNorm.weight",
-            ),
-            (
-                "bert.embeddings.LayerNorm.beta",
-                true,
-                "bert.embeddings.LayerNorm.bias",
-            ),
+            ("embeddings.LayerNorm.gamma", false, "bert.embeddings.LayerNorm.weight"),
+            ("bert.embeddings.LayerNorm.beta", true, "bert.embeddings.LayerNorm.bias"),
             ("classifier.weight", false, "classifier.weight"),
-            (
-                "encoder.layer.0.output.dense.weight",
-                false,
-                "bert.encoder.layer.0.output.dense.weight",
-            ),
+            ("encoder.layer.0.output.dense.weight", false, "bert.encoder.layer.0.output.dense.weight"),
         ] {
             assert_eq!(canonical_name(stored, prefixed), canonical);
         }
@@ -361,16 +305,11 @@ mod tests {
     #[test]
     fn a_file_in_half_precision_reads_as_f32() {
         let dir = tempfile::tempdir().unwrap();
-        let values: Vec<u8> = [1.5f32, -2.0]
-            .iter()
-            .flat_map(|v| half::f16::from_f32(*v).to_le_bytes())
-            .collect();
+        let values: Vec<u8> =
+            [1.5f32, -2.0].iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect();
         let view = TensorView::new(Dtype::F16, vec![2], &values).unwrap();
         safetensors::serialize_to_file([("x", view)], None, &dir.path().join("model.safetensors")).unwrap();
-        assert_eq!(
-            Weights::open(dir.path()).unwrap().f32("x").unwrap().as_ref(),
-            [1.5, -2.0]
-        );
+        assert_eq!(Weights::open(dir.path()).unwrap().f32("x").unwrap().as_ref(), [1.5, -2.0]);
     }
 
     #[test]

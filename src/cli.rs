@@ -64,11 +64,7 @@ impl Cli {
 
     /// How much is to be said.
     pub fn say(&self) -> Say {
-        Say {
-            quiet: self.quiet,
-            verbose: self.verbose,
-            json: self.json,
-        }
+        Say { quiet: self.quiet, verbose: self.verbose, json: self.json }
     }
 }
 
@@ -78,11 +74,7 @@ fn expand_config(mut args: Vec<OsString>) -> Result<Vec<OsString>> {
         return Ok(args);
     };
     let cli = Cli::command();
-    let found = args
-        .iter()
-        .enumerate()
-        .skip(1)
-        .find_map(|(at, arg)| Some((at, cli.find_subcommand(arg)?)));
+    let found = args.iter().enumerate().skip(1).find_map(|(at, arg)| Some((at, cli.find_subcommand(arg)?)));
     let Some((at, command)) = found else {
         return Ok(args);
     };
@@ -99,11 +91,9 @@ fn expand_resumed(mut args: Vec<OsString>) -> Result<Vec<OsString>> {
     };
     let settings = Folder::of(Path::new(&output)).settings();
     let cli = Cli::command();
-    if let (true, true, Some(command)) = (
-        args.iter().any(|arg| arg == "--resume"),
-        settings.is_file(),
-        cli.find_subcommand("train"),
-    ) {
+    if let (true, true, Some(command)) =
+        (args.iter().any(|arg| arg == "--resume"), settings.is_file(), cli.find_subcommand("train"))
+    {
         let options = config_options(&settings, command)?;
         args.splice(at + 1..at + 1, options.into_iter().map(OsString::from));
     }
@@ -141,10 +131,7 @@ fn config_options(path: &Path, command: &clap::Command) -> Result<Vec<String>> {
         let text = |value: &toml::Value| match value {
             toml::Value::String(text) => Ok(text.clone()),
             toml::Value::Integer(_) | toml::Value::Float(_) => Ok(value.to_string()),
-            other => Err(unusable!(
-                "{}: {key} is {other}, expected a string or a number",
-                path.display()
-            )),
+            other => Err(unusable!("{}: {key} is {other}, expected a string or a number", path.display())),
         };
         match value {
             toml::Value::Boolean(true) => options.push(format!("--{key}")),

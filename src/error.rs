@@ -25,9 +25,5 @@ macro_rules! bail_unusable {
 
 /// The process's exit code for an error: 2 where the input or the usage is at fault, else 1.
 pub fn exit_code(error: &anyhow::Error) -> u8 {
-    if error.chain().any(|cause| cause.is::<Unusable>()) {
-        2
-    } else {
-        1
-    }
+    if error.chain().any(|cause| cause.is::<Unusable>()) { 2 } else { 1 }
 }

@@ -36,20 +36,11 @@ impl Saved {
         let config = ModelConfig::read(dir)?;
         let task = Task::from_config(&config)
             .map_err(|e| e.context(dir.join("config.json").display().to_string()))?;
-        let max_length = config
-            .max_positions()
-            .min(model_max_length(dir).unwrap_or(usize::MAX));
+        let max_length = config.max_positions().min(model_max_length(dir).unwrap_or(usize::MAX));
         let tokenizer = Tokenizer::open(dir)?;
         tokenizer.check_fits(config.vocab_size(), Some(config.token_types()))?;
         let weights = Weights::open(dir)?;
-        Ok(Self {
-            dir: dir.to_owned(),
-            config,
-            task,
-            tokenizer,
-            weights,
-            max_length,
-        })
+        Ok(Self { dir: dir.to_owned(), config, task, tokenizer, weights, max_length })
     }
 }
 

@@ -41,11 +41,7 @@ impl Say {
     /// A progress bar of `length` steps; it hides itself where stderr is no terminal.
     /// `template` is indicatif's, e.g. `{bar:30} {pos}/{len} {msg} {eta}`.
     pub fn bar(&self, length: u64, template: &str) -> Result<ProgressBar> {
-        let target = if self.quiet {
-            ProgressDrawTarget::hidden()
-        } else {
-            ProgressDrawTarget::stderr()
-        };
+        let target = if self.quiet { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
         let style = ProgressStyle::with_template(template)?;
         Ok(ProgressBar::with_draw_target(Some(length), target).with_style(style))
     }

@@ -17,10 +17,8 @@ fn copy(model: &str) -> (tempfile::TempDir, PathBuf) {
 }
 
 fn names(dir: &Path) -> Vec<String> {
-    let mut names: Vec<String> = std::fs::read_dir(dir)
-        .unwrap()
-        .map(|e| e.unwrap().file_name().into_string().unwrap())
-        .collect();
+    let mut names: Vec<String> =
+        std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();
     names
 }
@@ -36,9 +34,7 @@ fn change_weights(dir: &Path, change: impl Fn(&str, &mut Vec<f32>)) {
             (name.to_owned(), weights.shape(name).unwrap().to_vec(), values)
         })
         .collect();
-    let views = tensors
-        .iter()
-        .map(|(n, shape, values)| (n.as_str(), shape.as_slice(), values.as_slice()));
+    let views = tensors.iter().map(|(n, shape, values)| (n.as_str(), shape.as_slice(), values.as_slice()));
     write_safetensors(&dir.join("model.safetensors"), views).unwrap();
 }
 
@@ -55,14 +51,8 @@ fn an_export_is_verified_and_says_what_it_is() {
         let manifest = json(dir.join("onnx/manifest.json"));
         let file = dir.join("onnx/model.onnx");
         assert_eq!(manifest["sha256"], tk::checkpoint::file_hash(&file).unwrap());
-        assert_eq!(
-            (manifest["opset"].as_i64(), manifest["precision"].as_str()),
-            (Some(18), Some("fp32"))
-        );
-        assert_eq!(
-            manifest["weights_sha256"],
-            write::metadata(&file).unwrap()["weights_sha256"]
-        );
+        assert_eq!((manifest["opset"].as_i64(), manifest["precision"].as_str()), (Some(18), Some("fp32")));
+        assert_eq!(manifest["weights_sha256"], write::metadata(&file).unwrap()["weights_sha256"]);
 
         // nothing else is there
         assert_eq!(names(&dir.join("onnx")), ["manifest.json", "model.onnx"]);
@@ -79,24 +69,15 @@ fn the_same_model_is_exported_to_the_same_bytes() {
         tk().arg("export").arg(dir).assert().success();
     }
     for file in ["onnx/model.onnx", "onnx/manifest.json"] {
-        assert!(
-            std::fs::read(a.join(file)).unwrap() == std::fs::read(b.join(file)).unwrap(),
-            "{file}"
-        );
+        assert!(std::fs::read(a.join(file)).unwrap() == std::fs::read(b.join(file)).unwrap(), "{file}");
     }
 }
 
 #[test]
 fn external_weights_come_and_go_with_the_flag() {
     let (_guard, dir) = copy("tiny-bert-single");
-    tk().args(["export", "--external-data", "--opset", "14"])
-        .arg(&dir)
-        .assert()
-        .success();
-    assert_eq!(
-        names(&dir.join("onnx")),
-        ["manifest.json", "model.onnx", "model.onnx_data"]
-    );
+    tk().args(["export", "--external-data", "--opset", "14"]).arg(&dir).assert().success();
+    assert_eq!(names(&dir.join("onnx")), ["manifest.json", "model.onnx", "model.onnx_data"]);
     let manifest = json(dir.join("onnx/manifest.json"));
     let data = tk::checkpoint::file_hash(&dir.join("onnx/model.onnx_data")).unwrap();
     assert_eq!(
@@ -117,24 +98,14 @@ fn a_graph_whose_logits_are_not_finite_is_not_left_behind_and_an_older_one_stays
     });
     let out = tk().arg("export").arg(&dir).assert().code(1);
     let text = String::from_utf8_lossy(&out.get_output().stderr).into_owned();
-    assert!(
-        text.contains("does not give the trained model's logits"),
-        "{text}"
-    );
+    assert!(text.contains("does not give the trained model's logits"), "{text}");
     assert!(!dir.join("onnx").exists());
-    assert!(
-        names(&dir).iter().all(|name| !name.starts_with(".tk")),
-        "{:?}",
-        names(&dir)
-    );
+    assert!(names(&dir).iter().all(|name| !name.starts_with(".tk")), "{:?}", names(&dir));
 
     std::fs::create_dir(dir.join("onnx")).unwrap();
     std::fs::write(dir.join("onnx/model.onnx"), "older").unwrap();
     tk().arg("export").arg(&dir).assert().code(1);
-    assert_eq!(
-        std::fs::read_to_string(dir.join("onnx/model.onnx")).unwrap(),
-        "older"
-    );
+    assert_eq!(std::fs::read_to_string(dir.join("onnx/model.onnx")).unwrap(), "older");
 }
 
 #[test]
@@ -147,11 +118,7 @@ fn what_cannot_be_used_is_named_and_nothing_is_written() {
         assert_eq!(names(dir), before);
     };
     let (_guard, dir) = copy("tiny-bert-single");
-    refused(
-        &dir,
-        &["--opset", "12"],
-        "opset 12: tk writes the opsets 13 to 21",
-    );
+    refused(&dir, &["--opset", "12"], "opset 12: tk writes the opsets 13 to 21");
     refused(&dir, &["--precision", "int4"], "int4");
     std::fs::write(dir.join("onnx"), "a file").unwrap();
     refused(&dir, &[], "is no directory, and the graph belongs there");
@@ -172,12 +139,7 @@ fn what_cannot_be_used_is_named_and_nothing_is_written() {
 #[test]
 fn without_a_library_to_verify_with_nothing_is_written() {
     let (_guard, dir) = copy("tiny-bert-single");
-    let out = tk()
-        .arg("export")
-        .arg(&dir)
-        .env("ORT_DYLIB_PATH", "/absent/lib.so")
-        .assert()
-        .code(2);
+    let out = tk().arg("export").arg(&dir).env("ORT_DYLIB_PATH", "/absent/lib.so").assert().code(2);
     let text = String::from_utf8_lossy(&out.get_output().stderr).into_owned();
     assert!(text.contains("ORT_DYLIB_PATH is /absent/lib.so"), "{text}");
     assert!(!dir.join("onnx").exists());

@@ -36,11 +36,7 @@ fn session(model: &ModelProto) -> OrtSession {
 fn logits(session: &mut OrtSession, batch: &Padded) -> Vec<Vec<f32>> {
     let outputs = session.run(batch).unwrap();
     assert_eq!(outputs[0].shape[0], batch.rows);
-    outputs[0]
-        .values
-        .chunks(outputs[0].shape[1])
-        .map(<[f32]>::to_vec)
-        .collect()
+    outputs[0].values.chunks(outputs[0].shape[1]).map(<[f32]>::to_vec).collect()
 }
 
 /// What transformers tokenized, and the logits it gave.
@@ -51,24 +47,15 @@ fn reference(name: &str) -> (Vec<Encoding>, Vec<Vec<f32>>) {
     let encodings = list("ids")
         .into_iter()
         .zip(list("type_ids"))
-        .map(|(ids, type_ids)| Encoding {
-            ids,
-            type_ids,
-            truncated: false,
-        })
+        .map(|(ids, type_ids)| Encoding { ids, type_ids, truncated: false })
         .collect();
-    (
-        encodings,
-        serde_json::from_value(reference["logits"].clone()).unwrap(),
-    )
+    (encodings, serde_json::from_value(reference["logits"].clone()).unwrap())
 }
 
 fn distance(a: &[Vec<f32>], b: &[Vec<f32>]) -> f32 {
     assert_eq!(a.len(), b.len());
     let pairs = a.iter().flatten().zip(b.iter().flatten());
-    pairs
-        .map(|(a, b)| (a - b).abs())
-        .fold(0.0, |max, d| if d > max || d.is_nan() { d } else { max })
+    pairs.map(|(a, b)| (a - b).abs()).fold(0.0, |max, d| if d > max || d.is_nan() { d } else { max })
 }
 
 #[test]
@@ -98,10 +85,7 @@ fn initializers_are_the_checkpoints_bytes() {
             let tensor = initializers.iter().find(|t| t.name == weight).unwrap();
             let shape: Vec<usize> = tensor.dims.iter().map(|&n| n as usize).collect();
             assert_eq!(weights.shape(weight).unwrap(), shape);
-            assert_eq!(
-                tk::checkpoint::f32_bytes(&weights.f32(weight).unwrap()).as_ref(),
-                tensor.raw_data
-            );
+            assert_eq!(tk::checkpoint::f32_bytes(&weights.f32(weight).unwrap()).as_ref(), tensor.raw_data);
         }
     }
 }
@@ -113,11 +97,7 @@ fn every_opset_gives_transformers_logits() {
         let batch = Padded::new(&encodings.iter().collect::<Vec<_>>(), 0);
         for opset in OPSETS {
             let found = logits(&mut session(&exported(name, opset)), &batch);
-            assert!(
-                distance(&found, &wanted) < 1e-5,
-                "{name} {opset}: {}",
-                distance(&found, &wanted)
-            );
+            assert!(distance(&found, &wanted) < 1e-5, "{name} {opset}: {}", distance(&found, &wanted));
         }
     }
 }
@@ -128,10 +108,7 @@ fn an_opset_that_tk_does_not_write_is_refused_by_name() {
     let config = ModelConfig::read(&dir).unwrap();
     let task = Task::from_config(&config).unwrap();
     let error = model::build(&config, &task, &Weights::open(&dir).unwrap(), "", 22).unwrap_err();
-    assert_eq!(
-        error.to_string(),
-        "opset 22: tk writes the opsets 13 to 21 (default 18)"
-    );
+    assert_eq!(error.to_string(), "opset 22: tk writes the opsets 13 to 21 (default 18)");
     assert_eq!(tk::error::exit_code(&error), 2);
 }
 
@@ -155,11 +132,7 @@ fn any_number_of_sequences_of_any_length_runs() {
     let mut session = session(&exported("tiny-bert-single", 18));
     for rows in [1, 2, 7] {
         for width in [1, 2, 17, 64] {
-            let encoding = Encoding {
-                ids: vec![5; width],
-                type_ids: vec![0; width],
-                truncated: false,
-            };
+            let encoding = Encoding { ids: vec![5; width], type_ids: vec![0; width], truncated: false };
             let found = logits(&mut session, &Padded::new(&vec![&encoding; rows], 0));
             assert_eq!((found.len(), found[0].len()), (rows, 3));
             assert!(distance(&found[..1], &found[rows - 1..]) < 1e-6);
@@ -186,9 +159,7 @@ fn external_weights_give_the_same_logits_and_read_back() {
     let path = dir.path().join("model.onnx");
     let model = exported("tiny-bert-single", 18);
     assert!(write::save(model.clone(), &path, true).unwrap());
-    let data = std::fs::metadata(dir.path().join("model.onnx_data"))
-        .unwrap()
-        .len();
+    let data = std::fs::metadata(dir.path().join("model.onnx_data")).unwrap().len();
     assert!(data > 100_000 && std::fs::metadata(&path).unwrap().len() < 40_000);
     assert_eq!(write::load(&path).unwrap(), model);
 
@@ -196,27 +167,14 @@ fn external_weights_give_the_same_logits_and_read_back() {
     let batch = Padded::new(&encodings.iter().collect::<Vec<_>>(), 0);
     assert!(distance(&logits(&mut open(Model::File(&path)), &batch), &wanted) < 1e-5);
 
-    std::fs::File::options()
-        .write(true)
-        .open(write::data_path(&path))
-        .unwrap()
-        .set_len(data / 2)
-        .unwrap();
+    std::fs::File::options().write(true).open(write::data_path(&path)).unwrap().set_len(data / 2).unwrap();
     let error = format!("{:#}", write::load(&path).unwrap_err());
-    assert!(
-        error.contains("model.onnx_data has") && error.contains("are asked for"),
-        "{error}"
-    );
+    assert!(error.contains("model.onnx_data has") && error.contains("are asked for"), "{error}");
 }
 
 #[test]
 fn taps_can_be_asked_for() {
-    let taps = [
-        "bert.embeddings",
-        "bert.encoder.layer.0.attention",
-        "bert.encoder.layer.1",
-        "bert.pooler",
-    ];
+    let taps = ["bert.embeddings", "bert.encoder.layer.0.attention", "bert.encoder.layer.1", "bert.pooler"];
     let taps: Vec<String> = taps.iter().map(|&tap| tap.to_owned()).collect();
     let mut session = session(&model::with_outputs(exported("tiny-bert-single", 18), &taps));
     let (encodings, _) = reference("tiny-bert-single");
@@ -229,20 +187,10 @@ fn taps_can_be_asked_for() {
 #[test]
 fn metadata_says_what_a_server_must_know() {
     let model = exported("tiny-bert-single", 18);
-    let keys: Vec<&str> = model
-        .metadata_props
-        .iter()
-        .map(|entry| entry.key.as_str())
-        .collect();
+    let keys: Vec<&str> = model.metadata_props.iter().map(|entry| entry.key.as_str()).collect();
     assert!(keys.is_sorted(), "{keys:?}");
-    assert_eq!(
-        model::metadata(&model, "labels"),
-        Some(r#"["negative","neutral","positive"]"#)
-    );
-    assert_eq!(
-        model::metadata(&model, "problem_type"),
-        Some("single_label_classification")
-    );
+    assert_eq!(model::metadata(&model, "labels"), Some(r#"["negative","neutral","positive"]"#));
+    assert_eq!(model::metadata(&model, "problem_type"), Some("single_label_classification"));
     let session = session(&model);
     assert_eq!(session.metadata("task").as_deref(), Some("text-classification"));
     assert_eq!(session.metadata("max_positions").as_deref(), Some("64"));
@@ -258,21 +206,12 @@ fn weights_that_diverged_are_not_exported() {
     let mut tensors: Vec<(String, Vec<usize>, Vec<f32>)> = weights
         .names()
         .map(|name| {
-            (
-                name.to_owned(),
-                weights.shape(name).unwrap().to_vec(),
-                weights.f32(name).unwrap().to_vec(),
-            )
+            (name.to_owned(), weights.shape(name).unwrap().to_vec(), weights.f32(name).unwrap().to_vec())
         })
         .collect();
-    tensors
-        .iter_mut()
-        .find(|(name, ..)| name == "classifier.bias")
-        .unwrap()
-        .2[1] = f32::NAN;
-    let views = tensors
-        .iter()
-        .map(|(name, shape, values)| (name.as_str(), shape.as_slice(), values.as_slice()));
+    tensors.iter_mut().find(|(name, ..)| name == "classifier.bias").unwrap().2[1] = f32::NAN;
+    let views =
+        tensors.iter().map(|(name, shape, values)| (name.as_str(), shape.as_slice(), values.as_slice()));
     tk::checkpoint::write_safetensors(&dir.path().join("model.safetensors"), views).unwrap();
 
     let config = ModelConfig::read(dir.path()).unwrap();

@@ -36,15 +36,8 @@ impl Hub {
     fn start(files: impl IntoIterator<Item = (&'static str, Vec<u8>)>) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let endpoint = format!("http://{}", listener.local_addr().unwrap());
-        let files = files
-            .into_iter()
-            .map(|(name, bytes)| (name.to_owned(), bytes))
-            .collect();
-        let shelf = Arc::new(Mutex::new(Shelf {
-            files,
-            commit: COMMIT.into(),
-            ..Shelf::default()
-        }));
+        let files = files.into_iter().map(|(name, bytes)| (name.to_owned(), bytes)).collect();
+        let shelf = Arc::new(Mutex::new(Shelf { files, commit: COMMIT.into(), ..Shelf::default() }));
         let served = Arc::clone(&shelf);
         std::thread::spawn(move || {
             for stream in listener.incoming() {
@@ -122,11 +115,7 @@ fn serve(stream: TcpStream, shelf: &mut Shelf) -> std::io::Result<()> {
         .find_map(|revision| path.strip_prefix(&format!("/owner/tiny/resolve/{revision}/")))
         .or_else(|| path.strip_prefix("/store/"));
     let Some((name, bytes)) = name.and_then(|name| shelf.files.get_key_value(name)) else {
-        return answer(
-            "404 Not Found",
-            "X-Error-Code: EntryNotFound\r\n",
-            b"Entry not found",
-        );
+        return answer("404 Not Found", "X-Error-Code: EntryNotFound\r\n", b"Entry not found");
     };
     let etag = format!("\"etag-of-{name}-{}\"", bytes.len());
     let commit = format!("X-Repo-Commit: {}\r\n", shelf.commit);
@@ -136,15 +125,10 @@ fn serve(stream: TcpStream, shelf: &mut Shelf) -> std::io::Result<()> {
         return answer("302 Found", &headers, b"");
     }
     let last = bytes.len() - 1;
-    let (from, to) = range
-        .as_ref()
-        .and_then(|range| range.strip_prefix("bytes=")?.split_once('-'))
-        .unwrap_or_default();
+    let (from, to) =
+        range.as_ref().and_then(|range| range.strip_prefix("bytes=")?.split_once('-')).unwrap_or_default();
     let (from, to) = (from.parse().unwrap_or(0), to.parse().unwrap_or(last).min(last));
-    let headers = format!(
-        "{commit}ETag: {etag}\r\nContent-Range: bytes {from}-{to}/{}\r\n",
-        bytes.len()
-    );
+    let headers = format!("{commit}ETag: {etag}\r\nContent-Range: bytes {from}-{to}/{}\r\n", bytes.len());
     let body = &bytes[from..=to];
     match shelf.breaks_after.filter(|sent| *sent < body.len()) {
         Some(sent) => {
@@ -173,10 +157,7 @@ fn a_model_is_fetched_once_and_then_read_from_the_cache() {
     let cache = tempfile::tempdir().unwrap();
     let mut options = hub.options(cache.path());
     let dir = model_dir_with("owner/tiny", &options).unwrap();
-    assert_eq!(
-        dir,
-        cache.path().join("models--owner--tiny/snapshots").join(COMMIT)
-    );
+    assert_eq!(dir, cache.path().join("models--owner--tiny/snapshots").join(COMMIT));
     for (name, bytes) in &hub.shelf().files {
         assert_eq!(&std::fs::read(dir.join(name)).unwrap(), bytes, "{name}");
     }
@@ -188,10 +169,7 @@ fn a_model_is_fetched_once_and_then_read_from_the_cache() {
     options.offline = true;
     options.endpoint = "http://127.0.0.1:9".into();
     assert_eq!(model_dir_with("owner/tiny", &options).unwrap(), dir);
-    assert_eq!(
-        model_dir_with(&format!("owner/tiny@{COMMIT}"), &options).unwrap(),
-        dir
-    );
+    assert_eq!(model_dir_with(&format!("owner/tiny@{COMMIT}"), &options).unwrap(), dir);
 }
 
 #[test]
@@ -225,23 +203,13 @@ fn sharded_weights_and_vocab_txt_are_fetched() {
     hub.shelf().requests.clear();
     assert_eq!(model_dir_with("owner/tiny", &options).unwrap(), dir);
     assert!(dir.join("model-2.safetensors").is_file());
-    assert!(
-        !hub.shelf()
-            .requests
-            .iter()
-            .any(|path| path.ends_with("model-1.safetensors"))
-    );
+    assert!(!hub.shelf().requests.iter().any(|path| path.ends_with("model-1.safetensors")));
 
     let outside = br#"{"weight_map": {"a": "../../evil"}}"#.to_vec();
-    hub.shelf()
-        .files
-        .insert("model.safetensors.index.json".into(), outside);
+    hub.shelf().files.insert("model.safetensors.index.json".into(), outside);
     hub.shelf().commit = "f".repeat(40);
     let message = refused("owner/tiny@v1.0", &options);
-    assert!(
-        message.contains(r#""../../evil" is not the name of a file beside it"#),
-        "{message}"
-    );
+    assert!(message.contains(r#""../../evil" is not the name of a file beside it"#), "{message}");
 }
 
 #[test]
@@ -251,18 +219,13 @@ fn a_model_that_is_not_there_is_named_with_what_was_tried() {
     let mut options = hub.options(cache.path());
     for model in ["owner/none", "none", "owner/tiny@v9"] {
         let message = refused(model, &options);
-        let tried = format!(
-            "{model:?} is neither a directory nor found on the hub: there is no {}/",
-            hub.endpoint
-        );
+        let tried =
+            format!("{model:?} is neither a directory nor found on the hub: there is no {}/", hub.endpoint);
         assert!(message.starts_with(&tried), "{message}");
     }
     hub.shelf().files.remove("model.safetensors");
     let message = refused("owner/tiny", &options);
-    assert!(
-        message.starts_with("owner/tiny has no model.safetensors at http://127.0.0.1:"),
-        "{message}"
-    );
+    assert!(message.starts_with("owner/tiny has no model.safetensors at http://127.0.0.1:"), "{message}");
 
     options.endpoint = "http://127.0.0.1:9".into();
     let message = refused("owner/other", &options);
@@ -277,19 +240,9 @@ fn paths_are_never_asked_of_the_hub() {
     let hub = Hub::start([]);
     let cache = tempfile::tempdir().unwrap();
     let options = hub.options(cache.path());
-    for model in [
-        "./none",
-        "/none/x",
-        "../none",
-        "a/b/c",
-        "a/",
-        "",
-        "a b",
-        "~/x",
-        r"a\b",
-        "a@",
-        "a/b@../../x",
-    ] {
+    for model in
+        ["./none", "/none/x", "../none", "a/b/c", "a/", "", "a b", "~/x", r"a\b", "a@", "a/b@../../x"]
+    {
         let message = refused(model, &options);
         assert!(message.starts_with("no such directory: "), "{message}");
     }
@@ -301,15 +254,9 @@ fn paths_are_never_asked_of_the_hub() {
 fn offline_only_the_cache_is_used() {
     let hub = Hub::of_tiny_bert();
     let cache = tempfile::tempdir().unwrap();
-    let options = HubOptions {
-        offline: true,
-        ..hub.options(cache.path())
-    };
+    let options = HubOptions { offline: true, ..hub.options(cache.path()) };
     let message = refused("owner/tiny", &options);
-    assert!(
-        message.contains("models--owner--tiny, and HF_HUB_OFFLINE forbids asking the hub"),
-        "{message}"
-    );
+    assert!(message.contains("models--owner--tiny, and HF_HUB_OFFLINE forbids asking the hub"), "{message}");
     assert_eq!(hub.shelf().requests.len(), 0);
 }
 
@@ -320,10 +267,7 @@ fn the_token_is_sent() {
     let cache = tempfile::tempdir().unwrap();
     let mut options = hub.options(cache.path());
     let message = refused("owner/tiny", &options);
-    assert!(
-        message.contains("http status: 401") && message.ends_with("HF_TOKEN is not set"),
-        "{message}"
-    );
+    assert!(message.contains("http status: 401") && message.ends_with("HF_TOKEN is not set"), "{message}");
     options.token = Some("hf_secret".into());
     model_dir_with("owner/tiny", &options).unwrap();
 }
@@ -335,26 +279,12 @@ fn revisions_stand_side_by_side() {
     let options = hub.options(cache.path());
     let main = model_dir_with("owner/tiny", &options).unwrap();
     hub.shelf().commit = "f".repeat(40);
-    hub.shelf()
-        .files
-        .insert("config.json".into(), b"{\"new\": true}".to_vec());
+    hub.shelf().files.insert("config.json".into(), b"{\"new\": true}".to_vec());
     let other = model_dir_with("owner/tiny@refs/pr/1", &options).unwrap();
-    assert_eq!(
-        other,
-        cache
-            .path()
-            .join("models--owner--tiny/snapshots")
-            .join("f".repeat(40))
-    );
-    assert_eq!(
-        std::fs::read(other.join("config.json")).unwrap(),
-        b"{\"new\": true}"
-    );
+    assert_eq!(other, cache.path().join("models--owner--tiny/snapshots").join("f".repeat(40)));
+    assert_eq!(std::fs::read(other.join("config.json")).unwrap(), b"{\"new\": true}");
     assert_eq!(model_dir_with("owner/tiny@main", &options).unwrap(), main);
-    assert_ne!(
-        std::fs::read(main.join("config.json")).unwrap(),
-        b"{\"new\": true}"
-    );
+    assert_ne!(std::fs::read(main.join("config.json")).unwrap(), b"{\"new\": true}");
 }
 
 #[test]
@@ -364,10 +294,7 @@ fn files_of_two_commits_are_not_mixed() {
     let cache = tempfile::tempdir().unwrap();
     let options = hub.options(cache.path());
     let error = model_dir_with("owner/tiny", &options).unwrap_err();
-    assert_eq!(
-        error.to_string(),
-        "owner/tiny was changed on the hub while it was fetched: try again"
-    );
+    assert_eq!(error.to_string(), "owner/tiny was changed on the hub while it was fetched: try again");
     let dir = model_dir_with("owner/tiny", &options).unwrap();
     assert!(dir.ends_with("f".repeat(40)) && dir.join("config.json").is_file());
 }
@@ -387,10 +314,7 @@ fn a_download_that_breaks_off_goes_on_where_it_stopped() {
 fn the_environment_is_read_as_huggingface_hub_reads_it() {
     let options = |variables: &[(&str, &str)]| {
         HubOptions::from_variables(|name| {
-            variables
-                .iter()
-                .find(|(known, _)| *known == name)
-                .map(|(_, value)| (*value).into())
+            variables.iter().find(|(known, _)| *known == name).map(|(_, value)| (*value).into())
         })
     };
     let plain = options(&[("HOME", "/h"), ("HF_HUB_OFFLINE", "0"), ("HF_TOKEN", "")]).unwrap();
@@ -402,22 +326,15 @@ fn the_environment_is_read_as_huggingface_hub_reads_it() {
     let home = tempfile::tempdir().unwrap();
     std::fs::write(home.path().join("token"), "hf_stored\n").unwrap();
     let home = home.path().to_str().unwrap();
-    let set = options(&[
-        ("HOME", "/h"),
-        ("HF_HOME", home),
-        ("HF_HUB_OFFLINE", "1"),
-        ("HF_ENDPOINT", "http://x/"),
-    ])
-    .unwrap();
+    let set =
+        options(&[("HOME", "/h"), ("HF_HOME", home), ("HF_HUB_OFFLINE", "1"), ("HF_ENDPOINT", "http://x/")])
+            .unwrap();
     assert_eq!(set.cache, Path::new(home).join("hub"));
     assert_eq!(
         (set.endpoint.as_str(), set.token.as_deref(), set.offline),
         ("http://x", Some("hf_stored"), true)
     );
     let set = options(&[("HF_HOME", home), ("HF_TOKEN", " hf_t\n"), ("HF_HUB_CACHE", "/c")]).unwrap();
-    assert_eq!(
-        (set.token.as_deref(), set.cache.as_path()),
-        (Some("hf_t"), Path::new("/c"))
-    );
+    assert_eq!((set.token.as_deref(), set.cache.as_path()), (Some("hf_t"), Path::new("/c")));
     assert!(options(&[]).is_err_and(|error| error.to_string().contains("HF_HOME")));
 }

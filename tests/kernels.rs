@@ -39,32 +39,15 @@ fn compare(variables: &[Var], run: impl Fn(Kernels, &[Tensor]) -> Result<Tensor>
     let form = |kernels| {
         let y = run(kernels, &tensors).unwrap();
         let cotangent = random(99, y.dims());
-        let gradients = (&y * cotangent.as_tensor())
-            .unwrap()
-            .sum_all()
-            .unwrap()
-            .backward()
-            .unwrap();
+        let gradients = (&y * cotangent.as_tensor()).unwrap().sum_all().unwrap().backward().unwrap();
         let of = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         let mut all = vec![of(&y)];
-        all.extend(
-            variables
-                .iter()
-                .map(|v| of(gradients.get(v.as_tensor()).expect("a gradient"))),
-        );
+        all.extend(variables.iter().map(|v| of(gradients.get(v.as_tensor()).expect("a gradient"))));
         all
     };
-    for (i, (fused, composite)) in form(Kernels::Fused)
-        .iter()
-        .zip(&form(Kernels::Composite))
-        .enumerate()
-    {
+    for (i, (fused, composite)) in form(Kernels::Fused).iter().zip(&form(Kernels::Composite)).enumerate() {
         let error = relative(fused, composite);
-        assert!(
-            error <= TOLERANCE,
-            "{} is {error:e} off",
-            if i == 0 { "result" } else { "gradient" }
-        );
+        assert!(error <= TOLERANCE, "{} is {error:e} off", if i == 0 { "result" } else { "gradient" });
     }
 }
 
@@ -122,9 +105,7 @@ proptest! {
 fn tensors_that_are_not_contiguous_are_taken_as_they_are_meant() {
     let variables = [random(1, &[40, 30]), random(2, &[20, 40]), random(3, &[20])];
     compare(&variables, |kernels, t| linear(kernels, &t[0].t()?, &t[1], &t[2]));
-    compare(&variables[..1], |kernels, t| {
-        activate(kernels, &t[0].narrow(1, 3, 20)?, Activation::Gelu)
-    });
+    compare(&variables[..1], |kernels, t| activate(kernels, &t[0].narrow(1, 3, 20)?, Activation::Gelu));
 }
 
 #[test]
@@ -139,22 +120,11 @@ fn results_do_not_depend_on_the_number_of_threads() {
         let store = h.sqr().unwrap().sum_all().unwrap().backward().unwrap();
         let bits = |v: &Var| -> Vec<u32> {
             let gradient = store.get(v.as_tensor()).unwrap().flatten_all().unwrap();
-            gradient
-                .to_vec1::<f32>()
-                .unwrap()
-                .into_iter()
-                .map(f32::to_bits)
-                .collect()
+            gradient.to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect()
         };
         (bits(&x), bits(&w), bits(&b))
     };
-    let with = |threads| {
-        rayon::ThreadPoolBuilder::new()
-            .num_threads(threads)
-            .build()
-            .unwrap()
-            .install(work)
-    };
+    let with = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(work);
     assert_eq!(with(1), with(3));
 }
 
@@ -165,20 +135,13 @@ fn the_fused_adamw_is_its_composite_over_many_steps() {
         o.linear(At::body("f").linear(50, 70), &())
     })
     .unwrap();
-    let constants = Constants {
-        beta1: 0.9,
-        beta2: 0.999,
-        eps: 1e-8,
-        weight_decay: 0.1,
-    };
+    let constants = Constants { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.1 };
     let run = |kernels| {
         let params = Params::from_scratch(&manifest, Init { seed: 3, std: 0.5 }, &Device::Cpu).unwrap();
         let mut optimizer = AdamW::with_kernels(constants, &params, kernels).unwrap();
         for step in 0..5 {
-            let gradients: Vec<Tensor> = params
-                .iter()
-                .map(|(p, _)| random(step, &p.shape).as_tensor().clone())
-                .collect();
+            let gradients: Vec<Tensor> =
+                params.iter().map(|(p, _)| random(step, &p.shape).as_tensor().clone()).collect();
             optimizer.step(&params, &gradients, 1e-2, 0.7).unwrap();
         }
         params.values().unwrap().concat()

@@ -45,22 +45,11 @@ impl Reference {
             .iter()
             .enumerate()
             .map(|(i, record)| Example {
-                encoding: Encoding {
-                    ids: ids("ids", i),
-                    type_ids: ids("type_ids", i),
-                    truncated: false,
-                },
+                encoding: Encoding { ids: ids("ids", i), type_ids: ids("type_ids", i), truncated: false },
                 target: classification.target(&record["label"]).unwrap(),
             })
             .collect();
-        Self {
-            config,
-            task,
-            params,
-            examples,
-            json,
-            name,
-        }
+        Self { config, task, params, examples, json, name }
     }
 
     fn file(&self, name: &str) -> Vec<u8> {
@@ -110,9 +99,7 @@ fn loss_and_every_gradient_are_those_of_transformers() {
             assert_eq!(file.len(), r.params.len());
             let largest = norm(&floats(&file, "bert.embeddings.word_embeddings.weight"));
             for (param, var) in r.params.iter() {
-                let gradient = store
-                    .get(var.as_tensor())
-                    .unwrap_or_else(|| panic!("{name}: {}", param.name));
+                let gradient = store.get(var.as_tensor()).unwrap_or_else(|| panic!("{name}: {}", param.name));
                 let gradient: Vec<f32> = gradient.flatten_all().unwrap().to_vec1().unwrap();
                 let expected = floats(&file, &param.name);
                 // softmax cancels what a bias adds to every key: its gradient is rounding alone
@@ -138,13 +125,8 @@ fn label_smoothing_is_pytorchs() {
     let targets: Vec<&Target> = r.examples.iter().map(|e| &e.target).collect();
     let eager = Eager::new(&r.params, &batch, &Device::Cpu, Mode::Evaluation);
     let outputs = r.task.define(&eager, &r.config.family).unwrap();
-    let loss = r
-        .task
-        .loss(&outputs, &targets, 0.1)
-        .unwrap()
-        .to_scalar::<f32>()
-        .unwrap()
-        / targets.len() as f32;
+    let loss =
+        r.task.loss(&outputs, &targets, 0.1).unwrap().to_scalar::<f32>().unwrap() / targets.len() as f32;
     let expected = r.json["loss_smoothed"].as_f64().unwrap() as f32;
     assert!((loss - expected).abs() <= 1e-5, "{loss}, {expected}");
 }
@@ -163,8 +145,10 @@ fn hidden_states_are_those_of_candle_transformers() {
         for (i, example) in r.examples.iter().enumerate() {
             let row = |ids: &[u32]| Tensor::from_slice(ids, (1, ids.len()), &Device::Cpu).unwrap();
             let (ids, types) = (row(&example.encoding.ids), row(&example.encoding.type_ids));
-            let hidden = theirs.forward(&ids, &types, None).unwrap().flatten_all().unwrap().to_vec1().unwrap();
-            let eager = Eager::new(&r.params, &Packed::new([&example.encoding]), &Device::Cpu, Mode::Evaluation);
+            let hidden =
+                theirs.forward(&ids, &types, None).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+            let eager =
+                Eager::new(&r.params, &Packed::new([&example.encoding]), &Device::Cpu, Mode::Evaluation);
             let eager = eager.with_taps();
             r.task.define(&eager, &r.config.family).unwrap();
             let taps = eager.into_taps();
@@ -211,25 +195,15 @@ fn ten_steps_are_those_of_pytorch_with_and_without_accumulation() {
         for micro_batch in [4, 1, 3] {
             let r = Reference::load(name);
             let steps = &r.json["steps"];
-            let settings = Settings {
-                batch_size: micro_batch,
-                ..settings(steps)
-            };
+            let settings = Settings { batch_size: micro_batch, ..settings(steps) };
             let (losses, rates) = (numbers(&steps["losses"]), numbers(&steps["learning_rates"]));
             let norms = numbers(&steps["gradient_norms"]);
-            let mut trainer = Trainer::new(
-                &settings,
-                &r.config.family,
-                &r.task,
-                &r.params,
-                &Device::Cpu,
-                losses.len(),
-            )
-            .unwrap();
+            let mut trainer =
+                Trainer::new(&settings, &r.config.family, &r.task, &r.params, &Device::Cpu, losses.len())
+                    .unwrap();
             for step in 0..losses.len() {
-                let batch: Vec<&Example> = (0..4)
-                    .map(|j| &r.examples[(4 * step + j) % r.examples.len()])
-                    .collect();
+                let batch: Vec<&Example> =
+                    (0..4).map(|j| &r.examples[(4 * step + j) % r.examples.len()]).collect();
                 let did = trainer.step(&batch).unwrap();
                 let place = format!("{name}, micro-batches of {micro_batch}, step {step}");
                 assert!(
@@ -248,14 +222,7 @@ fn ten_steps_are_those_of_pytorch_with_and_without_accumulation() {
             let bytes = r.file("weights_after_steps.safetensors");
             let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
             for weight in file.names() {
-                let now: Vec<f32> = r
-                    .params
-                    .get(weight)
-                    .unwrap()
-                    .flatten_all()
-                    .unwrap()
-                    .to_vec1()
-                    .unwrap();
+                let now: Vec<f32> = r.params.get(weight).unwrap().flatten_all().unwrap().to_vec1().unwrap();
                 let (worst, _) = max_abs(&now, &floats(&file, weight));
                 assert!(worst <= 1e-5, "{name}: {weight} {worst:e}");
             }

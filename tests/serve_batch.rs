@@ -37,12 +37,7 @@ impl Bench {
 
     fn serve(&self, input: &Path, args: &[&str]) -> assert_cmd::Command {
         let mut command = tk();
-        command
-            .arg("serve-batch")
-            .arg(self.model())
-            .arg("--input")
-            .arg(input)
-            .args(args);
+        command.arg("serve-batch").arg(self.model()).arg("--input").arg(input).args(args);
         command
     }
 
@@ -72,11 +67,7 @@ fn logits_are_transformers_in_the_order_of_the_input() {
         records_file(name, 1, &input);
         let reference = json(models(name).join("reference.json"));
         let max_length = reference["max_length"].as_u64().unwrap().to_string();
-        for args in [
-            &["--batch-tokens", "1"][..],
-            &["--window", "3", "--threads", "1"],
-            &["--ep", "cpu"],
-        ] {
+        for args in [&["--batch-tokens", "1"][..], &["--window", "3", "--threads", "1"], &["--ep", "cpu"]] {
             let args = [args, &["--logits", "--max-length", &max_length]].concat();
             let lines = bench.lines(&input, &args);
             let wanted: Vec<Vec<f32>> = serde_json::from_value(reference["logits"].clone()).unwrap();
@@ -149,15 +140,7 @@ fn a_killed_run_goes_on_to_the_same_bytes() {
     let (whole, output) = (bench.path("whole.jsonl"), bench.path("out.jsonl"));
     let args = |output: &Path, more: &[&str]| -> Vec<String> {
         let output = output.to_str().unwrap();
-        let fixed = [
-            "--logits",
-            "--window",
-            "7",
-            "--batch-tokens",
-            "90",
-            "--output",
-            output,
-        ];
+        let fixed = ["--logits", "--window", "7", "--batch-tokens", "90", "--output", output];
         fixed.iter().chain(more).map(|&arg| arg.to_owned()).collect()
     };
     let run = |output: &Path, more: &[&str]| {
@@ -185,10 +168,7 @@ fn a_killed_run_goes_on_to_the_same_bytes() {
     }
     child.kill().unwrap();
     child.wait().unwrap();
-    assert!(
-        !output.exists() && partial.exists(),
-        "the run was over before it was killed"
-    );
+    assert!(!output.exists() && partial.exists(), "the run was over before it was killed");
     let settings = std::fs::read(bench.path("out.jsonl.partial.json")).unwrap();
     run(&output, &["--resume"]).assert().success();
     assert!(std::fs::read(&output).unwrap() == bytes);
@@ -196,32 +176,15 @@ fn a_killed_run_goes_on_to_the_same_bytes() {
 
     // kills at every kind of place: nothing, within a line, at a line's end, at a window's end, all but the name
     let line = bytes.iter().position(|&b| b == b'\n').unwrap() + 1;
-    let ends: Vec<usize> = (0..bytes.len())
-        .filter(|&i| bytes[i] == b'\n')
-        .map(|i| i + 1)
-        .collect();
-    for length in [
-        0,
-        1,
-        line - 1,
-        line,
-        line + 9,
-        ends[6],
-        ends[6] + 1,
-        ends[20],
-        bytes.len() - 1,
-        bytes.len(),
-    ] {
+    let ends: Vec<usize> = (0..bytes.len()).filter(|&i| bytes[i] == b'\n').map(|i| i + 1).collect();
+    for length in
+        [0, 1, line - 1, line, line + 9, ends[6], ends[6] + 1, ends[20], bytes.len() - 1, bytes.len()]
+    {
         std::fs::remove_file(&output).unwrap();
         std::fs::write(&partial, &bytes[..length]).unwrap();
         std::fs::write(bench.path("out.jsonl.partial.json"), &settings).unwrap();
-        let out = run(&output, &["--resume", "--threads", "3", "--json"])
-            .assert()
-            .success();
-        assert!(
-            std::fs::read(&output).unwrap() == bytes,
-            "killed after {length} bytes"
-        );
+        let out = run(&output, &["--resume", "--threads", "3", "--json"]).assert().success();
+        assert!(std::fs::read(&output).unwrap() == bytes, "killed after {length} bytes");
         let result: Value = serde_json::from_slice(&out.get_output().stdout).unwrap();
         assert_eq!(result["records"], records);
         let kept = ends.iter().filter(|&&end| end <= length).count() / 7 * 7;
@@ -246,10 +209,7 @@ fn without_something_to_resume_it_starts() {
     let bench = Bench::new("tiny-bert-single");
     let input = bench.input("in.txt", "a\nb\n");
     let output = bench.path("out.jsonl");
-    let out = bench
-        .serve(&input, &["--output", output.to_str().unwrap(), "--resume"])
-        .assert()
-        .success();
+    let out = bench.serve(&input, &["--output", output.to_str().unwrap(), "--resume"]).assert().success();
     assert!(String::from_utf8_lossy(&out.get_output().stderr).contains("nothing is resumed"));
     assert_eq!(std::fs::read_to_string(&output).unwrap().lines().count(), 2);
 }
@@ -264,18 +224,12 @@ fn wrong_usage_is_named_and_writes_nothing() {
     for (args, wanted) in [
         (&["--json"][..], "give --output FILE"),
         (&["--resume"], "give --output FILE"),
-        (
-            &["--output", "/absent/folder/out.jsonl"],
-            "the folder /absent/folder is not there",
-        ),
+        (&["--output", "/absent/folder/out.jsonl"], "the folder /absent/folder is not there"),
         (&["--output", bench.model().to_str().unwrap()], "is a directory"),
         (&["--output", input.to_str().unwrap()], "is the input"),
         (&["--output", out, "--max-length", "65"], "65"),
         (&["--output", out, "--max-length", "1"], "no room"),
-        (
-            &["--output", out, "--ep", "gpu"],
-            "\"gpu\" is no execution provider",
-        ),
+        (&["--output", out, "--ep", "gpu"], "\"gpu\" is no execution provider"),
         (&["--output", out, "--batch-tokens", "0"], "0"),
         (&["--output", out, "--precision", "int4"], "int4"),
         (&["--output", out, "--format", "xml"], "xml"),
@@ -283,11 +237,7 @@ fn wrong_usage_is_named_and_writes_nothing() {
         let error = bench.error(&input, args);
         assert!(error.contains(wanted), "{args:?}: {wanted} is not in {error}");
     }
-    assert!(
-        bench
-            .error(Path::new("/absent.jsonl"), &["--output", out])
-            .contains("/absent.jsonl")
-    );
+    assert!(bench.error(Path::new("/absent.jsonl"), &["--output", out]).contains("/absent.jsonl"));
     assert_eq!(std::fs::read_dir(bench.0.path()).unwrap().count(), before);
 }
 
@@ -328,10 +278,7 @@ fn a_graph_that_is_missing_stale_or_broken_is_not_served() {
     weights[last] ^= 1;
     std::fs::write(bench.model().join("model.safetensors"), &weights).unwrap();
     let error = bench.error(&input, &[]);
-    assert!(
-        error.contains("is stale") && error.contains("other weights"),
-        "{error}"
-    );
+    assert!(error.contains("is stale") && error.contains("other weights"), "{error}");
     let out = tk().arg("parity").arg(bench.model()).assert().code(2);
     assert!(String::from_utf8_lossy(&out.get_output().stderr).contains("is stale"));
     std::fs::copy(&other, bench.model().join("model.safetensors")).unwrap();
@@ -339,30 +286,18 @@ fn a_graph_that_is_missing_stale_or_broken_is_not_served() {
 
     std::fs::remove_file(&graph).unwrap();
     let error = bench.error(&input, &[]);
-    assert!(
-        error.contains("is not there: run `tk export") && error.contains("first"),
-        "{error}"
-    );
+    assert!(error.contains("is not there: run `tk export") && error.contains("first"), "{error}");
 }
 
 #[test]
 fn logits_that_are_not_finite_are_errors_of_their_records() {
     let bench = Bench::new("tiny-bert-single");
     let saved = Saved::open(&bench.model()).unwrap();
-    let mut graph = model::build(
-        &saved.config,
-        &saved.task,
-        &saved.weights,
-        saved.tokenizer.hash(),
-        18,
-    )
-    .unwrap();
+    let mut graph =
+        model::build(&saved.config, &saved.task, &saved.weights, saved.tokenizer.hash(), 18).unwrap();
     // a word that was broken after the export
     let initializers = &mut graph.graph.as_mut().unwrap().initializer;
-    let table = initializers
-        .iter_mut()
-        .find(|t| t.name == "bert.embeddings.word_embeddings.weight")
-        .unwrap();
+    let table = initializers.iter_mut().find(|t| t.name == "bert.embeddings.word_embeddings.weight").unwrap();
     let id = saved.tokenizer.encode("great", None, 64).unwrap().ids[1] as usize;
     let width = table.dims[1] as usize * 4;
     for value in table.raw_data[id * width..(id + 1) * width].as_chunks_mut().0 {
@@ -372,11 +307,7 @@ fn logits_that_are_not_finite_are_errors_of_their_records() {
     let input = bench.input("in.txt", "the\ngreat\nthe\n");
     let lines = bench.lines(&input, &[]);
     assert!(lines[0]["label"].is_string() && lines[2]["label"].is_string());
-    assert!(
-        lines[1]["error"].as_str().unwrap().contains("not finite"),
-        "{}",
-        lines[1]
-    );
+    assert!(lines[1]["error"].as_str().unwrap().contains("not finite"), "{}", lines[1]);
     assert_eq!(lines[0]["scores"], lines[2]["scores"]);
     assert_eq!(lines[1], json!({"index": 1, "error": lines[1]["error"]}));
 }

@@ -17,9 +17,7 @@ struct Bench {
 
 impl Bench {
     fn new(model: &str) -> Self {
-        let bench = Self {
-            dir: tempfile::tempdir().unwrap(),
-        };
+        let bench = Self { dir: tempfile::tempdir().unwrap() };
         copy_dir(&models(model), &bench.path("model"));
         records_file(model, 4, &bench.path("train.jsonl"));
         records_file(model, 1, &bench.path("eval.jsonl"));
@@ -43,10 +41,7 @@ impl Bench {
             ["--max-length", "48"],
             ["--learning-rate", "1e-3"],
         ];
-        std::iter::once("train")
-            .chain(args.into_iter().flatten())
-            .map(str::to_owned)
-            .collect()
+        std::iter::once("train").chain(args.into_iter().flatten()).map(str::to_owned).collect()
     }
 
     fn train(&self, output: &str, more: &[&str]) -> assert_cmd::assert::Assert {
@@ -98,9 +93,7 @@ fn stderr(assert: &assert_cmd::assert::Assert) -> String {
 fn a_run_repeats_bit_for_bit_and_another_seed_does_not() {
     let bench = Bench::new("tiny-bert-single");
     for (output, seed) in [("a", "1"), ("b", "1"), ("c", "2")] {
-        bench
-            .train(output, &["--max-steps", "12", "--seed", seed])
-            .success();
+        bench.train(output, &["--max-steps", "12", "--seed", seed]).success();
     }
     assert_eq!(bench.weights("a"), bench.weights("b"));
     assert_eq!(bench.log("a"), bench.log("b"));
@@ -115,14 +108,8 @@ fn a_run_that_was_killed_or_interrupted_resumes_to_the_same_bits() {
     for (output, signal) in [("killed", libc::SIGKILL), ("stopped", libc::SIGINT)] {
         let status = bench.interrupt(output, &more, "step 20/", signal);
         assert!(!status.success());
-        assert!(
-            !bench.path(output).join("model.safetensors").exists(),
-            "an unfinished run leaves no model"
-        );
-        tk().args(["train", "--resume", "--output"])
-            .arg(bench.path(output))
-            .assert()
-            .success();
+        assert!(!bench.path(output).join("model.safetensors").exists(), "an unfinished run leaves no model");
+        tk().args(["train", "--resume", "--output"]).arg(bench.path(output)).assert().success();
         assert_eq!(bench.weights(output), bench.weights("whole"), "{output}");
         assert_eq!(bench.log(output), bench.log("whole"), "{output}");
     }
@@ -133,43 +120,28 @@ fn a_resumed_run_refuses_other_settings_and_other_data() {
     let bench = Bench::new("tiny-bert-single");
     bench.train("out", &["--max-steps", "5"]).success();
     let resume = |more: &[&str]| {
-        tk().args(["train", "--resume", "--output"])
-            .arg(bench.path("out"))
-            .args(more)
-            .assert()
-            .code(2)
+        tk().args(["train", "--resume", "--output"]).arg(bench.path("out")).args(more).assert().code(2)
     };
     let said = stderr(&resume(&["--learning-rate", "3e-5"]));
     assert!(said.contains("learning-rate (0.00003, was 0.001)"), "{said}");
     records_file("tiny-bert-single", 5, &bench.path("train.jsonl"));
     let said = stderr(&resume(&[]));
-    assert!(
-        said.contains("inputs have changed") && said.contains("train"),
-        "{said}"
-    );
+    assert!(said.contains("inputs have changed") && said.contains("train"), "{said}");
 }
 
 #[test]
 fn the_best_evaluation_is_what_is_saved() {
     let bench = Bench::new("tiny-bert-single");
     // the longer it learns one label, the worse it gets on all of them
-    std::fs::write(
-        bench.path("train.jsonl"),
-        "{\"text\": \"a\", \"label\": \"negative\"}\n".repeat(8),
-    )
-    .unwrap();
-    let output = bench
-        .train("out", &["--epochs", "4", "--best-metric", "loss", "--json"])
-        .success();
+    std::fs::write(bench.path("train.jsonl"), "{\"text\": \"a\", \"label\": \"negative\"}\n".repeat(8))
+        .unwrap();
+    let output = bench.train("out", &["--epochs", "4", "--best-metric", "loss", "--json"]).success();
     let result: Value = serde_json::from_slice(&output.get_output().stdout).unwrap();
     let log = bench.log("out");
     let losses: Vec<f64> = log.iter().filter_map(|line| line["eval_loss"].as_f64()).collect();
     let best = losses.iter().copied().fold(f64::INFINITY, f64::min);
     assert_eq!(losses.len(), 4);
-    assert!(
-        losses[3] > best,
-        "the test needs a run that gets worse: {losses:?}"
-    );
+    assert!(losses[3] > best, "the test needs a run that gets worse: {losses:?}");
     assert_eq!(result["eval"]["loss"].as_f64(), Some(best));
     let eval = tk()
         .arg("eval")
@@ -187,23 +159,9 @@ fn the_best_evaluation_is_what_is_saved() {
 fn patience_ends_a_run_that_no_longer_gains() {
     let bench = Bench::new("tiny-bert-single");
     bench
-        .train(
-            "out",
-            &[
-                "--epochs",
-                "9",
-                "--learning-rate",
-                "0",
-                "--early-stopping-patience",
-                "2",
-            ],
-        )
+        .train("out", &["--epochs", "9", "--learning-rate", "0", "--early-stopping-patience", "2"])
         .success();
-    let evaluations = bench
-        .log("out")
-        .iter()
-        .filter(|line| line.get("eval_loss").is_some())
-        .count();
+    let evaluations = bench.log("out").iter().filter(|line| line.get("eval_loss").is_some()).count();
     assert_eq!(evaluations, 3);
 }
 
@@ -215,10 +173,7 @@ fn what_is_saved_says_its_labels_and_its_length() {
     let config = read("config.json");
     assert_eq!(config["architectures"][0], "BertForSequenceClassification");
     assert_eq!(config["problem_type"], "multi_label_classification");
-    assert_eq!(
-        config["id2label"],
-        common::json(models("tiny-bert-multi").join("config.json"))["id2label"]
-    );
+    assert_eq!(config["id2label"], common::json(models("tiny-bert-multi").join("config.json"))["id2label"]);
     assert_eq!(read("tokenizer_config.json")["model_max_length"], 48);
     assert!(bench.path("out/tokenizer.json").is_file());
     let settings = std::fs::read_to_string(bench.path("out/training/settings.toml")).unwrap();
@@ -250,25 +205,18 @@ fn a_head_for_other_labels_starts_anew_and_learns() {
 #[test]
 fn numbers_and_pairs_are_learnt() {
     let bench = Bench::new("tiny-bert-regression");
-    let output = bench
-        .train("out", &["--epochs", "20", "--dropout", "0", "--json"])
-        .success();
+    let output = bench.train("out", &["--epochs", "20", "--dropout", "0", "--json"]).success();
     let result: Value = serde_json::from_slice(&output.get_output().stdout).unwrap();
     let log = bench.log("out");
     let first = log.iter().find_map(|line| line["eval_mse"].as_f64()).unwrap();
-    assert!(
-        result["eval"]["mse"].as_f64().unwrap() < first / 2.0,
-        "{result} after {first}"
-    );
+    assert!(result["eval"]["mse"].as_f64().unwrap() < first / 2.0, "{result} after {first}");
 }
 
 #[test]
 fn from_scratch_takes_no_weights() {
     let bench = Bench::new("tiny-bert-single");
     std::fs::remove_file(bench.path("model/model.safetensors")).unwrap();
-    bench
-        .train("out", &["--from-scratch", "--max-steps", "3"])
-        .success();
+    bench.train("out", &["--from-scratch", "--max-steps", "3"]).success();
     bench.train("without", &["--max-steps", "3"]).code(2);
 }
 
@@ -280,39 +228,22 @@ fn options_stand_in_a_file_and_the_command_line_wins() {
     let config = file.display().to_string();
     let mut args = bench.args("out");
     args.truncate(args.len() - 2); // without --learning-rate
-    tk().args(&args)
-        .args(["--config", &config, "--max-steps", "2"])
-        .assert()
-        .success();
+    tk().args(&args).args(["--config", &config, "--max-steps", "2"]).assert().success();
     let settings = std::fs::read_to_string(bench.path("out/training/settings.toml")).unwrap();
     for line in ["learning-rate = 0.002", "max-steps = 2", "no-shuffle = true"] {
         assert!(settings.contains(line), "{settings}");
     }
     std::fs::write(&file, "learning-rat = 2e-3\n").unwrap();
-    let refused = tk()
-        .args(bench.args("out2"))
-        .args(["--config", &config])
-        .assert()
-        .code(2);
-    assert!(
-        stderr(&refused).contains("no option \"learning-rat\""),
-        "{}",
-        stderr(&refused)
-    );
+    let refused = tk().args(bench.args("out2")).args(["--config", &config]).assert().code(2);
+    assert!(stderr(&refused).contains("no option \"learning-rat\""), "{}", stderr(&refused));
 }
 
 #[test]
 fn weights_that_are_not_numbers_end_the_run_at_the_first_step() {
     let bench = Bench::new("tiny-bert-single");
-    replace_weight(&bench, "bert.encoder.layer.1.output.dense.bias", |values| {
-        values[3] = f32::NAN
-    });
+    replace_weight(&bench, "bert.encoder.layer.1.output.dense.bias", |values| values[3] = f32::NAN);
     let failed = bench.train("out", &[]).code(1);
-    assert!(
-        stderr(&failed).contains("step 1: the loss is NaN"),
-        "{}",
-        stderr(&failed)
-    );
+    assert!(stderr(&failed).contains("step 1: the loss is NaN"), "{}", stderr(&failed));
     assert!(!bench.path("out/model.safetensors").exists());
 }
 
@@ -329,17 +260,11 @@ fn edit_weights(dir: &Path, edit: impl Fn(&mut Tensors)) {
     let mut tensors: Tensors = weights
         .names()
         .map(|name| {
-            (
-                name.to_owned(),
-                weights.shape(name).unwrap().to_vec(),
-                weights.f32(name).unwrap().into_owned(),
-            )
+            (name.to_owned(), weights.shape(name).unwrap().to_vec(), weights.f32(name).unwrap().into_owned())
         })
         .collect();
     edit(&mut tensors);
-    let named = tensors
-        .iter()
-        .map(|(n, s, v)| (n.as_str(), s.as_slice(), v.as_slice()));
+    let named = tensors.iter().map(|(n, s, v)| (n.as_str(), s.as_slice(), v.as_slice()));
     tk::checkpoint::write_safetensors(&dir.join("model.safetensors"), named).unwrap();
 }
 
@@ -376,27 +301,15 @@ fn bad_records_are_refused_with_their_places() {
         &["train.jsonl:1", "no field \"text\"", "--text-column"],
     );
     refused(write("train.jsonl", ""), &[], &["train.jsonl", "no records"]);
-    refused(
-        write("train.jsonl", "{\"text\": \"a\"}\n"),
-        &[],
-        &["train.jsonl:1", "label"],
-    );
-    refused(
-        write("train.jsonl", one),
-        &[],
-        &["train.jsonl", "[\"x\"]", "at least 2 different"],
-    );
+    refused(write("train.jsonl", "{\"text\": \"a\"}\n"), &[], &["train.jsonl:1", "label"]);
+    refused(write("train.jsonl", one), &[], &["train.jsonl", "[\"x\"]", "at least 2 different"]);
     refused(
         write("eval.jsonl", "{\"text\": \"a\", \"label\": \"furious\"}\n"),
         &[],
         &["eval.jsonl:1", "furious", "negative, neutral, positive"],
     );
     refused(write("eval.jsonl", "{\"text\": \n"), &[], &["eval.jsonl:1"]);
-    refused(
-        |_| (),
-        &["--train", "/no/such/file.jsonl"],
-        &["/no/such/file.jsonl"],
-    );
+    refused(|_| (), &["--train", "/no/such/file.jsonl"], &["/no/such/file.jsonl"]);
     refused(|_| (), &["--train", "/dev/null"], &["/dev/null"]);
 }
 
@@ -410,22 +323,14 @@ fn bad_models_are_refused_with_what_was_found_and_expected() {
         }
     };
     for share in [0, 1, 50, 99] {
-        refused(
-            cut(share),
-            &[],
-            &["model.safetensors", "not a whole safetensors file"],
-        );
+        refused(cut(share), &[], &["model.safetensors", "not a whole safetensors file"]);
     }
     refused(
         |bench| std::fs::write(weights(bench), vec![b'x'; 5000]).unwrap(),
         &[],
         &["not a whole safetensors file"],
     );
-    refused(
-        |bench| std::fs::remove_file(weights(bench)).unwrap(),
-        &[],
-        &["holds no model.safetensors"],
-    );
+    refused(|bench| std::fs::remove_file(weights(bench)).unwrap(), &[], &["holds no model.safetensors"]);
     refused(
         |bench| {
             edit_weights(&bench.path("model"), |tensors| {
@@ -451,11 +356,7 @@ fn bad_models_are_refused_with_what_was_found_and_expected() {
             "bert.encoder.layer.1.output.dense.bias is missing",
         ],
     );
-    refused(
-        |bench| edit_config(bench, "model_type", "mamba".into()),
-        &[],
-        &["config.json", "mamba"],
-    );
+    refused(|bench| edit_config(bench, "model_type", "mamba".into()), &[], &["config.json", "mamba"]);
     refused(
         |bench| edit_config(bench, "hidden_act", "snake".into()),
         &[],
@@ -477,22 +378,10 @@ fn bad_models_are_refused_with_what_was_found_and_expected() {
 
 #[test]
 fn wrong_settings_are_all_named_at_once() {
-    refused(
-        |_| (),
-        &["--epochs", "0", "--warmup-ratio", "2"],
-        &["--epochs is 0", "--warmup-ratio is 2"],
-    );
-    refused(
-        |_| (),
-        &["--best-metric", "beauty"],
-        &["beauty", "accuracy, f1_macro"],
-    );
+    refused(|_| (), &["--epochs", "0", "--warmup-ratio", "2"], &["--epochs is 0", "--warmup-ratio is 2"]);
+    refused(|_| (), &["--best-metric", "beauty"], &["beauty", "accuracy, f1_macro"]);
     refused(|_| (), &["--device", "cuda"], &["built without CUDA"]);
-    refused(
-        |_| (),
-        &["--problem-type", "regression"],
-        &["train.jsonl:1", "expected a number"],
-    );
+    refused(|_| (), &["--problem-type", "regression"], &["train.jsonl:1", "expected a number"]);
 }
 
 #[test]
@@ -513,9 +402,6 @@ fn an_output_that_is_not_ours_stays_as_it_is() {
 
     bench.train("out", &["--max-steps", "1"]).success();
     let text = stderr(&bench.train("out", &[]).code(2));
-    assert!(
-        text.contains("--resume") && text.contains("--overwrite"),
-        "{text}"
-    );
+    assert!(text.contains("--resume") && text.contains("--overwrite"), "{text}");
     bench.train("out", &["--max-steps", "1", "--overwrite"]).success();
 }

@@ -59,11 +59,7 @@ fn define<O: Ops>(o: &O, case: &Case) -> Result<O::X> {
         "layer_norm" => o.layer_norm(At::body("f").norm(case.shape("f.weight")[0], 1e-12), &x()?),
         "attention" => {
             let of = |name| o.embed(table(name), Ids::Tokens);
-            let how = Attend {
-                heads: 4,
-                sees: Sees::All,
-                dropout: 0.0,
-            };
+            let how = Attend { heads: 4, sees: Sees::All, dropout: 0.0 };
             o.attention(&of("q")?, &of("k")?, &of("v")?, how)
         }
         "gelu" => o.activate(&x()?, Activation::Gelu),
@@ -71,10 +67,7 @@ fn define<O: Ops>(o: &O, case: &Case) -> Result<O::X> {
         "relu" => o.activate(&x()?, Activation::Relu),
         "silu" => o.activate(&x()?, Activation::Silu),
         "tanh" => o.activate(&x()?, Activation::Tanh),
-        "add" => o.add(
-            &o.embed(table("a"), Ids::Tokens)?,
-            &o.embed(table("b"), Ids::Tokens)?,
-        ),
+        "add" => o.add(&o.embed(table("a"), Ids::Tokens)?, &o.embed(table("b"), Ids::Tokens)?),
         "dropout_off" => o.dropout(&x()?, 0.0),
         "pick_first" => o.pick(&x()?, Pick::First),
         other => anyhow::bail!("no case {other}"),
@@ -121,11 +114,7 @@ impl Case {
             .into_iter()
             .map(|param| {
                 let full = format!("{name}/param/{param}");
-                (
-                    param,
-                    file.tensor(&full).unwrap().shape().to_vec(),
-                    floats(file, &full),
-                )
+                (param, file.tensor(&full).unwrap().shape().to_vec(), floats(file, &full))
             })
             .collect();
         let gradients = under(format!("{name}/grad/"))
@@ -156,19 +145,10 @@ impl Case {
     }
 
     fn weights(&self) -> (tempfile::TempDir, Weights) {
-        let values = |param: &Param| {
-            self.tensors
-                .iter()
-                .find(|(name, ..)| *name == param.name)
-                .unwrap()
-                .2
-                .clone()
-        };
-        let tensors: Vec<_> = self
-            .params()
-            .into_iter()
-            .map(|param| (param.clone(), values(&param)))
-            .collect();
+        let values =
+            |param: &Param| self.tensors.iter().find(|(name, ..)| *name == param.name).unwrap().2.clone();
+        let tensors: Vec<_> =
+            self.params().into_iter().map(|param| (param.clone(), values(&param))).collect();
         common::weights(&tensors)
     }
 }
@@ -176,16 +156,9 @@ impl Case {
 fn each_case(check: impl Fn(&Case)) {
     let bytes = std::fs::read(common::models("verbs.safetensors")).unwrap();
     let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
-    let stored: std::collections::BTreeSet<&str> = file
-        .names()
-        .iter()
-        .filter_map(|name| name.split('/').next())
-        .collect();
-    assert_eq!(
-        stored,
-        CASES.into_iter().collect(),
-        "the stored cases are those that are run"
-    );
+    let stored: std::collections::BTreeSet<&str> =
+        file.names().iter().filter_map(|name| name.split('/').next()).collect();
+    assert_eq!(stored, CASES.into_iter().collect(), "the stored cases are those that are run");
     for name in CASES {
         check(&Case::load(&file, name));
     }
@@ -203,11 +176,7 @@ fn eager(case: &Case, kernels: Kernels, mode: Mode) -> (Params, Tensor) {
 
 fn assert_output(case: &Case, runtime: &str, y: &[f32]) {
     let (worst, at) = max_abs(y, &case.y);
-    assert!(
-        worst <= TOLERANCE,
-        "{} on {runtime}: {worst:e} at element {at}",
-        case.name
-    );
+    assert!(worst <= TOLERANCE, "{} on {runtime}: {worst:e} at element {at}", case.name);
 }
 
 #[test]
@@ -215,11 +184,7 @@ fn every_verb_gives_the_reference_in_evaluation() {
     each_case(|case| {
         for kernels in [Kernels::Fused, Kernels::Composite] {
             let (_, y) = eager(case, kernels, Mode::Evaluation);
-            assert_output(
-                case,
-                &format!("eager {kernels:?}"),
-                &y.flatten_all().unwrap().to_vec1().unwrap(),
-            );
+            assert_output(case, &format!("eager {kernels:?}"), &y.flatten_all().unwrap().to_vec1().unwrap());
         }
     });
 }
@@ -235,15 +200,10 @@ fn every_verb_gives_the_reference_and_its_gradients_in_training() {
             let gradients = (y * gy).unwrap().sum_all().unwrap().backward().unwrap();
             for (name, expected) in &case.gradients {
                 let var = params.get(name).unwrap();
-                let gradient = gradients
-                    .get(var.as_tensor())
-                    .unwrap_or_else(|| panic!("{}: {name}", case.name));
+                let gradient =
+                    gradients.get(var.as_tensor()).unwrap_or_else(|| panic!("{}: {name}", case.name));
                 let error = relative(&gradient.flatten_all().unwrap().to_vec1().unwrap(), expected);
-                assert!(
-                    error <= GRADIENT_TOLERANCE,
-                    "{} on {runtime}: {name} {error:e}",
-                    case.name
-                );
+                assert!(error <= GRADIENT_TOLERANCE, "{} on {runtime}: {name} {error:e}", case.name);
             }
         }
     });
@@ -297,8 +257,10 @@ fn every_verb_gives_the_reference_in_candle_onnx() {
     each_case(|case| {
         let model = graph(case, CANDLE_OPSET);
         let batch = padded(case);
-        let tensor = |values: &[i64]| Tensor::from_slice(values, (batch.rows, batch.width), &Device::Cpu).unwrap();
-        let given = [("input_ids", &batch.ids), ("attention_mask", &batch.mask), ("token_type_ids", &batch.type_ids)];
+        let tensor =
+            |values: &[i64]| Tensor::from_slice(values, (batch.rows, batch.width), &Device::Cpu).unwrap();
+        let given =
+            [("input_ids", &batch.ids), ("attention_mask", &batch.mask), ("token_type_ids", &batch.type_ids)];
         let inputs = given.map(|(name, values)| (name.to_owned(), tensor(values)));
         let y = candle_onnx::simple_eval(&model, inputs.into_iter().collect()).unwrap().remove("y").unwrap();
         let y: Vec<f32> = y.flatten_all().unwrap().to_vec1().unwrap();

@@ -70,20 +70,10 @@ fn provider(provider: Provider) -> Value {
 fn nvidia() -> Value {
     let driver = std::fs::read_to_string("/proc/driver/nvidia/version").ok();
     let driver = driver.as_deref().and_then(|text| text.lines().next());
-    let query = [
-        "--query-gpu=name,memory.total,driver_version",
-        "--format=csv,noheader",
-    ];
-    let listed = Command::new("nvidia-smi")
-        .args(query)
-        .output()
-        .ok()
-        .filter(|out| out.status.success());
+    let query = ["--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"];
+    let listed = Command::new("nvidia-smi").args(query).output().ok().filter(|out| out.status.success());
     let gpus = listed.map(|out| String::from_utf8_lossy(&out.stdout).trim().to_owned());
-    let gpus: Vec<String> = gpus
-        .iter()
-        .flat_map(|text| text.lines().map(str::to_owned))
-        .collect();
+    let gpus: Vec<String> = gpus.iter().flat_map(|text| text.lines().map(str::to_owned)).collect();
     json!({"driver": driver, "gpus": gpus, "candle_cuda": candle_core::utils::cuda_is_available()})
 }
 
@@ -146,11 +136,7 @@ fn human(report: &Value) -> String {
     };
     let list = |value: &Value| {
         let items: Vec<String> = value.as_array().into_iter().flatten().map(text).collect();
-        if items.is_empty() {
-            "none".to_owned()
-        } else {
-            items.join(", ")
-        }
+        if items.is_empty() { "none".to_owned() } else { items.join(", ") }
     };
     let mut out = String::new();
     // writing to a String can't fail
@@ -168,23 +154,14 @@ fn human(report: &Value) -> String {
         ),
     };
     for provider in report["providers"].as_array().into_iter().flatten() {
-        let verdict = provider["reason"]
-            .as_str()
-            .map_or("works".to_owned(), |reason| format!("missing: {reason}"));
+        let verdict =
+            provider["reason"].as_str().map_or("works".to_owned(), |reason| format!("missing: {reason}"));
         let _ = writeln!(out, "  {:<12}{verdict}", text(&provider["name"]));
     }
     let nvidia = &report["nvidia"];
-    let _ = writeln!(
-        out,
-        "NVIDIA        driver: {}; GPUs: {}",
-        text(&nvidia["driver"]),
-        list(&nvidia["gpus"])
-    );
-    let candle = if nvidia["candle_cuda"] == true {
-        "yes"
-    } else {
-        "no (cargo build --features cuda)"
-    };
+    let _ =
+        writeln!(out, "NVIDIA        driver: {}; GPUs: {}", text(&nvidia["driver"]), list(&nvidia["gpus"]));
+    let candle = if nvidia["candle_cuda"] == true { "yes" } else { "no (cargo build --features cuda)" };
     let _ = writeln!(out, "  candle's CUDA built in: {candle}");
     let cpu = &report["cpu"];
     let _ = writeln!(
@@ -194,13 +171,7 @@ fn human(report: &Value) -> String {
         text(&cpu["threads"]),
         list(&cpu["features"])
     );
-    let memory = report["memory_bytes"]
-        .as_u64()
-        .map(|bytes| format!("{:.1} GB", bytes as f64 / 1e9));
-    let _ = write!(
-        out,
-        "memory        {}",
-        memory.unwrap_or_else(|| "unknown".to_owned())
-    );
+    let memory = report["memory_bytes"].as_u64().map(|bytes| format!("{:.1} GB", bytes as f64 / 1e9));
+    let _ = write!(out, "memory        {}", memory.unwrap_or_else(|| "unknown".to_owned()));
     out
 }

@@ -7,8 +7,10 @@ use serde_json::json;
 
 use crate::data::batch::Encoding;
 use crate::eager::Evaluator;
+use crate::runtime::Providers;
 use crate::saved::Saved;
 use crate::say::Say;
+use crate::serve::{Pool, served};
 use crate::task::Target;
 use crate::task::examples::{self, Fields};
 use crate::{Result, device};
@@ -30,6 +32,9 @@ pub struct Args {
     /// Where candle computes: cpu, cuda or cuda:N.
     #[arg(long, default_value = "cpu")]
     device: String,
+    /// What ONNX Runtime runs on: auto, or a list of cpu, cuda and tensorrt in order of preference.
+    #[arg(long, default_value = "auto", value_name = "LIST")]
+    ep: Providers,
     #[command(flatten)]
     fields: Fields,
 }
@@ -46,29 +51,26 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     let max_length = saved.checked_max_length(args.max_length)?;
     let records = examples::read(&args.input, &args.fields)?;
     let examples = examples::encode(&records, &args.input, &saved.task, &saved.tokenizer, max_length)?;
-    let (encodings, targets): (Vec<Encoding>, Vec<Target>) = examples
-        .into_iter()
-        .map(|example| (example.encoding, example.target))
-        .unzip();
+    let (encodings, targets): (Vec<Encoding>, Vec<Target>) =
+        examples.into_iter().map(|example| (example.encoding, example.target)).unzip();
     let started = Instant::now();
     let logits = match args.runtime {
         Runtime::Eager => Evaluator::open(&saved, &device::open(&args.device)?)?.logits(&encodings)?,
-        Runtime::Onnx => anyhow::bail!("comes with the runtime"),
+        Runtime::Onnx => {
+            let graph = served::checked(&saved)?;
+            let threads = std::thread::available_parallelism().map_or(1, usize::from);
+            let mut pool = Pool::open(&graph, &args.ep, threads, None, saved.tokenizer.pad_id(), say)?;
+            pool.logits(&encodings.iter().collect::<Vec<_>>())?
+        }
     };
     let seconds = started.elapsed().as_secs_f64();
     let metrics = saved.task.measure(&logits, &targets)?;
-    let shown: Vec<String> = metrics
-        .iter()
-        .map(|(name, value)| format!("{name} {value:.4}"))
-        .collect();
+    let shown: Vec<String> = metrics.iter().map(|(name, value)| format!("{name} {value:.4}")).collect();
     let human = format!(
         "{}: {} records in {seconds:.1} s; {}",
         args.input.display(),
         targets.len(),
         shown.join("  ")
     );
-    say.result(
-        human,
-        &json!({"records": targets.len(), "seconds": seconds, "metrics": metrics}),
-    )
+    say.result(human, &json!({"records": targets.len(), "seconds": seconds, "metrics": metrics}))
 }

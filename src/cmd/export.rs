@@ -45,22 +45,11 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     let target = served::path(&args.dir);
     let folder = target.parent().context("the graph has no folder")?;
     if folder.exists() && !folder.is_dir() {
-        bail_unusable!(
-            "{} is no directory, and the graph belongs there: move it away",
-            folder.display()
-        );
+        bail_unusable!("{} is no directory, and the graph belongs there: move it away", folder.display());
     }
 
-    let graph = model::build(
-        &saved.config,
-        &saved.task,
-        &saved.weights,
-        saved.tokenizer.hash(),
-        opset,
-    )?;
-    let weights_sha256 = model::metadata(&graph, "weights_sha256")
-        .unwrap_or_default()
-        .to_owned();
+    let graph = model::build(&saved.config, &saved.task, &saved.weights, saved.tokenizer.hash(), opset)?;
+    let weights_sha256 = model::metadata(&graph, "weights_sha256").unwrap_or_default().to_owned();
     let scratch =
         Scratch::new(&args.dir).map_err(|e| unusable!("{}: can't write: {e:#}", args.dir.display()))?;
     let written = scratch.path().join("model.onnx");
@@ -114,14 +103,8 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
 /// # Errors
 /// The logits differ by more than the tolerance, or are not finite.
 fn verify(saved: &Saved, graph: &Path) -> Result<Compared> {
-    let encodings = saved
-        .tokenizer
-        .encode_all(&inputs::builtin(saved)?, saved.max_length)?;
-    let subject = Subject {
-        saved,
-        graph,
-        encodings: &encodings,
-    };
+    let encodings = saved.tokenizer.encode_all(&inputs::builtin(saved)?, saved.max_length)?;
+    let subject = Subject { saved, graph, encodings: &encodings };
     let runtimes = [Runtime::Eager, Runtime::Ort(Provider::Cpu)];
     let compared = parity::run(&subject, &runtimes, parity::TOLERANCE)?.remove(0);
     if !compared.pass {

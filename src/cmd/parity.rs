@@ -73,23 +73,13 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
         path
     };
 
-    let subject = Subject {
-        saved: &saved,
-        graph: &graph,
-        encodings: &encodings,
-    };
+    let subject = Subject { saved: &saved, graph: &graph, encodings: &encodings };
     let compared = parity::run(&subject, &runtimes, args.tolerance)?;
     let pass = compared.iter().all(|c| c.pass);
     if let Some(path) = &args.report {
-        files::write(
-            path,
-            report::html(&args.dir.display().to_string(), &compared, &lacking),
-        )?;
+        files::write(path, report::html(&args.dir.display().to_string(), &compared, &lacking))?;
     }
-    let lacking: Vec<_> = lacking
-        .iter()
-        .map(|(name, why)| json!({"name": name, "reason": why}))
-        .collect();
+    let lacking: Vec<_> = lacking.iter().map(|(name, why)| json!({"name": name, "reason": why})).collect();
     say.result(
         report::table(&compared),
         &json!({"pass": pass, "runtimes": compared, "reference": runtimes[0].name(), "lacking": lacking}),
@@ -132,15 +122,8 @@ fn pick(asked: &[Runtime]) -> Result<Picked> {
     }
     if runtimes.len() < 2 {
         let only: Vec<&str> = runtimes.iter().map(|runtime| runtime.name()).collect();
-        let why: Vec<String> = lacking
-            .iter()
-            .map(|(name, why)| format!("\n  {name}: {why}"))
-            .collect();
-        bail_unusable!(
-            "nothing to compare: the only runtime is {}{}",
-            only.join(", "),
-            why.concat()
-        );
+        let why: Vec<String> = lacking.iter().map(|(name, why)| format!("\n  {name}: {why}")).collect();
+        bail_unusable!("nothing to compare: the only runtime is {}{}", only.join(", "), why.concat());
     }
     Ok((runtimes, lacking))
 }

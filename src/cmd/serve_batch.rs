@@ -87,19 +87,11 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     saved.tokenizer.encode("", Some("a pair"), max_length)?; // room for the special tokens
     let model = served::checked(&saved)?;
     let rows = records::read(&source, args.format)?;
-    let threads = args.threads.map_or_else(
-        || std::thread::available_parallelism().map_or(1, usize::from),
-        |n| n as usize,
-    );
+    let threads = args
+        .threads
+        .map_or_else(|| std::thread::available_parallelism().map_or(1, usize::from), |n| n as usize);
     let batch_tokens = args.batch_tokens.map(|n| n as usize);
-    let mut pool = Pool::open(
-        &model,
-        &args.ep,
-        threads,
-        batch_tokens,
-        saved.tokenizer.pad_id(),
-        say,
-    )?;
+    let mut pool = Pool::open(&model, &args.ep, threads, batch_tokens, saved.tokenizer.pad_id(), say)?;
 
     let size = args.window as usize;
     let (mut output, done) = match &target {
@@ -174,10 +166,7 @@ fn settings(args: &Args, source: &Source, model: &Path, pool: &Pool, max_length:
         Source::Stdin => json!("standard input"),
         Source::Path(path) => {
             let about = path.metadata().with_context(|| path.display().to_string())?;
-            let modified = about
-                .modified()?
-                .duration_since(std::time::UNIX_EPOCH)
-                .unwrap_or_default();
+            let modified = about.modified()?.duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
             json!({"path": path.canonicalize()?, "bytes": about.len(), "modified": modified.as_secs_f64()})
         }
     };
@@ -198,17 +187,10 @@ fn settings(args: &Args, source: &Source, model: &Path, pool: &Pool, max_length:
 fn open(target: &Path, settings: &Value, window: usize, resume: bool, say: Say) -> Result<(Output, Done)> {
     if resume {
         if let Some((output, done)) = Output::resume(target, settings, window)? {
-            say.line(format!(
-                "{}: going on behind record {}",
-                target.display(),
-                done.records
-            ));
+            say.line(format!("{}: going on behind record {}", target.display(), done.records));
             return Ok((output, done));
         }
-        say.line(format!(
-            "{}: nothing was begun, so nothing is resumed",
-            target.display()
-        ));
+        say.line(format!("{}: nothing was begun, so nothing is resumed", target.display()));
     } else if Output::is_begun(target) {
         say.warn(format!(
             "{}: an earlier run was not finished; starting over (--resume would have gone on)",
@@ -292,16 +274,7 @@ impl Progress {
     fn new(before: Done, say: Say) -> Result<Self> {
         let bar = say.bar(0, "{spinner} {pos} records  {msg}  {elapsed}")?;
         let now = Instant::now();
-        Ok(Self {
-            say,
-            bar,
-            started: now,
-            told: now,
-            before,
-            records: 0,
-            errors: 0,
-            tokens: 0,
-        })
+        Ok(Self { say, bar, started: now, told: now, before, records: 0, errors: 0, tokens: 0 })
     }
 
     fn rates(&self) -> (f64, f64) {
@@ -316,8 +289,7 @@ impl Progress {
         self.bar.set_message(text.clone());
         if !std::io::stderr().is_terminal() && self.told.elapsed() >= TELL_EVERY {
             self.told = Instant::now();
-            self.say
-                .line(format!("{} records  {text}", self.before.records + self.records));
+            self.say.line(format!("{} records  {text}", self.before.records + self.records));
         }
     }
 
@@ -325,17 +297,12 @@ impl Progress {
         self.bar.finish_and_clear();
         let seconds = self.started.elapsed().as_secs_f64();
         let (records_per_second, tokens_per_second) = self.rates();
-        let (records, errors) = (
-            self.before.records + self.records,
-            self.before.errors + self.errors,
-        );
+        let (records, errors) = (self.before.records + self.records, self.before.errors + self.errors);
         self.say.line(format!(
             "{records} records, {errors} of them errors, {seconds:.1} s: {records_per_second:.0} records/s, \
              {tokens_per_second:.0} tokens/s on {}{}",
             pool.provider().name(),
-            target
-                .map(|target| format!(" → {}", target.display()))
-                .unwrap_or_default()
+            target.map(|target| format!(" → {}", target.display())).unwrap_or_default()
         ));
         let result = json!({
             "records": records,

@@ -92,14 +92,7 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     prepared.describe(args, &say);
     start_folder(args, &folder, &prepared)?;
 
-    let Prepared {
-        config,
-        task,
-        params,
-        train,
-        eval,
-        ..
-    } = &prepared;
+    let Prepared { config, task, params, train, eval, .. } = &prepared;
     let run = Run {
         settings: &args.settings,
         family: &config.family,
@@ -169,10 +162,7 @@ impl Prepared {
         };
 
         let manifest = task.params(&config.family)?;
-        let init = Init {
-            seed: settings.seed,
-            std: config.initializer_range(),
-        };
+        let init = Init { seed: settings.seed, std: config.initializer_range() };
         let (params, fit) = if args.from_scratch {
             (Params::from_scratch(&manifest, init, device)?, Default::default())
         } else {
@@ -188,17 +178,7 @@ impl Prepared {
             Params::load(&manifest, &weights, init, device)?
         };
         task.write_config(&mut config);
-        Ok(Self {
-            model,
-            config,
-            task,
-            tokenizer,
-            params,
-            new: fit.new,
-            unused: fit.unused,
-            train,
-            eval,
-        })
+        Ok(Self { model, config, task, tokenizer, params, new: fit.new, unused: fit.unused, train, eval })
     }
 
     fn describe(&self, args: &Args, say: &Say) {
@@ -216,17 +196,9 @@ impl Prepared {
             }
         ));
         if !self.unused.is_empty() {
-            say.line(format!(
-                "not used from the checkpoint: {}",
-                self.unused.join(", ")
-            ));
+            say.line(format!("not used from the checkpoint: {}", self.unused.join(", ")));
         }
-        let cut = |examples: &[Example]| {
-            examples
-                .iter()
-                .filter(|example| example.encoding.truncated)
-                .count()
-        };
+        let cut = |examples: &[Example]| examples.iter().filter(|example| example.encoding.truncated).count();
         let tokens: usize = self.train.iter().map(|example| example.encoding.len()).sum();
         let per_example = tokens as f64 / self.train.len() as f64;
         say.line(format!(
@@ -274,11 +246,7 @@ fn check_output(args: &Args, folder: &Folder) -> Result<()> {
         bail_unusable!("--output {} is a file, expected a directory", output.display());
     }
     let is_empty = !output.is_dir()
-        || output
-            .read_dir()
-            .map_err(|e| unusable!("{}: {e}", output.display()))?
-            .next()
-            .is_none();
+        || output.read_dir().map_err(|e| unusable!("{}: {e}", output.display()))?.next().is_none();
     if !ours && !is_empty {
         bail_unusable!(
             "--output {} holds files that tk train did not write; name a new or an empty directory",
@@ -322,9 +290,7 @@ fn differences(now: &toml::Table, then: &toml::Table) -> Vec<String> {
 
 /// Makes `training/` with the settings and the inputs' hashes, or holds a resumed run against them.
 fn start_folder(args: &Args, folder: &Folder, prepared: &Prepared) -> Result<()> {
-    let now = Manifest {
-        inputs: prepared.inputs(args)?,
-    };
+    let now = Manifest { inputs: prepared.inputs(args)? };
     let inputs = folder.path().join("inputs.json");
     if args.resume {
         let text = std::fs::read_to_string(&inputs).with_context(|| inputs.display().to_string())?;
@@ -364,24 +330,14 @@ fn write_model(args: &Args, prepared: &Prepared) -> Result<()> {
     }
     prepared.tokenizer.save(&prepared.model, output)?;
     saved::set_model_max_length(output, args.settings.max_length)?;
-    files::write(
-        &output.join("config.json"),
-        serde_json::to_string_pretty(&prepared.config.raw)? + "\n",
-    )?;
+    files::write(&output.join("config.json"), serde_json::to_string_pretty(&prepared.config.raw)? + "\n")?;
     prepared.params.save(&output.join("model.safetensors"))
 }
 
 fn report(args: &Args, outcome: &Outcome, say: &Say) -> Result<()> {
     let progress = &outcome.progress;
-    let metrics: Metrics = progress
-        .best
-        .as_ref()
-        .map(|best| best.metrics.clone())
-        .unwrap_or_default();
-    let shown: Vec<String> = metrics
-        .iter()
-        .map(|(name, value)| format!("{name} {value:.4}"))
-        .collect();
+    let metrics: Metrics = progress.best.as_ref().map(|best| best.metrics.clone()).unwrap_or_default();
+    let shown: Vec<String> = metrics.iter().map(|(name, value)| format!("{name} {value:.4}")).collect();
     let speed = progress.tokens as f64 / progress.seconds.max(1e-9);
     let human = format!(
         "{}: {} steps, {} tokens in {:.1} s ({speed:.0} tokens/s){}{}",
@@ -414,11 +370,7 @@ fn grouped(n: usize) -> String {
     let (head, rest) = digits.split_at(first);
     let mut groups: Vec<&str> = if head.is_empty() { Vec::new() } else { vec![head] };
     // digits are ASCII, so every cut is between characters
-    groups.extend(
-        rest.as_bytes()
-            .chunks(3)
-            .map(|group| std::str::from_utf8(group).unwrap_or_default()),
-    );
+    groups.extend(rest.as_bytes().chunks(3).map(|group| std::str::from_utf8(group).unwrap_or_default()));
     groups.join(",")
 }
 

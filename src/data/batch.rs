@@ -81,11 +81,7 @@ impl Packed {
             type_ids.extend_from_slice(&encoding.type_ids);
             lengths.push(encoding.len());
         }
-        Self {
-            ids,
-            type_ids,
-            spans: Spans::of_lengths(lengths),
-        }
+        Self { ids, type_ids, spans: Spans::of_lengths(lengths) }
     }
 
     /// 0, 1, 2 … in every sequence. (T)
@@ -135,11 +131,7 @@ mod tests {
     use super::*;
 
     fn encoding(ids: &[u32]) -> Encoding {
-        Encoding {
-            ids: ids.to_vec(),
-            type_ids: vec![0; ids.len()],
-            truncated: false,
-        }
+        Encoding { ids: ids.to_vec(), type_ids: vec![0; ids.len()], truncated: false }
     }
 
     #[test]

@@ -54,11 +54,7 @@ impl HubOptions {
             .or_else(|| Some(PathBuf::from(variable("XDG_CACHE_HOME")?).join("huggingface")))
             .or_else(|| Some(PathBuf::from(variable("HOME")?).join(".cache/huggingface")))
             .ok_or_else(|| unusable!("there is no home directory for the hub's cache: set HF_HOME"))?;
-        let stored = || {
-            std::fs::read_to_string(home.join("token"))
-                .ok()
-                .map(|token| token.trim().to_owned())
-        };
+        let stored = || std::fs::read_to_string(home.join("token")).ok().map(|token| token.trim().to_owned());
         let endpoint = text("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".into());
         Ok(Self {
             endpoint: endpoint.trim_end_matches('/').to_owned(),
@@ -141,18 +137,11 @@ fn shards(dir: &Path) -> Result<BTreeSet<String>> {
     let text = std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
     let index: serde_json::Value =
         serde_json::from_slice(&text).map_err(|error| unusable!("{}: {error}", path.display()))?;
-    let files = index["weight_map"]
-        .as_object()
-        .into_iter()
-        .flatten()
-        .filter_map(|(_, file)| file.as_str());
+    let files = index["weight_map"].as_object().into_iter().flatten().filter_map(|(_, file)| file.as_str());
     let files: BTreeSet<_> = files.map(str::to_owned).collect();
     // they become paths in the cache
     match files.iter().find(|name| name.contains(['/', '\\'])) {
-        Some(name) => Err(unusable!(
-            "{}: {name:?} is not the name of a file beside it",
-            path.display()
-        )),
+        Some(name) => Err(unusable!("{}: {name:?} is not the name of a file beside it", path.display())),
         None if files.is_empty() => Err(unusable!("{} names no file", path.display())),
         None => Ok(files),
     }
@@ -176,9 +165,7 @@ fn fetch(model: &str, repo: Repo, options: &HubOptions) -> Result<PathBuf> {
 
     // config.json comes first: it tells the commit, and whether there is such a model at all
     let config = download(CONFIG).map_err(|error| refusal(model, &api, options, error))?;
-    let dir = config
-        .parent()
-        .ok_or_else(|| anyhow!("{} lies in no directory", config.display()))?;
+    let dir = config.parent().ok_or_else(|| anyhow!("{} lies in no directory", config.display()))?;
     // false: the model has no such file
     let get = |name: &str| -> Result<bool> {
         if dir.join(name).is_file() {
@@ -186,9 +173,7 @@ fn fetch(model: &str, repo: Repo, options: &HubOptions) -> Result<PathBuf> {
         }
         match download(name) {
             Ok(path) if path.parent() == Some(dir) => Ok(true),
-            Ok(_) => Err(anyhow!(
-                "{model} was changed on the hub while it was fetched: try again"
-            )),
+            Ok(_) => Err(anyhow!("{model} was changed on the hub while it was fetched: try again")),
             Err(error) if status(&error) == Some(404) => Ok(false),
             Err(error) => Err(anyhow!(error).context(format!("fetching {}", api.url(name)))),
         }
@@ -198,10 +183,7 @@ fn fetch(model: &str, repo: Repo, options: &HubOptions) -> Result<PathBuf> {
     }
     if !get(WEIGHTS)? {
         if !get(INDEX)? {
-            bail_unusable!(
-                "{model} has no {WEIGHTS} at {}, and tk reads no other weights",
-                options.endpoint
-            );
+            bail_unusable!("{model} has no {WEIGHTS} at {}, and tk reads no other weights", options.endpoint);
         }
         for name in shards(dir)? {
             if !get(&name)? {
@@ -222,11 +204,7 @@ fn refusal(model: &str, api: &ApiRepo, options: &HubOptions, error: ApiError) ->
         Some(401 | 403) => unusable!(
             "{model:?} is no directory, and the hub refuses {url} ({error}): there is no such model, or it is private \
              or gated; {}",
-            if options.token.is_some() {
-                "the token may lack access to it"
-            } else {
-                "HF_TOKEN is not set"
-            }
+            if options.token.is_some() { "the token may lack access to it" } else { "HF_TOKEN is not set" }
         ),
         _ => unusable!(
             "{model:?} is neither a directory nor in the cache {}, and the hub could not be asked for {url}: {error}",

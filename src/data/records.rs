@@ -45,11 +45,7 @@ pub enum Source {
 impl Source {
     /// The source that a command line's argument names: `-` is standard input.
     pub fn of(argument: &str) -> Self {
-        if argument == "-" {
-            Self::Stdin
-        } else {
-            Self::Path(argument.into())
-        }
+        if argument == "-" { Self::Stdin } else { Self::Path(argument.into()) }
     }
 }
 
@@ -104,10 +100,7 @@ impl FromStr for Format {
     fn from_str(name: &str) -> Result<Self> {
         let name = name.to_lowercase();
         if name == "conll" {
-            bail_unusable!(
-                r#""conll" is for token-classification; the other tasks read {}"#,
-                known()
-            );
+            bail_unusable!(r#""conll" is for token-classification; the other tasks read {}"#, known());
         }
         match FORMATS.iter().find(|(known, _)| *known == name) {
             Some((_, format)) => Ok(*format),
@@ -165,10 +158,7 @@ pub fn read(source: &Source, format: Option<Format>) -> Result<Rows> {
         }
         (Opened::Stream(input), _) => readers::rows(input, format, &name)?,
     };
-    Ok(Rows {
-        name,
-        rows: Some(rows),
-    })
+    Ok(Rows { name, rows: Some(rows) })
 }
 
 type Input = Box<dyn BufRead + Send>;
@@ -180,10 +170,9 @@ enum Opened {
 
 fn open(path: &Path) -> Result<Opened> {
     match File::open(path) {
-        Ok(_) if path.is_dir() => bail_unusable!(
-            "{} is a directory; a file of records was expected",
-            path.display()
-        ),
+        Ok(_) if path.is_dir() => {
+            bail_unusable!("{} is a directory; a file of records was expected", path.display())
+        }
         Ok(file) => Ok(Opened::File(file)),
         Err(error) => bail_unusable!("{} can't be opened: {error}", path.display()),
     }

@@ -50,10 +50,7 @@ impl Tokenizer {
         let special = |key: &str| content(config.get(key)).or_else(|| content(specials.get(key)));
 
         let (json, built) = if path.exists() {
-            (
-                std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?,
-                None,
-            )
+            (std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?, None)
         } else if dir.join("vocab.txt").exists() {
             let json = wordpiece::tokenizer_json(dir, &config, special)?;
             (json.clone().into_bytes(), Some(json))
@@ -70,33 +67,15 @@ impl Tokenizer {
         inner.with_padding(None);
         inner.with_truncation(None).map_err(|error| anyhow!(error))?;
 
-        let pad = special("pad_token")
-            .and_then(|token| inner.token_to_id(&token))
-            .or(padding);
-        let pad_id = pad
-            .or_else(|| inner.token_to_id("[PAD]"))
-            .or_else(|| inner.token_to_id("<pad>"));
-        let vocab_size = inner
-            .get_vocab(true)
-            .values()
-            .max()
-            .map_or(0, |&id| id as usize + 1);
+        let pad = special("pad_token").and_then(|token| inner.token_to_id(&token)).or(padding);
+        let pad_id = pad.or_else(|| inner.token_to_id("[PAD]")).or_else(|| inner.token_to_id("<pad>"));
+        let vocab_size = inner.get_vocab(true).values().max().map_or(0, |&id| id as usize + 1);
         let direction = match config.get("truncation_side").and_then(Value::as_str) {
             Some("left") => TruncationDirection::Left,
             _ => TruncationDirection::Right,
         };
-        let hash = Sha256::digest(&json)
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect();
-        Ok(Self {
-            inner,
-            built,
-            hash,
-            pad_id: pad_id.unwrap_or(0),
-            vocab_size,
-            direction,
-        })
+        let hash = Sha256::digest(&json).iter().map(|byte| format!("{byte:02x}")).collect();
+        Ok(Self { inner, built, hash, pad_id: pad_id.unwrap_or(0), vocab_size, direction })
     }
 
     /// Encodes a text, or a pair, with special tokens, in at most `max_length` tokens: as transformers
@@ -107,10 +86,7 @@ impl Tokenizer {
     /// Unusable: a `max_length` below the number of special tokens.
     pub fn encode(&self, text: &str, pair: Option<&str>, max_length: usize) -> Result<Encoding> {
         let pair = pair.filter(|pair| !pair.is_empty());
-        let specials = self
-            .inner
-            .get_post_processor()
-            .map_or(0, |p| p.added_tokens(pair.is_some()));
+        let specials = self.inner.get_post_processor().map_or(0, |p| p.added_tokens(pair.is_some()));
         let Some(room) = max_length.checked_sub(specials) else {
             bail_unusable!(
                 "a maximum length of {max_length} has no room for the {specials} special tokens of a text"
@@ -122,20 +98,16 @@ impl Tokenizer {
             let length = text.len() + pair.as_ref().map_or(0, |pair| pair.len());
             // The library's own truncation stops tokenizing at the maximum length. It would then not
             // know that something was cut, nor which of two long texts is the longer.
-            let params = TruncationParams {
-                max_length: room,
-                direction: self.direction,
-                ..Default::default()
-            };
+            let params =
+                TruncationParams { max_length: room, direction: self.direction, ..Default::default() };
             let (mut text, mut pair) = truncate_encodings(text, pair, &params)?;
             // what was cut off would be given special tokens too
             text.take_overflowing();
             pair.as_mut().map(|pair| pair.take_overflowing());
             Ok((self.inner.post_process(text, pair, true)?, length > room))
         };
-        let (encoding, truncated) = cut()
-            .map_err(|error: tokenizers::Error| anyhow!(error))
-            .context("tokenizing")?;
+        let (encoding, truncated) =
+            cut().map_err(|error: tokenizers::Error| anyhow!(error)).context("tokenizing")?;
         Ok(Encoding {
             ids: encoding.get_ids().to_vec(),
             type_ids: encoding.get_type_ids().to_vec(),
@@ -175,19 +147,9 @@ impl Tokenizer {
             let token =
                 |kind| tokenizers::Encoding::from_tokens(vec![Token::new(0, String::new(), (0, 0))], kind);
             let encoding = self.inner.post_process(token(0), pair.then(|| token(1)), true);
-            let encoding = encoding
-                .map_err(|error| anyhow!(error))
-                .context("adding special tokens")?;
-            ids = encoding
-                .get_ids()
-                .iter()
-                .map(|&id| id as usize + 1)
-                .fold(ids, usize::max);
-            types = encoding
-                .get_type_ids()
-                .iter()
-                .map(|&kind| kind as usize + 1)
-                .fold(types, usize::max);
+            let encoding = encoding.map_err(|error| anyhow!(error)).context("adding special tokens")?;
+            ids = encoding.get_ids().iter().map(|&id| id as usize + 1).fold(ids, usize::max);
+            types = encoding.get_type_ids().iter().map(|&kind| kind as usize + 1).fold(types, usize::max);
         }
         if ids > vocab_rows {
             bail_unusable!(
@@ -221,9 +183,7 @@ impl Tokenizer {
                 std::fs::read(from.join(name)).with_context(|| format!("reading {}", from.display()))?;
             files::write(&to.join(name), bytes)?;
         }
-        self.built
-            .as_ref()
-            .map_or(Ok(()), |json| files::write(&to.join("tokenizer.json"), json))
+        self.built.as_ref().map_or(Ok(()), |json| files::write(&to.join("tokenizer.json"), json))
     }
 
     /// The library's tokenizer, without padding and truncation: for offsets and for decoding.
@@ -232,11 +192,7 @@ impl Tokenizer {
     }
 
     fn name(&self) -> &'static str {
-        if self.built.is_some() {
-            "vocab.txt"
-        } else {
-            "tokenizer.json"
-        }
+        if self.built.is_some() { "vocab.txt" } else { "tokenizer.json" }
     }
 }
 
@@ -253,10 +209,7 @@ fn settings(path: &Path) -> Result<Map<String, Value>> {
 /// A special token as transformers writes it: a string, or an object with `content`.
 fn content(value: Option<&Value>) -> Option<String> {
     let value = value?;
-    value
-        .as_str()
-        .or_else(|| value.get("content")?.as_str())
-        .map(str::to_owned)
+    value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_owned)
 }
 
 #[cfg(test)]

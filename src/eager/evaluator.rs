@@ -41,12 +41,7 @@ impl Evaluator {
 
     /// Wraps weights that are already loaded.
     pub fn of(config: &ModelConfig, task: &Task, params: Params, device: &Device) -> Self {
-        Self {
-            family: config.family.clone(),
-            task: task.clone(),
-            params,
-            device: device.clone(),
-        }
+        Self { family: config.family.clone(), task: task.clone(), params, device: device.clone() }
     }
 
     /// Each example's logits, one flat row an example, in order.
@@ -56,13 +51,8 @@ impl Evaluator {
 
     /// What the definition taps, over one packed batch of all the examples: (T, C), or (B, C) behind `pick`.
     pub fn taps(&self, examples: &[Encoding]) -> Result<Vec<(String, Tensor)>> {
-        let eager = Eager::new(
-            &self.params,
-            &Packed::new(examples),
-            &self.device,
-            Mode::Evaluation,
-        )
-        .with_taps();
+        let eager =
+            Eager::new(&self.params, &Packed::new(examples), &self.device, Mode::Evaluation).with_taps();
         self.task.define(&eager, &self.family)?;
         Ok(eager.into_taps())
     }

@@ -65,10 +65,7 @@ impl<'a> Eager<'a> {
 
     /// The same, keeping what [`Ops::tap`] names.
     pub fn with_taps(self) -> Self {
-        Self {
-            taps: Some(RefCell::default()),
-            ..self
-        }
+        Self { taps: Some(RefCell::default()), ..self }
     }
 
     /// What was tapped, in the order of the definition.
@@ -121,15 +118,9 @@ impl Ops for Eager<'_> {
     fn attention(&self, q: &Tensor, k: &Tensor, v: &Tensor, how: Attend) -> Result<Tensor> {
         let mask = self.mask(how.dropout);
         match how.sees {
-            Sees::All => Ok(kernels::attention::attention(
-                self.kernels,
-                q,
-                k,
-                v,
-                &self.spans,
-                how.heads,
-                mask,
-            )?),
+            Sees::All => {
+                Ok(kernels::attention::attention(self.kernels, q, k, v, &self.spans, how.heads, mask)?)
+            }
         }
     }
 

@@ -48,11 +48,7 @@ impl Params {
     }
 
     fn new(list: Vec<(Param, Var)>) -> Self {
-        let index = list
-            .iter()
-            .enumerate()
-            .map(|(i, (param, _))| (param.name.clone(), i))
-            .collect();
+        let index = list.iter().enumerate().map(|(i, (param, _))| (param.name.clone(), i)).collect();
         Self { list, index }
     }
 
@@ -61,10 +57,7 @@ impl Params {
     /// # Errors
     /// The definition used a name that the manifest did not list.
     pub fn get(&self, name: &str) -> Result<&Var> {
-        let at = self
-            .index
-            .get(name)
-            .with_context(|| format!("no parameter {name}"))?;
+        let at = self.index.get(name).with_context(|| format!("no parameter {name}"))?;
         Ok(&self.list[*at].1)
     }
 
@@ -90,10 +83,7 @@ impl Params {
 
     /// A copy of all values, in the order of the manifest.
     pub fn values(&self) -> Result<Vec<Vec<f32>>> {
-        self.list
-            .iter()
-            .map(|(_, var)| Ok(var.flatten_all()?.to_vec1()?))
-            .collect()
+        self.list.iter().map(|(_, var)| Ok(var.flatten_all()?.to_vec1()?)).collect()
     }
 
     /// Replaces all values by such a copy.
@@ -117,9 +107,7 @@ impl Params {
 }
 
 fn variable(values: Vec<f32>, shape: &[usize], device: &Device) -> Result<Var> {
-    let tensor = Tensor::from_vec(values, shape, &Device::Cpu)?
-        .to_dtype(DType::F32)?
-        .to_device(device)?;
+    let tensor = Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(DType::F32)?.to_device(device)?;
     Ok(Var::from_tensor(&tensor)?)
 }
 
@@ -139,9 +127,10 @@ impl Init {
             Role::Bias => vec![0.0; n],
             Role::Scale => vec![1.0; n],
             Role::Matrix | Role::Table => {
-                let stream = param.name.bytes().fold(self.seed, |hash, byte| {
-                    super::kernels::dropout::mix(hash ^ u64::from(byte))
-                });
+                let stream = param
+                    .name
+                    .bytes()
+                    .fold(self.seed, |hash, byte| super::kernels::dropout::mix(hash ^ u64::from(byte)));
                 let mut rng = ChaCha8Rng::seed_from_u64(stream);
                 (0..n).map(|_| (normal(&mut rng) * self.std) as f32).collect()
             }

@@ -16,15 +16,9 @@ pub fn bert<O: Ops>(o: &O, at: &At, c: &BertConfig) -> Result<O::X> {
 fn embeddings<O: Ops>(o: &O, at: &At, c: &BertConfig) -> Result<O::X> {
     let width = c.hidden_size;
     let words = o.embed(at.to("word_embeddings").table(c.vocab_size, width), Ids::Tokens)?;
-    let types = o.embed(
-        at.to("token_type_embeddings").table(c.type_vocab_size, width),
-        Ids::TokenTypes,
-    )?;
-    let places = o.embed(
-        at.to("position_embeddings")
-            .table(c.max_position_embeddings, width),
-        Ids::Positions,
-    )?;
+    let types = o.embed(at.to("token_type_embeddings").table(c.type_vocab_size, width), Ids::TokenTypes)?;
+    let places =
+        o.embed(at.to("position_embeddings").table(c.max_position_embeddings, width), Ids::Positions)?;
     let x = o.add(&o.add(&words, &types)?, &places)?;
     let x = o.layer_norm(at.to("LayerNorm").norm(width, c.layer_norm_eps), &x)?;
     let x = o.dropout(&x, c.hidden_dropout_prob)?;
@@ -38,10 +32,7 @@ fn layer<O: Ops>(o: &O, at: &At, c: &BertConfig, x: &O::X) -> Result<O::X> {
     let h = o.activate(&h, c.hidden_act)?;
     let h = o.linear(at.to("output.dense").linear(inner, width), &h)?;
     let h = o.dropout(&h, c.hidden_dropout_prob)?;
-    let x = o.layer_norm(
-        at.to("output.LayerNorm").norm(width, c.layer_norm_eps),
-        &o.add(&h, &x)?,
-    )?;
+    let x = o.layer_norm(at.to("output.LayerNorm").norm(width, c.layer_norm_eps), &o.add(&h, &x)?)?;
     o.tap(at.path(), x)
 }
 
@@ -50,18 +41,12 @@ fn attention<O: Ops>(o: &O, at: &At, c: &BertConfig, x: &O::X) -> Result<O::X> {
     let q = o.linear(at.to("self.query").linear(width, width), x)?;
     let k = o.linear(at.to("self.key").linear(width, width), x)?;
     let v = o.linear(at.to("self.value").linear(width, width), x)?;
-    let how = Attend {
-        heads: c.num_attention_heads,
-        sees: Sees::All,
-        dropout: c.attention_probs_dropout_prob,
-    };
+    let how =
+        Attend { heads: c.num_attention_heads, sees: Sees::All, dropout: c.attention_probs_dropout_prob };
     let h = o.attention(&q, &k, &v, how)?;
     let h = o.linear(at.to("output.dense").linear(width, width), &h)?;
     let h = o.dropout(&h, c.hidden_dropout_prob)?;
-    let x = o.layer_norm(
-        at.to("output.LayerNorm").norm(width, c.layer_norm_eps),
-        &o.add(&h, x)?,
-    )?;
+    let x = o.layer_norm(at.to("output.LayerNorm").norm(width, c.layer_norm_eps), &o.add(&h, x)?)?;
     o.tap(at.path(), x)
 }
 
@@ -71,12 +56,7 @@ fn attention<O: Ops>(o: &O, at: &At, c: &BertConfig, x: &O::X) -> Result<O::X> {
 /// as a part of the head.
 pub fn pooler<O: Ops>(o: &O, x: &O::X, c: &BertConfig) -> Result<O::X> {
     let x = o.pick(x, Pick::First)?;
-    let x = o.linear(
-        At::head("bert")
-            .to("pooler.dense")
-            .linear(c.hidden_size, c.hidden_size),
-        &x,
-    )?;
+    let x = o.linear(At::head("bert").to("pooler.dense").linear(c.hidden_size, c.hidden_size), &x)?;
     let x = o.activate(&x, Activation::Tanh)?;
     o.tap("bert.pooler", x)
 }

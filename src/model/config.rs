@@ -80,17 +80,13 @@ const ACTIVATIONS: [(&str, Activation); 8] = [
 
 fn activation<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Activation, D::Error> {
     let name = String::deserialize(deserializer)?;
-    ACTIVATIONS
-        .iter()
-        .find(|(known, _)| *known == name)
-        .map(|&(_, is)| is)
-        .ok_or_else(|| {
-            let known: Vec<&str> = ACTIVATIONS.iter().map(|&(known, _)| known).collect();
-            serde::de::Error::custom(format!(
-                "hidden_act is \"{name}\", which tk does not know; it knows {}",
-                known.join(", ")
-            ))
-        })
+    ACTIVATIONS.iter().find(|(known, _)| *known == name).map(|&(_, is)| is).ok_or_else(|| {
+        let known: Vec<&str> = ACTIVATIONS.iter().map(|&(known, _)| known).collect();
+        serde::de::Error::custom(format!(
+            "hidden_act is \"{name}\", which tk does not know; it knows {}",
+            known.join(", ")
+        ))
+    })
 }
 
 impl ModelConfig {
@@ -124,16 +120,8 @@ impl ModelConfig {
     /// Sets every dropout probability of the model, in the architecture and in what is saved.
     pub fn set_dropout(&mut self, p: f32) {
         let Family::Bert(c) = &mut self.family;
-        (
-            c.hidden_dropout_prob,
-            c.attention_probs_dropout_prob,
-            c.classifier_dropout,
-        ) = (p, p, Some(p));
-        for key in [
-            "hidden_dropout_prob",
-            "attention_probs_dropout_prob",
-            "classifier_dropout",
-        ] {
+        (c.hidden_dropout_prob, c.attention_probs_dropout_prob, c.classifier_dropout) = (p, p, Some(p));
+        for key in ["hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"] {
             self.raw.insert(key.to_owned(), p.into());
         }
     }
@@ -188,10 +176,7 @@ impl BertConfig {
         }
         for (field, p) in [
             ("hidden_dropout_prob", config.hidden_dropout_prob),
-            (
-                "attention_probs_dropout_prob",
-                config.attention_probs_dropout_prob,
-            ),
+            ("attention_probs_dropout_prob", config.attention_probs_dropout_prob),
             ("classifier_dropout", config.classifier_dropout.unwrap_or(0.0)),
         ] {
             if !(0.0..1.0).contains(&p) {
@@ -201,9 +186,7 @@ impl BertConfig {
         if let Some(kind) = raw.get("position_embedding_type").and_then(Value::as_str)
             && kind != "absolute"
         {
-            wrong.push(format!(
-                "position_embedding_type is \"{kind}\"; tk runs \"absolute\""
-            ));
+            wrong.push(format!("position_embedding_type is \"{kind}\"; tk runs \"absolute\""));
         }
         for field in ["is_decoder", "add_cross_attention"] {
             if raw.get(field).and_then(Value::as_bool) == Some(true) {

@@ -101,9 +101,6 @@ mod tests {
             o.embed(At::body("x").table(4, 2), Ids::Tokens)
         })
         .unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "x.weight is used with shape [3, 2] and with shape [4, 2]"
-        );
+        assert_eq!(error.to_string(), "x.weight is used with shape [3, 2] and with shape [4, 2]");
     }
 }

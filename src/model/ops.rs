@@ -94,26 +94,17 @@ pub struct Norm {
 impl At {
     /// The root of a pre-trained body, e.g. `bert`.
     pub fn body(name: &str) -> Self {
-        Self {
-            prefix: name.to_owned(),
-            part: Part::Body,
-        }
+        Self { prefix: name.to_owned(), part: Part::Body }
     }
 
     /// The root of a task's head, e.g. `classifier`.
     pub fn head(name: &str) -> Self {
-        Self {
-            prefix: name.to_owned(),
-            part: Part::Head,
-        }
+        Self { prefix: name.to_owned(), part: Part::Head }
     }
 
     /// A module inside this one. The name is Hugging Face's, written literally where it is used.
     pub fn to(&self, name: &str) -> Self {
-        Self {
-            prefix: format!("{}.{name}", self.prefix),
-            part: self.part,
-        }
+        Self { prefix: format!("{}.{name}", self.prefix), part: self.part }
     }
 
     /// The `index`-th of a list of modules.
@@ -127,19 +118,12 @@ impl At {
     }
 
     fn param(&self, leaf: &str, shape: &[usize], role: Role) -> Param {
-        Param {
-            name: format!("{}.{leaf}", self.prefix),
-            shape: shape.to_vec(),
-            role,
-            part: self.part,
-        }
+        Param { name: format!("{}.{leaf}", self.prefix), shape: shape.to_vec(), role, part: self.part }
     }
 
     /// The embedding table that stands here.
     pub fn table(&self, rows: usize, width: usize) -> Table {
-        Table {
-            weight: self.param("weight", &[rows, width], Role::Table),
-        }
+        Table { weight: self.param("weight", &[rows, width], Role::Table) }
     }
 
     /// The linear map that stands here.

@@ -15,54 +15,30 @@ const SHOWN: usize = 12;
 /// # Errors
 /// Lists what is wrong. A weight that is not finite is the input's fault, everything else is tk's.
 pub fn check(model: &ModelProto) -> Result<()> {
-    let Some(graph) = &model.graph else {
-        anyhow::bail!("the model has no graph")
-    };
-    let not_finite: Vec<&str> = graph
-        .initializer
-        .iter()
-        .filter(|t| !is_finite(t))
-        .map(|t| t.name.as_str())
-        .collect();
+    let Some(graph) = &model.graph else { anyhow::bail!("the model has no graph") };
+    let not_finite: Vec<&str> =
+        graph.initializer.iter().filter(|t| !is_finite(t)).map(|t| t.name.as_str()).collect();
     if !not_finite.is_empty() {
         bail_unusable!(
             "{} of {} weights are not finite, so no graph is written: {}; the training run diverged",
             not_finite.len(),
             graph.initializer.len(),
-            not_finite
-                .iter()
-                .take(SHOWN)
-                .copied()
-                .collect::<Vec<_>>()
-                .join(", ")
+            not_finite.iter().take(SHOWN).copied().collect::<Vec<_>>().join(", ")
         );
     }
     let wrong = findings(model, graph);
     if !wrong.is_empty() {
         let shown: Vec<&str> = wrong.iter().take(SHOWN).map(String::as_str).collect();
-        anyhow::bail!(
-            "the graph is malformed ({} findings):\n  {}",
-            wrong.len(),
-            shown.join("\n  ")
-        );
+        anyhow::bail!("the graph is malformed ({} findings):\n  {}", wrong.len(), shown.join("\n  "));
     }
     Ok(())
 }
 
 fn findings(model: &ModelProto, graph: &GraphProto) -> Vec<String> {
     let mut wrong = Vec::new();
-    let domains: Vec<&str> = model
-        .opset_import
-        .iter()
-        .map(|opset| opset.domain.as_str())
-        .collect();
+    let domains: Vec<&str> = model.opset_import.iter().map(|opset| opset.domain.as_str()).collect();
     let mut used: BTreeSet<&str> = graph.output.iter().map(|output| output.name.as_str()).collect();
-    used.extend(
-        graph
-            .node
-            .iter()
-            .flat_map(|node| node.input.iter().map(String::as_str)),
-    );
+    used.extend(graph.node.iter().flat_map(|node| node.input.iter().map(String::as_str)));
 
     // where each value comes from, in the order of the file: inputs, initializers, nodes
     let mut known: BTreeMap<&str, String> = BTreeMap::new();
@@ -74,12 +50,7 @@ fn findings(model: &ModelProto, graph: &GraphProto) -> Vec<String> {
         note(&mut known, &mut wrong, &tensor.name, "the initializers");
         wrong.extend(size_mismatch(tensor));
     }
-    for name in graph
-        .input
-        .iter()
-        .map(|i| &i.name)
-        .chain(graph.initializer.iter().map(|t| &t.name))
-    {
+    for name in graph.input.iter().map(|i| &i.name).chain(graph.initializer.iter().map(|t| &t.name)) {
         if !used.contains(name.as_str()) {
             wrong.push(format!("{name} is not used"));
         }
@@ -89,17 +60,11 @@ fn findings(model: &ModelProto, graph: &GraphProto) -> Vec<String> {
             wrong.push(format!("two nodes are named {}", node.name));
         }
         if !domains.contains(&node.domain.as_str()) {
-            wrong.push(format!(
-                "{} is of the domain \"{}\", which is not imported",
-                node.name, node.domain
-            ));
+            wrong.push(format!("{} is of the domain \"{}\", which is not imported", node.name, node.domain));
         }
         for input in node.input.iter().filter(|input| !input.is_empty()) {
             if !known.contains_key(input.as_str()) {
-                wrong.push(format!(
-                    "{} reads {input}, which nothing before it defines",
-                    node.name
-                ));
+                wrong.push(format!("{} reads {input}, which nothing before it defines", node.name));
             }
         }
         for output in node.output.iter().filter(|output| !output.is_empty()) {
@@ -152,12 +117,7 @@ fn size_mismatch(tensor: &TensorProto) -> Option<String> {
 
 fn is_finite(tensor: &TensorProto) -> bool {
     tensor.data_type != DataType::Float as i32
-        || tensor
-            .raw_data
-            .as_chunks()
-            .0
-            .iter()
-            .all(|bytes| f32::from_le_bytes(*bytes).is_finite())
+        || tensor.raw_data.as_chunks().0.iter().all(|bytes| f32::from_le_bytes(*bytes).is_finite())
 }
 
 #[cfg(test)]
@@ -232,10 +192,7 @@ mod tests {
         let mut model = model();
         model.graph.as_mut().unwrap().initializer[0] = weight("w", f32::NAN);
         let error = check(&model).unwrap_err();
-        assert!(
-            error.to_string().contains("1 of 1 weights are not finite"),
-            "{error}"
-        );
+        assert!(error.to_string().contains("1 of 1 weights are not finite"), "{error}");
         assert_eq!(crate::error::exit_code(&error), 2);
     }
 }

@@ -14,15 +14,7 @@ pub fn dump(model: &ModelProto) -> String {
         .opset_import
         .iter()
         .map(|opset| {
-            format!(
-                "{} {}",
-                if opset.domain.is_empty() {
-                    "ai.onnx"
-                } else {
-                    &opset.domain
-                },
-                opset.version
-            )
+            format!("{} {}", if opset.domain.is_empty() { "ai.onnx" } else { &opset.domain }, opset.version)
         })
         .collect();
     let Some(graph) = &model.graph else { return text };
@@ -36,16 +28,10 @@ pub fn dump(model: &ModelProto) -> String {
     }
     for node in &graph.node {
         let attributes: Vec<String> = node.attribute.iter().map(attribute).collect();
-        let attributes = if attributes.is_empty() {
-            String::new()
-        } else {
-            format!(" {{{}}}", attributes.join(", "))
-        };
-        let renamed = if node.output == [node.name.as_str()] {
-            String::new()
-        } else {
-            format!("  # {}", node.name)
-        };
+        let attributes =
+            if attributes.is_empty() { String::new() } else { format!(" {{{}}}", attributes.join(", ")) };
+        let renamed =
+            if node.output == [node.name.as_str()] { String::new() } else { format!("  # {}", node.name) };
         let _ = writeln!(
             text,
             "{} = {}({}){attributes}{renamed}",
@@ -65,21 +51,12 @@ fn value(info: &ValueInfoProto) -> String {
     else {
         return format!("{}: ?", info.name);
     };
-    let dims = tensor
-        .shape
-        .iter()
-        .flat_map(|shape| &shape.dim)
-        .map(|dim| match &dim.value {
-            Some(dimension::Value::DimValue(n)) => n.to_string(),
-            Some(dimension::Value::DimParam(name)) => name.clone(),
-            None => "?".to_owned(),
-        });
-    format!(
-        "{}: {} [{}]",
-        info.name,
-        kind(tensor.elem_type),
-        dims.collect::<Vec<_>>().join(", ")
-    )
+    let dims = tensor.shape.iter().flat_map(|shape| &shape.dim).map(|dim| match &dim.value {
+        Some(dimension::Value::DimValue(n)) => n.to_string(),
+        Some(dimension::Value::DimParam(name)) => name.clone(),
+        None => "?".to_owned(),
+    });
+    format!("{}: {} [{}]", info.name, kind(tensor.elem_type), dims.collect::<Vec<_>>().join(", "))
 }
 
 fn initializer(tensor: &TensorProto) -> String {

@@ -46,10 +46,7 @@ pub fn graph<'w>(
     weights: impl Fn(&Param) -> Result<Cow<'w, [f32]>>,
 ) -> Result<ModelProto> {
     let opset = checked_opset(opset)?;
-    let emit = Emit {
-        graph: RefCell::default(),
-        opset,
-    };
+    let emit = Emit { graph: RefCell::default(), opset };
     let results = define(&emit)?;
     anyhow::ensure!(
         results.len() == outputs.len(),
@@ -60,10 +57,7 @@ pub fn graph<'w>(
     let results: Vec<_> = outputs.iter().zip(results.iter().map(|x| x.value)).collect();
     let model = ModelProto {
         ir_version: ir_version(opset),
-        opset_import: vec![OperatorSetIdProto {
-            domain: String::new(),
-            version: opset,
-        }],
+        opset_import: vec![OperatorSetIdProto { domain: String::new(), version: opset }],
         producer_name: "tk".to_owned(),
         producer_version: env!("CARGO_PKG_VERSION").to_owned(),
         graph: Some(emit.graph.into_inner().finish(&results, weights)?),
@@ -125,12 +119,7 @@ impl Emit {
     fn keep(&self) -> Value {
         self.graph.borrow_mut().shared("keep", |g| {
             let mask = g.input("attention_mask");
-            let mask = g.node(
-                "attention_mask",
-                "Cast",
-                &[mask],
-                vec![int("to", DataType::Bool as i64)],
-            );
+            let mask = g.node("attention_mask", "Cast", &[mask], vec![int("to", DataType::Bool as i64)]);
             // one axis at a time: candle-onnx 0.11.1 puts several in the wrong order
             let axis = g.i64s(&[1], &[1]);
             let mask = g.node("attention_mask", "Unsqueeze", &[mask, axis], Vec::new());
@@ -165,11 +154,7 @@ impl Emit {
         let cube = self.plain(at, "Pow", &[x, self.f32(3.0)]);
         let small = self.plain(at, "Mul", &[cube, self.f32(0.044_715)]);
         let sum = self.plain(at, "Add", &[x, small]);
-        let scaled = self.plain(
-            at,
-            "Mul",
-            &[sum, self.f32((2.0 / std::f64::consts::PI).sqrt() as f32)],
-        );
+        let scaled = self.plain(at, "Mul", &[sum, self.f32((2.0 / std::f64::consts::PI).sqrt() as f32)]);
         let tanh = self.plain(at, "Tanh", &[scaled]);
         let one = self.plain(at, "Add", &[tanh, self.f32(1.0)]);
         self.plain(at, "Mul", &[half, one])
@@ -177,14 +162,7 @@ impl Emit {
 
     /// Layer norm where the opset has no operator for it.
     fn layer_norm_from_primitives(&self, at: &str, x: Value, scale: Value, shift: Value, eps: f32) -> Value {
-        let mean = |x| {
-            self.node(
-                at,
-                "ReduceMean",
-                &[x],
-                vec![ints("axes", &[-1]), int("keepdims", 1)],
-            )
-        };
+        let mean = |x| self.node(at, "ReduceMean", &[x], vec![ints("axes", &[-1]), int("keepdims", 1)]);
         let centred = self.plain(at, "Sub", &[x, mean(x)]);
         let square = self.plain(at, "Pow", &[centred, self.f32(2.0)]);
         let shifted = self.plain(at, "Add", &[mean(square), self.f32(eps)]);
@@ -231,11 +209,7 @@ impl Ops for Emit {
         } else {
             self.layer_norm_from_primitives(&scope, x.value, scale, shift, eps)
         };
-        Ok(X {
-            value,
-            scope,
-            width: x.width,
-        })
+        Ok(X { value, scope, width: x.width })
     }
 
     fn attention(&self, q: &X, k: &X, v: &X, how: Attend) -> Result<X> {
@@ -253,11 +227,7 @@ impl Ops for Emit {
         let mixed = self.transpose(&at, mixed, &[0, 2, 1, 3]);
         let shape = self.list(&[0, 0, v.width as i64]);
         let value = self.plain(&at, "Reshape", &[mixed, shape]); // (B, T, C)
-        Ok(X {
-            value,
-            scope: at,
-            width: v.width,
-        })
+        Ok(X { value, scope: at, width: v.width })
     }
 
     fn activate(&self, x: &X, how: Activation) -> Result<X> {
@@ -281,18 +251,9 @@ impl Ops for Emit {
 
     fn add(&self, a: &X, b: &X) -> Result<X> {
         let (shared, parent) = (common(&a.scope, &b.scope), module(&a.scope));
-        let scope = if shared.len() > parent.len() {
-            shared
-        } else {
-            parent
-        }
-        .to_owned();
+        let scope = if shared.len() > parent.len() { shared } else { parent }.to_owned();
         let value = self.plain(&scope, "Add", &[a.value, b.value]);
-        Ok(X {
-            value,
-            scope,
-            width: a.width,
-        })
+        Ok(X { value, scope, width: a.width })
     }
 
     fn dropout(&self, x: &X, _: f32) -> Result<X> {

@@ -72,13 +72,7 @@ impl Graph {
         }
         *seen += 1;
         let output = self.value(name.clone());
-        self.nodes.push(Node {
-            op,
-            name,
-            inputs: inputs.to_vec(),
-            output,
-            attributes,
-        });
+        self.nodes.push(Node { op, name, inputs: inputs.to_vec(), output, attributes });
         output
     }
 
@@ -112,22 +106,12 @@ impl Graph {
     /// An integer constant of the given shape: `[]` for a scalar, `[n]` for a list.
     pub fn i64s(&mut self, dims: &[i64], values: &[i64]) -> Value {
         let bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-        self.constant(
-            format!("const/i64/{}", listed(dims, values)),
-            DataType::Int64,
-            dims,
-            bytes,
-        )
+        self.constant(format!("const/i64/{}", listed(dims, values)), DataType::Int64, dims, bytes)
     }
 
     /// A number as a constant without dimensions.
     pub fn f32(&mut self, value: f32) -> Value {
-        self.constant(
-            format!("const/f32/{value:?}"),
-            DataType::Float,
-            &[],
-            value.to_le_bytes().to_vec(),
-        )
+        self.constant(format!("const/f32/{value:?}"), DataType::Float, &[], value.to_le_bytes().to_vec())
     }
 
     /// Constants are named for their content, so equal ones are one.
@@ -136,13 +120,8 @@ impl Graph {
             return *value;
         }
         let value = self.fixed_value(&name);
-        let tensor = TensorProto {
-            name,
-            data_type: kind as i32,
-            dims: dims.to_vec(),
-            raw_data,
-            ..Default::default()
-        };
+        let tensor =
+            TensorProto { name, data_type: kind as i32, dims: dims.to_vec(), raw_data, ..Default::default() };
         self.constants.push((tensor, value));
         value
     }
@@ -159,10 +138,7 @@ impl Graph {
 
     /// Gives a value exactly this name; one that already has a promised name is passed through an Identity.
     pub fn rename(&mut self, value: Value, name: &str) -> Result<Value> {
-        anyhow::ensure!(
-            !self.names.iter().any(|known| known == name),
-            "two values are named {name}"
-        );
+        anyhow::ensure!(!self.names.iter().any(|known| known == name), "two values are named {name}");
         let value = if self.fixed.contains(&value) {
             self.node(name, "Identity", &[value], Vec::new())
         } else {
@@ -179,20 +155,13 @@ impl Graph {
         outputs: &[(&Output, Value)],
         weights: impl Fn(&Param) -> Result<std::borrow::Cow<'w, [f32]>>,
     ) -> Result<GraphProto> {
-        let mut graph = GraphProto {
-            name: "tk".to_owned(),
-            ..Default::default()
-        };
+        let mut graph = GraphProto { name: "tk".to_owned(), ..Default::default() };
         for (output, value) in outputs {
             self.rename(*value, output.name)?;
-            graph
-                .output
-                .push(value_info(output.name, DataType::Float, &output.dims));
+            graph.output.push(value_info(output.name, DataType::Float, &output.dims));
         }
         for name in INPUTS.into_iter().filter(|name| self.inputs.contains_key(name)) {
-            graph
-                .input
-                .push(value_info(name, DataType::Int64, &[Dim::Batch, Dim::Sequence]));
+            graph.input.push(value_info(name, DataType::Int64, &[Dim::Batch, Dim::Sequence]));
         }
         for (param, _) in &self.params {
             let values = weights(param).with_context(|| param.name.clone())?;
@@ -213,20 +182,14 @@ impl Graph {
                 ..Default::default()
             });
         }
-        graph
-            .initializer
-            .extend(self.constants.into_iter().map(|(tensor, _)| tensor));
+        graph.initializer.extend(self.constants.into_iter().map(|(tensor, _)| tensor));
         graph.node = self
             .nodes
             .into_iter()
             .map(|node| NodeProto {
                 op_type: node.op.to_owned(),
                 name: node.name,
-                input: node
-                    .inputs
-                    .iter()
-                    .map(|&value| self.names[value].clone())
-                    .collect(),
+                input: node.inputs.iter().map(|&value| self.names[value].clone()).collect(),
                 output: vec![self.names[node.output].clone()],
                 attribute: node.attributes,
                 ..Default::default()
@@ -238,11 +201,7 @@ impl Graph {
 
 fn listed(dims: &[i64], values: &[i64]) -> String {
     let values: Vec<String> = values.iter().map(i64::to_string).collect();
-    if dims.is_empty() {
-        values.join(",")
-    } else {
-        format!("[{}]", values.join(","))
-    }
+    if dims.is_empty() { values.join(",") } else { format!("[{}]", values.join(",")) }
 }
 
 /// An integer attribute.
@@ -295,10 +254,7 @@ pub(super) fn value_info(name: &str, kind: DataType, dims: &[Dim]) -> ValueInfoP
                 Dim::Sequence => dimension::Value::DimParam("sequence_length".to_owned()),
                 Dim::Of(n) => dimension::Value::DimValue(*n as i64),
             };
-            Dimension {
-                value: Some(value),
-                ..Default::default()
-            }
+            Dimension { value: Some(value), ..Default::default() }
         })
         .collect();
     typed(name, kind, Some(TensorShapeProto { dim }))
@@ -306,17 +262,7 @@ pub(super) fn value_info(name: &str, kind: DataType, dims: &[Dim]) -> ValueInfoP
 
 /// The name and type of a graph's output whose shape is left to inference.
 pub(super) fn typed(name: &str, kind: DataType, shape: Option<TensorShapeProto>) -> ValueInfoProto {
-    let tensor = type_proto::Tensor {
-        elem_type: kind as i32,
-        shape,
-    };
-    let r#type = TypeProto {
-        value: Some(type_proto::Value::TensorType(tensor)),
-        ..Default::default()
-    };
-    ValueInfoProto {
-        name: name.to_owned(),
-        r#type: Some(r#type),
-        ..Default::default()
-    }
+    let tensor = type_proto::Tensor { elem_type: kind as i32, shape };
+    let r#type = TypeProto { value: Some(type_proto::Value::TensorType(tensor)), ..Default::default() };
+    ValueInfoProto { name: name.to_owned(), r#type: Some(r#type), ..Default::default() }
 }

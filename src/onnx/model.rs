@@ -46,13 +46,8 @@ pub fn build(
         about.push(("problem_type", problem.to_owned()));
     }
     about.sort_unstable();
-    model.metadata_props = about
-        .into_iter()
-        .map(|(key, value)| StringStringEntryProto {
-            key: key.to_owned(),
-            value,
-        })
-        .collect();
+    model.metadata_props =
+        about.into_iter().map(|(key, value)| StringStringEntryProto { key: key.to_owned(), value }).collect();
     Ok(model)
 }
 
@@ -63,19 +58,13 @@ pub fn weights_sha256(config: &ModelConfig, task: &Task, weights: &Weights) -> R
 
 /// The metadata entry of this name.
 pub fn metadata<'m>(model: &'m ModelProto, key: &str) -> Option<&'m str> {
-    model
-        .metadata_props
-        .iter()
-        .find(|entry| entry.key == key)
-        .map(|entry| entry.value.as_str())
+    model.metadata_props.iter().find(|entry| entry.key == key).map(|entry| entry.value.as_str())
 }
 
 /// The same model with intermediate values as outputs too, behind its own.
 pub fn with_outputs(mut model: ModelProto, names: &[String]) -> ModelProto {
     if let Some(graph) = &mut model.graph {
-        graph
-            .output
-            .extend(names.iter().map(|name| graph::typed(name, DataType::Float, None)));
+        graph.output.extend(names.iter().map(|name| graph::typed(name, DataType::Float, None)));
     }
     model
 }
@@ -95,11 +84,8 @@ fn trained(config: &ModelConfig, task: &Task, weights: &Weights) -> Result<Vec<P
 }
 
 fn hash(params: &[Param], weights: &Weights) -> Result<String> {
-    let values = params
-        .iter()
-        .map(|p| weights.f32(&p.name))
-        .collect::<Result<Vec<_>>>()?;
-    Ok(checkpoint::weights_hash(params.iter().zip(&values).map(
-        |(p, values)| (p.name.as_str(), p.shape.as_slice(), values.as_ref()),
-    )))
+    let values = params.iter().map(|p| weights.f32(&p.name)).collect::<Result<Vec<_>>>()?;
+    Ok(checkpoint::weights_hash(
+        params.iter().zip(&values).map(|(p, values)| (p.name.as_str(), p.shape.as_slice(), values.as_ref())),
+    ))
 }

@@ -24,19 +24,11 @@ const ALIGNMENT: usize = 4096;
 /// Writes `model` to `path`, and its weights to `path` + `_data` if they are too large for one file or
 /// `external` asks for it. Returns whether there is such a file.
 pub fn save(mut model: ModelProto, path: &Path, external: bool) -> Result<bool> {
-    let total: usize = model
-        .graph
-        .iter()
-        .flat_map(|g| &g.initializer)
-        .map(|t| t.raw_data.len())
-        .sum();
+    let total: usize = model.graph.iter().flat_map(|g| &g.initializer).map(|t| t.raw_data.len()).sum();
     let external = external || total > LARGEST_SINGLE_FILE;
     if external {
         let data = data_path(path);
-        let location = data
-            .file_name()
-            .map(|name| name.to_string_lossy().into_owned())
-            .unwrap_or_default();
+        let location = data.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         files::write_through_rename(&data, |temporary| write_data(&mut model, temporary, &location))?;
     }
     files::write(path, model.encode_to_vec())?;
@@ -64,10 +56,7 @@ fn write_data(model: &mut ModelProto, path: &Path, location: &str) -> Result<()>
         file.write_all(&bytes)?;
         offset = start + bytes.len();
         tensor.data_location = DataLocation::External as i32;
-        let entry = |key: &str, value: String| StringStringEntryProto {
-            key: key.to_owned(),
-            value,
-        };
+        let entry = |key: &str, value: String| StringStringEntryProto { key: key.to_owned(), value };
         tensor.external_data = vec![
             entry("location", location.to_owned()),
             entry("offset", start.to_string()),
@@ -84,20 +73,13 @@ fn write_data(model: &mut ModelProto, path: &Path, location: &str) -> Result<()>
 /// As [`load`].
 pub fn metadata(path: &Path) -> Result<BTreeMap<String, String>> {
     let entries = decode(path)?.metadata_props;
-    Ok(entries
-        .into_iter()
-        .map(|entry| (entry.key, entry.value))
-        .collect())
+    Ok(entries.into_iter().map(|entry| (entry.key, entry.value)).collect())
 }
 
 fn decode(path: &Path) -> Result<ModelProto> {
     let bytes = std::fs::read(path).map_err(|e| unusable!("{}: {e}", path.display()))?;
-    ModelProto::decode(bytes.as_slice()).map_err(|e| {
-        unusable!(
-            "{}: not a whole ONNX model ({e}): export it again",
-            path.display()
-        )
-    })
+    ModelProto::decode(bytes.as_slice())
+        .map_err(|e| unusable!("{}: not a whole ONNX model ({e}): export it again", path.display()))
 }
 
 /// Reads a model, with weights that stand in another file.
@@ -122,15 +104,11 @@ fn read_external(tensor: &TensorProto, folder: &Path) -> Result<Vec<u8>> {
     use std::io::{Read, Seek, SeekFrom};
     let entry = |key: &str| {
         let found = tensor.external_data.iter().find(|entry| entry.key == key);
-        found
-            .map(|entry| entry.value.as_str())
-            .with_context(|| format!("external data without {key}"))
+        found.map(|entry| entry.value.as_str()).with_context(|| format!("external data without {key}"))
     };
     let location = entry("location")?;
     anyhow::ensure!(
-        Path::new(location)
-            .components()
-            .all(|part| matches!(part, std::path::Component::Normal(_))),
+        Path::new(location).components().all(|part| matches!(part, std::path::Component::Normal(_))),
         "the location {location} leaves the model's folder"
     );
     let (offset, length): (u64, usize) = (entry("offset")?.parse()?, entry("length")?.parse()?);

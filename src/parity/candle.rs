@@ -23,41 +23,25 @@ impl Evaluated {
         // the evaluator does not read the tokenizer's hash
         let model = model::build(&saved.config, &saved.task, &saved.weights, "", CANDLE_OPSET)?;
         let model = model::with_outputs(model, taps);
-        let outputs = model
-            .graph
-            .iter()
-            .flat_map(|graph| &graph.output)
-            .map(|output| output.name.clone());
-        Ok(Self {
-            outputs: outputs.collect(),
-            model,
-        })
+        let outputs = model.graph.iter().flat_map(|graph| &graph.output).map(|output| output.name.clone());
+        Ok(Self { outputs: outputs.collect(), model })
     }
 
     /// Every output of one batch.
     pub fn run(&self, batch: &Padded) -> Result<Vec<Values>> {
         let shape = (batch.rows, batch.width);
-        let inputs: HashMap<String, Tensor> = [
-            ("input_ids", &batch.ids),
-            ("attention_mask", &batch.mask),
-            ("token_type_ids", &batch.type_ids),
-        ]
-        .into_iter()
-        .map(|(name, values)| Ok((name.to_owned(), Tensor::from_slice(values, shape, &Device::Cpu)?)))
-        .collect::<Result<_>>()?;
+        let inputs: HashMap<String, Tensor> =
+            [("input_ids", &batch.ids), ("attention_mask", &batch.mask), ("token_type_ids", &batch.type_ids)]
+                .into_iter()
+                .map(|(name, values)| Ok((name.to_owned(), Tensor::from_slice(values, shape, &Device::Cpu)?)))
+                .collect::<Result<_>>()?;
         let results = candle_onnx::simple_eval(&self.model, inputs)?;
         self.outputs
             .iter()
             .map(|name| {
-                let tensor = results
-                    .get(name)
-                    .with_context(|| format!("candle-onnx gives no {name}"))?;
+                let tensor = results.get(name).with_context(|| format!("candle-onnx gives no {name}"))?;
                 let values = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
-                Ok(Values {
-                    name: name.clone(),
-                    shape: tensor.dims().to_vec(),
-                    values,
-                })
+                Ok(Values { name: name.clone(), shape: tensor.dims().to_vec(), values })
             })
             .collect()
     }

@@ -62,24 +62,13 @@ pub(super) fn distance(wanted: &[f32], found: &[f32]) -> f32 {
         return f32::NAN;
     }
     wanted.iter().zip(found).fold(0.0, |max, (a, b)| {
-        worse(
-            max,
-            if a.is_finite() && b.is_finite() {
-                (a - b).abs()
-            } else {
-                f32::NAN
-            },
-        )
+        worse(max, if a.is_finite() && b.is_finite() { (a - b).abs() } else { f32::NAN })
     })
 }
 
 /// The larger of the two, where not a number is the largest.
 fn worse(a: f32, b: f32) -> f32 {
-    if a.is_nan() || b.is_nan() {
-        f32::NAN
-    } else {
-        a.max(b)
-    }
+    if a.is_nan() || b.is_nan() { f32::NAN } else { a.max(b) }
 }
 
 fn argmax(row: &[f32]) -> usize {
@@ -111,12 +100,7 @@ mod tests {
 
     #[test]
     fn what_is_not_finite_or_of_another_width_never_passes() {
-        for found in [
-            &[f32::NAN, 2.0][..],
-            &[f32::INFINITY, 2.0],
-            &[1.0],
-            &[1.0, 2.0, 3.0],
-        ] {
+        for found in [&[f32::NAN, 2.0][..], &[f32::INFINITY, 2.0], &[1.0], &[1.0, 2.0, 3.0]] {
             assert!(!compare(&[1.0, 2.0], found).pass, "{found:?}");
         }
         // not even where both sides agree on it

@@ -53,24 +53,19 @@ pub fn first(
                 continue;
             };
             if let Some(difference) = in_tap(rows, values, batch, tolerance) {
-                return Ok(Some(Difference {
-                    record: start + difference.record,
-                    ..difference
-                }));
+                return Ok(Some(Difference { record: start + difference.record, ..difference }));
             }
         }
     }
     let (expected, found) = (&wanted[record], &found[record]);
-    Ok(
-        in_row(expected, found, tolerance).map(|(channel, expected, found)| Difference {
-            tap: "logits".to_owned(),
-            record,
-            token: None,
-            channel,
-            expected,
-            found,
-        }),
-    )
+    Ok(in_row(expected, found, tolerance).map(|(channel, expected, found)| Difference {
+        tap: "logits".to_owned(),
+        record,
+        token: None,
+        channel,
+        expected,
+        found,
+    }))
 }
 
 /// Compares packed rows, one a token or one a record, with a padded output.
@@ -81,11 +76,7 @@ fn in_tap(packed: &[Vec<f32>], values: &Values, batch: &[Encoding], tolerance: f
     let mut next = 0;
     for (record, encoding) in batch.iter().enumerate() {
         for token in 0..if per_token { encoding.len() } else { 1 } {
-            let at = if per_token {
-                record * values.shape[1] + token
-            } else {
-                record
-            };
+            let at = if per_token { record * values.shape[1] + token } else { record };
             let expected = packed.get(next).map_or(&[][..], Vec::as_slice);
             next += 1;
             if let Some((channel, expected, found)) = in_row(expected, row(at), tolerance) {
@@ -124,25 +115,15 @@ mod tests {
 
     #[test]
     fn padding_is_not_compared_and_the_place_is_named() {
-        let encoding = |n: usize| Encoding {
-            ids: vec![1; n],
-            type_ids: vec![0; n],
-            truncated: false,
-        };
+        let encoding = |n: usize| Encoding { ids: vec![1; n], type_ids: vec![0; n], truncated: false };
         let batch = [encoding(1), encoding(2)];
         let packed = [vec![1.0], vec![2.0], vec![3.0]];
-        let mut values = Values {
-            name: "t".to_owned(),
-            shape: vec![2, 2, 1],
-            values: vec![1.0, 9.0, 2.0, 3.0],
-        };
+        let mut values =
+            Values { name: "t".to_owned(), shape: vec![2, 2, 1], values: vec![1.0, 9.0, 2.0, 3.0] };
         assert_eq!(in_tap(&packed, &values, &batch, 1e-4), None);
         values.values[3] = 4.0;
         let difference = in_tap(&packed, &values, &batch, 1e-4).unwrap();
-        assert_eq!(
-            (difference.record, difference.token, difference.channel),
-            (1, Some(1), 0)
-        );
+        assert_eq!((difference.record, difference.token, difference.channel), (1, Some(1), 0));
         assert_eq!((difference.expected, difference.found), (3.0, 4.0));
     }
 }

@@ -53,10 +53,8 @@ pub fn html(title: &str, compared: &[Compared], lacking: &[(&str, String)]) -> S
             escaped(&first_difference(c).unwrap_or_default())
         );
     }
-    let lacking: String = lacking
-        .iter()
-        .map(|(name, why)| format!("<li>{name}: {}</li>\n", escaped(why)))
-        .collect();
+    let lacking: String =
+        lacking.iter().map(|(name, why)| format!("<li>{name}: {}</li>\n", escaped(why))).collect();
     let lacking = if lacking.is_empty() {
         String::new()
     } else {
@@ -82,10 +80,7 @@ fn verdict(compared: &Compared) -> &'static str {
 
 fn first_difference(compared: &Compared) -> Option<String> {
     let d = compared.first_difference.as_ref()?;
-    let token = d
-        .token
-        .map(|token| format!(", token {token}"))
-        .unwrap_or_default();
+    let token = d.token.map(|token| format!(", token {token}")).unwrap_or_default();
     Some(format!(
         "first at {}: record {}{token}, channel {}: {} expected, {} found",
         d.tap, d.record, d.channel, d.expected, d.found
@@ -93,10 +88,7 @@ fn first_difference(compared: &Compared) -> Option<String> {
 }
 
 fn escaped(text: &str) -> String {
-    text.replace('&', "&amp;")
-        .replace('<', "&lt;")
-        .replace('>', "&gt;")
-        .replace('"', "&quot;")
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 
 #[cfg(test)]
@@ -107,13 +99,7 @@ mod tests {
 
     #[test]
     fn a_difference_shows_in_both_and_the_page_is_escaped() {
-        let c = Compared::new(
-            Runtime::Ort(Provider::Cpu),
-            Runtime::Eager,
-            &[vec![1.0]],
-            &[vec![2.0]],
-            1e-4,
-        );
+        let c = Compared::new(Runtime::Ort(Provider::Cpu), Runtime::Eager, &[vec![1.0]], &[vec![2.0]], 1e-4);
         assert!(table(std::slice::from_ref(&c)).contains("DIFFERS"));
         let page = html("a<b", &[c], &[("ort-cuda", "no <GPU>".to_owned())]);
         assert!(page.contains("a&lt;b") && page.contains("no &lt;GPU&gt;") && page.contains("DIFFERS"));

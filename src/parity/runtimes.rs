@@ -62,13 +62,10 @@ impl FromStr for Runtime {
     type Err = anyhow::Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        Self::ALL
-            .into_iter()
-            .find(|runtime| runtime.name() == text)
-            .ok_or_else(|| {
-                let known: Vec<&str> = Self::ALL.iter().map(|runtime| runtime.name()).collect();
-                unusable!("\"{text}\" is no runtime; tk has {}", known.join(", "))
-            })
+        Self::ALL.into_iter().find(|runtime| runtime.name() == text).ok_or_else(|| {
+            let known: Vec<&str> = Self::ALL.iter().map(|runtime| runtime.name()).collect();
+            unusable!("\"{text}\" is no runtime; tk has {}", known.join(", "))
+        })
     }
 }
 
@@ -101,10 +98,7 @@ pub fn logits(runtime: Runtime, subject: &Subject) -> Result<Vec<Vec<f32>>> {
 
 /// A batch as graphs take it.
 pub(super) fn padded(subject: &Subject, batch: &[Encoding]) -> Padded {
-    Padded::new(
-        &batch.iter().collect::<Vec<_>>(),
-        subject.saved.tokenizer.pad_id(),
-    )
+    Padded::new(&batch.iter().collect::<Vec<_>>(), subject.saved.tokenizer.pad_id())
 }
 
 /// A graph that is loaded somewhere.
@@ -118,10 +112,7 @@ impl Graph {
     pub fn open(runtime: Runtime, subject: &Subject, taps: &[String]) -> Result<Self> {
         match runtime {
             Runtime::Eager => anyhow::bail!("the eager runtime has no graph"),
-            Runtime::CandleOnnx => Ok(Self::Candle(Box::new(candle::Evaluated::of(
-                subject.saved,
-                taps,
-            )?))),
+            Runtime::CandleOnnx => Ok(Self::Candle(Box::new(candle::Evaluated::of(subject.saved, taps)?))),
             Runtime::Ort(provider) => Ok(Self::Ort(Box::new(ort(subject.graph, provider, taps)?))),
         }
     }
@@ -138,12 +129,7 @@ impl Graph {
 fn ort(graph: &Path, provider: Provider, taps: &[String]) -> Result<OrtSession> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let open = |path: &Path| {
-        OrtSession::open(
-            Model::File(path),
-            &Providers::only(provider),
-            threads,
-            Say::default(),
-        )
+        OrtSession::open(Model::File(path), &Providers::only(provider), threads, Say::default())
     };
     if taps.is_empty() {
         return open(graph);
@@ -151,11 +137,7 @@ fn ort(graph: &Path, provider: Provider, taps: &[String]) -> Result<OrtSession> 
     // by way of a file, because weights above 2 GB can't be handed over in memory
     let scratch = write::Scratch::new(&std::env::temp_dir())?;
     let path = scratch.path().join("model.onnx");
-    write::save(
-        crate::onnx::model::with_outputs(write::load(graph)?, taps),
-        &path,
-        false,
-    )?;
+    write::save(crate::onnx::model::with_outputs(write::load(graph)?, taps), &path, false)?;
     open(&path)
 }
 
@@ -168,7 +150,5 @@ pub(super) fn rows_of(values: &Values, records: usize) -> Result<Vec<Vec<f32>>> 
         values.shape
     );
     let width: usize = values.shape[1..].iter().product();
-    Ok((0..records)
-        .map(|row| values.values[row * width..(row + 1) * width].to_vec())
-        .collect())
+    Ok((0..records).map(|row| values.values[row * width..(row + 1) * width].to_vec()).collect())
 }

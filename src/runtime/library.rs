@@ -86,14 +86,7 @@ fn load() -> Result<Loaded> {
     };
     let minor = ort::util::probe(&place.path).unwrap_or_default();
     let environment = builder.with_name("tk").with_telemetry(false).build()?;
-    Ok(Loaded {
-        library: Library {
-            path: place.path,
-            minor,
-            found: place.found,
-        },
-        environment,
-    })
+    Ok(Loaded { library: Library { path: place.path, minor, found: place.found }, environment })
 }
 
 /// An error and its causes.
@@ -113,22 +106,15 @@ fn find() -> Result<Place> {
             ));
         }
         // a relative path would be looked for beside the executable first
-        return Ok(Place {
-            path: std::path::absolute(path)?,
-            found: "named by ORT_DYLIB_PATH",
-        });
+        return Ok(Place { path: std::path::absolute(path)?, found: "named by ORT_DYLIB_PATH" });
     }
     let mut looked = Vec::new();
-    let executable = std::env::current_exe()
-        .and_then(|path| path.canonicalize())
-        .unwrap_or_default();
+    let executable = std::env::current_exe().and_then(|path| path.canonicalize()).unwrap_or_default();
     let folders = executable
         .ancestors()
         .skip(1)
         .map(|dir| (dir.join(".deps/onnxruntime"), "in .deps/ above the executable"));
-    let beside = executable
-        .parent()
-        .map(|dir| (dir.to_owned(), "beside the executable"));
+    let beside = executable.parent().map(|dir| (dir.to_owned(), "beside the executable"));
     for (dir, found) in folders.chain(beside) {
         if let Some(path) = newest_in(&dir) {
             return Ok(Place { path, found });
@@ -137,17 +123,11 @@ fn find() -> Result<Place> {
     }
     for name in loader_names() {
         if ort::util::probe(&name).is_some() {
-            return Ok(Place {
-                path: name.into(),
-                found: "found by the system's loader",
-            });
+            return Ok(Place { path: name.into(), found: "found by the system's loader" });
         }
         looked.push(format!("the system's loader ({name})"));
     }
-    Err(unusable!(
-        "ONNX Runtime's library is not there; looked in\n  {}\n{REMEDY}",
-        looked.join("\n  ")
-    ))
+    Err(unusable!("ONNX Runtime's library is not there; looked in\n  {}\n{REMEDY}", looked.join("\n  ")))
 }
 
 /// The library in a folder; the highest version where there are several.
@@ -156,10 +136,7 @@ fn newest_in(dir: &Path) -> Option<PathBuf> {
         .ok()?
         .filter_map(|entry| Some(entry.ok()?.path()))
         .filter(|path| {
-            path.is_file()
-                && path
-                    .file_name()
-                    .is_some_and(|name| is_library(&name.to_string_lossy()))
+            path.is_file() && path.file_name().is_some_and(|name| is_library(&name.to_string_lossy()))
         })
         .collect();
     found.sort_by_key(|path| version_of(path));
@@ -179,22 +156,12 @@ fn is_library(name: &str) -> bool {
 /// The numbers in a file's name, which order as versions do.
 fn version_of(path: &Path) -> Vec<u64> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    name.split(|c: char| !c.is_ascii_digit())
-        .filter_map(|part| part.parse().ok())
-        .collect()
+    name.split(|c: char| !c.is_ascii_digit()).filter_map(|part| part.parse().ok()).collect()
 }
 
 fn loader_names() -> Vec<String> {
-    let name = format!(
-        "{}onnxruntime{}",
-        std::env::consts::DLL_PREFIX,
-        std::env::consts::DLL_SUFFIX
-    );
-    if cfg!(target_os = "linux") {
-        vec![name.clone(), format!("{name}.1")]
-    } else {
-        vec![name]
-    }
+    let name = format!("{}onnxruntime{}", std::env::consts::DLL_PREFIX, std::env::consts::DLL_SUFFIX);
+    if cfg!(target_os = "linux") { vec![name.clone(), format!("{name}.1")] } else { vec![name] }
 }
 
 #[cfg(test)]
@@ -204,18 +171,13 @@ mod tests {
     #[test]
     fn the_highest_version_in_a_folder_is_taken() {
         let dir = tempfile::tempdir().unwrap();
-        for name in [
-            "libonnxruntime.so.1.9.0",
-            "libonnxruntime.so.1.31.1",
-            "libonnxruntime_providers_shared.so",
-        ] {
+        for name in
+            ["libonnxruntime.so.1.9.0", "libonnxruntime.so.1.31.1", "libonnxruntime_providers_shared.so"]
+        {
             std::fs::write(dir.path().join(name), "").unwrap();
         }
         if cfg!(target_os = "linux") {
-            assert_eq!(
-                newest_in(dir.path()).unwrap(),
-                dir.path().join("libonnxruntime.so.1.31.1")
-            );
+            assert_eq!(newest_in(dir.path()).unwrap(), dir.path().join("libonnxruntime.so.1.31.1"));
         }
         assert_eq!(newest_in(&dir.path().join("absent")), None);
     }

@@ -17,10 +17,7 @@ use crate::task::{Dim, Output};
 /// # Errors
 /// Says why the provider can't be had, or that its result is wrong.
 pub fn probe(provider: Provider) -> Result<()> {
-    let outputs = [Output {
-        name: "y",
-        dims: vec![Dim::Batch, Dim::Sequence, Dim::Of(2)],
-    }];
+    let outputs = [Output { name: "y", dims: vec![Dim::Batch, Dim::Sequence, Dim::Of(2)] }];
     let model = emit::graph(
         |o| {
             let x = o.embed(At::body("x").table(2, 4), Ids::Tokens)?;
@@ -32,24 +29,11 @@ pub fn probe(provider: Provider) -> Result<()> {
         |param| Ok(Cow::Owned((0..param.numel()).map(|i| i as f32).collect())),
     )?;
     let bytes = model.encode_to_vec();
-    let mut session = OrtSession::open(
-        Model::Bytes(&bytes),
-        &Providers::only(provider),
-        1,
-        Say::default(),
-    )?;
-    let tokens = Encoding {
-        ids: vec![1],
-        type_ids: vec![0],
-        truncated: false,
-    };
+    let mut session = OrtSession::open(Model::Bytes(&bytes), &Providers::only(provider), 1, Say::default())?;
+    let tokens = Encoding { ids: vec![1], type_ids: vec![0], truncated: false };
     let found = session.run(&Padded::new(&[&tokens], 0))?.remove(0).values;
     let wanted = [38.0, 127.0]; // 4·0 + 5·1 + 6·2 + 7·3, and 4·4 + 5·5 + 6·6 + 7·7 + 1
-    anyhow::ensure!(
-        found == wanted,
-        "provider {} computes {found:?}, expected {wanted:?}",
-        provider.name()
-    );
+    anyhow::ensure!(found == wanted, "provider {} computes {found:?}, expected {wanted:?}", provider.name());
     Ok(())
 }
 

@@ -120,11 +120,7 @@ impl OrtSession {
 
     /// The names of the outputs, in order.
     pub fn outputs(&self) -> Vec<String> {
-        self.session
-            .outputs()
-            .iter()
-            .map(|output| output.name().to_owned())
-            .collect()
+        self.session.outputs().iter().map(|output| output.name().to_owned()).collect()
     }
 
     /// Runs one batch and gives every output, in the model's order.
@@ -147,25 +143,14 @@ impl OrtSession {
             inputs.push((input.name().to_owned().into(), tensor.into()));
         }
         let outputs = self.session.run(inputs).with_context(|| {
-            format!(
-                "running {} sequences of {} tokens on {}",
-                batch.rows,
-                batch.width,
-                self.provider.name()
-            )
+            format!("running {} sequences of {} tokens on {}", batch.rows, batch.width, self.provider.name())
         })?;
         outputs
             .iter()
             .map(|(name, value)| {
-                let (shape, values) = value
-                    .try_extract_tensor::<f32>()
-                    .with_context(|| name.to_owned())?;
+                let (shape, values) = value.try_extract_tensor::<f32>().with_context(|| name.to_owned())?;
                 let shape = shape.iter().map(|&n| n as usize).collect();
-                Ok(Values {
-                    name: name.to_owned(),
-                    shape,
-                    values: values.to_vec(),
-                })
+                Ok(Values { name: name.to_owned(), shape, values: values.to_vec() })
             })
             .collect()
     }

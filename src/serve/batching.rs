@@ -24,10 +24,7 @@ mod tests {
 
     #[test]
     fn records_of_one_length_stand_together() {
-        assert_eq!(
-            batches(&[3, 9, 3, 4, 100], 10),
-            vec![vec![0, 2], vec![3], vec![1], vec![4]]
-        );
+        assert_eq!(batches(&[3, 9, 3, 4, 100], 10), vec![vec![0, 2], vec![3], vec![1], vec![4]]);
         assert_eq!(batches(&[], 10), Vec::<Vec<usize>>::new());
     }
 

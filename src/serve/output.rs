@@ -78,12 +78,7 @@ impl Output {
         file.set_len(end)?;
         file.seek(SeekFrom::Start(end))?;
         let file = BufWriter::new(file);
-        let output = Self::File(Partial {
-            target: target.to_owned(),
-            partial,
-            settings: about,
-            file,
-        });
+        let output = Self::File(Partial { target: target.to_owned(), partial, settings: about, file });
         Ok(Some((output, done)))
     }
 
@@ -112,11 +107,8 @@ impl Output {
     pub fn finish(self) -> Result<()> {
         let Self::File(partial) = self else { return Ok(()) };
         let place = || partial.target.display().to_string();
-        let file = partial
-            .file
-            .into_inner()
-            .map_err(std::io::IntoInnerError::into_error)
-            .with_context(place)?;
+        let file =
+            partial.file.into_inner().map_err(std::io::IntoInnerError::into_error).with_context(place)?;
         file.sync_all().with_context(place)?;
         std::fs::rename(&partial.partial, &partial.target).with_context(place)?;
         std::fs::remove_file(&partial.settings).with_context(place)
@@ -131,10 +123,7 @@ impl Output {
 }
 
 fn names(target: &Path) -> (PathBuf, PathBuf) {
-    (
-        files::beside(target, "partial"),
-        files::beside(target, "partial.json"),
-    )
+    (files::beside(target, "partial"), files::beside(target, "partial.json"))
 }
 
 fn check_place(target: &Path) -> Result<()> {
@@ -143,11 +132,7 @@ fn check_place(target: &Path) -> Result<()> {
     }
     let folder = target.parent().filter(|folder| !folder.as_os_str().is_empty());
     if let Some(folder) = folder.filter(|folder| !folder.is_dir()) {
-        bail_unusable!(
-            "{}: the folder {} is not there",
-            target.display(),
-            folder.display()
-        );
+        bail_unusable!("{}: the folder {} is not there", target.display(), folder.display());
     }
     Ok(())
 }
@@ -207,18 +192,11 @@ mod tests {
     fn what_was_cut_off_is_dropped_to_the_last_whole_window() {
         let dir = tempfile::tempdir().unwrap();
         let text = "{\"index\":0}\n{\"index\":1,\"error\":\"x\"}\n{\"index\":2}\n{\"index\":3}\n{\"ind";
-        for (length, records, errors) in [
-            (0, 0, 0),
-            (12, 0, 0),
-            (36, 0, 0),
-            (37, 2, 1),
-            (49, 2, 1),
-            (61, 4, 1),
-        ] {
+        for (length, records, errors) in
+            [(0, 0, 0), (12, 0, 0), (36, 0, 0), (37, 2, 1), (49, 2, 1), (61, 4, 1)]
+        {
             let target = begun(dir.path(), &text[..length]);
-            let (output, done) = Output::resume(&target, &json!({"model": "a"}), 2)
-                .unwrap()
-                .unwrap();
+            let (output, done) = Output::resume(&target, &json!({"model": "a"}), 2).unwrap().unwrap();
             assert_eq!(done, Done { records, errors }, "{length} bytes");
             output.finish().unwrap();
             let kept = std::fs::read_to_string(&target).unwrap();

@@ -42,18 +42,9 @@ impl Pool {
             Provider::Cuda | Provider::TensorRt => (1, GPU_BATCH_TOKENS),
         };
         for _ in 1..count {
-            sessions.push(OrtSession::open(
-                Model::File(model),
-                &Providers::only(provider),
-                1,
-                say,
-            )?);
+            sessions.push(OrtSession::open(Model::File(model), &Providers::only(provider), 1, say)?);
         }
-        Ok(Self {
-            sessions,
-            pad_id,
-            batch_tokens: batch_tokens.unwrap_or(default),
-        })
+        Ok(Self { sessions, pad_id, batch_tokens: batch_tokens.unwrap_or(default) })
     }
 
     /// What runs the model.
@@ -95,17 +86,12 @@ impl Pool {
         };
         let work = &work;
         std::thread::scope(|scope| {
-            let threads: Vec<_> = self
-                .sessions
-                .iter_mut()
-                .map(|session| scope.spawn(move || work(session)))
-                .collect();
+            let threads: Vec<_> =
+                self.sessions.iter_mut().map(|session| scope.spawn(move || work(session))).collect();
             threads
                 .into_iter()
                 .map(|thread| {
-                    thread
-                        .join()
-                        .unwrap_or_else(|_| Err(anyhow::anyhow!("a session's thread died")))
+                    thread.join().unwrap_or_else(|_| Err(anyhow::anyhow!("a session's thread died")))
                 })
                 .collect::<Result<Vec<()>>>()
         })?;
@@ -123,9 +109,5 @@ fn run(session: &mut OrtSession, batch: &Padded) -> Result<Vec<Vec<f32>>> {
         logits.shape,
         batch.rows
     );
-    Ok(logits
-        .values
-        .chunks(logits.values.len() / batch.rows)
-        .map(<[f32]>::to_vec)
-        .collect())
+    Ok(logits.values.chunks(logits.values.len() / batch.rows).map(<[f32]>::to_vec).collect())
 }

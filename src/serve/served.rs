@@ -18,11 +18,7 @@ pub fn path(dir: &Path) -> PathBuf {
 pub fn checked(saved: &Saved) -> Result<PathBuf> {
     let path = path(&saved.dir);
     if !path.is_file() {
-        bail_unusable!(
-            "{} is not there: run `tk export {}` first",
-            path.display(),
-            saved.dir.display()
-        );
+        bail_unusable!("{} is not there: run `tk export {}` first", path.display(), saved.dir.display());
     }
     check_fresh(saved, &path)?;
     Ok(path)

@@ -109,10 +109,7 @@ impl Windows {
 
     fn text(&self, row: &Row) -> Result<(String, Option<String>), BadRow> {
         let pair = row.optional_text(&self.columns, "text_pair")?;
-        Ok((
-            row.text(&self.columns, "text")?.to_owned(),
-            pair.map(str::to_owned),
-        ))
+        Ok((row.text(&self.columns, "text")?.to_owned(), pair.map(str::to_owned)))
     }
 }
 

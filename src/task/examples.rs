@@ -68,9 +68,7 @@ pub fn read(path: &Path, fields: &Fields) -> Result<Vec<Labelled>> {
 /// Finds the task in the labels of the training data.
 pub fn find_task(records: &[Labelled], problem: Option<Problem>, config: &ModelConfig) -> Result<Task> {
     let labels: Vec<&Value> = records.iter().map(|record| &record.label).collect();
-    Ok(Task::TextClassification(TextClassification::from_labels(
-        &labels, problem, config,
-    )?))
+    Ok(Task::TextClassification(TextClassification::from_labels(&labels, problem, config)?))
 }
 
 /// Encodes records and reads their labels.
@@ -98,20 +96,10 @@ pub fn encode(
         if more > 0 {
             wrong.push(format!("  and {more} more"));
         }
-        crate::bail_unusable!(
-            "{}: labels that can't be used:\n{}",
-            path.display(),
-            wrong.join("\n")
-        );
+        crate::bail_unusable!("{}: labels that can't be used:\n{}", path.display(), wrong.join("\n"));
     }
-    let texts: Vec<(&str, Option<&str>)> = records
-        .iter()
-        .map(|record| (record.text.as_str(), record.pair.as_deref()))
-        .collect();
+    let texts: Vec<(&str, Option<&str>)> =
+        records.iter().map(|record| (record.text.as_str(), record.pair.as_deref())).collect();
     let encodings: Vec<Encoding> = tokenizer.encode_all(&texts, max_length)?;
-    Ok(encodings
-        .into_iter()
-        .zip(targets)
-        .map(|(encoding, target)| Example { encoding, target })
-        .collect())
+    Ok(encodings.into_iter().zip(targets).map(|(encoding, target)| Example { encoding, target }).collect())
 }

@@ -46,11 +46,8 @@ impl Task {
     /// # Errors
     /// `architectures` names no head that tk knows, or the labels are inconsistent.
     pub fn from_config(config: &ModelConfig) -> Result<Self> {
-        let architecture = config
-            .raw
-            .get("architectures")
-            .and_then(|list| list.get(0))
-            .and_then(Value::as_str);
+        let architecture =
+            config.raw.get("architectures").and_then(|list| list.get(0)).and_then(Value::as_str);
         match architecture {
             Some(name) if name.ends_with("ForSequenceClassification") => {
                 Ok(Self::TextClassification(TextClassification::from_config(config)?))
@@ -130,11 +127,7 @@ impl Task {
         };
         let name = asked.unwrap_or(own);
         if name != "loss" && !known.contains(&name) {
-            bail_unusable!(
-                "--best-metric {name}: {} has loss, {}",
-                self.name(),
-                known.join(", ")
-            );
+            bail_unusable!("--best-metric {name}: {} has loss, {}", self.name(), known.join(", "));
         }
         Ok((name.to_owned(), !["loss", "mse", "mae"].contains(&name)))
     }

@@ -101,10 +101,7 @@ impl TextClassification {
             None => Problem::SingleLabelClassification,
         };
         if problem == Problem::Regression {
-            return Ok(Self {
-                problem,
-                labels: vec!["LABEL_0".to_owned()],
-            });
+            return Ok(Self { problem, labels: vec!["LABEL_0".to_owned()] });
         }
         let mut names: Vec<String> = Vec::new();
         for label in labels {
@@ -118,30 +115,18 @@ impl TextClassification {
         if let Some(known) = labels_of(config)? {
             let ids = 0..known.len();
             let by_name = names.iter().all(|name| known.contains(name));
-            let by_id = names
-                .iter()
-                .all(|name| name.parse().is_ok_and(|id: usize| ids.contains(&id)));
+            let by_id = names.iter().all(|name| name.parse().is_ok_and(|id: usize| ids.contains(&id)));
             if by_name || by_id {
-                return Ok(Self {
-                    problem,
-                    labels: known,
-                });
+                return Ok(Self { problem, labels: known });
             }
         }
-        let least = if problem == Problem::SingleLabelClassification {
-            2
-        } else {
-            1
-        };
+        let least = if problem == Problem::SingleLabelClassification { 2 } else { 1 };
         if names.len() < least {
             bail_unusable!(
                 "the training data has the labels {names:?}: a classifier needs at least {least} different ones"
             );
         }
-        Ok(Self {
-            problem,
-            labels: names,
-        })
+        Ok(Self { problem, labels: names })
     }
 
     /// Reads one label of a record.
@@ -171,10 +156,7 @@ impl TextClassification {
         let by_name = self.labels.iter().position(|known| known == name);
         let by_id = || name.parse().ok().filter(|&id: &usize| id < self.labels.len());
         by_name.or_else(by_id).map(|id| id as u32).ok_or_else(|| {
-            unusable!(
-                "label \"{name}\" is not one of the model's labels: {}",
-                self.labels.join(", ")
-            )
+            unusable!("label \"{name}\" is not one of the model's labels: {}", self.labels.join(", "))
         })
     }
 
@@ -183,33 +165,19 @@ impl TextClassification {
     }
 
     pub(super) fn outputs(&self) -> Vec<Output> {
-        vec![Output {
-            name: "logits",
-            dims: vec![Dim::Batch, Dim::Of(self.labels.len())],
-        }]
+        vec![Output { name: "logits", dims: vec![Dim::Batch, Dim::Of(self.labels.len())] }]
     }
 
     pub(super) fn write_config(&self, config: &mut ModelConfig) {
         let family = match config.family {
             Family::Bert(_) => "Bert",
         };
-        let id2label: Map<String, Value> = self
-            .labels
-            .iter()
-            .enumerate()
-            .map(|(id, name)| (id.to_string(), json!(name)))
-            .collect();
-        let label2id: Map<String, Value> = self
-            .labels
-            .iter()
-            .enumerate()
-            .map(|(id, name)| (name.clone(), json!(id)))
-            .collect();
+        let id2label: Map<String, Value> =
+            self.labels.iter().enumerate().map(|(id, name)| (id.to_string(), json!(name))).collect();
+        let label2id: Map<String, Value> =
+            self.labels.iter().enumerate().map(|(id, name)| (name.clone(), json!(id))).collect();
         let raw = &mut config.raw;
-        raw.insert(
-            "architectures".to_owned(),
-            json!([format!("{family}ForSequenceClassification")]),
-        );
+        raw.insert("architectures".to_owned(), json!([format!("{family}ForSequenceClassification")]));
         raw.insert("problem_type".to_owned(), json!(self.problem.name()));
         raw.insert("id2label".to_owned(), Value::Object(id2label));
         raw.insert("label2id".to_owned(), Value::Object(label2id));
@@ -258,11 +226,7 @@ impl TextClassification {
         let mut record = Map::new();
         let scores = self.scores(logits);
         let by_label = || -> Map<String, Value> {
-            self.labels
-                .iter()
-                .zip(&scores)
-                .map(|(label, &score)| (label.clone(), json!(score)))
-                .collect()
+            self.labels.iter().zip(&scores).map(|(label, &score)| (label.clone(), json!(score))).collect()
         };
         match self.problem {
             Problem::SingleLabelClassification => {
@@ -319,9 +283,7 @@ impl TextClassification {
         let width = self.labels.len();
         let matrix = Tensor::from_vec(logits.concat(), (logits.len(), width), &Device::Cpu)?;
         let targets_by_ref: Vec<&Target> = targets.iter().collect();
-        let loss = self
-            .loss(&matrix.to_dtype(DType::F64)?, &targets_by_ref, 0.0)?
-            .to_scalar::<f32>()?;
+        let loss = self.loss(&matrix.to_dtype(DType::F64)?, &targets_by_ref, 0.0)?.to_scalar::<f32>()?;
         let mut metrics = self.compare(logits, targets);
         metrics.insert("loss".to_owned(), f64::from(loss) / logits.len() as f64);
         Ok(metrics)
@@ -361,10 +323,7 @@ impl TextClassification {
                 let counts = Counts::by_label(&predicted, &wanted, self.labels.len());
                 let mut metrics = vec![
                     ("accuracy", right as f64 / predicted.len() as f64),
-                    (
-                        "f1_macro",
-                        counts.iter().map(Counts::f1).sum::<f64>() / counts.len() as f64,
-                    ),
+                    ("f1_macro", counts.iter().map(Counts::f1).sum::<f64>() / counts.len() as f64),
                 ];
                 if self.problem == Problem::MultiLabelClassification {
                     metrics.push(("f1_micro", Counts::sum(&counts).f1()));
@@ -372,20 +331,15 @@ impl TextClassification {
                 metrics
             }
         };
-        metrics
-            .into_iter()
-            .map(|(name, value)| (name.to_owned(), value))
-            .collect()
+        metrics.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
     }
 
     /// The predicted label ids, ascending.
     fn predicted(&self, logits: &[f32]) -> Vec<u32> {
         match self.problem {
-            Problem::MultiLabelClassification => (0..)
-                .zip(logits)
-                .filter(|&(_, &x)| x > 0.0)
-                .map(|(id, _)| id)
-                .collect(),
+            Problem::MultiLabelClassification => {
+                (0..).zip(logits).filter(|&(_, &x)| x > 0.0).map(|(id, _)| id).collect()
+            }
             _ => vec![argmax(logits) as u32],
         }
     }
@@ -405,11 +359,7 @@ impl Counts {
         for (p, w) in predicted.iter().zip(wanted) {
             for id in p {
                 let count = &mut counts[*id as usize];
-                if w.contains(id) {
-                    count.hit += 1
-                } else {
-                    count.extra += 1
-                }
+                if w.contains(id) { count.hit += 1 } else { count.extra += 1 }
             }
             for id in w.iter().filter(|id| !p.contains(id)) {
                 counts[*id as usize].missed += 1;
@@ -429,11 +379,7 @@ impl Counts {
     /// 0 for a label that is neither predicted nor wanted, as scikit-learn has it.
     fn f1(&self) -> f64 {
         let all = 2 * self.hit + self.extra + self.missed;
-        if all == 0 {
-            0.0
-        } else {
-            2.0 * self.hit as f64 / all as f64
-        }
+        if all == 0 { 0.0 } else { 2.0 * self.hit as f64 / all as f64 }
     }
 }
 
@@ -484,11 +430,7 @@ fn labels_of(config: &ModelConfig) -> Result<Option<Vec<String>>> {
             ),
         }
     }
-    labels
-        .into_iter()
-        .collect::<Option<Vec<_>>>()
-        .map(Some)
-        .context(unusable!("id2label repeats an id"))
+    labels.into_iter().collect::<Option<Vec<_>>>().map(Some).context(unusable!("id2label repeats an id"))
 }
 
 fn label_names(label: &Value, problem: Problem) -> Result<Vec<String>> {
@@ -500,10 +442,9 @@ fn label_names(label: &Value, problem: Problem) -> Result<Vec<String>> {
     };
     match (label, problem) {
         (Value::Array(list), Problem::MultiLabelClassification) => list.iter().map(one).collect(),
-        (Value::Array(_), _) => Err(unusable!(
-            "label is a list, expected one label (the problem is {})",
-            problem.name()
-        )),
+        (Value::Array(_), _) => {
+            Err(unusable!("label is a list, expected one label (the problem is {})", problem.name()))
+        }
         (label, _) => Ok(vec![one(label)?]),
     }
 }

@@ -46,9 +46,7 @@ pub struct Folder {
 impl Folder {
     /// The folder for an output directory.
     pub fn of(output: &Path) -> Self {
-        Self {
-            path: output.join("training"),
-        }
+        Self { path: output.join("training") }
     }
 
     /// The folder itself.
@@ -83,10 +81,7 @@ impl Folder {
         std::fs::create_dir_all(&temporary).with_context(|| temporary.display().to_string())?;
         params.save(&temporary.join("model.safetensors"))?;
         save_optimizer(&temporary.join("optimizer.safetensors"), params, optimizer)?;
-        files::write(
-            &temporary.join("progress.json"),
-            serde_json::to_string_pretty(progress)?,
-        )?;
+        files::write(&temporary.join("progress.json"), serde_json::to_string_pretty(progress)?)?;
         remove_dir(&path)?;
         std::fs::rename(&temporary, &path).with_context(|| path.display().to_string())?;
         let all = self.list()?;
@@ -140,22 +135,12 @@ fn save_optimizer(path: &Path, params: &Params, optimizer: &AdamW) -> Result<()>
     let state = optimizer.state()?;
     let mut named = Vec::new();
     for ((param, _), (mean, square)) in params.iter().zip(&state) {
-        named.push((
-            format!("exp_avg.{}", param.name),
-            param.shape.as_slice(),
-            mean.as_slice(),
-        ));
-        named.push((
-            format!("exp_avg_sq.{}", param.name),
-            param.shape.as_slice(),
-            square.as_slice(),
-        ));
+        named.push((format!("exp_avg.{}", param.name), param.shape.as_slice(), mean.as_slice()));
+        named.push((format!("exp_avg_sq.{}", param.name), param.shape.as_slice(), square.as_slice()));
     }
     checkpoint::write_safetensors(
         path,
-        named
-            .iter()
-            .map(|(name, shape, values)| (name.as_str(), *shape, *values)),
+        named.iter().map(|(name, shape, values)| (name.as_str(), *shape, *values)),
     )
 }
 

@@ -19,18 +19,13 @@ impl Log {
     /// Opens a log that has what was logged up to `step`, and nothing of later steps.
     pub fn open(path: &Path, step: usize) -> Result<Self> {
         let kept: String = match std::fs::read_to_string(path) {
-            Ok(text) => text
-                .lines()
-                .filter(|line| is_up_to(line, step))
-                .map(|line| format!("{line}\n"))
-                .collect(),
+            Ok(text) => {
+                text.lines().filter(|line| is_up_to(line, step)).map(|line| format!("{line}\n")).collect()
+            }
             Err(_) => String::new(),
         };
         files::write(path, kept)?;
-        let file = OpenOptions::new()
-            .append(true)
-            .open(path)
-            .with_context(|| path.display().to_string())?;
+        let file = OpenOptions::new().append(true).open(path).with_context(|| path.display().to_string())?;
         Ok(Self { file })
     }
 
@@ -41,9 +36,7 @@ impl Log {
 }
 
 fn is_up_to(line: &str, step: usize) -> bool {
-    let logged = serde_json::from_str::<Value>(line)
-        .ok()
-        .and_then(|line| line.get("step")?.as_u64());
+    let logged = serde_json::from_str::<Value>(line).ok().and_then(|line| line.get("step")?.as_u64());
     logged.is_some_and(|logged| logged <= step as u64)
 }
 

@@ -39,10 +39,8 @@ enum Moments {
 impl AdamW {
     /// A fresh state for the given parameters.
     pub fn new(constants: Constants, params: &Params) -> Result<Self> {
-        let kernels = params
-            .iter()
-            .next()
-            .map_or(Kernels::Fused, |(_, var)| Kernels::of(var.device(), var.dtype()));
+        let kernels =
+            params.iter().next().map_or(Kernels::Fused, |(_, var)| Kernels::of(var.device(), var.dtype()));
         Self::with_kernels(constants, params, kernels)
     }
 
@@ -60,11 +58,7 @@ impl AdamW {
                 })
             })
             .collect::<Result<Vec<_>>>()?;
-        Ok(Self {
-            constants,
-            step: 0,
-            moments,
-        })
+        Ok(Self { constants, step: 0, moments })
     }
 
     /// Changes every parameter by its gradient times `clip`. Gradients stand in the order of the parameters.
@@ -76,12 +70,7 @@ impl AdamW {
         clip: f64,
     ) -> Result<()> {
         self.step += 1;
-        let Constants {
-            beta1,
-            beta2,
-            eps,
-            weight_decay,
-        } = self.constants;
+        let Constants { beta1, beta2, eps, weight_decay } = self.constants;
         let exponent = self.step as i32;
         for (((param, var), gradient), moments) in params.iter().zip(gradients).zip(&mut self.moments) {
             let decay = if param.role.decays() { weight_decay } else { 0.0 };
@@ -98,8 +87,7 @@ impl AdamW {
             };
             match moments {
                 Moments::Host(means) => {
-                    var.as_tensor()
-                        .inplace_op2(&gradient.contiguous()?, &Fused { update, means })?;
+                    var.as_tensor().inplace_op2(&gradient.contiguous()?, &Fused { update, means })?;
                 }
                 Moments::Device(mean, square) => update.composite(var, gradient, mean, square)?,
             }
@@ -224,19 +212,13 @@ pub fn global_norm(gradients: &[Tensor]) -> Result<f64> {
             Kernels::Fused => {
                 let gradient = gradient.contiguous()?;
                 let values = Numbers::of(&gradient)?;
-                let parts: Vec<f64> = values
-                    .par_chunks(CHUNK)
-                    .map(|chunk| f64::from(sum_of_squares(chunk)))
-                    .collect();
+                let parts: Vec<f64> =
+                    values.par_chunks(CHUNK).map(|chunk| f64::from(sum_of_squares(chunk))).collect();
                 parts.iter().sum()
             }
-            Kernels::Composite => f64::from(
-                gradient
-                    .to_dtype(DType::F32)?
-                    .sqr()?
-                    .sum_all()?
-                    .to_scalar::<f32>()?,
-            ),
+            Kernels::Composite => {
+                f64::from(gradient.to_dtype(DType::F32)?.sqr()?.sum_all()?.to_scalar::<f32>()?)
+            }
         };
     }
     Ok(total.sqrt())
@@ -251,9 +233,5 @@ simd::vectorised! {
 /// The factor that brings a norm down to `max`, as `torch.nn.utils.clip_grad_norm_` computes it; 1 where
 /// `max` is 0.
 pub fn clip_factor(norm: f64, max: f64) -> f64 {
-    if max > 0.0 {
-        (max / (norm + 1e-6)).min(1.0)
-    } else {
-        1.0
-    }
+    if max > 0.0 { (max / (norm + 1e-6)).min(1.0) } else { 1.0 }
 }

@@ -58,24 +58,12 @@ impl Run<'_> {
     /// A step fails (see [`Trainer::step`]), or a file can't be written.
     pub fn go(&self, resume: bool) -> Result<Outcome> {
         let total = self.settings.total_steps(self.train.len());
-        let mut trainer = Trainer::new(
-            self.settings,
-            self.family,
-            self.task,
-            self.params,
-            self.device,
-            total,
-        )?;
-        let restored = if resume {
-            self.folder.restore(self.params, &mut trainer.optimizer)?
-        } else {
-            None
-        };
+        let mut trainer =
+            Trainer::new(self.settings, self.family, self.task, self.params, self.device, total)?;
+        let restored = if resume { self.folder.restore(self.params, &mut trainer.optimizer)? } else { None };
         let mut progress = restored.unwrap_or_default();
         let mut log = Log::open(&self.folder.log(), progress.step)?;
-        let bar = self
-            .say
-            .bar(total as u64, "{bar:24} {pos}/{len} steps  {msg}  {eta} left")?;
+        let bar = self.say.bar(total as u64, "{bar:24} {pos}/{len} steps  {msg}  {eta} left")?;
         bar.set_position(progress.step as u64);
         let (started, seconds_before) = (Instant::now(), progress.seconds);
         let per_epoch = self.settings.steps_per_epoch(self.train.len());
@@ -86,12 +74,8 @@ impl Run<'_> {
                 order = self.order(epoch);
             }
             let effective = self.settings.batch_size * self.settings.gradient_accumulation;
-            let batch: Vec<&Example> = order
-                .iter()
-                .skip(place * effective)
-                .take(effective)
-                .map(|&i| &self.train[i])
-                .collect();
+            let batch: Vec<&Example> =
+                order.iter().skip(place * effective).take(effective).map(|&i| &self.train[i]).collect();
             let before = Instant::now();
             let step = trainer.step(&batch)?;
             progress.step += 1;
@@ -116,20 +100,14 @@ impl Run<'_> {
             }
             if interrupted && !last {
                 bar.abandon();
-                return Ok(Outcome {
-                    progress,
-                    finished: false,
-                });
+                return Ok(Outcome { progress, finished: false });
             }
         }
         bar.finish_and_clear();
         if progress.best.is_some() {
             self.folder.restore_best(self.params)?;
         }
-        Ok(Outcome {
-            progress,
-            finished: true,
-        })
+        Ok(Outcome { progress, finished: true })
     }
 
     /// The order of the examples in an epoch: Fisher and Yates' shuffle, a function of (seed, epoch).
@@ -147,9 +125,7 @@ impl Run<'_> {
     }
 
     fn is_patience_gone(&self, progress: &Progress) -> bool {
-        self.settings
-            .early_stopping_patience
-            .is_some_and(|most| progress.evaluations_without_gain >= most)
+        self.settings.early_stopping_patience.is_some_and(|most| progress.evaluations_without_gain >= most)
     }
 
     #[allow(clippy::too_many_arguments)] // one call, all of them different things
@@ -205,27 +181,14 @@ impl Run<'_> {
             ("step".to_owned(), json!(progress.step)),
             ("epoch".to_owned(), json!(progress.step as f64 / per_epoch as f64)),
         ]);
-        line.extend(
-            metrics
-                .iter()
-                .map(|(name, value)| (format!("eval_{name}"), json!(value))),
-        );
+        line.extend(metrics.iter().map(|(name, value)| (format!("eval_{name}"), json!(value))));
         log.write(&Value::Object(line))?;
-        let shown: Vec<String> = metrics
-            .iter()
-            .map(|(name, value)| format!("{name} {value:.4}"))
-            .collect();
+        let shown: Vec<String> = metrics.iter().map(|(name, value)| format!("{name} {value:.4}")).collect();
         let text = format!("step {}  evaluation: {}", progress.step, shown.join("  "));
-        bar.suspend(|| {
-            self.say
-                .line(text + if is_better { "  (the best so far)" } else { "" })
-        });
+        bar.suspend(|| self.say.line(text + if is_better { "  (the best so far)" } else { "" }));
         if is_better {
             self.params.save(&self.folder.best())?;
-            progress.best = Some(Best {
-                step: progress.step,
-                metrics,
-            });
+            progress.best = Some(Best { step: progress.step, metrics });
             progress.evaluations_without_gain = 0;
         } else {
             progress.evaluations_without_gain += 1;

@@ -10,13 +10,7 @@ use crate::{Result, bail_unusable};
 #[serde(rename_all = "kebab-case")]
 pub struct Settings {
     /// Passes over the training data.
-    #[arg(
-        long,
-        default_value_t = 3,
-        value_name = "N",
-        alias = "num-train-epochs",
-        help_heading = "Regime"
-    )]
+    #[arg(long, default_value_t = 3, value_name = "N", alias = "num-train-epochs", help_heading = "Regime")]
     pub epochs: usize,
     /// Stop after this many optimizer steps, and plan the schedule for them.
     #[arg(long, value_name = "N", help_heading = "Regime")]
@@ -41,13 +35,7 @@ pub struct Settings {
     )]
     pub gradient_accumulation: usize,
     /// Tokens of the longest example, special tokens included; what is longer is cut.
-    #[arg(
-        long,
-        default_value_t = 128,
-        value_name = "N",
-        alias = "max-seq-length",
-        help_heading = "Regime"
-    )]
+    #[arg(long, default_value_t = 128, value_name = "N", alias = "max-seq-length", help_heading = "Regime")]
     pub max_length: usize,
     /// The learning rate at its peak.
     #[arg(long, default_value_t = 5e-5, value_name = "X", help_heading = "Regime")]
@@ -94,21 +82,11 @@ pub struct Settings {
     #[serde(default)]
     pub no_shuffle: bool,
     /// Evaluate every N steps, instead of after every epoch.
-    #[arg(
-        long,
-        value_name = "N",
-        alias = "eval-steps",
-        help_heading = "Evaluation and checkpoints"
-    )]
+    #[arg(long, value_name = "N", alias = "eval-steps", help_heading = "Evaluation and checkpoints")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub eval_every: Option<usize>,
     /// Write a checkpoint every N steps, instead of after every epoch.
-    #[arg(
-        long,
-        value_name = "N",
-        alias = "save-steps",
-        help_heading = "Evaluation and checkpoints"
-    )]
+    #[arg(long, value_name = "N", alias = "save-steps", help_heading = "Evaluation and checkpoints")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub save_every: Option<usize>,
     /// How many checkpoints are kept, the newest.
@@ -159,10 +137,7 @@ impl Settings {
             ("max-steps", self.max_steps.unwrap_or(1)),
             ("eval-every", self.eval_every.unwrap_or(1)),
             ("save-every", self.save_every.unwrap_or(1)),
-            (
-                "early-stopping-patience",
-                self.early_stopping_patience.unwrap_or(1),
-            ),
+            ("early-stopping-patience", self.early_stopping_patience.unwrap_or(1)),
         ] {
             if value == 0 {
                 wrong.push(format!("--{name} is 0, expected at least 1"));
@@ -186,11 +161,7 @@ impl Settings {
             ("max-grad-norm", self.max_grad_norm, 0.0..=f64::MAX),
         ] {
             if !range.contains(&value) {
-                wrong.push(format!(
-                    "--{name} is {value}, expected {} to {}",
-                    range.start(),
-                    range.end()
-                ));
+                wrong.push(format!("--{name} is {value}, expected {} to {}", range.start(), range.end()));
             }
         }
         if !wrong.is_empty() {
@@ -206,7 +177,6 @@ impl Settings {
 
     /// Optimizer steps of the whole run.
     pub fn total_steps(&self, examples: usize) -> usize {
-        self.max_steps
-            .unwrap_or(self.epochs * self.steps_per_epoch(examples))
+        self.max_steps.unwrap_or(self.epochs * self.steps_per_epoch(examples))
     }
 }

@@ -53,15 +53,7 @@ impl<'a> Trainer<'a> {
             weight_decay: settings.weight_decay,
         };
         let optimizer = AdamW::new(constants, params)?;
-        Ok(Self {
-            settings,
-            family,
-            task,
-            params,
-            device,
-            optimizer,
-            total_steps,
-        })
+        Ok(Self { settings, family, task, params, device, optimizer, total_steps })
     }
 
     /// Takes one step with the mean gradient over all the examples, `batch_size` of them at a time.
@@ -77,17 +69,12 @@ impl<'a> Trainer<'a> {
             let key = mix(mix(self.settings.seed ^ mix(number as u64)) ^ part as u64);
             let (part_loss, gradients) = self.gradients(micro_batch, examples.len(), key)?;
             loss += part_loss;
-            tokens += micro_batch
-                .iter()
-                .map(|example| example.encoding.len())
-                .sum::<usize>();
+            tokens += micro_batch.iter().map(|example| example.encoding.len()).sum::<usize>();
             sums = Some(match sums {
                 None => gradients,
-                Some(sums) => sums
-                    .iter()
-                    .zip(&gradients)
-                    .map(|(a, b)| Ok((a + b)?))
-                    .collect::<Result<_>>()?,
+                Some(sums) => {
+                    sums.iter().zip(&gradients).map(|(a, b)| Ok((a + b)?)).collect::<Result<_>>()?
+                }
             });
         }
         let gradients = sums.unwrap_or_default();
@@ -104,14 +91,8 @@ impl<'a> Trainer<'a> {
         let factor = self.settings.schedule.factor(number, warmup, self.total_steps);
         let learning_rate = self.settings.learning_rate * factor;
         let clip = clip_factor(grad_norm, self.settings.max_grad_norm);
-        self.optimizer
-            .step(self.params, &gradients, learning_rate, clip)?;
-        Ok(Step {
-            loss,
-            learning_rate,
-            grad_norm,
-            tokens,
-        })
+        self.optimizer.step(self.params, &gradients, learning_rate, clip)?;
+        Ok(Step { loss, learning_rate, grad_norm, tokens })
     }
 
     /// The share of `of` examples' mean loss that a micro-batch has, and its gradients.
@@ -120,10 +101,7 @@ impl<'a> Trainer<'a> {
         let targets: Vec<&Target> = examples.iter().map(|example| &example.target).collect();
         let eager = Eager::new(self.params, &batch, self.device, Mode::Training { key });
         let outputs = self.task.define(&eager, self.family)?;
-        let loss = (self
-            .task
-            .loss(&outputs, &targets, self.settings.label_smoothing)?
-            / of as f64)?;
+        let loss = (self.task.loss(&outputs, &targets, self.settings.label_smoothing)? / of as f64)?;
         let value = f64::from(loss.to_scalar::<f32>()?);
         let mut store = loss.backward()?;
         let (mut gradients, mut missing) = (Vec::with_capacity(self.params.len()), Vec::new());

@@ -8,9 +8,7 @@ use tk::model::ops::Param;
 
 /// A directory under `models/`.
 pub fn models(name: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
-        .join("models")
-        .join(name)
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("models").join(name)
 }
 
 /// A JSON file.
@@ -43,32 +41,20 @@ pub fn relative(a: &[f32], reference: &[f32]) -> f64 {
 /// Stored i64 values, such as token ids.
 pub fn integers(file: &safetensors::SafeTensors, name: &str) -> Vec<u32> {
     let view = file.tensor(name).unwrap();
-    view.data()
-        .as_chunks::<8>()
-        .0
-        .iter()
-        .map(|b| i64::from_le_bytes(*b) as u32)
-        .collect()
+    view.data().as_chunks::<8>().0.iter().map(|b| i64::from_le_bytes(*b) as u32).collect()
 }
 
 /// Stored f32 values.
 pub fn floats(file: &safetensors::SafeTensors, name: &str) -> Vec<f32> {
     let view = file.tensor(name).unwrap_or_else(|e| panic!("{name}: {e}"));
-    view.data()
-        .as_chunks::<4>()
-        .0
-        .iter()
-        .map(|b| f32::from_le_bytes(*b))
-        .collect()
+    view.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
 }
 
 /// Writes weights as a checkpoint and maps it.
 pub fn weights(tensors: &[(Param, Vec<f32>)]) -> (tempfile::TempDir, Weights) {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("model.safetensors");
-    let named = tensors
-        .iter()
-        .map(|(p, v)| (p.name.as_str(), p.shape.as_slice(), v.as_slice()));
+    let named = tensors.iter().map(|(p, v)| (p.name.as_str(), p.shape.as_slice(), v.as_slice()));
     tk::checkpoint::write_safetensors(&file, named).unwrap();
     let weights = Weights::open(dir.path()).unwrap();
     (dir, weights)
@@ -82,12 +68,8 @@ pub fn tk() -> assert_cmd::Command {
 /// The labelled records of a reference model, `times` over, as a JSON Lines file.
 pub fn records_file(model: &str, times: usize, path: &std::path::Path) {
     let reference = json(models(model).join("reference.json"));
-    let lines: String = reference["records"]
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|record| format!("{record}\n"))
-        .collect();
+    let lines: String =
+        reference["records"].as_array().unwrap().iter().map(|record| format!("{record}\n")).collect();
     std::fs::write(path, lines.repeat(times)).unwrap();
 }
 

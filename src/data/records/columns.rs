@@ -41,15 +41,12 @@ impl Columns {
 impl Row {
     /// A field that may be absent or null.
     pub fn get(&self, columns: &Columns, wanted: &str) -> Option<&Value> {
-        self.fields
-            .get(columns.of(wanted))
-            .filter(|value| !value.is_null())
+        self.fields.get(columns.of(wanted)).filter(|value| !value.is_null())
     }
 
     /// A field that must be there.
     pub fn value(&self, columns: &Columns, wanted: &str) -> Result<&Value, BadRow> {
-        self.get(columns, wanted)
-            .ok_or_else(|| self.missing(columns, wanted))
+        self.get(columns, wanted).ok_or_else(|| self.missing(columns, wanted))
     }
 
     /// A field that must be a string.
@@ -57,10 +54,7 @@ impl Row {
         let value = self.value(columns, wanted)?;
         value.as_str().ok_or_else(|| {
             let column = columns.of(wanted);
-            self.bad(format!(
-                "field {column:?} is {}; a string was expected",
-                describe(value)
-            ))
+            self.bad(format!("field {column:?} is {}; a string was expected", describe(value)))
         })
     }
 
@@ -68,10 +62,7 @@ impl Row {
     pub fn optional_text(&self, columns: &Columns, wanted: &str) -> Result<Option<&str>, BadRow> {
         match self.get(columns, wanted) {
             Some(_) => self.text(columns, wanted).map(Some),
-            None if columns
-                .asked(wanted)
-                .is_some_and(|column| !self.fields.contains_key(column)) =>
-            {
+            None if columns.asked(wanted).is_some_and(|column| !self.fields.contains_key(column)) => {
                 Err(self.missing(columns, wanted))
             }
             None => Ok(None),
@@ -80,17 +71,12 @@ impl Row {
 
     /// Moves a field out; `None` where it is absent or null. The others keep their order.
     pub fn take(&mut self, columns: &Columns, wanted: &str) -> Option<Value> {
-        self.fields
-            .shift_remove(columns.of(wanted))
-            .filter(|value| !value.is_null())
+        self.fields.shift_remove(columns.of(wanted)).filter(|value| !value.is_null())
     }
 
     /// An error that stands at this row.
     pub fn bad(&self, message: impl Into<String>) -> BadRow {
-        BadRow {
-            line: self.line,
-            message: message.into(),
-        }
+        BadRow { line: self.line, message: message.into() }
     }
 
     fn missing(&self, columns: &Columns, wanted: &str) -> BadRow {
@@ -98,22 +84,13 @@ impl Row {
         if self.fields.contains_key(column) {
             return self.bad(format!("field {column:?} is null"));
         }
-        let mut has: Vec<_> = self
-            .fields
-            .keys()
-            .take(LISTED)
-            .map(|name| format!("{name:?}"))
-            .collect();
+        let mut has: Vec<_> = self.fields.keys().take(LISTED).map(|name| format!("{name:?}")).collect();
         match self.fields.len() {
             0 => has.push("no field".into()),
             n if n > LISTED => has.push(format!("{} more", n - LISTED)),
             _ => {}
         }
-        self.bad(format!(
-            "no field {column:?}; the line has {}{}",
-            has.join(", "),
-            columns.hint(wanted)
-        ))
+        self.bad(format!("no field {column:?}; the line has {}{}", has.join(", "), columns.hint(wanted)))
     }
 }
 

@@ -16,29 +16,19 @@ pub(super) fn rows(file: File, name: &str) -> Result<Box<dyn Iterator<Item = Ite
         .map_err(|error| unusable!("{name} can't be read as Parquet: {error}"))?;
     // RowIter takes it for granted that every row group can be opened
     for i in 0..reader.num_row_groups() {
-        reader
-            .get_row_group(i)
-            .map_err(|error| unusable!("{name}: row group {i}: {error}"))?;
+        reader.get_row_group(i).map_err(|error| unusable!("{name}: row group {i}: {error}"))?;
     }
     Ok(Box::new(
         RowIter::from_file_into(Box::new(reader))
             .enumerate()
-            .map(|(i, record)| {
-                Ok(Ok(Row {
-                    line: i + 1,
-                    fields: fields(record?),
-                }))
-            }),
+            .map(|(i, record)| Ok(Ok(Row { line: i + 1, fields: fields(record?) }))),
     ))
 }
 
 /// Null is an absent field.
 fn fields(record: Record) -> Map<String, Value> {
     let columns = record.into_columns().into_iter();
-    columns
-        .map(|(name, field)| (name, value(field)))
-        .filter(|(_, value)| !value.is_null())
-        .collect()
+    columns.map(|(name, field)| (name, value(field))).filter(|(_, value)| !value.is_null()).collect()
 }
 
 fn value(field: Field) -> Value {

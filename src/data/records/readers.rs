@@ -17,10 +17,7 @@ pub(super) fn rows(input: Input, format: Format, name: &str) -> Result<Boxed> {
     Ok(match format {
         Format::Jsonl => by_line(input, jsonl_row),
         Format::Txt => by_line(input, |line, bytes| {
-            Ok(Row {
-                line,
-                fields: Map::from_iter([("text".to_owned(), Value::String(lossy(bytes)))]),
-            })
+            Ok(Row { line, fields: Map::from_iter([("text".to_owned(), Value::String(lossy(bytes)))]) })
         }),
         Format::Tsv => tsv(input, name)?,
         Format::Csv => csv(input, name)?,
@@ -41,11 +38,7 @@ struct Lines {
 
 impl Lines {
     fn new(input: Input) -> Self {
-        Self {
-            input,
-            number: 0,
-            bytes: Vec::new(),
-        }
+        Self { input, number: 0, bytes: Vec::new() }
     }
 
     /// The next line and its number.
@@ -117,13 +110,11 @@ fn csv(input: Input, name: &str) -> Result<Boxed> {
         Some(Err(bad)) => bail_unusable!("{name}:{}: {}", bad.line, bad.message),
         None => return Ok(Box::new(std::iter::empty())),
     };
-    Ok(Box::new(std::iter::from_fn(move || {
-        match csv_record(&mut lines) {
-            Ok(fields) => fields.map(|fields| {
-                Ok(fields.and_then(|(line, fields)| record(line, &header, fields.iter().map(Vec::as_slice))))
-            }),
-            Err(error) => Some(Err(error.into())),
-        }
+    Ok(Box::new(std::iter::from_fn(move || match csv_record(&mut lines) {
+        Ok(fields) => fields.map(|fields| {
+            Ok(fields.and_then(|(line, fields)| record(line, &header, fields.iter().map(Vec::as_slice))))
+        }),
+        Err(error) => Some(Err(error.into())),
     })))
 }
 
@@ -188,11 +179,7 @@ fn header<'a>(names: impl Iterator<Item = &'a [u8]>, name: &str) -> Result<Vec<S
             bail_unusable!("{name}:1: column {} has no name in the header", i + 1);
         }
         if let Some(first) = names[..i].iter().position(|other| other == column) {
-            bail_unusable!(
-                "{name}:1: columns {} and {} are both named {column:?}",
-                first + 1,
-                i + 1
-            );
+            bail_unusable!("{name}:1: columns {} and {} are both named {column:?}", first + 1, i + 1);
         }
     }
     Ok(names)
@@ -201,25 +188,16 @@ fn header<'a>(names: impl Iterator<Item = &'a [u8]>, name: &str) -> Result<Vec<S
 fn record<'a>(line: usize, header: &[String], fields: impl Iterator<Item = &'a [u8]>) -> Result<Row, BadRow> {
     let values: Vec<_> = fields.map(|field| Value::String(lossy(field))).collect();
     if values.len() != header.len() {
-        let message = format!(
-            "{} fields; the header has {}: {}",
-            values.len(),
-            header.len(),
-            header.join(", ")
-        );
+        let message =
+            format!("{} fields; the header has {}: {}", values.len(), header.len(), header.join(", "));
         return Err(BadRow { line, message });
     }
-    Ok(Row {
-        line,
-        fields: header.iter().cloned().zip(values).collect(),
-    })
+    Ok(Row { line, fields: header.iter().cloned().zip(values).collect() })
 }
 
 fn json(mut input: Input, name: &str) -> Result<Boxed> {
     let mut bytes = Vec::new();
-    input
-        .read_to_end(&mut bytes)
-        .with_context(|| format!("reading {name}"))?;
+    input.read_to_end(&mut bytes).with_context(|| format!("reading {name}"))?;
     let document = bytes.strip_prefix(BOM).unwrap_or(&bytes);
     if document.trim_ascii().is_empty() {
         return Ok(Box::new(std::iter::empty()));

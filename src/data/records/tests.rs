@@ -100,15 +100,9 @@ fn a_quote_in_tsv_is_text() {
 
 #[test]
 fn a_json_document_is_an_array_or_has_one_under_data_or_is_lines() {
-    let rows = [
-        (1, Ok(json!({"a": 1}))),
-        (2, Err("a number (2); a JSON object was expected".into())),
-    ];
+    let rows = [(1, Ok(json!({"a": 1}))), (2, Err("a number (2); a JSON object was expected".into()))];
     assert_eq!(items("a.json", "\u{feff}[{\"a\": 1}, 2]"), rows);
-    assert_eq!(
-        items("a.json", r#"{"version": "1.1", "data": [{"a": 1}, 2]}"#),
-        rows
-    );
+    assert_eq!(items("a.json", r#"{"version": "1.1", "data": [{"a": 1}, 2]}"#), rows);
     assert_eq!(items("a.json", "{\"a\": 1}\n2\n"), rows);
     assert_eq!(items("a.json", " \n"), []);
     let pretty = refused("a.json", "{\n \"a\": 1\n}");
@@ -134,9 +128,7 @@ fn parquet_columns_become_json_and_null_is_absent() {
         required boolean ok;
         required group tags (LIST) { repeated group list { required binary element (UTF8); } }
     }";
-    let schema = ::parquet::schema::parser::parse_message_type(schema)
-        .unwrap()
-        .into();
+    let schema = ::parquet::schema::parser::parse_message_type(schema).unwrap().into();
     let (dir, path) = file("a.parquet", "");
     let mut writer =
         SerializedFileWriter::new(File::create(&path).unwrap(), schema, Default::default()).unwrap();
@@ -145,35 +137,20 @@ fn parquet_columns_become_json_and_null_is_absent() {
         let mut group = writer.next_row_group().unwrap();
         let text = |text: &str| ByteArray::from(text.as_bytes().to_vec());
         let mut column = group.next_column().unwrap().unwrap();
-        column
-            .typed::<ByteArrayType>()
-            .write_batch(&[text("é")], Some(&[1, 0]), None)
-            .unwrap();
+        column.typed::<ByteArrayType>().write_batch(&[text("é")], Some(&[1, 0]), None).unwrap();
         column.close().unwrap();
         let mut column = group.next_column().unwrap().unwrap();
-        column
-            .typed::<Int64Type>()
-            .write_batch(&[round, -7], None, None)
-            .unwrap();
+        column.typed::<Int64Type>().write_batch(&[round, -7], None, None).unwrap();
         column.close().unwrap();
         let mut column = group.next_column().unwrap().unwrap();
-        column
-            .typed::<DoubleType>()
-            .write_batch(&[0.5, f64::NAN], None, None)
-            .unwrap();
+        column.typed::<DoubleType>().write_batch(&[0.5, f64::NAN], None, None).unwrap();
         column.close().unwrap();
         let mut column = group.next_column().unwrap().unwrap();
-        column
-            .typed::<BoolType>()
-            .write_batch(&[true, false], None, None)
-            .unwrap();
+        column.typed::<BoolType>().write_batch(&[true, false], None, None).unwrap();
         column.close().unwrap();
         let mut column = group.next_column().unwrap().unwrap();
         let tags = [text("x"), text("y")];
-        column
-            .typed::<ByteArrayType>()
-            .write_batch(&tags, Some(&[1, 1, 0]), Some(&[0, 1, 0]))
-            .unwrap();
+        column.typed::<ByteArrayType>().write_batch(&tags, Some(&[1, 1, 0]), Some(&[0, 1, 0])).unwrap();
         column.close().unwrap();
         group.close().unwrap();
     }
@@ -185,24 +162,15 @@ fn parquet_columns_become_json_and_null_is_absent() {
     let second = json!({"label": -7, "score": "NaN", "ok": false, "tags": []});
     for (i, row) in rows.into_iter().enumerate() {
         let first = json!({"text": "é", "label": i / 2, "score": 0.5, "ok": true, "tags": ["x", "y"]});
-        assert_eq!(
-            Value::Object(row.fields),
-            if i % 2 == 0 { first } else { second.clone() }
-        );
+        assert_eq!(Value::Object(row.fields), if i % 2 == 0 { first } else { second.clone() });
     }
     assert!(refused("b.parquet", "PAR1 no").starts_with("b.parquet can't be read as Parquet: "));
 }
 
 #[test]
 fn headers_must_tell_the_columns_apart() {
-    assert_eq!(
-        refused("a.csv", "text,,label\n"),
-        "a.csv:1: column 2 has no name in the header"
-    );
-    assert_eq!(
-        refused("a.tsv", "text\tlabel\ttext\n"),
-        "a.tsv:1: columns 1 and 3 are both named \"text\""
-    );
+    assert_eq!(refused("a.csv", "text,,label\n"), "a.csv:1: column 2 has no name in the header");
+    assert_eq!(refused("a.tsv", "text\tlabel\ttext\n"), "a.tsv:1: columns 1 and 3 are both named \"text\"");
 }
 
 #[test]
@@ -212,10 +180,7 @@ fn whole_files_are_refused_with_all_that_is_wrong() {
     let message = refused("tweets.jsonl", "{}\n".to_owned() + &"x\n".repeat(12));
     let lines: Vec<_> = message.lines().collect();
     assert_eq!(lines[0], "tweets.jsonl: 12 of 13 records can't be used:");
-    assert_eq!(
-        lines[1],
-        "  tweets.jsonl:2: not JSON: expected value, at column 1"
-    );
+    assert_eq!(lines[1], "  tweets.jsonl:2: not JSON: expected value, at column 1");
     assert_eq!(lines[11], "  and 2 more");
     assert_eq!(lines.len(), 12);
 }
@@ -227,10 +192,7 @@ fn examples_and_lines_are_refused_together() {
     let example = |row: Row| row.text(&columns, "text").map(str::to_owned);
     let error = read_examples(&path, None, example).unwrap_err().to_string();
     assert!(error.contains("a.jsonl:2: empty line\n"), "{error}");
-    assert!(
-        error.ends_with("a.jsonl:3: field \"text\" is a number (3); a string was expected"),
-        "{error}"
-    );
+    assert!(error.ends_with("a.jsonl:3: field \"text\" is a number (3); a string was expected"), "{error}");
 }
 
 #[test]
@@ -238,14 +200,8 @@ fn formats_are_known_by_extension() {
     assert_eq!(Format::of(Path::new("x/A.JSONL")).unwrap(), Format::Jsonl);
     let message = |path| Format::of(Path::new(path)).unwrap_err().to_string();
     let known = "jsonl, json, csv, tsv, parquet, txt";
-    assert_eq!(
-        message("a.xml"),
-        format!("a.xml: the format is not known: \"xml\" is none of {known}")
-    );
-    assert_eq!(
-        message("a"),
-        format!("a: the format is not known: no extension; the known ones are {known}")
-    );
+    assert_eq!(message("a.xml"), format!("a.xml: the format is not known: \"xml\" is none of {known}"));
+    assert_eq!(message("a"), format!("a: the format is not known: no extension; the known ones are {known}"));
     assert!(message("ner.conll").contains("is for token-classification"));
     assert!(read(&Source::of("no/such.csv"), None).is_err_and(|e| e.to_string().contains("No such file")));
     assert_eq!(Source::of("-"), Source::Stdin);
@@ -253,10 +209,7 @@ fn formats_are_known_by_extension() {
 
 #[test]
 fn a_missing_column_is_named_beside_those_that_stand_there() {
-    let fields = json!({"sentence": "good", "label": 1, "note": null})
-        .as_object()
-        .unwrap()
-        .clone();
+    let fields = json!({"sentence": "good", "label": 1, "note": null}).as_object().unwrap().clone();
     let mut row = Row { line: 7, fields };
     let plain = Columns::default().with("text", None).with("text_pair", None);
     assert_eq!(
@@ -264,9 +217,8 @@ fn a_missing_column_is_named_beside_those_that_stand_there() {
         r#"line 7: no field "text"; the line has "sentence", "label", "note" (--text-column names another)"#
     );
     assert_eq!(row.optional_text(&plain, "text_pair"), Ok(None));
-    let mapped = Columns::default()
-        .with("text", Some("sentence".into()))
-        .with("text_pair", Some("second".into()));
+    let mapped =
+        Columns::default().with("text", Some("sentence".into())).with("text_pair", Some("second".into()));
     assert_eq!(row.text(&mapped, "text"), Ok("good"));
     // a column that was asked for is not optional
     let message = row.optional_text(&mapped, "text_pair").unwrap_err().message;
@@ -277,10 +229,7 @@ fn a_missing_column_is_named_beside_those_that_stand_there() {
         row.text(&plain, "label").unwrap_err().message,
         "field \"label\" is a number (1); a string was expected"
     );
-    assert_eq!(
-        row.value(&plain, "note").unwrap_err().message,
-        "field \"note\" is null"
-    );
+    assert_eq!(row.value(&plain, "note").unwrap_err().message, "field \"note\" is null");
     assert_eq!(row.take(&mapped, "text"), Some(json!("good")));
     assert_eq!(row.fields.keys().collect::<Vec<_>>(), ["label", "note"]);
 }
@@ -301,10 +250,7 @@ impl std::io::Read for Failing {
 fn after_an_error_the_rows_end() {
     let input: Input = Box::new(BufReader::new(Failing(false)));
     let rows = readers::rows(input, Format::Jsonl, "x").unwrap();
-    let mut rows = Rows {
-        name: "x".into(),
-        rows: Some(rows),
-    };
+    let mut rows = Rows { name: "x".into(), rows: Some(rows) };
     assert!(rows.next().unwrap().unwrap().is_ok());
     let error = rows.next().unwrap().unwrap_err();
     assert_eq!(format!("{error:#}"), "reading x: the disk is gone");

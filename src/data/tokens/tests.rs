@@ -30,16 +30,10 @@ fn reference(name: &str) -> (Texts, usize, Rows) {
         serde_json::from_slice(&std::fs::read(model(name).join("reference.json")).unwrap()).unwrap();
     let text = |record: &Value, key: &str| record.get(key).map(|text| text.as_str().unwrap().to_owned());
     let records = reference["records"].as_array().unwrap().iter();
-    let texts = records
-        .map(|record| (text(record, "text").unwrap(), text(record, "text_pair")))
-        .collect();
+    let texts = records.map(|record| (text(record, "text").unwrap(), text(record, "text_pair"))).collect();
     let numbers = |key: &str| -> Vec<Vec<u32>> { serde_json::from_value(reference[key].clone()).unwrap() };
     let encodings = numbers("ids").into_iter().zip(numbers("type_ids")).collect();
-    (
-        texts,
-        reference["max_length"].as_u64().unwrap() as usize,
-        encodings,
-    )
+    (texts, reference["max_length"].as_u64().unwrap() as usize, encodings)
 }
 
 fn assert_encodes_as_transformers(tokenizer: &Tokenizer, name: &str) {
@@ -48,18 +42,8 @@ fn assert_encodes_as_transformers(tokenizer: &Tokenizer, name: &str) {
     let encodings = tokenizer.encode_all(&texts, max_length).unwrap();
     assert_eq!(encodings.len(), expected.len());
     for (i, encoding) in encodings.into_iter().enumerate() {
-        assert_eq!(
-            encoding.truncated,
-            whole[i].len() > max_length,
-            "{name}, {:?}",
-            texts[i]
-        );
-        assert_eq!(
-            (encoding.ids, encoding.type_ids),
-            expected[i],
-            "{name}, {:?}",
-            texts[i]
-        );
+        assert_eq!(encoding.truncated, whole[i].len() > max_length, "{name}, {:?}", texts[i]);
+        assert_eq!((encoding.ids, encoding.type_ids), expected[i], "{name}, {:?}", texts[i]);
     }
 }
 
@@ -76,18 +60,12 @@ fn ids_are_those_of_transformers() {
 
 #[test]
 fn a_tokenizer_built_from_vocab_txt_is_the_one_transformers_saves() {
-    let built = dir(
-        &["vocab.txt", "tokenizer_config.json", "special_tokens_map.json"],
-        &[],
-    );
+    let built = dir(&["vocab.txt", "tokenizer_config.json", "special_tokens_map.json"], &[]);
     let tokenizer = Tokenizer::open(built.path()).unwrap();
     let saved: Value =
         serde_json::from_slice(&std::fs::read(model("tiny-bert-single").join("tokenizer.json")).unwrap())
             .unwrap();
-    assert_eq!(
-        serde_json::from_str::<Value>(tokenizer.built.as_ref().unwrap()).unwrap(),
-        saved
-    );
+    assert_eq!(serde_json::from_str::<Value>(tokenizer.built.as_ref().unwrap()).unwrap(), saved);
     for name in MODELS {
         assert_encodes_as_transformers(&tokenizer, name);
     }
@@ -106,29 +84,14 @@ fn a_built_tokenizer_obeys_its_config() {
     };
     let unk = json!({"content": "?"});
     assert_eq!(ids(json!({"unk_token": unk}), "A A中 É"), [3, 3, 2, 8]);
-    assert_eq!(
-        ids(json!({"unk_token": unk, "do_lower_case": false}), "A A中 é"),
-        [4, 4, 2, 7]
-    );
-    assert_eq!(
-        ids(
-            json!({"unk_token": unk, "tokenize_chinese_chars": false}),
-            "A A中"
-        ),
-        [3, 6]
-    );
+    assert_eq!(ids(json!({"unk_token": unk, "do_lower_case": false}), "A A中 é"), [4, 4, 2, 7]);
+    assert_eq!(ids(json!({"unk_token": unk, "tokenize_chinese_chars": false}), "A A中"), [3, 6]);
     assert_eq!(ids(json!({"unk_token": unk, "strip_accents": false}), "É"), [7]);
     let added = json!({
         "content": "<x>", "single_word": false, "lstrip": false, "rstrip": false, "normalized": true,
         "special": false,
     });
-    assert_eq!(
-        ids(
-            json!({"unk_token": unk, "added_tokens_decoder": {"9": added}}),
-            "a<x>a"
-        ),
-        [3, 9, 3]
-    );
+    assert_eq!(ids(json!({"unk_token": unk, "added_tokens_decoder": {"9": added}}), "a<x>a"), [3, 9, 3]);
 }
 
 #[test]
@@ -153,10 +116,7 @@ fn a_length_without_room_for_special_tokens_is_refused() {
     let tokenizer = Tokenizer::open(&model("tiny-bert-single")).unwrap();
     assert_eq!(tokenizer.encode("a b", None, 2).unwrap().ids, [2, 3]);
     let error = tokenizer.encode("a b", Some("c"), 2).unwrap_err();
-    assert_eq!(
-        error.to_string(),
-        "a maximum length of 2 has no room for the 3 special tokens of a text"
-    );
+    assert_eq!(error.to_string(), "a maximum length of 2 has no room for the 3 special tokens of a text");
 }
 
 #[test]
@@ -170,14 +130,8 @@ fn truncation_may_be_asked_for_on_the_left() {
     let left = Tokenizer::open(dir(&["tokenizer.json"], &files).path()).unwrap();
     let right = Tokenizer::open(&model("tiny-bert-single")).unwrap();
     let whole = right.encode("a b c d", None, 9).unwrap().ids;
-    assert_eq!(
-        left.encode("a b c d", None, 4).unwrap().ids,
-        [whole[0], whole[3], whole[4], whole[5]]
-    );
-    assert_eq!(
-        right.encode("a b c d", None, 4).unwrap().ids,
-        [whole[0], whole[1], whole[2], whole[5]]
-    );
+    assert_eq!(left.encode("a b c d", None, 4).unwrap().ids, [whole[0], whole[3], whole[4], whole[5]]);
+    assert_eq!(right.encode("a b c d", None, 4).unwrap().ids, [whole[0], whole[1], whole[2], whole[5]]);
 }
 
 #[test]
@@ -204,16 +158,8 @@ fn a_saved_tokenizer_has_the_same_files_and_hash() {
     let to = tempfile::tempdir().unwrap();
     tokenizer.save(&from, to.path()).unwrap();
     tokenizer.save(to.path(), to.path()).unwrap();
-    for name in [
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "vocab.txt",
-    ] {
-        assert_eq!(
-            std::fs::read(to.path().join(name)).unwrap(),
-            std::fs::read(from.join(name)).unwrap()
-        );
+    for name in ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"] {
+        assert_eq!(std::fs::read(to.path().join(name)).unwrap(), std::fs::read(from.join(name)).unwrap());
     }
     assert_eq!(Tokenizer::open(to.path()).unwrap().hash(), tokenizer.hash());
 
@@ -233,22 +179,13 @@ fn what_is_missing_or_broken_is_named() {
         assert_eq!(crate::error::exit_code(&error), 2, "{error:#}");
         format!("{error:#}").replace(&dir.path().display().to_string(), "DIR")
     };
-    assert_eq!(
-        error(&[], &[]),
-        "DIR has no tokenizer: neither tokenizer.json nor vocab.txt is there"
-    );
+    assert_eq!(error(&[], &[]), "DIR has no tokenizer: neither tokenizer.json nor vocab.txt is there");
     assert!(
         error(&[], &[("tokenizer.json", "{}")])
             .starts_with("DIR/tokenizer.json can't be read as a tokenizer: ")
     );
-    assert_eq!(
-        error(&[], &[("vocab.txt", "a\n[UNK]\n")]),
-        "DIR/vocab.txt lacks the special token \"[CLS]\""
-    );
-    let config = [(
-        "tokenizer_config.json",
-        r#"{"tokenizer_class": "BertweetTokenizer"}"#,
-    )];
+    assert_eq!(error(&[], &[("vocab.txt", "a\n[UNK]\n")]), "DIR/vocab.txt lacks the special token \"[CLS]\"");
+    let config = [("tokenizer_config.json", r#"{"tokenizer_class": "BertweetTokenizer"}"#)];
     assert!(error(&["vocab.txt"], &config).contains("a BertweetTokenizer can't be built from vocab.txt"));
     let added = [("added_tokens.json", r#"{"<x>": 400}"#)];
     let message = r#"DIR: the added token "<x>" has id 400, and 392 is its place behind vocab.txt"#;

@@ -32,18 +32,13 @@ pub(super) fn tokenizer_json(
         std::fs::read(&path).map_err(|error| unusable!("{} can't be read: {error}", path.display()))?;
     let text = String::from_utf8(text).map_err(|error| unusable!("{}: {error}", path.display()))?;
     // a token that stands twice has its last line's id, as in transformers
-    let vocab: Map<_, _> = text
-        .lines()
-        .enumerate()
-        .map(|(id, token)| (token.to_owned(), id.into()))
-        .collect();
+    let vocab: Map<_, _> =
+        text.lines().enumerate().map(|(id, token)| (token.to_owned(), id.into())).collect();
 
     let token =
         |key: &str| special(&format!("{key}_token")).unwrap_or_else(|| format!("[{}]", key.to_uppercase()));
     let id = |token: &str| {
-        vocab
-            .get(token)
-            .ok_or_else(|| unusable!("{} lacks the special token {token:?}", path.display()))
+        vocab.get(token).ok_or_else(|| unusable!("{} lacks the special token {token:?}", path.display()))
     };
     let (unk, cls, sep) = (token("unk"), token("cls"), token("sep"));
     id(&unk)?;
@@ -106,17 +101,10 @@ fn added_tokens(
         }
     }
     for (token, id) in settings(&dir.join("added_tokens.json"))? {
-        added
-            .entry(id.as_u64())
-            .or_insert_with(|| entry(&id, &token, false));
+        added.entry(id.as_u64()).or_insert_with(|| entry(&id, &token, false));
     }
     // newer than added_tokens.json, and it knows each token's flags
-    for (id, token) in config
-        .get("added_tokens_decoder")
-        .and_then(Value::as_object)
-        .into_iter()
-        .flatten()
-    {
+    for (id, token) in config.get("added_tokens_decoder").and_then(Value::as_object).into_iter().flatten() {
         let id = id.parse::<u64>().ok();
         let mut fields = Map::from_iter([("id".to_owned(), json!(id))]);
         fields.extend(token.as_object().cloned().unwrap_or_default());

@@ -37,14 +37,8 @@ impl CustomOp1 for Fused {
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let x = numbers(x, layout)?;
         let mut y = vec![0.0; x.len()];
-        let forward = if self.0 == Activation::Gelu {
-            gelu
-        } else {
-            gelu_tanh
-        };
-        y.par_chunks_mut(CHUNK)
-            .zip(x.par_chunks(CHUNK))
-            .for_each(|(y, x)| forward(y, x));
+        let forward = if self.0 == Activation::Gelu { gelu } else { gelu_tanh };
+        y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(y, x)| forward(y, x));
         stored(y, layout.shape())
     }
 
@@ -52,11 +46,7 @@ impl CustomOp1 for Fused {
         let dy = dy.contiguous()?;
         let (xs, dys) = (Numbers::of(x)?, Numbers::of(&dy)?);
         let mut dx = vec![0.0; xs.len()];
-        let backward = if self.0 == Activation::Gelu {
-            gelu_backward
-        } else {
-            gelu_tanh_backward
-        };
+        let backward = if self.0 == Activation::Gelu { gelu_backward } else { gelu_tanh_backward };
         dx.par_chunks_mut(CHUNK)
             .zip(xs.par_chunks(CHUNK).zip(dys.par_chunks(CHUNK)))
             .for_each(|(dx, (x, dy))| backward(dx, x, dy));

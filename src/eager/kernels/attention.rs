@@ -30,12 +30,7 @@ pub fn attention(
 ) -> Result<Tensor> {
     match kernels {
         Kernels::Fused => {
-            let op = Attention {
-                spans: spans.clone(),
-                heads,
-                mask,
-                log_sums: OnceLock::new(),
-            };
+            let op = Attention { spans: spans.clone(), heads, mask, log_sums: OnceLock::new() };
             q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op)
         }
         Kernels::Composite => composite(q, k, v, spans, heads, mask),
@@ -55,12 +50,7 @@ fn composite(
     let mut outputs = Vec::with_capacity(spans.len());
     for span in spans.iter().filter(|span| !span.is_empty()) {
         let (start, n) = (span.start, span.len());
-        let part = |x: &Tensor| {
-            x.narrow(0, start, n)?
-                .reshape((n, heads, d))?
-                .transpose(0, 1)?
-                .contiguous()
-        };
+        let part = |x: &Tensor| x.narrow(0, start, n)?.reshape((n, heads, d))?.transpose(0, 1)?.contiguous();
         let (q, k, v) = (part(q)?, part(k)?, part(v)?); // (H, T, D)
         let scores = (q.matmul(&k.transpose(1, 2)?)? / (d as f64).sqrt())?;
         let mut weights = candle_nn::ops::softmax(&scores, D::Minus1)?;
@@ -130,11 +120,7 @@ impl Attention {
             for head in 0..self.heads {
                 for start in keys.clone().step_by(BLOCK) {
                     let queries = start..(start + BLOCK).min(keys.end);
-                    blocks.push(Block {
-                        head,
-                        keys: keys.clone(),
-                        queries,
-                    });
+                    blocks.push(Block { head, keys: keys.clone(), queries });
                 }
             }
         }
@@ -157,47 +143,29 @@ impl CustomOp3 for Attention {
         v_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let (tokens, width) = q_layout.shape().dims2()?;
-        let (q, k, v) = (
-            numbers(q, q_layout)?,
-            numbers(k, k_layout)?,
-            numbers(v, v_layout)?,
-        );
+        let (q, k, v) = (numbers(q, q_layout)?, numbers(k, k_layout)?, numbers(v, v_layout)?);
         let scale = 1.0 / ((width / self.heads) as f32).sqrt();
         let mut y = vec![0.0; tokens * width];
         let mut log_sums = vec![0.0; self.heads * tokens];
         let (y_start, sums_start) = (Shared::new(&mut y), Shared::new(&mut log_sums));
-        self.blocks()
-            .par_iter()
-            .for_each_init(Vec::new, |weights, Block { head, keys, queries }| {
-                let (m, n) = (queries.len(), keys.len());
-                weights.resize(m * n, 0.0);
-                let scores = MatrixMut::new(weights, m, n, n);
-                let q = self.part(q, queries, width, *head);
-                product(
-                    scores,
-                    Write::Replace,
-                    scale,
-                    q,
-                    self.part(k, keys, width, *head).transposed(),
-                );
-                // SAFETY: a block's queries and head are its own, in the sums and in y.
-                let sums = unsafe { sums_start.slice(head * tokens + queries.start, m) };
-                for ((row, sum), query) in weights.chunks_exact_mut(n).zip(sums).zip(queries.clone()) {
-                    *sum = softmax(row);
-                    if let Some(mask) = self.mask_row(query, *head) {
-                        multiply(row, mask);
-                    }
+        self.blocks().par_iter().for_each_init(Vec::new, |weights, Block { head, keys, queries }| {
+            let (m, n) = (queries.len(), keys.len());
+            weights.resize(m * n, 0.0);
+            let scores = MatrixMut::new(weights, m, n, n);
+            let q = self.part(q, queries, width, *head);
+            product(scores, Write::Replace, scale, q, self.part(k, keys, width, *head).transposed());
+            // SAFETY: a block's queries and head are its own, in the sums and in y.
+            let sums = unsafe { sums_start.slice(head * tokens + queries.start, m) };
+            for ((row, sum), query) in weights.chunks_exact_mut(n).zip(sums).zip(queries.clone()) {
+                *sum = softmax(row);
+                if let Some(mask) = self.mask_row(query, *head) {
+                    multiply(row, mask);
                 }
-                // SAFETY: as above.
-                let y = unsafe { self.part_mut(y_start, queries, width, *head) };
-                product(
-                    y,
-                    Write::Replace,
-                    1.0,
-                    Matrix::new(weights, m, n, n),
-                    self.part(v, keys, width, *head),
-                );
-            });
+            }
+            // SAFETY: as above.
+            let y = unsafe { self.part_mut(y_start, queries, width, *head) };
+            product(y, Write::Replace, 1.0, Matrix::new(weights, m, n, n), self.part(v, keys, width, *head));
+        });
         // an operation is applied once, so the cell is empty
         let _ = self.log_sums.set(log_sums);
         stored(y, (tokens, width))
@@ -222,11 +190,8 @@ impl CustomOp3 for Attention {
         };
         let d = width / self.heads;
         let scale = 1.0 / (d as f32).sqrt();
-        let (mut dq, mut dk, mut dv) = (
-            vec![0.0; tokens * width],
-            vec![0.0; tokens * width],
-            vec![0.0; tokens * width],
-        );
+        let (mut dq, mut dk, mut dv) =
+            (vec![0.0; tokens * width], vec![0.0; tokens * width], vec![0.0; tokens * width]);
         let (dq_start, dk_start, dv_start) =
             (Shared::new(&mut dq), Shared::new(&mut dk), Shared::new(&mut dv));
         // a sequence's head is one task: its blocks add to the same dK and dV, in order
@@ -237,57 +202,43 @@ impl CustomOp3 for Attention {
                 _ => tasks.push(vec![block]),
             }
         }
-        tasks
-            .par_iter()
-            .for_each_init(<(Vec<f32>, Vec<f32>)>::default, |(weights, dweights), task| {
-                for Block { head, keys, queries } in task {
-                    let (m, n) = (queries.len(), keys.len());
-                    weights.resize(m * n, 0.0);
-                    dweights.resize(m * n, 0.0);
-                    let (q, k, v) = (
-                        self.part(qs, queries, width, *head),
-                        self.part(ks, keys, width, *head),
-                        self.part(vs, keys, width, *head),
-                    );
-                    let dy = self.part(dys, queries, width, *head);
-                    product(
-                        MatrixMut::new(weights, m, n, n),
-                        Write::Replace,
-                        scale,
-                        q,
-                        k.transposed(),
-                    );
-                    product(
-                        MatrixMut::new(dweights, m, n, n),
-                        Write::Replace,
-                        1.0,
-                        dy,
-                        v.transposed(),
-                    );
-                    for (i, query) in queries.clone().enumerate() {
-                        let (row, drow) = (&mut weights[i * n..][..n], &mut dweights[i * n..][..n]);
-                        let at = query * width + head * d;
-                        let delta = dot(&dys[at..at + d], &ys[at..at + d]);
-                        let log_sum = log_sums[head * tokens + query];
-                        match self.mask_row(query, *head) {
-                            None => softmax_backward(row, drow, log_sum, delta),
-                            Some(mask) => softmax_backward_masked(row, drow, log_sum, delta, mask),
-                        }
-                    }
-                    let (p, ds) = (Matrix::new(weights, m, n, n), Matrix::new(dweights, m, n, n));
-                    // SAFETY: this sequence and head belong to this task alone.
-                    unsafe {
-                        let (dq, dk, dv) = (
-                            self.part_mut(dq_start, queries, width, *head),
-                            self.part_mut(dk_start, keys, width, *head),
-                            self.part_mut(dv_start, keys, width, *head),
-                        );
-                        product(dq, Write::Replace, scale, ds, k);
-                        product(dk, Write::Add, scale, ds.transposed(), q);
-                        product(dv, Write::Add, 1.0, p.transposed(), dy);
+        tasks.par_iter().for_each_init(<(Vec<f32>, Vec<f32>)>::default, |(weights, dweights), task| {
+            for Block { head, keys, queries } in task {
+                let (m, n) = (queries.len(), keys.len());
+                weights.resize(m * n, 0.0);
+                dweights.resize(m * n, 0.0);
+                let (q, k, v) = (
+                    self.part(qs, queries, width, *head),
+                    self.part(ks, keys, width, *head),
+                    self.part(vs, keys, width, *head),
+                );
+                let dy = self.part(dys, queries, width, *head);
+                product(MatrixMut::new(weights, m, n, n), Write::Replace, scale, q, k.transposed());
+                product(MatrixMut::new(dweights, m, n, n), Write::Replace, 1.0, dy, v.transposed());
+                for (i, query) in queries.clone().enumerate() {
+                    let (row, drow) = (&mut weights[i * n..][..n], &mut dweights[i * n..][..n]);
+                    let at = query * width + head * d;
+                    let delta = dot(&dys[at..at + d], &ys[at..at + d]);
+                    let log_sum = log_sums[head * tokens + query];
+                    match self.mask_row(query, *head) {
+                        None => softmax_backward(row, drow, log_sum, delta),
+                        Some(mask) => softmax_backward_masked(row, drow, log_sum, delta, mask),
                     }
                 }
-            });
+                let (p, ds) = (Matrix::new(weights, m, n, n), Matrix::new(dweights, m, n, n));
+                // SAFETY: this sequence and head belong to this task alone.
+                unsafe {
+                    let (dq, dk, dv) = (
+                        self.part_mut(dq_start, queries, width, *head),
+                        self.part_mut(dk_start, keys, width, *head),
+                        self.part_mut(dv_start, keys, width, *head),
+                    );
+                    product(dq, Write::Replace, scale, ds, k);
+                    product(dk, Write::Add, scale, ds.transposed(), q);
+                    product(dv, Write::Add, 1.0, p.transposed(), dy);
+                }
+            }
+        });
         Ok((gradient(dq, q)?, gradient(dk, k)?, gradient(dv, v)?))
     }
 }

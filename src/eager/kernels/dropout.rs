@@ -19,23 +19,14 @@ impl Mask {
     /// A mask that drops each element with probability `p`, in [0, 1), and scales the rest by 1 / (1 − p).
     pub fn new(key: u64, p: f32) -> Self {
         let threshold = (f64::from(p) * 4_294_967_296.0) as u32;
-        Self {
-            key,
-            threshold,
-            scale: 1.0 / (1.0 - p),
-        }
+        Self { key, threshold, scale: 1.0 / (1.0 - p) }
     }
 
     /// The mask's row.
     #[inline(always)]
     pub fn row(&self, row: u64) -> Row {
         let key = mix(self.key ^ mix(row));
-        Row {
-            low: key as u32,
-            high: (key >> 32) as u32,
-            threshold: self.threshold,
-            scale: self.scale,
-        }
+        Row { low: key as u32, high: (key >> 32) as u32, threshold: self.threshold, scale: self.scale }
     }
 }
 
@@ -109,13 +100,9 @@ impl CustomOp1 for Dropout {
 }
 
 fn apply(values: &mut [f32], mask: Mask) {
-    values
-        .par_chunks_mut(ROW)
-        .enumerate()
-        .with_min_len(16)
-        .for_each(|(row, values)| {
-            multiply(values, mask.row(row as u64));
-        });
+    values.par_chunks_mut(ROW).enumerate().with_min_len(16).for_each(|(row, values)| {
+        multiply(values, mask.row(row as u64));
+    });
 }
 
 simd::vectorised! {
@@ -137,12 +124,7 @@ mod tests {
             let dropped = |rows: std::ops::Range<u64>, columns: std::ops::Range<u32>| {
                 let all = (rows.end - rows.start) as f32 * columns.len() as f32;
                 let zeros = rows
-                    .map(|row| {
-                        columns
-                            .clone()
-                            .filter(|&c| mask.row(row).factor(c) == 0.0)
-                            .count()
-                    })
+                    .map(|row| columns.clone().filter(|&c| mask.row(row).factor(c) == 0.0).count())
                     .sum::<usize>();
                 zeros as f32 / all
             };

@@ -62,9 +62,7 @@ impl CustomOp1 for Embedding {
                 let id = id as usize;
                 if range.contains(&id) {
                     let row = &mut own[(id - range.start) * width..][..width];
-                    row.iter_mut()
-                        .zip(&dys[token * width..])
-                        .for_each(|(sum, dy)| *sum += dy);
+                    row.iter_mut().zip(&dys[token * width..]).for_each(|(sum, dy)| *sum += dy);
                 }
             }
         });

@@ -21,13 +21,7 @@ impl<'a> Matrix<'a> {
     /// A row-major matrix whose rows stand `row_stride` apart.
     pub fn new(data: &'a [f32], rows: usize, columns: usize, row_stride: usize) -> Self {
         assert!(rows == 0 || columns == 0 || (rows - 1) * row_stride + columns <= data.len());
-        Self {
-            data,
-            rows,
-            columns,
-            row_stride,
-            column_stride: 1,
-        }
+        Self { data, rows, columns, row_stride, column_stride: 1 }
     }
 
     /// The same numbers with rows and columns exchanged.
@@ -55,13 +49,7 @@ impl<'a> MatrixMut<'a> {
     /// A row-major matrix whose rows stand `row_stride` apart.
     pub fn new(data: &'a mut [f32], rows: usize, columns: usize, row_stride: usize) -> Self {
         assert!(rows == 0 || columns == 0 || (rows - 1) * row_stride + columns <= data.len());
-        Self {
-            data: Shared::new(data),
-            rows,
-            columns,
-            row_stride,
-            borrowed: PhantomData,
-        }
+        Self { data: Shared::new(data), rows, columns, row_stride, borrowed: PhantomData }
     }
 
     /// A matrix whose rows lie between those of others, which a slice could not say.
@@ -69,13 +57,7 @@ impl<'a> MatrixMut<'a> {
     /// # Safety
     /// For as long as the result lives, its elements are valid and nobody else touches them.
     pub unsafe fn raw(data: *mut f32, rows: usize, columns: usize, row_stride: usize) -> Self {
-        Self {
-            data: Shared(data),
-            rows,
-            columns,
-            row_stride,
-            borrowed: PhantomData,
-        }
+        Self { data: Shared(data), rows, columns, row_stride, borrowed: PhantomData }
     }
 }
 
@@ -88,32 +70,15 @@ pub enum Write {
 
 /// `dst = scale · lhs · rhs`, or `dst += …`, in this thread.
 pub fn product(dst: MatrixMut, write: Write, scale: f32, lhs: Matrix, rhs: Matrix) {
-    assert_eq!(
-        (dst.rows, dst.columns, lhs.columns),
-        (lhs.rows, rhs.columns, rhs.rows)
-    );
+    assert_eq!((dst.rows, dst.columns, lhs.columns), (lhs.rows, rhs.columns, rhs.rows));
     // SAFETY: the views' constructors have checked that every element lies inside its slice, and `dst`
     // is borrowed exclusively.
-    unsafe {
-        block(
-            dst.data.get(),
-            dst.row_stride,
-            write,
-            scale,
-            lhs,
-            rhs,
-            0..dst.rows,
-            0..dst.columns,
-        )
-    }
+    unsafe { block(dst.data.get(), dst.row_stride, write, scale, lhs, rhs, 0..dst.rows, 0..dst.columns) }
 }
 
 /// `dst = lhs · rhs`, or `dst += …`, on all threads.
 pub fn parallel_product(dst: MatrixMut, write: Write, lhs: Matrix, rhs: Matrix) {
-    assert_eq!(
-        (dst.rows, dst.columns, lhs.columns),
-        (lhs.rows, rhs.columns, rhs.rows)
-    );
+    assert_eq!((dst.rows, dst.columns, lhs.columns), (lhs.rows, rhs.columns, rhs.rows));
     let (down, across) = blocks(dst.rows, dst.columns, lhs.columns);
     let start = dst.data;
     (0..down * across).into_par_iter().for_each(|task| {
@@ -158,11 +123,7 @@ impl Shared {
 pub fn share(n: usize, parts: usize, index: usize) -> std::ops::Range<usize> {
     let cut = |i: usize| {
         let exact = n * i / parts;
-        if i == parts || n < 16 * parts {
-            exact
-        } else {
-            exact.next_multiple_of(16).min(n)
-        }
+        if i == parts || n < 16 * parts { exact } else { exact.next_multiple_of(16).min(n) }
     };
     cut(index)..cut(index + 1)
 }

@@ -9,9 +9,7 @@ use super::{Kernels, Numbers, gradient, numbers, simd, stored};
 /// x (…, C), weight (C), bias (C) → (…, C), with the biased variance.
 pub fn layer_norm(kernels: Kernels, x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
     match kernels {
-        Kernels::Fused => x
-            .contiguous()?
-            .apply_op3(weight, bias, LayerNorm { eps: eps as f32 }),
+        Kernels::Fused => x.contiguous()?.apply_op3(weight, bias, LayerNorm { eps: eps as f32 }),
         Kernels::Composite => {
             let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
             let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
@@ -42,11 +40,7 @@ impl CustomOp3 for LayerNorm {
         b: &CpuStorage,
         b_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let (x, w, b) = (
-            numbers(x, x_layout)?,
-            numbers(w, w_layout)?,
-            numbers(b, b_layout)?,
-        );
+        let (x, w, b) = (numbers(x, x_layout)?, numbers(w, w_layout)?, numbers(b, b_layout)?);
         let width = w.len();
         let mut y = vec![0.0; x.len()];
         y.par_chunks_mut(ROWS * width)
@@ -78,15 +72,7 @@ impl CustomOp3 for LayerNorm {
                 let (mut dw, mut db) = (vec![0.0; width], vec![0.0; width]);
                 // SAFETY: the parts' rows are disjoint ranges of dx, which outlives the loop.
                 let dx = unsafe { start.slice(range.start, range.len()) };
-                backward(
-                    dx,
-                    &mut dw,
-                    &mut db,
-                    &xs[range.clone()],
-                    &dys[range],
-                    &ws,
-                    self.eps,
-                );
+                backward(dx, &mut dw, &mut db, &xs[range.clone()], &dys[range], &ws, self.eps);
                 (dw, db)
             })
             .collect();

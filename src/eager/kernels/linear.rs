@@ -32,11 +32,7 @@ impl CustomOp3 for Linear {
     ) -> Result<(CpuStorage, Shape)> {
         let (rows, input) = x_layout.shape().dims2()?;
         let (output, _) = w_layout.shape().dims2()?;
-        let (x, w, b) = (
-            numbers(x, x_layout)?,
-            numbers(w, w_layout)?,
-            numbers(b, b_layout)?,
-        );
+        let (x, w, b) = (numbers(x, x_layout)?, numbers(w, w_layout)?, numbers(b, b_layout)?);
         let mut y = b.repeat(rows);
         let weight = Matrix::new(w, output, input, input).transposed();
         let dst = MatrixMut::new(&mut y, rows, output, output);
@@ -60,27 +56,13 @@ impl CustomOp3 for Linear {
 
         let mut dx = vec![0.0; rows * input];
         let dst = MatrixMut::new(&mut dx, rows, input, input);
-        parallel_product(
-            dst,
-            Write::Replace,
-            dy_matrix,
-            Matrix::new(&ws, output, input, input),
-        );
+        parallel_product(dst, Write::Replace, dy_matrix, Matrix::new(&ws, output, input, input));
 
         let mut dw = vec![0.0; output * input];
         let dst = MatrixMut::new(&mut dw, output, input, input);
-        parallel_product(
-            dst,
-            Write::Replace,
-            dy_matrix.transposed(),
-            Matrix::new(&xs, rows, input, input),
-        );
+        parallel_product(dst, Write::Replace, dy_matrix.transposed(), Matrix::new(&xs, rows, input, input));
 
-        Ok((
-            gradient(dx, x)?,
-            gradient(dw, w)?,
-            gradient(column_sums(&dys, output), b)?,
-        ))
+        Ok((gradient(dx, x)?, gradient(dw, w)?, gradient(column_sums(&dys, output), b)?))
     }
 }
 

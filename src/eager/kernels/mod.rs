@@ -26,11 +26,7 @@ pub enum Kernels {
 impl Kernels {
     /// The fastest that runs there.
     pub fn of(device: &Device, dtype: DType) -> Self {
-        if device.is_cpu() && dtype == DType::F32 {
-            Self::Fused
-        } else {
-            Self::Composite
-        }
+        if device.is_cpu() && dtype == DType::F32 { Self::Fused } else { Self::Composite }
     }
 }
 
@@ -49,9 +45,7 @@ impl Numbers<()> {
         let range = contiguous(layout)?;
         match &*storage {
             Storage::Cpu(CpuStorage::F32(_)) => Ok(Numbers { storage, range }),
-            _ => Err(Error::Msg(
-                "a fused operation takes f32 tensors on the CPU".to_owned(),
-            )),
+            _ => Err(Error::Msg("a fused operation takes f32 tensors on the CPU".to_owned())),
         }
     }
 }

@@ -103,11 +103,7 @@ pub fn max(values: &[f32]) -> f32 {
             *most = if value > *most { value } else { *most };
         }
     }
-    lanes
-        .iter()
-        .chain(rest)
-        .copied()
-        .fold(f32::NEG_INFINITY, f32::max)
+    lanes.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max)
 }
 
 #[cfg(test)]
@@ -129,12 +125,7 @@ mod tests {
 
     #[test]
     fn normal_cdf_is_symmetric_and_known_at_some_points() {
-        for (x, exact) in [
-            (0.0, 0.5),
-            (1.0, 0.841_344_746),
-            (-1.0, 0.158_655_254),
-            (-5.0, 2.866_515_72e-7),
-        ] {
+        for (x, exact) in [(0.0, 0.5), (1.0, 0.841_344_746), (-1.0, 0.158_655_254), (-5.0, 2.866_515_72e-7)] {
             assert!((f64::from(normal_cdf(x)) / exact - 1.0).abs() < 1e-6, "at {x}");
         }
         assert_eq!(normal_cdf(-40.0), 0.0);
