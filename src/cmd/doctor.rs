@@ -52,7 +52,10 @@ fn runtime() -> Value {
 /// Tries a provider on a matrix product of known result.
 fn provider(provider: Provider) -> Value {
     let compiled_in = provider.compiled_in().unwrap_or(false);
-    match probe::probe(provider) {
+    let works = library::library()
+        .map_err(|_| anyhow::anyhow!("ONNX Runtime is missing"))
+        .and_then(|_| probe::probe(provider));
+    match works {
         Ok(()) => json!({"name": provider.name(), "compiled_in": compiled_in, "works": true}),
         Err(why) => json!({
             "name": provider.name(),

@@ -129,7 +129,9 @@ fn pick(asked: &[Runtime]) -> Result<Picked> {
 }
 
 fn texts(args: &Args, saved: &Saved) -> Result<Vec<Text>> {
-    let Some(path) = &args.input else { return inputs::builtin(saved) };
+    let Some(path) = &args.input else {
+        return inputs::builtin(saved);
+    };
     let columns = Columns::default()
         .with("text", args.text_column.clone())
         .with("text_pair", args.text_pair_column.clone());

@@ -115,7 +115,7 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
         strict: args.strict,
         read: 0,
     };
-    windows.skip(done.records)?;
+    windows.pass_over(done.records)?;
 
     let mut progress = Progress::new(done, say)?;
     for window in prefetched(windows) {
@@ -202,10 +202,10 @@ fn open(target: &Path, settings: &Value, window: usize, resume: bool, say: Say) 
 
 /// Reads and tokenizes the next window while this one is computed. The thread is not waited for: it may stand
 /// in a read of standard input when the work is over.
-fn prefetched(mut windows: Windows) -> mpsc::IntoIter<Result<Window>> {
+fn prefetched(windows: Windows) -> mpsc::IntoIter<Result<Window>> {
     let (send, receive) = mpsc::sync_channel(1);
     std::thread::spawn(move || {
-        while let Some(window) = windows.next().transpose() {
+        for window in windows {
             let last = window.is_err();
             if send.send(window).is_err() || last {
                 break;

@@ -33,8 +33,10 @@ pub fn first(
     found: &[Vec<f32>],
     tolerance: f32,
 ) -> Result<Option<Difference>> {
-    let apart = |i: &usize| !(distance(&wanted[*i], &found[*i]) <= tolerance);
-    let Some(record) = (0..wanted.len()).find(apart) else { return Ok(None) };
+    let apart = |i: &usize| !same(&wanted[*i], &found[*i], tolerance);
+    let Some(record) = (0..wanted.len()).find(apart) else {
+        return Ok(None);
+    };
     // the batch that it ran in, so that its neighbours and its padding are the same
     let start = record / BATCH * BATCH;
     let batch = &subject.encodings[start..subject.encodings.len().min(start + BATCH)];
@@ -47,7 +49,9 @@ pub fn first(
         let names: Vec<String> = expected.iter().map(|(name, _)| name.clone()).collect();
         let outputs = Graph::open(runtime, subject, &names)?.run(&padded(subject, batch))?;
         for (name, rows) in &expected {
-            let Some(values) = outputs.iter().find(|values| values.name == *name) else { continue };
+            let Some(values) = outputs.iter().find(|values| values.name == *name) else {
+                continue;
+            };
             if let Some(difference) = in_tap(rows, values, batch, tolerance) {
                 return Ok(Some(Difference { record: start + difference.record, ..difference }));
             }
@@ -91,13 +95,17 @@ fn in_tap(packed: &[Vec<f32>], values: &Values, batch: &[Encoding], tolerance: f
     None
 }
 
+/// Whether two rows are finite and within the tolerance.
+fn same(expected: &[f32], found: &[f32], tolerance: f32) -> bool {
+    distance(expected, found) <= tolerance
+}
+
 /// The first number of a row that differs; rows of different lengths differ at the shorter one's end.
 fn in_row(expected: &[f32], found: &[f32], tolerance: f32) -> Option<(usize, f32, f32)> {
     (0..expected.len().max(found.len())).find_map(|i| {
         let at = |row: &[f32]| row.get(i).copied().unwrap_or(f32::NAN);
         let (expected, found) = (at(expected), at(found));
-        let same = distance(&[expected], &[found]) <= tolerance;
-        (!same).then_some((i, expected, found))
+        (!same(&[expected], &[found], tolerance)).then_some((i, expected, found))
     })
 }
 

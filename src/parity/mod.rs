@@ -35,7 +35,9 @@ pub struct Subject<'a> {
 /// # Errors
 /// A runtime can't be had or fails. Numbers that differ are no error: see [`Compared::pass`].
 pub fn run(subject: &Subject, runtimes: &[Runtime], tolerance: f32) -> Result<Vec<Compared>> {
-    let Some((&reference, others)) = runtimes.split_first() else { return Ok(Vec::new()) };
+    let Some((&reference, others)) = runtimes.split_first() else {
+        return Ok(Vec::new());
+    };
     let wanted = runtimes::logits(reference, subject)?;
     others
         .iter()

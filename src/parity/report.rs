@@ -38,10 +38,10 @@ pub fn html(title: &str, compared: &[Compared], lacking: &[(&str, String)]) -> S
     let mut rows = String::new();
     for c in compared {
         let class = if c.pass { "pass" } else { "fail" };
-        let _ = write!(
+        let _ = writeln!(
             rows,
             "<tr class=\"{class}\"><td>{}</td><td>{}</td><td>{:.2e}</td><td>{:.2e}</td><td>{:.1} %</td>\
-             <td>{}</td><td>{:.0e}</td><td>{}</td><td>{}</td></tr>\n",
+             <td>{}</td><td>{:.0e}</td><td>{}</td><td>{}</td></tr>",
             c.name,
             c.compared_with,
             c.max_abs,
@@ -100,7 +100,7 @@ mod tests {
     #[test]
     fn a_difference_shows_in_both_and_the_page_is_escaped() {
         let c = Compared::new(Runtime::Ort(Provider::Cpu), Runtime::Eager, &[vec![1.0]], &[vec![2.0]], 1e-4);
-        assert!(table(&[c.clone()]).contains("DIFFERS"));
+        assert!(table(std::slice::from_ref(&c)).contains("DIFFERS"));
         let page = html("a<b", &[c], &[("ort-cuda", "no <GPU>".to_owned())]);
         assert!(page.contains("a&lt;b") && page.contains("no &lt;GPU&gt;") && page.contains("DIFFERS"));
     }

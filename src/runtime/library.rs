@@ -74,8 +74,12 @@ fn load() -> Result<Loaded> {
             ));
         }
         Err(error) => {
+            let why = match &error {
+                ort::LoadDynamicError::Dlopen { error, .. } => in_full(error),
+                other => other.to_string(),
+            };
             return Err(unusable!(
-                "{shown} ({}) can't be loaded as ONNX Runtime: {error}; {REMEDY}",
+                "{shown} ({}) can't be loaded as ONNX Runtime: {why}; {REMEDY}",
                 place.found
             ));
         }
@@ -85,13 +89,19 @@ fn load() -> Result<Loaded> {
     Ok(Loaded { library: Library { path: place.path, minor, found: place.found }, environment })
 }
 
+/// An error and its causes.
+fn in_full(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}
+
 /// The first place that has the library.
 fn find() -> Result<Place> {
     if let Some(path) = std::env::var_os(VARIABLE).filter(|path| !path.is_empty()) {
         let path = PathBuf::from(path);
         if !path.is_file() {
             return Err(unusable!(
-                "{VARIABLE} is {}, and there is no such file; unset it, or {REMEDY}",
+                "{VARIABLE} is {}, and there is no such file; unset it, or set it to the library's path",
                 path.display()
             ));
         }

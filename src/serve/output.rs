@@ -164,7 +164,9 @@ fn whole_windows(file: &mut File, window: usize) -> Result<(Done, u64)> {
         if line.last() != Some(&b'\n') {
             return Ok((kept, end)); // the end, or a line that was cut off
         }
-        let Ok(Value::Object(record)) = serde_json::from_slice(&line) else { return Ok((kept, end)) };
+        let Ok(Value::Object(record)) = serde_json::from_slice(&line) else {
+            return Ok((kept, end));
+        };
         all.records += 1;
         all.errors += usize::from(record.contains_key("error"));
         if all.records.is_multiple_of(window) {

@@ -60,7 +60,7 @@ impl Windows {
     ///
     /// # Errors
     /// The source ends before that.
-    pub fn skip(&mut self, count: usize) -> Result<()> {
+    pub fn pass_over(&mut self, count: usize) -> Result<()> {
         for _ in 0..count {
             match self.rows.next() {
                 Some(row) => drop(row?),
@@ -78,10 +78,7 @@ impl Windows {
     }
 
     /// The next window; none at the end.
-    ///
-    /// # Errors
-    /// The source can't be read on; a record that can't be used, if that is strict.
-    pub fn next(&mut self) -> Result<Option<Window>> {
+    fn window(&mut self) -> Result<Option<Window>> {
         let mut texts = Vec::with_capacity(self.size);
         while texts.len() < self.size {
             let Some(row) = self.rows.next() else { break };
@@ -113,5 +110,15 @@ impl Windows {
     fn text(&self, row: &Row) -> Result<(String, Option<String>), BadRow> {
         let pair = row.optional_text(&self.columns, "text_pair")?;
         Ok((row.text(&self.columns, "text")?.to_owned(), pair.map(str::to_owned)))
+    }
+}
+
+/// An error is that the source can't be read on, or that a record can't be used and that is strict; nothing behind
+/// it counts.
+impl Iterator for Windows {
+    type Item = Result<Window>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.window().transpose()
     }
 }

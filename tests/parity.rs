@@ -1,0 +1,137 @@
+//! `tk parity`, the real binary: runtimes agree on awkward records, and where a graph is wrong it says where.
+
+mod common;
+
+use std::path::{Path, PathBuf};
+
+use common::{copy_dir, models, records_file, tk};
+use serde_json::Value;
+use tk::onnx::{model, write};
+use tk::parity::inputs;
+use tk::saved::Saved;
+
+fn copy(model: &str) -> (tempfile::TempDir, PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("model");
+    copy_dir(&models(model), &path);
+    (dir, path)
+}
+
+fn parity(dir: &Path, args: &[&str], code: i32) -> (Value, String) {
+    let out = tk().arg("parity").arg(dir).arg("--json").args(args).assert().code(code);
+    let output = out.get_output();
+    let result = serde_json::from_slice(&output.stdout).unwrap_or(Value::Null);
+    (result, String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+/// Writes a graph of the model as it would be exported, after a change to one of its weights.
+fn export_changed(dir: &Path, weight: &str, change: f32) {
+    let saved = Saved::open(dir).unwrap();
+    let hash = saved.tokenizer.hash();
+    let mut model = model::build(&saved.config, &saved.task, &saved.weights, hash, 18).unwrap();
+    let initializers = &mut model.graph.as_mut().unwrap().initializer;
+    let tensor = initializers.iter_mut().find(|tensor| tensor.name == weight).unwrap();
+    let first = f32::from_le_bytes(tensor.raw_data[..4].try_into().unwrap());
+    tensor.raw_data[..4].copy_from_slice(&(first + change).to_le_bytes());
+    std::fs::create_dir_all(dir.join("onnx")).unwrap();
+    write::save(model, &dir.join("onnx/model.onnx"), false).unwrap();
+}
+
+#[test]
+fn all_runtimes_of_this_machine_agree_on_awkward_records() {
+    for name in ["tiny-bert-single", "tiny-bert-multi", "tiny-bert-regression"] {
+        let (result, text) = parity(&models(name), &[], 0);
+        assert_eq!(result["pass"], true);
+        let compared = result["runtimes"].as_array().unwrap();
+        let names: Vec<&str> = compared.iter().map(|c| c["name"].as_str().unwrap()).collect();
+        assert!(names.starts_with(&["candle-onnx", "ort-cpu"]), "{names:?}");
+        for c in compared {
+            assert_eq!(
+                (c["compared_with"].as_str(), c["first_difference"].as_null()),
+                (Some("eager"), Some(()))
+            );
+            assert!(c["max_abs"].as_f64().unwrap() < 1e-5, "{c}");
+            assert_eq!((c["argmax_agreement"].as_f64(), c["pass"].as_bool()), (Some(1.0), Some(true)));
+        }
+        // nothing was exported, and that is said
+        assert!(text.contains("comparing the graph that `tk export` would write"), "{text}");
+    }
+}
+
+#[test]
+fn the_built_in_records_are_awkward() {
+    let saved = Saved::open(&models("tiny-bert-single")).unwrap();
+    let texts = inputs::builtin(&saved).unwrap();
+    let encodings = saved.tokenizer.encode_all(&texts, saved.max_length).unwrap();
+    let lengths: Vec<usize> = encodings.iter().map(|encoding| encoding.len()).collect();
+    assert_eq!(lengths[0], 2, "empty text: only special tokens");
+    assert!(lengths.contains(&3), "one token");
+    let whole = |i: &usize| lengths[*i] == saved.max_length && !encodings[*i].truncated;
+    assert!((0..lengths.len()).any(|i| whole(&i)), "exactly the maximum");
+    assert!(lengths.contains(&(saved.max_length - 1)), "one less");
+    assert!(encodings.iter().filter(|encoding| encoding.truncated).count() > 3, "over the maximum");
+    assert!(encodings.iter().any(|encoding| encoding.type_ids.contains(&1)), "pairs");
+    for batch in lengths.chunks(8) {
+        assert!(batch.iter().max() > batch.iter().min(), "padding in every batch");
+    }
+    let all: String = texts.iter().map(|(text, _)| text.as_str()).collect();
+    for c in ['\0', '\u{301}', '中', '\u{200d}', 'ש', '\u{10ffff}', '\u{1b}'] {
+        assert!(all.contains(c), "{c:?}");
+    }
+}
+
+#[test]
+fn a_graph_that_differs_fails_with_the_place_where_it_does() {
+    let (_guard, dir) = copy("tiny-bert-single");
+    for (weight, tap) in [
+        ("bert.embeddings.LayerNorm.bias", "bert.embeddings"),
+        ("bert.encoder.layer.1.attention.self.value.bias", "bert.encoder.layer.1.attention"),
+        ("bert.encoder.layer.1.intermediate.dense.bias", "bert.encoder.layer.1"),
+        ("bert.pooler.dense.bias", "bert.pooler"),
+        ("classifier.bias", "logits"),
+    ] {
+        export_changed(&dir, weight, 0.5);
+        let (result, text) = parity(&dir, &[], 1);
+        assert!(text.contains("ort-cpu differ from eager by more than 0.0001"), "{text}");
+        assert_eq!(result["pass"], false);
+        let compared = &result["runtimes"];
+        assert_eq!(compared[0]["pass"], true, "candle-onnx builds its own graph");
+        assert_eq!((&compared[1]["name"], &compared[1]["pass"]), (&"ort-cpu".into(), &false.into()));
+        let difference = &compared[1]["first_difference"];
+        assert_eq!(difference["tap"], tap, "{difference}");
+        let expected = difference["expected"].as_f64().unwrap();
+        assert!((expected - difference["found"].as_f64().unwrap()).abs() > 1e-4, "{difference}");
+    }
+    // a tolerance that allows it
+    export_changed(&dir, "classifier.bias", 0.5);
+    let (result, _) = parity(&dir, &["--tolerance", "0.6"], 0);
+    assert_eq!(result["runtimes"][1]["tolerance"].as_f64().map(|t| t as f32), Some(0.6));
+}
+
+#[test]
+fn the_users_records_are_compared_and_reported() {
+    let (guard, dir) = copy("tiny-bert-single");
+    tk().arg("export").arg(&dir).assert().success();
+    let (input, page) = (guard.path().join("in.jsonl"), guard.path().join("page.html"));
+    records_file("tiny-bert-single", 1, &input);
+    let args = ["--input", input.to_str().unwrap(), "--report", page.to_str().unwrap()];
+    let (result, _) = parity(&dir, &args, 0);
+    let lines = std::fs::read_to_string(&input).unwrap().lines().count();
+    assert_eq!(result["runtimes"][1]["records"].as_u64(), Some(lines as u64));
+    let page = std::fs::read_to_string(&page).unwrap();
+    assert!(page.contains("<td>ort-cpu</td><td>eager</td>") && page.contains("ort-cuda"), "{page}");
+
+    let (_, text) = parity(&dir, &["--input", input.to_str().unwrap(), "--text-column", "x"], 2);
+    assert!(text.contains("\"x\""), "{text}");
+}
+
+#[test]
+fn a_runtime_that_is_asked_for_and_not_there_is_an_error() {
+    let dir = models("tiny-bert-single");
+    let (_, text) = parity(&dir, &["--runtimes", "eager,ort-cuda"], 2);
+    assert!(text.contains("CUDA"), "{text}");
+    assert!(parity(&dir, &["--runtimes", "eager"], 2).1.contains("nothing to compare"));
+    assert!(parity(&dir, &["--runtimes", "eager,torch"], 2).1.contains("\"torch\" is no runtime"));
+    let (result, _) = parity(&dir, &["--runtimes", "ort-cpu,eager"], 0);
+    assert_eq!(result["runtimes"][0]["compared_with"], "eager");
+}

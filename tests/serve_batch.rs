@@ -1,0 +1,313 @@
+//! `tk serve-batch`, the real binary on the tiny models: a line for a line, transformers' logits, and the same
+//! bytes after a kill.
+
+mod common;
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use common::{copy_dir, json, max_abs, models, records_file, tk};
+use serde_json::{Value, json};
+use tk::onnx::{model, write};
+use tk::saved::Saved;
+
+/// An exported model in a folder with room for inputs and outputs.
+struct Bench(tempfile::TempDir);
+
+impl Bench {
+    fn new(model: &str) -> Self {
+        let bench = Self(tempfile::tempdir().unwrap());
+        copy_dir(&models(model), &bench.model());
+        tk().arg("export").arg(bench.model()).assert().success();
+        bench
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn model(&self) -> PathBuf {
+        self.path("model")
+    }
+
+    fn input(&self, name: &str, text: &str) -> PathBuf {
+        std::fs::write(self.path(name), text).unwrap();
+        self.path(name)
+    }
+
+    fn serve(&self, input: &Path, args: &[&str]) -> assert_cmd::Command {
+        let mut command = tk();
+        command.arg("serve-batch").arg(self.model()).arg("--input").arg(input).args(args);
+        command
+    }
+
+    /// The records of a run to standard output.
+    fn lines(&self, input: &Path, args: &[&str]) -> Vec<Value> {
+        parse(&self.serve(input, args).assert().success().get_output().stdout)
+    }
+
+    fn error(&self, input: &Path, args: &[&str]) -> String {
+        let out = self.serve(input, args).assert().code(2);
+        String::from_utf8_lossy(&out.get_output().stderr).into_owned()
+    }
+}
+
+fn parse(text: &[u8]) -> Vec<Value> {
+    text.split(|&b| b == b'\n')
+        .filter(|line| !line.is_empty())
+        .map(|line| serde_json::from_slice(line).unwrap())
+        .collect()
+}
+
+#[test]
+fn logits_are_transformers_in_the_order_of_the_input() {
+    for name in ["tiny-bert-single", "tiny-bert-multi", "tiny-bert-regression"] {
+        let bench = Bench::new(name);
+        let input = bench.path("in.jsonl");
+        records_file(name, 1, &input);
+        let reference = json(models(name).join("reference.json"));
+        let max_length = reference["max_length"].as_u64().unwrap().to_string();
+        for args in [&["--batch-tokens", "1"][..], &["--window", "3", "--threads", "1"], &["--ep", "cpu"]] {
+            let args = [args, &["--logits", "--max-length", &max_length]].concat();
+            let lines = bench.lines(&input, &args);
+            let wanted: Vec<Vec<f32>> = serde_json::from_value(reference["logits"].clone()).unwrap();
+            assert_eq!(lines.len(), wanted.len());
+            for (i, (line, wanted)) in lines.iter().zip(&wanted).enumerate() {
+                assert_eq!(line["index"], i);
+                let found: Vec<f32> = serde_json::from_value(line["logits"].clone()).unwrap();
+                let (distance, _) = max_abs(&found, wanted);
+                assert!(distance < 1e-4, "{name} {i}: {distance}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_line_that_cannot_be_used_loses_nothing() {
+    let bench = Bench::new("tiny-bert-single");
+    let text = "{\"text\":\"good\",\"id\":\"a\"}\nnot json\n{\"other\":1}\n{\"text\":3,\"id\":7}\n{\"text\":\"last\"}\n";
+    let input = bench.input("in.jsonl", text);
+    let lines = bench.lines(&input, &["--window", "2"]);
+    assert_eq!(lines.len(), 5);
+    assert!(lines[0]["label"].is_string() && lines[0]["id"] == "a" && lines[0]["index"].is_null());
+    assert!(lines[1]["error"].as_str().unwrap().starts_with("line 2:") && lines[1]["index"] == 1);
+    assert!(lines[2]["error"].as_str().unwrap().contains("\"text\"") && lines[2]["index"] == 2);
+    assert!(lines[3]["error"].is_string() && lines[3]["id"] == 7);
+    assert!(lines[4]["label"].is_string() && lines[4]["index"] == 4);
+
+    let output = bench.path("out.jsonl");
+    let args = ["--output", output.to_str().unwrap(), "--json"];
+    let out = bench.serve(&input, &args).assert().success();
+    let result: Value = serde_json::from_slice(&out.get_output().stdout).unwrap();
+    assert_eq!(
+        (&result["records"], &result["errors"], &result["provider"]),
+        (&5.into(), &3.into(), &"cpu".into())
+    );
+    assert_eq!(parse(&std::fs::read(&output).unwrap()), lines);
+
+    std::fs::remove_file(&output).unwrap();
+    let error = bench.error(&input, &["--output", output.to_str().unwrap(), "--strict"]);
+    assert!(error.contains("in.jsonl:2: not JSON"), "{error}");
+    for left in ["out.jsonl", "out.jsonl.partial", "out.jsonl.partial.json"] {
+        assert!(!bench.path(left).exists(), "{left}");
+    }
+}
+
+#[test]
+fn every_format_and_mapped_columns_are_read() {
+    let bench = Bench::new("tiny-bert-single");
+    let jsonl = bench.input("in.jsonl", "{\"text\":\"good, bad\"}\n{\"text\":\"the\"}\n");
+    let wanted = bench.lines(&jsonl, &[]);
+    let csv = bench.input("in.csv", "body\n\"good, bad\"\nthe\n");
+    assert_eq!(bench.lines(&csv, &["--text-column", "body"]), wanted);
+    let tsv = bench.input("in.tsv", "text\tother\ngood, bad\t1\nthe\t2\n");
+    assert_eq!(bench.lines(&tsv, &[]), wanted);
+    let txt = bench.input("in.txt", "good, bad\nthe\n");
+    assert_eq!(bench.lines(&txt, &[]), wanted);
+    let mut command = bench.serve(Path::new("-"), &["--format", "txt"]);
+    let out = command.write_stdin("good, bad\nthe\n").assert().success();
+    assert_eq!(parse(&out.get_output().stdout), wanted);
+    let named = bench.input("named.csv", "text,key\nthe,k1\n");
+    assert_eq!(bench.lines(&named, &["--id-column", "key"])[0]["id"], "k1");
+}
+
+#[test]
+fn a_killed_run_goes_on_to_the_same_bytes() {
+    let bench = Bench::new("tiny-bert-single");
+    let input = bench.path("in.jsonl");
+    records_file("tiny-bert-single", 200, &input);
+    let records = std::fs::read_to_string(&input).unwrap().lines().count();
+    let (whole, output) = (bench.path("whole.jsonl"), bench.path("out.jsonl"));
+    let args = |output: &Path, more: &[&str]| -> Vec<String> {
+        let output = output.to_str().unwrap();
+        let fixed = ["--logits", "--window", "7", "--batch-tokens", "90", "--output", output];
+        fixed.iter().chain(more).map(|&arg| arg.to_owned()).collect()
+    };
+    let run = |output: &Path, more: &[&str]| {
+        let args = args(output, more);
+        bench.serve(&input, &args.iter().map(String::as_str).collect::<Vec<_>>())
+    };
+    run(&whole, &[]).assert().success();
+    let bytes = std::fs::read(&whole).unwrap();
+
+    // a real kill in the middle
+    let partial = bench.path("out.jsonl.partial");
+    let mut child = std::process::Command::new(assert_cmd::cargo::cargo_bin!("tk"))
+        .arg("serve-batch")
+        .arg(bench.model())
+        .arg("--input")
+        .arg(&input)
+        .args(args(&output, &["--threads", "1"]))
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let started = Instant::now();
+    while std::fs::metadata(&partial).map_or(0, |file| file.len()) < 2000 {
+        assert!(started.elapsed() < Duration::from_secs(60), "nothing was written");
+        std::thread::sleep(Duration::from_micros(200));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(!output.exists() && partial.exists(), "the run was over before it was killed");
+    let settings = std::fs::read(bench.path("out.jsonl.partial.json")).unwrap();
+    run(&output, &["--resume"]).assert().success();
+    assert!(std::fs::read(&output).unwrap() == bytes);
+    assert!(!partial.exists() && !bench.path("out.jsonl.partial.json").exists());
+
+    // kills at every kind of place: nothing, within a line, at a line's end, at a window's end, all but the name
+    let line = bytes.iter().position(|&b| b == b'\n').unwrap() + 1;
+    let ends: Vec<usize> = (0..bytes.len()).filter(|&i| bytes[i] == b'\n').map(|i| i + 1).collect();
+    for length in
+        [0, 1, line - 1, line, line + 9, ends[6], ends[6] + 1, ends[20], bytes.len() - 1, bytes.len()]
+    {
+        std::fs::remove_file(&output).unwrap();
+        std::fs::write(&partial, &bytes[..length]).unwrap();
+        std::fs::write(bench.path("out.jsonl.partial.json"), &settings).unwrap();
+        let out = run(&output, &["--resume", "--threads", "3", "--json"]).assert().success();
+        assert!(std::fs::read(&output).unwrap() == bytes, "killed after {length} bytes");
+        let result: Value = serde_json::from_slice(&out.get_output().stdout).unwrap();
+        assert_eq!(result["records"], records);
+        let kept = ends.iter().filter(|&&end| end <= length).count() / 7 * 7;
+        assert_eq!(result["resumed_records"], kept, "{length}");
+    }
+
+    // other settings, another input
+    std::fs::write(&partial, &bytes[..ends[20]]).unwrap();
+    std::fs::write(bench.path("out.jsonl.partial.json"), &settings).unwrap();
+    let mut other = run(&output, &["--resume", "--max-length", "9"]);
+    let error = String::from_utf8_lossy(&other.assert().code(2).get_output().stderr).into_owned();
+    assert!(error.contains("max_length was 64, is 9"), "{error}");
+    assert!(partial.exists());
+    let longer = format!("{}\n", std::fs::read_to_string(&input).unwrap());
+    std::fs::write(&input, longer).unwrap();
+    let out = run(&output, &["--resume"]).assert().code(2);
+    assert!(String::from_utf8_lossy(&out.get_output().stderr).contains("input was"));
+}
+
+#[test]
+fn without_something_to_resume_it_starts() {
+    let bench = Bench::new("tiny-bert-single");
+    let input = bench.input("in.txt", "a\nb\n");
+    let output = bench.path("out.jsonl");
+    let out = bench.serve(&input, &["--output", output.to_str().unwrap(), "--resume"]).assert().success();
+    assert!(String::from_utf8_lossy(&out.get_output().stderr).contains("nothing is resumed"));
+    assert_eq!(std::fs::read_to_string(&output).unwrap().lines().count(), 2);
+}
+
+#[test]
+fn wrong_usage_is_named_and_writes_nothing() {
+    let bench = Bench::new("tiny-bert-single");
+    let input = bench.input("in.txt", "a\n");
+    let before = std::fs::read_dir(bench.0.path()).unwrap().count();
+    let output = bench.path("out.jsonl");
+    let out = output.to_str().unwrap();
+    for (args, wanted) in [
+        (&["--json"][..], "give --output FILE"),
+        (&["--resume"], "give --output FILE"),
+        (&["--output", "/absent/folder/out.jsonl"], "the folder /absent/folder is not there"),
+        (&["--output", bench.model().to_str().unwrap()], "is a directory"),
+        (&["--output", input.to_str().unwrap()], "is the input"),
+        (&["--output", out, "--max-length", "65"], "65"),
+        (&["--output", out, "--max-length", "1"], "no room"),
+        (&["--output", out, "--ep", "gpu"], "\"gpu\" is no execution provider"),
+        (&["--output", out, "--batch-tokens", "0"], "0"),
+        (&["--output", out, "--precision", "int4"], "int4"),
+        (&["--output", out, "--format", "xml"], "xml"),
+    ] {
+        let error = bench.error(&input, args);
+        assert!(error.contains(wanted), "{args:?}: {wanted} is not in {error}");
+    }
+    assert!(bench.error(Path::new("/absent.jsonl"), &["--output", out]).contains("/absent.jsonl"));
+    assert_eq!(std::fs::read_dir(bench.0.path()).unwrap().count(), before);
+}
+
+#[test]
+fn a_provider_that_is_not_there_is_never_replaced_silently() {
+    if tk::runtime::Provider::Cuda.compiled_in().unwrap() {
+        return; // a build of ONNX Runtime with CUDA: another machine's test
+    }
+    let bench = Bench::new("tiny-bert-single");
+    let (input, output) = (bench.input("in.txt", "a\n"), bench.path("out.jsonl"));
+    let out = output.to_str().unwrap();
+    for ep in ["cuda", "tensorrt", "tensorrt,cuda"] {
+        let error = bench.error(&input, &["--ep", ep, "--output", out]);
+        assert!(error.contains("is built without"), "{error}");
+        assert!(!output.exists() && !bench.path("out.jsonl.partial").exists());
+    }
+    for ep in ["cuda,cpu", "auto"] {
+        let run = bench.serve(&input, &["--ep", ep]).assert().success();
+        let said = String::from_utf8_lossy(&run.get_output().stderr).into_owned();
+        assert!(said.contains("provider: cpu, because"), "{ep}: {said}");
+    }
+}
+
+#[test]
+fn a_graph_that_is_missing_stale_or_broken_is_not_served() {
+    let bench = Bench::new("tiny-bert-single");
+    let input = bench.input("in.txt", "a\n");
+    let graph = bench.model().join("onnx/model.onnx");
+    let whole = std::fs::read(&graph).unwrap();
+    std::fs::write(&graph, &whole[..whole.len() / 2]).unwrap();
+    assert!(bench.error(&input, &[]).contains("not a whole ONNX model"));
+    std::fs::write(&graph, &whole).unwrap();
+
+    // trained on since
+    let other = models("tiny-bert-single").join("model.safetensors");
+    let mut weights = std::fs::read(&other).unwrap();
+    let last = weights.len() - 1;
+    weights[last] ^= 1;
+    std::fs::write(bench.model().join("model.safetensors"), &weights).unwrap();
+    let error = bench.error(&input, &[]);
+    assert!(error.contains("is stale") && error.contains("other weights"), "{error}");
+    let out = tk().arg("parity").arg(bench.model()).assert().code(2);
+    assert!(String::from_utf8_lossy(&out.get_output().stderr).contains("is stale"));
+    std::fs::copy(&other, bench.model().join("model.safetensors")).unwrap();
+    bench.serve(&input, &[]).assert().success();
+
+    std::fs::remove_file(&graph).unwrap();
+    let error = bench.error(&input, &[]);
+    assert!(error.contains("is not there: run `tk export") && error.contains("first"), "{error}");
+}
+
+#[test]
+fn logits_that_are_not_finite_are_errors_of_their_records() {
+    let bench = Bench::new("tiny-bert-single");
+    let saved = Saved::open(&bench.model()).unwrap();
+    let mut graph =
+        model::build(&saved.config, &saved.task, &saved.weights, saved.tokenizer.hash(), 18).unwrap();
+    // a word that was broken after the export
+    let initializers = &mut graph.graph.as_mut().unwrap().initializer;
+    let table = initializers.iter_mut().find(|t| t.name == "bert.embeddings.word_embeddings.weight").unwrap();
+    let id = saved.tokenizer.encode("great", None, 64).unwrap().ids[1] as usize;
+    let width = table.dims[1] as usize * 4;
+    for value in table.raw_data[id * width..(id + 1) * width].as_chunks_mut().0 {
+        *value = f32::NAN.to_le_bytes();
+    }
+    write::save(graph, &bench.model().join("onnx/model.onnx"), false).unwrap();
+    let input = bench.input("in.txt", "the\ngreat\nthe\n");
+    let lines = bench.lines(&input, &[]);
+    assert!(lines[0]["label"].is_string() && lines[2]["label"].is_string());
+    assert!(lines[1]["error"].as_str().unwrap().contains("not finite"), "{}", lines[1]);
+    assert_eq!(lines[0]["scores"], lines[2]["scores"]);
+    assert_eq!(lines[1], json!({"index": 1, "error": lines[1]["error"]}));
+}
