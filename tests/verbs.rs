@@ -4,7 +4,7 @@
 mod common;
 
 use candle_core::{Device, Tensor};
-use common::{floats, integers, max_abs, relative};
+use common::{floats, gradient, integers, max_abs, relative};
 use tk::Result;
 use tk::checkpoint::Weights;
 use tk::data::batch::{Encoding, Packed, Padded};
@@ -197,12 +197,9 @@ fn every_verb_gives_the_reference_and_its_gradients_in_training() {
             let runtime = format!("eager {kernels:?} in training");
             assert_output(case, &runtime, &y.flatten_all().unwrap().to_vec1().unwrap());
             let gy = Tensor::from_slice(&case.gy, y.shape(), &Device::Cpu).unwrap();
-            let gradients = (y * gy).unwrap().sum_all().unwrap().backward().unwrap();
+            let store = (y * gy).unwrap().sum_all().unwrap().backward().unwrap();
             for (name, expected) in &case.gradients {
-                let var = params.get(name).unwrap();
-                let gradient =
-                    gradients.get(var.as_tensor()).unwrap_or_else(|| panic!("{}: {name}", case.name));
-                let error = relative(&gradient.flatten_all().unwrap().to_vec1().unwrap(), expected);
+                let error = relative(&gradient(&params, name, &store, kernels), expected);
                 assert!(error <= GRADIENT_TOLERANCE, "{} on {runtime}: {name} {error:e}", case.name);
             }
         }

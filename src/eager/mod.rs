@@ -11,7 +11,7 @@ use anyhow::Context;
 use candle_core::{DType, Device, Tensor};
 
 pub use evaluator::{Evaluator, logits};
-pub use kernels::Kernels;
+pub use kernels::{Kernels, Weight};
 pub use params::{Init, Params};
 
 use crate::Result;
@@ -73,12 +73,8 @@ impl<'a> Eager<'a> {
         self.taps.map(RefCell::into_inner).unwrap_or_default()
     }
 
-    fn param(&self, param: &Param) -> Result<Tensor> {
-        let var = self.params.get(&param.name)?;
-        Ok(match self.mode {
-            Mode::Evaluation => var.as_detached_tensor(),
-            Mode::Training { .. } => var.as_tensor().clone(),
-        })
+    fn weight(&self, param: &Param) -> Result<Weight> {
+        self.params.weight(&param.name, self.mode != Mode::Evaluation, self.kernels)
     }
 
     /// The next dropout site's mask, or none where nothing is dropped.
@@ -100,17 +96,17 @@ impl Ops for Eager<'_> {
             Ids::TokenTypes => &self.type_ids,
             Ids::Positions => &self.positions,
         };
-        let rows = self.param(&table.weight)?;
+        let rows = self.weight(&table.weight)?;
         kernels::embedding::embedding(self.kernels, &rows, ids).with_context(|| table.weight.name)
     }
 
     fn linear(&self, map: Linear, x: &Tensor) -> Result<Tensor> {
-        let (weight, bias) = (self.param(&map.weight)?, self.param(&map.bias)?);
+        let (weight, bias) = (self.weight(&map.weight)?, self.weight(&map.bias)?);
         kernels::linear::linear(self.kernels, x, &weight, &bias).with_context(|| map.weight.name)
     }
 
     fn layer_norm(&self, norm: Norm, x: &Tensor) -> Result<Tensor> {
-        let (weight, bias) = (self.param(&norm.weight)?, self.param(&norm.bias)?);
+        let (weight, bias) = (self.weight(&norm.weight)?, self.weight(&norm.bias)?);
         kernels::layer_norm::layer_norm(self.kernels, x, &weight, &bias, norm.eps)
             .with_context(|| norm.weight.name)
     }
@@ -147,7 +143,7 @@ impl Ops for Eager<'_> {
         let rows: Vec<u32> = match which {
             Pick::First => self.spans.iter().map(|span| span.start as u32).collect(),
         };
-        Ok(kernels::embedding::embedding(self.kernels, x, &rows.into())?)
+        Ok(kernels::embedding::pick(self.kernels, x, &rows.into())?)
     }
 
     fn tap(&self, name: &str, x: Tensor) -> Result<Tensor> {

@@ -1,19 +1,22 @@
 //! A definition's parameters as candle variables, in the order of the manifest.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use anyhow::Context;
 use candle_core::{DType, Device, Tensor, Var};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
+use super::kernels::{Gradient, Kernels, Weight};
 use crate::Result;
 use crate::checkpoint::{self, Fit, Weights};
 use crate::model::ops::{Param, Role};
 
-/// Named variables, f32.
+/// Named variables, f32, each with a slot for its gradient.
 pub struct Params {
     list: Vec<(Param, Var)>,
+    gradients: Vec<Arc<Gradient>>,
     index: BTreeMap<String, usize>,
 }
 
@@ -49,7 +52,31 @@ impl Params {
 
     fn new(list: Vec<(Param, Var)>) -> Self {
         let index = list.iter().enumerate().map(|(i, (param, _))| (param.name.clone(), i)).collect();
-        Self { list, index }
+        let gradients = list.iter().map(|(param, _)| Arc::new(Gradient::new(&param.shape))).collect();
+        Self { list, gradients, index }
+    }
+
+    /// The slots that fused operations add gradients up in, in the order of the manifest.
+    pub fn gradients(&self) -> &[Arc<Gradient>] {
+        &self.gradients
+    }
+
+    /// A parameter for an operation, whose gradient is to be found in its slot (fused), on candle's tape
+    /// (composite), or nowhere.
+    pub fn weight(&self, name: &str, tracked: bool, kernels: Kernels) -> Result<Weight> {
+        let at = self.at(name)?;
+        let var = &self.list[at].1;
+        Ok(match (tracked, kernels) {
+            (false, _) => Weight { values: var.as_detached_tensor(), gradient: None },
+            (true, Kernels::Composite) => Weight { values: var.as_tensor().clone(), gradient: None },
+            (true, Kernels::Fused) => {
+                Weight { values: var.as_detached_tensor(), gradient: Some(self.gradients[at].clone()) }
+            }
+        })
+    }
+
+    fn at(&self, name: &str) -> Result<usize> {
+        self.index.get(name).copied().with_context(|| format!("no parameter {name}"))
     }
 
     /// The variable of this name.
@@ -57,8 +84,7 @@ impl Params {
     /// # Errors
     /// The definition used a name that the manifest did not list.
     pub fn get(&self, name: &str) -> Result<&Var> {
-        let at = self.index.get(name).with_context(|| format!("no parameter {name}"))?;
-        Ok(&self.list[*at].1)
+        Ok(&self.list[self.at(name)?].1)
     }
 
     /// All of them, in the order of the manifest.

@@ -2,12 +2,13 @@
 
 use std::sync::Mutex;
 
-use candle_core::{CpuStorage, DType, InplaceOp2, Layout, Tensor, Var};
+use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Tensor, Var};
 use rayon::prelude::*;
 
 use crate::Result;
 use crate::eager::Params;
-use crate::eager::kernels::{CHUNK, Kernels, Numbers, numbers, simd};
+use crate::eager::kernels::gradient::{Rows, Slot};
+use crate::eager::kernels::{CHUNK, Kernels, simd};
 
 /// AdamW's constants; the learning rate comes with each step.
 #[derive(Clone, Copy, Debug)]
@@ -37,15 +38,8 @@ enum Moments {
 }
 
 impl AdamW {
-    /// A fresh state for the given parameters.
-    pub fn new(constants: Constants, params: &Params) -> Result<Self> {
-        let kernels =
-            params.iter().next().map_or(Kernels::Fused, |(_, var)| Kernels::of(var.device(), var.dtype()));
-        Self::with_kernels(constants, params, kernels)
-    }
-
-    /// The same with the given form of the update.
-    pub fn with_kernels(constants: Constants, params: &Params, kernels: Kernels) -> Result<Self> {
+    /// A fresh state for the given parameters and form of the update.
+    pub fn new(constants: Constants, params: &Params, kernels: Kernels) -> Result<Self> {
         let moments = params
             .iter()
             .map(|(param, var)| {
@@ -61,18 +55,18 @@ impl AdamW {
         Ok(Self { constants, step: 0, moments })
     }
 
-    /// Changes every parameter by its gradient times `clip`. Gradients stand in the order of the parameters.
+    /// Changes every parameter by its gradient times `clip`, and forgets the gradients.
     pub fn step(
         &mut self,
         params: &Params,
-        gradients: &[Tensor],
+        gradients: &Gradients,
         learning_rate: f64,
         clip: f64,
     ) -> Result<()> {
         self.step += 1;
         let Constants { beta1, beta2, eps, weight_decay } = self.constants;
         let exponent = self.step as i32;
-        for (((param, var), gradient), moments) in params.iter().zip(gradients).zip(&mut self.moments) {
+        for (i, (param, var)) in params.iter().enumerate() {
             let decay = if param.role.decays() { weight_decay } else { 0.0 };
             let update = Update {
                 clip: clip as f32,
@@ -85,14 +79,25 @@ impl AdamW {
                 scale: (1.0 / (1.0 - beta2.powi(exponent)).sqrt()) as f32,
                 eps: eps as f32,
             };
-            match moments {
-                Moments::Host(means) => {
-                    var.as_tensor().inplace_op2(&gradient.contiguous()?, &Fused { update, means })?;
+            match (&mut self.moments[i], gradients) {
+                (Moments::Host(means), Gradients::Slots) => {
+                    let mut slot = params.gradients()[i].lock();
+                    let means = means.get_mut().unwrap_or_else(|broken| broken.into_inner());
+                    var.as_tensor().inplace_op1(&Fused { update, slot: &slot, means: Mutex::new(means) })?;
+                    slot.clear();
                 }
-                Moments::Device(mean, square) => update.composite(var, gradient, mean, square)?,
+                (Moments::Device(mean, square), Gradients::Tensors(gradients)) => {
+                    update.composite(var, &gradients[i], mean, square)?;
+                }
+                _ => anyhow::bail!("the optimizer and the gradients are of different kernels"),
             }
         }
         Ok(())
+    }
+
+    /// What it was made with.
+    pub fn constants(&self) -> Constants {
+        self.constants
     }
 
     /// Steps taken.
@@ -158,37 +163,59 @@ impl Update {
     }
 }
 
+/// The update of a parameter on the CPU, in one pass over it.
 struct Fused<'a> {
     update: Update,
-    means: &'a Mutex<(Vec<f32>, Vec<f32>)>,
+    slot: &'a Slot,
+    /// The operation is handed over by a shared reference, but is applied once.
+    means: Mutex<&'a mut (Vec<f32>, Vec<f32>)>,
 }
 
-impl InplaceOp2 for Fused<'_> {
+impl InplaceOp1 for Fused<'_> {
     fn name(&self) -> &'static str {
         "adamw"
     }
 
-    fn cpu_fwd(
-        &self,
-        weights: &mut CpuStorage,
-        weights_layout: &Layout,
-        gradient: &CpuStorage,
-        gradient_layout: &Layout,
-    ) -> candle_core::Result<()> {
-        let gradient = numbers(gradient, gradient_layout)?;
-        let (CpuStorage::F32(weights), Some((start, end))) = (weights, weights_layout.contiguous_offsets())
-        else {
+    fn cpu_fwd(&self, weights: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
+        let (CpuStorage::F32(weights), Some((start, end))) = (weights, layout.contiguous_offsets()) else {
             candle_core::bail!("the fused AdamW takes contiguous f32 parameters");
         };
         let mut means = self.means.lock().unwrap_or_else(|broken| broken.into_inner());
-        let (mean, square) = &mut *means;
-        weights[start..end]
-            .par_chunks_mut(CHUNK)
-            .zip(gradient.par_chunks(CHUNK))
-            .zip(mean.par_chunks_mut(CHUNK).zip(square.par_chunks_mut(CHUNK)))
-            .for_each(|((weights, gradient), (mean, square))| {
-                update(weights, gradient, mean, square, self.update)
-            });
+        let (mean, square) = &mut **means;
+        let weights = &mut weights[start..end];
+        match self.slot.rows() {
+            Rows::None => candle_core::bail!("AdamW on a parameter without a gradient"),
+            Rows::All => weights
+                .par_chunks_mut(CHUNK)
+                .zip(mean.par_chunks_mut(CHUNK).zip(square.par_chunks_mut(CHUNK)))
+                .zip(self.slot.values().par_chunks(CHUNK))
+                .for_each(|((weights, (mean, square)), gradient)| {
+                    update(weights, gradient, mean, square, self.update);
+                }),
+            Rows::Some(rows) => {
+                // no gradient of a row that was not looked up is read, but the row is decayed and moved
+                let width = self.slot.width();
+                let zeros = vec![0.0; width];
+                let block = (CHUNK / width).max(1);
+                weights
+                    .par_chunks_mut(block * width)
+                    .zip(mean.par_chunks_mut(block * width).zip(square.par_chunks_mut(block * width)))
+                    .enumerate()
+                    .for_each(|(at, (weights, (mean, square)))| {
+                        let first = (at * block) as u32;
+                        let mut next = rows.partition_point(|&row| row < first);
+                        let parts = mean.chunks_exact_mut(width).zip(square.chunks_exact_mut(width));
+                        for (row, (weights, (mean, square))) in
+                            (first..).zip(weights.chunks_exact_mut(width).zip(parts))
+                        {
+                            let is_next = rows.get(next) == Some(&row);
+                            next += usize::from(is_next);
+                            let gradient = if is_next { self.slot.row(row) } else { &zeros };
+                            update(weights, gradient, mean, square, self.update);
+                        }
+                    });
+            }
+        }
         Ok(())
     }
 }
@@ -204,29 +231,33 @@ simd::vectorised! {
     }
 }
 
-/// The Euclidean norm over all gradients together.
-pub fn global_norm(gradients: &[Tensor]) -> Result<f64> {
-    let mut total = 0.0;
-    for gradient in gradients {
-        total += match Kernels::of(gradient.device(), gradient.dtype()) {
-            Kernels::Fused => {
-                let gradient = gradient.contiguous()?;
-                let values = Numbers::of(&gradient)?;
-                let parts: Vec<f64> =
-                    values.par_chunks(CHUNK).map(|chunk| f64::from(sum_of_squares(chunk))).collect();
-                parts.iter().sum()
-            }
-            Kernels::Composite => {
-                f64::from(gradient.to_dtype(DType::F32)?.sqr()?.sum_all()?.to_scalar::<f32>()?)
-            }
-        };
-    }
-    Ok(total.sqrt())
+/// Where the gradients of a step are.
+pub enum Gradients {
+    /// In the parameters' slots, where fused operations put them.
+    Slots,
+    /// In tensors, in the order of the parameters.
+    Tensors(Vec<Tensor>),
 }
 
-simd::vectorised! {
-    fn sum_of_squares(values: &[f32]) -> f32 {
-        simd::sum(values.len(), |i| values[i] * values[i])
+impl Gradients {
+    /// The Euclidean norm of one parameter's gradient.
+    pub fn norm(&self, params: &Params, index: usize) -> Result<f64> {
+        Ok(match self {
+            Self::Slots => params.gradients()[index].lock().squares().sqrt(),
+            Self::Tensors(gradients) => {
+                let squares = gradients[index].to_dtype(DType::F32)?.sqr()?.sum_all()?;
+                f64::from(squares.to_scalar::<f32>()?).sqrt()
+            }
+        })
+    }
+
+    /// The norm of all gradients together.
+    pub fn global_norm(&self, params: &Params) -> Result<f64> {
+        let mut squares = 0.0;
+        for index in 0..params.len() {
+            squares += self.norm(params, index)?.powi(2);
+        }
+        Ok(squares.sqrt())
     }
 }
 

@@ -1,14 +1,15 @@
 //! One optimizer step: a batch of examples → changed parameters, and what there is to say about it.
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device};
 
-use super::optimizer::{AdamW, Constants, clip_factor, global_norm};
+use super::optimizer::{AdamW, Constants, Gradients, clip_factor};
 use super::schedule::warmup_steps;
 use super::{Example, Settings};
 use crate::Result;
 use crate::data::batch::Packed;
 use crate::eager::kernels::dropout::mix;
-use crate::eager::{Eager, Mode, Params};
+use crate::eager::kernels::gradient::Rows;
+use crate::eager::{Eager, Kernels, Mode, Params};
 use crate::model::Family;
 use crate::task::{Target, Task};
 
@@ -19,6 +20,7 @@ pub struct Trainer<'a> {
     pub task: &'a Task,
     pub params: &'a Params,
     pub device: &'a Device,
+    kernels: Kernels,
     pub optimizer: AdamW,
     /// Optimizer steps that the schedule is planned for.
     pub total_steps: usize,
@@ -52,8 +54,15 @@ impl<'a> Trainer<'a> {
             eps: settings.adam_epsilon,
             weight_decay: settings.weight_decay,
         };
-        let optimizer = AdamW::new(constants, params)?;
-        Ok(Self { settings, family, task, params, device, optimizer, total_steps })
+        let kernels = Kernels::of(device, DType::F32);
+        let optimizer = AdamW::new(constants, params, kernels)?;
+        Ok(Self { settings, family, task, params, device, kernels, optimizer, total_steps })
+    }
+
+    /// The same with the given form of the operations; only before the first step.
+    pub fn with_kernels(self, kernels: Kernels) -> Result<Self> {
+        let optimizer = AdamW::new(self.optimizer.constants(), self.params, kernels)?;
+        Ok(Self { kernels, optimizer, ..self })
     }
 
     /// Takes one step with the mean gradient over all the examples, `batch_size` of them at a time.
@@ -64,21 +73,17 @@ impl<'a> Trainer<'a> {
     pub fn step(&mut self, examples: &[&Example]) -> Result<Step> {
         let number = self.optimizer.steps();
         let (mut loss, mut tokens) = (0.0, 0);
-        let mut sums: Option<Vec<Tensor>> = None;
+        self.params.gradients().iter().for_each(|gradient| gradient.lock().clear());
+        let mut gradients = match self.kernels {
+            Kernels::Fused => Gradients::Slots,
+            Kernels::Composite => Gradients::Tensors(Vec::new()),
+        };
         for (part, micro_batch) in examples.chunks(self.settings.batch_size).enumerate() {
             let key = mix(mix(self.settings.seed ^ mix(number as u64)) ^ part as u64);
-            let (part_loss, gradients) = self.gradients(micro_batch, examples.len(), key)?;
-            loss += part_loss;
+            loss += self.backward(micro_batch, examples.len(), key, &mut gradients)?;
             tokens += micro_batch.iter().map(|example| example.encoding.len()).sum::<usize>();
-            sums = Some(match sums {
-                None => gradients,
-                Some(sums) => {
-                    sums.iter().zip(&gradients).map(|(a, b)| Ok((a + b)?)).collect::<Result<_>>()?
-                }
-            });
         }
-        let gradients = sums.unwrap_or_default();
-        let grad_norm = global_norm(&gradients)?;
+        let grad_norm = gradients.global_norm(self.params)?;
         if !loss.is_finite() || !grad_norm.is_finite() {
             anyhow::bail!(
                 "step {}: the loss is {loss} and the gradients' norm {grad_norm}{}; a lower --learning-rate, a \
@@ -95,20 +100,34 @@ impl<'a> Trainer<'a> {
         Ok(Step { loss, learning_rate, grad_norm, tokens })
     }
 
-    /// The share of `of` examples' mean loss that a micro-batch has, and its gradients.
-    fn gradients(&self, examples: &[&Example], of: usize, key: u64) -> Result<(f64, Vec<Tensor>)> {
+    /// Adds a micro-batch's gradients up; returns its share of the mean loss of `of` examples.
+    fn backward(&self, examples: &[&Example], of: usize, key: u64, gradients: &mut Gradients) -> Result<f64> {
         let batch = Packed::new(examples.iter().map(|example| &example.encoding));
         let targets: Vec<&Target> = examples.iter().map(|example| &example.target).collect();
-        let eager = Eager::new(self.params, &batch, self.device, Mode::Training { key });
+        let eager =
+            Eager::new(self.params, &batch, self.device, Mode::Training { key }).with_kernels(self.kernels);
         let outputs = self.task.define(&eager, self.family)?;
         let loss = (self.task.loss(&outputs, &targets, self.settings.label_smoothing)? / of as f64)?;
         let value = f64::from(loss.to_scalar::<f32>()?);
         let mut store = loss.backward()?;
-        let (mut gradients, mut missing) = (Vec::with_capacity(self.params.len()), Vec::new());
-        for (param, var) in self.params.iter() {
-            match store.remove(var.as_tensor()) {
-                Some(gradient) => gradients.push(gradient),
-                None => missing.push(param.name.as_str()),
+        let mut missing = Vec::new();
+        match gradients {
+            Gradients::Slots => {
+                for ((param, _), gradient) in self.params.iter().zip(self.params.gradients()) {
+                    if *gradient.lock().rows() == Rows::None {
+                        missing.push(param.name.as_str());
+                    }
+                }
+            }
+            Gradients::Tensors(sums) => {
+                let first = sums.is_empty();
+                for (i, (param, var)) in self.params.iter().enumerate() {
+                    match store.remove(var.as_tensor()) {
+                        None => missing.push(param.name.as_str()),
+                        Some(gradient) if first => sums.push(gradient),
+                        Some(gradient) => sums[i] = (&sums[i] + gradient)?,
+                    }
+                }
             }
         }
         if !missing.is_empty() {
@@ -120,14 +139,14 @@ impl<'a> Trainer<'a> {
                 missing.join(", ")
             );
         }
-        Ok((value, gradients))
+        Ok(value)
     }
 
     /// Names the parameters whose gradients are not finite.
-    fn not_finite(&self, gradients: &[Tensor]) -> Result<String> {
+    fn not_finite(&self, gradients: &Gradients) -> Result<String> {
         let mut names = Vec::new();
-        for ((param, _), gradient) in self.params.iter().zip(gradients) {
-            if !global_norm(std::slice::from_ref(gradient))?.is_finite() {
+        for (i, (param, _)) in self.params.iter().enumerate() {
+            if !gradients.norm(self.params, i)?.is_finite() {
                 names.push(param.name.as_str());
             }
         }

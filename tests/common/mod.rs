@@ -83,3 +83,22 @@ pub fn copy_dir(from: &std::path::Path, to: &std::path::Path) {
         }
     }
 }
+
+/// A parameter's gradient after a backward pass: from its slot, or from candle's tape.
+pub fn gradient(
+    params: &tk::eager::Params,
+    name: &str,
+    store: &candle_core::backprop::GradStore,
+    kernels: tk::eager::Kernels,
+) -> Vec<f32> {
+    let found = match kernels {
+        tk::eager::Kernels::Fused => {
+            let index = params.iter().position(|(param, _)| param.name == name).unwrap();
+            params.gradients()[index].lock().dense()
+        }
+        tk::eager::Kernels::Composite => store
+            .get(params.get(name).unwrap().as_tensor())
+            .map(|g| g.flatten_all().unwrap().to_vec1().unwrap()),
+    };
+    found.unwrap_or_else(|| panic!("no gradient reaches {name}"))
+}

@@ -1,64 +1,55 @@
 //! Layer normalisation over the last axis; the backward pass computes each row's statistics again.
 
-use candle_core::{CpuStorage, CustomOp3, D, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::gemm::{Shared, share};
-use super::{Kernels, Numbers, gradient, numbers, simd, stored};
+use super::{Kernels, Numbers, Weight, gradient, numbers, simd, stored};
 
 /// x (…, C), weight (C), bias (C) → (…, C), with the biased variance.
-pub fn layer_norm(kernels: Kernels, x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
+pub fn layer_norm(kernels: Kernels, x: &Tensor, weight: &Weight, bias: &Weight, eps: f64) -> Result<Tensor> {
     match kernels {
-        Kernels::Fused => x.contiguous()?.apply_op3(weight, bias, LayerNorm { eps: eps as f32 }),
+        Kernels::Fused => {
+            let op = LayerNorm { weight: weight.clone(), bias: bias.clone(), eps: eps as f32 };
+            x.contiguous()?.apply_op1(op)
+        }
         Kernels::Composite => {
             let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
             let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
             let normed = centred.broadcast_div(&(variance + eps)?.sqrt()?)?;
-            normed.broadcast_mul(weight)?.broadcast_add(bias)
+            normed.broadcast_mul(&weight.values)?.broadcast_add(&bias.values)
         }
     }
 }
 
 struct LayerNorm {
+    weight: Weight,
+    bias: Weight,
     eps: f32,
 }
 
 /// Rows that one task works on.
 const ROWS: usize = 32;
 
-impl CustomOp3 for LayerNorm {
+impl CustomOp1 for LayerNorm {
     fn name(&self) -> &'static str {
         "layer-norm"
     }
 
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        x_layout: &Layout,
-        w: &CpuStorage,
-        w_layout: &Layout,
-        b: &CpuStorage,
-        b_layout: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let (x, w, b) = (numbers(x, x_layout)?, numbers(w, w_layout)?, numbers(b, b_layout)?);
-        let width = w.len();
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (w, b) = (Numbers::of(&self.weight.values)?, Numbers::of(&self.bias.values)?);
+        let (x, w, b): (&[f32], &[f32], &[f32]) = (numbers(x, layout)?, &w, &b);
         let mut y = vec![0.0; x.len()];
-        y.par_chunks_mut(ROWS * width)
-            .zip(x.par_chunks(ROWS * width))
+        y.par_chunks_mut(ROWS * w.len())
+            .zip(x.par_chunks(ROWS * w.len()))
             .for_each(|(y, x)| forward(y, x, w, b, self.eps));
-        stored(y, x_layout.shape())
+        stored(y, layout.shape())
     }
 
-    fn bwd(
-        &self,
-        x: &Tensor,
-        w: &Tensor,
-        b: &Tensor,
-        _: &Tensor,
-        dy: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+    fn bwd(&self, x: &Tensor, _: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
         let dy = dy.contiguous()?;
-        let (xs, ws, dys) = (Numbers::of(x)?, Numbers::of(w)?, Numbers::of(&dy)?);
+        let (xs, ws, dys) = (Numbers::of(x)?, Numbers::of(&self.weight.values)?, Numbers::of(&dy)?);
+        let [xs, ws, dys]: [&[f32]; 3] = [&xs, &ws, &dys];
         let width = ws.len();
         let rows = xs.len() / width;
         let parts = rows.div_ceil(ROWS).clamp(1, 16);
@@ -72,16 +63,18 @@ impl CustomOp3 for LayerNorm {
                 let (mut dw, mut db) = (vec![0.0; width], vec![0.0; width]);
                 // SAFETY: the parts' rows are disjoint ranges of dx, which outlives the loop.
                 let dx = unsafe { start.slice(range.start, range.len()) };
-                backward(dx, &mut dw, &mut db, &xs[range.clone()], &dys[range], &ws, self.eps);
+                backward(dx, &mut dw, &mut db, &xs[range.clone()], &dys[range], ws, self.eps);
                 (dw, db)
             })
             .collect();
-        let (mut dw, mut db) = (vec![0.0; width], vec![0.0; width]);
-        for (part_w, part_b) in &partial {
-            dw.iter_mut().zip(part_w).for_each(|(sum, part)| *sum += part);
-            db.iter_mut().zip(part_b).for_each(|(sum, part)| *sum += part);
+        for (dw, db) in &partial {
+            for (weight, part) in [(&self.weight, dw), (&self.bias, db)] {
+                if let Some(gradient) = &weight.gradient {
+                    gradient.add_values(part);
+                }
+            }
         }
-        Ok((gradient(dx, x)?, gradient(dw, w)?, gradient(db, b)?))
+        gradient(dx, x)
     }
 }
 

@@ -1,68 +1,64 @@
 //! `y = x · Wᵀ + b`, rows in parallel; the backward pass gives dx, dW and db.
 
-use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::gemm::{Matrix, MatrixMut, Write, parallel_product, share};
-use super::{Kernels, Numbers, gradient, numbers, simd, stored};
+use super::{Kernels, Numbers, Weight, gradient, numbers, simd, stored};
 
 /// x (R, in), weight (out, in), bias (out) → (R, out).
-pub fn linear(kernels: Kernels, x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
+pub fn linear(kernels: Kernels, x: &Tensor, weight: &Weight, bias: &Weight) -> Result<Tensor> {
     match kernels {
-        Kernels::Fused => x.contiguous()?.apply_op3(weight, bias, Linear),
-        Kernels::Composite => x.matmul(&weight.t()?)?.broadcast_add(bias),
+        Kernels::Fused => x.contiguous()?.apply_op1(Linear { weight: weight.clone(), bias: bias.clone() }),
+        Kernels::Composite => x.matmul(&weight.values.t()?)?.broadcast_add(&bias.values),
     }
 }
 
-struct Linear;
+struct Linear {
+    weight: Weight,
+    bias: Weight,
+}
 
-impl CustomOp3 for Linear {
+impl CustomOp1 for Linear {
     fn name(&self) -> &'static str {
         "linear"
     }
 
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        x_layout: &Layout,
-        w: &CpuStorage,
-        w_layout: &Layout,
-        b: &CpuStorage,
-        b_layout: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let (rows, input) = x_layout.shape().dims2()?;
-        let (output, _) = w_layout.shape().dims2()?;
-        let (x, w, b) = (numbers(x, x_layout)?, numbers(w, w_layout)?, numbers(b, b_layout)?);
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (rows, input) = layout.shape().dims2()?;
+        let (output, width) = self.weight.values.dims2()?;
+        if width != input {
+            candle_core::bail!("a map from {width} channels is applied to {input}");
+        }
+        let (x, w, b) =
+            (numbers(x, layout)?, Numbers::of(&self.weight.values)?, Numbers::of(&self.bias.values)?);
         let mut y = b.repeat(rows);
-        let weight = Matrix::new(w, output, input, input).transposed();
+        let weight = Matrix::new(&w, output, input, input).transposed();
         let dst = MatrixMut::new(&mut y, rows, output, output);
         parallel_product(dst, Write::Add, Matrix::new(x, rows, input, input), weight);
         stored(y, (rows, output))
     }
 
-    fn bwd(
-        &self,
-        x: &Tensor,
-        w: &Tensor,
-        b: &Tensor,
-        _: &Tensor,
-        dy: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+    fn bwd(&self, x: &Tensor, _: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
         let (rows, input) = x.dims2()?;
-        let (output, _) = w.dims2()?;
+        let (output, _) = self.weight.values.dims2()?;
         let dy = dy.contiguous()?;
-        let (xs, ws, dys) = (Numbers::of(x)?, Numbers::of(w)?, Numbers::of(&dy)?);
+        let (xs, ws, dys) = (Numbers::of(x)?, Numbers::of(&self.weight.values)?, Numbers::of(&dy)?);
         let dy_matrix = Matrix::new(&dys, rows, output, output);
-
+        if let Some(gradient) = &self.weight.gradient {
+            let x_matrix = Matrix::new(&xs, rows, input, input);
+            gradient.add(|dw, write| {
+                let dst = MatrixMut::new(dw, output, input, input);
+                parallel_product(dst, write, dy_matrix.transposed(), x_matrix);
+            });
+        }
+        if let Some(gradient) = &self.bias.gradient {
+            gradient.add_values(&column_sums(&dys, output));
+        }
         let mut dx = vec![0.0; rows * input];
         let dst = MatrixMut::new(&mut dx, rows, input, input);
         parallel_product(dst, Write::Replace, dy_matrix, Matrix::new(&ws, output, input, input));
-
-        let mut dw = vec![0.0; output * input];
-        let dst = MatrixMut::new(&mut dw, output, input, input);
-        parallel_product(dst, Write::Replace, dy_matrix.transposed(), Matrix::new(&xs, rows, input, input));
-
-        Ok((gradient(dx, x)?, gradient(dw, w)?, gradient(column_sums(&dys, output), b)?))
+        gradient(dx, x)
     }
 }
 

@@ -8,11 +8,15 @@ pub mod attention;
 pub mod dropout;
 pub mod embedding;
 pub mod gemm;
+pub mod gradient;
 pub mod layer_norm;
 pub mod linear;
 pub mod simd;
 
 use std::ops::Deref;
+use std::sync::Arc;
+
+pub use gradient::Gradient;
 
 use candle_core::{CpuStorage, DType, Device, Error, Layout, Result, Shape, Storage, Tensor};
 
@@ -28,6 +32,14 @@ impl Kernels {
     pub fn of(device: &Device, dtype: DType) -> Self {
         if device.is_cpu() && dtype == DType::F32 { Self::Fused } else { Self::Composite }
     }
+}
+
+/// A parameter as an operation takes it.
+#[derive(Clone, Debug)]
+pub struct Weight {
+    pub values: Tensor,
+    /// Where a fused operation adds the gradient up; none in evaluation, and where candle's own tape keeps it.
+    pub gradient: Option<Arc<Gradient>>,
 }
 
 /// Elements that one task of an element-wise loop works on.
