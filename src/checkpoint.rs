@@ -6,6 +6,7 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
@@ -176,8 +177,17 @@ pub fn weights_hash<'a>(weights: impl IntoIterator<Item = (&'a str, &'a [usize],
 
 /// Sha-256 of a file as hex.
 pub fn file_hash(path: &Path) -> Result<String> {
-    let bytes = std::fs::read(path).with_context(|| path.display().to_string())?;
-    Ok(hex(&Sha256::digest(bytes)))
+    let hashed = || -> std::io::Result<String> {
+        let mut file = File::open(path)?;
+        let (mut hash, mut buffer) = (Sha256::new(), vec![0; 1 << 20]);
+        loop {
+            match file.read(&mut buffer)? {
+                0 => return Ok(hex(&hash.finalize())),
+                n => hash.update(&buffer[..n]),
+            }
+        }
+    };
+    hashed().with_context(|| path.display().to_string())
 }
 
 fn hex(bytes: &[u8]) -> String {

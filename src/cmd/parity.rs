@@ -4,13 +4,14 @@ use std::path::PathBuf;
 
 use serde_json::json;
 
-use crate::data::records::{self, Columns};
+use crate::data::records;
 use crate::onnx::{DEFAULT_OPSET, model, write};
 use crate::parity::inputs::{self, Text};
 use crate::parity::{self, Runtime, Subject, report};
 use crate::saved::Saved;
 use crate::say::Say;
 use crate::serve::served;
+use crate::task::examples::TextColumns;
 use crate::{Result, bail_unusable, files};
 
 /// Hold the logits of a model's runtimes against each other; exit code 1 where they differ.
@@ -34,12 +35,8 @@ pub struct Args {
     /// Tokens of the longest record [default: what the model takes].
     #[arg(long, value_name = "N")]
     max_length: Option<usize>,
-    /// The column of the text [default: text].
-    #[arg(long, value_name = "NAME", help_heading = "Records")]
-    text_column: Option<String>,
-    /// The column of the second text of a pair [default: text_pair].
-    #[arg(long, value_name = "NAME", help_heading = "Records")]
-    text_pair_column: Option<String>,
+    #[command(flatten)]
+    columns: TextColumns,
 }
 
 /// Runs everything, prints the table, and fails where it says so.
@@ -132,11 +129,6 @@ fn texts(args: &Args, saved: &Saved) -> Result<Vec<Text>> {
     let Some(path) = &args.input else {
         return inputs::builtin(saved);
     };
-    let columns = Columns::default()
-        .with("text", args.text_column.clone())
-        .with("text_pair", args.text_pair_column.clone());
-    records::read_examples(path, None, |row| {
-        let pair = row.optional_text(&columns, "text_pair")?.map(str::to_owned);
-        Ok((row.text(&columns, "text")?.to_owned(), pair))
-    })
+    let columns = args.columns.columns();
+    records::read_examples(path, None, |row| TextColumns::read(&columns, &row))
 }

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::export::Precision;
 use crate::data::batch::Encoding;
-use crate::data::records::{self, Columns, Format, Source};
+use crate::data::records::{self, Format, Source};
 use crate::runtime::Providers;
 use crate::saved::Saved;
 use crate::say::{Say, peak_rss_bytes};
@@ -18,6 +18,7 @@ use crate::serve::output::{Done, Output};
 use crate::serve::window::{Window, Windows};
 use crate::serve::{Pool, served};
 use crate::task::Task;
+use crate::task::examples::TextColumns;
 use crate::{Result, bail_unusable, checkpoint};
 
 /// Predict for a file of records through ONNX Runtime: one output line for each input line, in order.
@@ -61,12 +62,8 @@ pub struct Args {
     /// Go on with a run that was killed: the same bytes as if it had not been.
     #[arg(long)]
     resume: bool,
-    /// The column of the text [default: text].
-    #[arg(long, value_name = "NAME", help_heading = "Records")]
-    text_column: Option<String>,
-    /// The column of the second text of a pair [default: text_pair].
-    #[arg(long, value_name = "NAME", help_heading = "Records")]
-    text_pair_column: Option<String>,
+    #[command(flatten)]
+    texts: TextColumns,
     /// The column that is carried over as id [default: id].
     #[arg(long, value_name = "NAME", help_heading = "Records")]
     id_column: Option<String>,
@@ -101,10 +98,7 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
             open(target, &settings, size, args.resume, say)?
         }
     };
-    let columns = Columns::default()
-        .with("text", args.text_column.clone())
-        .with("text_pair", args.text_pair_column.clone())
-        .with("id", args.id_column.clone());
+    let columns = args.texts.columns().with("id", args.id_column.clone());
     let mut windows = Windows {
         rows,
         source: source.to_string(),
@@ -175,7 +169,7 @@ fn settings(args: &Args, source: &Source, model: &Path, pool: &Pool, max_length:
         "model_sha256": checkpoint::file_hash(model)?,
         "input": input,
         "format": args.format.map(|format| format!("{format:?}")),
-        "columns": [&args.text_column, &args.text_pair_column, &args.id_column],
+        "columns": [&args.texts.text_column, &args.texts.text_pair_column, &args.id_column],
         "provider": pool.provider().name(),
         "logits": args.logits,
         "max_length": max_length,

@@ -178,6 +178,11 @@ impl Prepared {
             Params::load(&manifest, &weights, init, device)?
         };
         task.write_config(&mut config);
+        for key in ["torch_dtype", "dtype"] {
+            if config.raw.contains_key(key) {
+                config.raw.insert(key.to_owned(), "float32".into()); // what is saved
+            }
+        }
         Ok(Self { model, config, task, tokenizer, params, new: fit.new, unused: fit.unused, train, eval })
     }
 
@@ -196,7 +201,12 @@ impl Prepared {
             }
         ));
         if !self.unused.is_empty() {
-            say.line(format!("not used from the checkpoint: {}", self.unused.join(", ")));
+            let shown = self.unused.len().min(8);
+            say.line(format!(
+                "not used from the checkpoint: {}{}",
+                self.unused[..shown].join(", "),
+                if self.unused.len() > shown { " …" } else { "" }
+            ));
         }
         let cut = |examples: &[Example]| examples.iter().filter(|example| example.encoding.truncated).count();
         let tokens: usize = self.train.iter().map(|example| example.encoding.len()).sum();

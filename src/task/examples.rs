@@ -2,20 +2,21 @@
 
 use std::path::Path;
 
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{Problem, Task, TextClassification};
 use crate::Result;
 use crate::data::batch::Encoding;
-use crate::data::records::{self, Columns};
+use crate::data::records::{self, BadRow, Columns, Row};
 use crate::data::tokens::Tokenizer;
 use crate::model::ModelConfig;
 use crate::train::Example;
 
-/// The record's fields for text classification, and the columns that stand for them.
-#[derive(Clone, Debug, Default, PartialEq, Eq, clap::Args, serde::Serialize, serde::Deserialize)]
+/// The columns that the texts stand in.
+#[derive(Clone, Debug, Default, PartialEq, Eq, clap::Args, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", default)]
-pub struct Fields {
+pub struct TextColumns {
     /// The column of the text [default: text].
     #[arg(long, value_name = "NAME", help_heading = "Records")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -24,20 +25,34 @@ pub struct Fields {
     #[arg(long, value_name = "NAME", help_heading = "Records")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub text_pair_column: Option<String>,
-    /// The column of the label [default: label].
-    #[arg(long, value_name = "NAME", help_heading = "Records")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub label_column: Option<String>,
 }
 
-impl Fields {
+impl TextColumns {
     /// The mapping from field to column.
     pub fn columns(&self) -> Columns {
         Columns::default()
             .with("text", self.text_column.clone())
             .with("text_pair", self.text_pair_column.clone())
-            .with("label", self.label_column.clone())
     }
+
+    /// A row's texts.
+    pub fn read(columns: &Columns, row: &Row) -> Result<(String, Option<String>), BadRow> {
+        let pair = row.optional_text(columns, "text_pair")?.map(str::to_owned);
+        Ok((row.text(columns, "text")?.to_owned(), pair))
+    }
+}
+
+/// The columns of labelled records.
+#[derive(Clone, Debug, Default, PartialEq, Eq, clap::Args, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
+pub struct Fields {
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub texts: TextColumns,
+    /// The column of the label [default: label].
+    #[arg(long, value_name = "NAME", help_heading = "Records")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub label_column: Option<String>,
 }
 
 /// A record before the labels are known: its place, its texts, its label.
@@ -54,14 +69,10 @@ pub struct Labelled {
 /// Unusable: the file can't be read, has no records, or has records without text or label; the first of them are
 /// listed with file and line.
 pub fn read(path: &Path, fields: &Fields) -> Result<Vec<Labelled>> {
-    let columns = fields.columns();
+    let columns = fields.texts.columns().with("label", fields.label_column.clone());
     records::read_examples(path, None, |row| {
-        Ok(Labelled {
-            line: row.line,
-            text: row.text(&columns, "text")?.to_owned(),
-            pair: row.optional_text(&columns, "text_pair")?.map(str::to_owned),
-            label: row.value(&columns, "label")?.clone(),
-        })
+        let (text, pair) = TextColumns::read(&columns, &row)?;
+        Ok(Labelled { line: row.line, text, pair, label: row.value(&columns, "label")?.clone() })
     })
 }
 

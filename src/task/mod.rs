@@ -2,6 +2,7 @@
 //! Training, export, parity and serving read them from [`Task`].
 
 pub mod examples;
+mod metrics;
 pub mod text_classification;
 
 use std::collections::BTreeMap;

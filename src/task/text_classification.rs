@@ -5,7 +5,7 @@ use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use super::{Dim, Metrics, Output};
+use super::{Dim, Metrics, Output, metrics};
 use crate::model::ops::Ops;
 use crate::model::{Family, ModelConfig, heads};
 use crate::{Result, bail_unusable, unusable};
@@ -290,7 +290,7 @@ impl TextClassification {
     }
 
     fn compare(&self, logits: &[Vec<f32>], targets: &[Target]) -> Metrics {
-        let metrics: Vec<(&str, f64)> = match self.problem {
+        match self.problem {
             Problem::Regression => {
                 let predicted: Vec<f64> = logits.iter().map(|row| f64::from(row[0])).collect();
                 let wanted: Vec<f64> = targets
@@ -300,14 +300,7 @@ impl TextClassification {
                         _ => f64::NAN,
                     })
                     .collect();
-                let n = predicted.len() as f64;
-                let errors = || predicted.iter().zip(&wanted).map(|(p, w)| p - w);
-                vec![
-                    ("mse", errors().map(|e| e * e).sum::<f64>() / n),
-                    ("mae", errors().map(f64::abs).sum::<f64>() / n),
-                    ("pearson", pearson(&predicted, &wanted)),
-                    ("spearman", pearson(&ranks(&predicted), &ranks(&wanted))),
-                ]
+                metrics::regression(&predicted, &wanted)
             }
             _ => {
                 let predicted: Vec<Vec<u32>> = logits.iter().map(|row| self.predicted(row)).collect();
@@ -319,19 +312,14 @@ impl TextClassification {
                         Target::Number(_) => Vec::new(),
                     })
                     .collect();
-                let right = predicted.iter().zip(&wanted).filter(|(p, w)| p == w).count();
-                let counts = Counts::by_label(&predicted, &wanted, self.labels.len());
-                let mut metrics = vec![
-                    ("accuracy", right as f64 / predicted.len() as f64),
-                    ("f1_macro", counts.iter().map(Counts::f1).sum::<f64>() / counts.len() as f64),
-                ];
-                if self.problem == Problem::MultiLabelClassification {
-                    metrics.push(("f1_micro", Counts::sum(&counts).f1()));
+                match self.problem {
+                    Problem::MultiLabelClassification => {
+                        metrics::multi_label(&predicted, &wanted, self.labels.len())
+                    }
+                    _ => metrics::single_label(&predicted, &wanted, self.labels.len()),
                 }
-                metrics
             }
-        };
-        metrics.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+        }
     }
 
     /// The predicted label ids, ascending.
@@ -345,73 +333,8 @@ impl TextClassification {
     }
 }
 
-/// True positives, false positives and false negatives.
-#[derive(Clone, Copy, Default)]
-struct Counts {
-    hit: usize,
-    extra: usize,
-    missed: usize,
-}
-
-impl Counts {
-    fn by_label(predicted: &[Vec<u32>], wanted: &[Vec<u32>], labels: usize) -> Vec<Self> {
-        let mut counts = vec![Self::default(); labels];
-        for (p, w) in predicted.iter().zip(wanted) {
-            for id in p {
-                let count = &mut counts[*id as usize];
-                if w.contains(id) { count.hit += 1 } else { count.extra += 1 }
-            }
-            for id in w.iter().filter(|id| !p.contains(id)) {
-                counts[*id as usize].missed += 1;
-            }
-        }
-        counts
-    }
-
-    fn sum(counts: &[Self]) -> Self {
-        counts.iter().fold(Self::default(), |a, b| Self {
-            hit: a.hit + b.hit,
-            extra: a.extra + b.extra,
-            missed: a.missed + b.missed,
-        })
-    }
-
-    /// 0 for a label that is neither predicted nor wanted, as scikit-learn has it.
-    fn f1(&self) -> f64 {
-        let all = 2 * self.hit + self.extra + self.missed;
-        if all == 0 { 0.0 } else { 2.0 * self.hit as f64 / all as f64 }
-    }
-}
-
 fn argmax(values: &[f32]) -> usize {
     (0..values.len()).fold(0, |best, i| if values[i] > values[best] { i } else { best })
-}
-
-/// Pearson's correlation; not a number where one side is constant.
-fn pearson(a: &[f64], b: &[f64]) -> f64 {
-    let n = a.len() as f64;
-    let (mean_a, mean_b) = (a.iter().sum::<f64>() / n, b.iter().sum::<f64>() / n);
-    let (mut ab, mut aa, mut bb) = (0.0, 0.0, 0.0);
-    for (x, y) in a.iter().zip(b) {
-        let (x, y) = (x - mean_a, y - mean_b);
-        (ab, aa, bb) = (ab + x * y, aa + x * x, bb + y * y);
-    }
-    ab / (aa * bb).sqrt()
-}
-
-/// Ranks from 1, ties share their mean.
-fn ranks(values: &[f64]) -> Vec<f64> {
-    let mut order: Vec<usize> = (0..values.len()).collect();
-    order.sort_by(|&i, &j| values[i].total_cmp(&values[j]));
-    let mut ranks = vec![0.0; values.len()];
-    let mut before = 0;
-    for tie in order.chunk_by(|&i, &j| values[i] == values[j]) {
-        for &i in tie {
-            ranks[i] = before as f64 + (tie.len() as f64 + 1.0) / 2.0;
-        }
-        before += tie.len();
-    }
-    ranks
 }
 
 /// The labels that `id2label` names, by ascending id.
@@ -463,5 +386,92 @@ fn as_integer(label: &Value) -> Option<i64> {
         Value::Number(n) => n.as_i64(),
         Value::String(text) => text.trim().parse().ok(),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(more: Value) -> ModelConfig {
+        let mut raw = json!({
+            "model_type": "bert", "vocab_size": 9, "hidden_size": 4, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "intermediate_size": 8, "max_position_embeddings": 16,
+        });
+        raw.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        ModelConfig::parse(&raw.to_string()).unwrap()
+    }
+
+    fn found(labels: Value, more: Value) -> Result<TextClassification> {
+        let labels: Vec<&Value> = labels.as_array().unwrap().iter().collect();
+        TextClassification::from_labels(&labels, None, &config(more))
+    }
+
+    #[test]
+    fn the_problem_is_found_in_the_labels() {
+        use Problem::*;
+        for (labels, problem, names) in [
+            (json!(["b", "a", "b"]), SingleLabelClassification, vec!["a", "b"]),
+            (json!([10, 9, 10]), SingleLabelClassification, vec!["9", "10"]),
+            (json!(["10", "9"]), SingleLabelClassification, vec!["9", "10"]),
+            (json!([true, false]), SingleLabelClassification, vec!["0", "1"]),
+            (json!([["b"], [], ["a", "c"]]), MultiLabelClassification, vec!["a", "b", "c"]),
+            (json!([1, 0.5]), Regression, vec!["LABEL_0"]),
+            (json!(["1", "0.5"]), Regression, vec!["LABEL_0"]),
+        ] {
+            let task = found(labels.clone(), json!({})).unwrap();
+            assert_eq!(
+                (task.problem, task.labels),
+                (problem, names.into_iter().map(str::to_owned).collect()),
+                "{labels}"
+            );
+        }
+        for labels in [json!(["a", "a"]), json!(["a", {"b": 1}]), json!([0.5, "a"])] {
+            assert!(found(labels.clone(), json!({})).is_err(), "{labels}");
+        }
+    }
+
+    #[test]
+    fn labels_that_the_model_knows_keep_its_order() {
+        let known = json!({"id2label": {"0": "z", "1": "a"}});
+        for labels in [json!(["a", "z"]), json!(["a"]), json!([1, 0])] {
+            assert_eq!(found(labels, known.clone()).unwrap().labels, ["z", "a"]);
+        }
+        assert_eq!(found(json!(["a", "new"]), known).unwrap().labels, ["a", "new"]);
+    }
+
+    #[test]
+    fn what_is_written_reads_back() {
+        for problem in [Problem::SingleLabelClassification, Problem::MultiLabelClassification] {
+            let task = TextClassification { problem, labels: vec!["b".to_owned(), "a".to_owned()] };
+            let mut config = config(json!({}));
+            task.write_config(&mut config);
+            assert_eq!(TextClassification::from_config(&config).unwrap(), task);
+        }
+    }
+
+    #[test]
+    fn one_label_without_a_problem_type_is_a_regression_as_in_transformers() {
+        let task = TextClassification::from_config(&config(json!({"id2label": {"0": "LABEL_0"}}))).unwrap();
+        assert_eq!(task.problem, Problem::Regression);
+        assert_eq!(
+            TextClassification::from_config(&config(json!({}))).unwrap().labels,
+            ["LABEL_0", "LABEL_1"]
+        );
+    }
+
+    #[test]
+    fn predictions_say_what_the_problem_asks_for() {
+        let labels = vec!["a".to_owned(), "b".to_owned()];
+        let task = |problem| TextClassification { problem, labels: labels.clone() };
+        let single = task(Problem::SingleLabelClassification).prediction(&[0.0, 3.0f32.ln()], true);
+        assert_eq!((&single["label"], &single["logits"][0]), (&json!("b"), &json!(0.0)));
+        assert!((single["score"].as_f64().unwrap() - 0.75).abs() < 1e-6);
+        let multi = task(Problem::MultiLabelClassification).prediction(&[0.0, 2.0], false);
+        assert_eq!(multi["labels"], json!(["b"]));
+        assert_eq!(multi["scores"]["a"], json!(0.5));
+        // large logits overflow nothing
+        let large = task(Problem::SingleLabelClassification).prediction(&[1e4, -1e4], false);
+        assert_eq!(large["score"], json!(1.0));
     }
 }
