@@ -140,7 +140,7 @@ fn every_format_and_mapped_columns_are_read() {
 fn a_killed_run_goes_on_to_the_same_bytes() {
     let bench = Bench::new("tiny-bert-single");
     let input = bench.path("in.jsonl");
-    records_file("tiny-bert-single", 200, &input);
+    records_file("tiny-bert-single", 80, &input);
     let records = std::fs::read_to_string(&input).unwrap().lines().count();
     let (whole, output) = (bench.path("whole.jsonl"), bench.path("out.jsonl"));
     let args = |output: &Path, more: &[&str]| -> Vec<String> {
