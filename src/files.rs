@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 
-use crate::Result;
+use crate::{Result, bail_unusable};
 
 /// Lets `write` fill a temporary file beside `path`, then renames it to `path`.
 /// When `write` fails, neither name is left changed.
@@ -32,4 +32,19 @@ pub fn beside(path: &Path, extension: &str) -> PathBuf {
     name.push(".");
     name.push(extension);
     path.with_file_name(name)
+}
+
+/// Checks, before any work is done, that a file can stand at `target`.
+///
+/// # Errors
+/// Unusable: it is a directory, or its folder is not there.
+pub fn check_place(target: &Path) -> Result<()> {
+    if target.is_dir() {
+        bail_unusable!("{} is a directory; a file was expected", target.display());
+    }
+    let folder = target.parent().filter(|folder| !folder.as_os_str().is_empty());
+    if let Some(folder) = folder.filter(|folder| !folder.is_dir()) {
+        bail_unusable!("{}: the folder {} is not there", target.display(), folder.display());
+    }
+    Ok(())
 }

@@ -1,9 +1,9 @@
 //! The emitted graphs: as text, as bytes, and as ONNX Runtime computes them, against transformers' numbers.
 
-use std::path::{Path, PathBuf};
+mod common;
 
+use common::{json, models};
 use prost::Message;
-use serde_json::Value;
 use tk::checkpoint::Weights;
 use tk::data::batch::{Encoding, Padded};
 use tk::model::ModelConfig;
@@ -14,12 +14,8 @@ use tk::task::Task;
 
 const TINY: [&str; 3] = ["tiny-bert-single", "tiny-bert-multi", "tiny-bert-regression"];
 
-fn tiny(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("models").join(name)
-}
-
 fn exported(name: &str, opset: i64) -> ModelProto {
-    let dir = tiny(name);
+    let dir = models(name);
     let config = ModelConfig::read(&dir).unwrap();
     let task = Task::from_config(&config).unwrap();
     model::build(&config, &task, &Weights::open(&dir).unwrap(), "tokenizer", opset).unwrap()
@@ -41,8 +37,7 @@ fn logits(session: &mut OrtSession, batch: &Padded) -> Vec<Vec<f32>> {
 
 /// What transformers tokenized, and the logits it gave.
 fn reference(name: &str) -> (Vec<Encoding>, Vec<Vec<f32>>) {
-    let text = std::fs::read_to_string(tiny(name).join("reference.json")).unwrap();
-    let reference: Value = serde_json::from_str(&text).unwrap();
+    let reference = json(models(name).join("reference.json"));
     let list = |key: &str| -> Vec<Vec<u32>> { serde_json::from_value(reference[key].clone()).unwrap() };
     let encodings = list("ids")
         .into_iter()
@@ -78,7 +73,7 @@ fn the_same_weights_give_the_same_bytes() {
 #[test]
 fn initializers_are_the_checkpoints_bytes() {
     for name in TINY {
-        let weights = Weights::open(&tiny(name)).unwrap();
+        let weights = Weights::open(&models(name)).unwrap();
         let model = exported(name, 18);
         let initializers = &model.graph.as_ref().unwrap().initializer;
         for weight in weights.names() {
@@ -104,7 +99,7 @@ fn every_opset_gives_transformers_logits() {
 
 #[test]
 fn an_opset_that_tk_does_not_write_is_refused_by_name() {
-    let dir = tiny("tiny-bert-single");
+    let dir = models("tiny-bert-single");
     let config = ModelConfig::read(&dir).unwrap();
     let task = Task::from_config(&config).unwrap();
     let error = model::build(&config, &task, &Weights::open(&dir).unwrap(), "", 22).unwrap_err();
@@ -200,7 +195,7 @@ fn metadata_says_what_a_server_must_know() {
 #[test]
 fn weights_that_diverged_are_not_exported() {
     let dir = tempfile::tempdir().unwrap();
-    let source = tiny("tiny-bert-single");
+    let source = models("tiny-bert-single");
     std::fs::copy(source.join("config.json"), dir.path().join("config.json")).unwrap();
     let weights = Weights::open(&source).unwrap();
     let mut tensors: Vec<(String, Vec<usize>, Vec<f32>)> = weights

@@ -121,6 +121,9 @@ fn the_users_records_are_compared_and_reported() {
     let page = std::fs::read_to_string(&page).unwrap();
     assert!(page.contains("<td>ort-cpu</td><td>eager</td>") && page.contains("ort-cuda"), "{page}");
 
+    assert!(
+        parity(&dir, &["--report", "/absent/page.html"], 2).1.contains("the folder /absent is not there")
+    );
     let (_, text) = parity(&dir, &["--input", input.to_str().unwrap(), "--text-column", "x"], 2);
     assert!(text.contains("\"x\""), "{text}");
 }

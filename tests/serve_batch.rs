@@ -103,7 +103,12 @@ fn a_line_that_cannot_be_used_loses_nothing() {
         (&result["records"], &result["errors"], &result["provider"]),
         (&5.into(), &3.into(), &"cpu".into())
     );
+    assert_eq!(result["truncated"], 0);
     assert_eq!(parse(&std::fs::read(&output).unwrap()), lines);
+    let long = bench.input("long.txt", "the the the\nthe\n");
+    let out = bench.serve(&long, &[&args[..], &["--max-length", "4"]].concat()).assert().success();
+    let result: Value = serde_json::from_slice(&out.get_output().stdout).unwrap();
+    assert_eq!((&result["truncated"], &result["tokens"]), (&1.into(), &7.into()));
 
     std::fs::remove_file(&output).unwrap();
     let error = bench.error(&input, &["--output", output.to_str().unwrap(), "--strict"]);
@@ -135,7 +140,7 @@ fn every_format_and_mapped_columns_are_read() {
 fn a_killed_run_goes_on_to_the_same_bytes() {
     let bench = Bench::new("tiny-bert-single");
     let input = bench.path("in.jsonl");
-    records_file("tiny-bert-single", 200, &input);
+    records_file("tiny-bert-single", 80, &input);
     let records = std::fs::read_to_string(&input).unwrap().lines().count();
     let (whole, output) = (bench.path("whole.jsonl"), bench.path("out.jsonl"));
     let args = |output: &Path, more: &[&str]| -> Vec<String> {

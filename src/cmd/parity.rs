@@ -44,6 +44,9 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     if !(args.tolerance >= 0.0 && args.tolerance.is_finite()) {
         bail_unusable!("--tolerance {}: expected a number from 0 upwards", args.tolerance);
     }
+    if let Some(report) = &args.report {
+        files::check_place(report)?;
+    }
     let saved = Saved::open(&args.dir)?;
     let max_length = saved.checked_max_length(args.max_length)?;
     let (runtimes, lacking) = pick(&args.runtimes)?;

@@ -245,6 +245,7 @@ fn answers(
         lines.push(b'\n');
     }
     progress.tokens += encodings.iter().map(|encoding| encoding.len()).sum::<usize>();
+    progress.truncated += encodings.iter().filter(|encoding| encoding.truncated).count();
     Ok(lines)
 }
 
@@ -259,6 +260,8 @@ struct Progress {
     records: usize,
     errors: usize,
     tokens: usize,
+    /// Records that were cut to the maximum length.
+    truncated: usize,
 }
 
 /// How often a line is written where there is no terminal.
@@ -268,7 +271,7 @@ impl Progress {
     fn new(before: Done, say: Say) -> Result<Self> {
         let bar = say.bar(0, "{spinner} {pos} records  {msg}  {elapsed}")?;
         let now = Instant::now();
-        Ok(Self { say, bar, started: now, told: now, before, records: 0, errors: 0, tokens: 0 })
+        Ok(Self { say, bar, started: now, told: now, before, records: 0, errors: 0, tokens: 0, truncated: 0 })
     }
 
     fn rates(&self) -> (f64, f64) {
@@ -293,8 +296,9 @@ impl Progress {
         let (records_per_second, tokens_per_second) = self.rates();
         let (records, errors) = (self.before.records + self.records, self.before.errors + self.errors);
         self.say.line(format!(
-            "{records} records, {errors} of them errors, {seconds:.1} s: {records_per_second:.0} records/s, \
-             {tokens_per_second:.0} tokens/s on {}{}",
+            "{records} records, {errors} of them errors, {} cut to the maximum length, {seconds:.1} s: \
+             {records_per_second:.0} records/s, {tokens_per_second:.0} tokens/s on {}{}",
+            self.truncated,
             pool.provider().name(),
             target.map(|target| format!(" → {}", target.display())).unwrap_or_default()
         ));
@@ -302,6 +306,7 @@ impl Progress {
             "records": records,
             "errors": errors,
             "tokens": self.tokens,
+            "truncated": self.truncated,
             "seconds": seconds,
             "records_per_second": records_per_second,
             "tokens_per_second": tokens_per_second,

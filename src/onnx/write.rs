@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufWriter, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 
 use anyhow::Context;
 use prost::Message;
@@ -36,7 +38,7 @@ pub fn save(mut model: ModelProto, path: &Path, external: bool) -> Result<bool> 
 }
 
 /// Where the weights of the model at `path` stand if they are in a file of their own.
-pub fn data_path(path: &Path) -> std::path::PathBuf {
+pub fn data_path(path: &Path) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push("_data");
     name.into()
@@ -124,16 +126,30 @@ fn read_external(tensor: &TensorProto, folder: &Path) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// A folder of its own that is removed with everything in it when it is dropped.
-pub struct Scratch(std::path::PathBuf);
+/// A folder of its own that is removed with everything in it when it is dropped, or when the user stops the
+/// process.
+pub struct Scratch(PathBuf);
+
+/// The folders that Ctrl-C must not leave behind.
+static FOLDERS: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
 impl Scratch {
     /// Makes an empty folder inside `parent`.
     pub fn new(parent: &Path) -> Result<Self> {
-        static COUNT: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
-        let n = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        static COUNT: AtomicUsize = AtomicUsize::new(0);
+        static HANDLER: Once = Once::new();
+        HANDLER.call_once(|| {
+            let stop = || {
+                folders().iter().for_each(|folder| remove_folder(folder));
+                std::process::exit(130);
+            };
+            // where no handler can be set, Ctrl-C ends the process as it always does
+            let _ = ctrlc::set_handler(stop);
+        });
+        let n = COUNT.fetch_add(1, Ordering::Relaxed);
         let path = parent.join(format!(".tk-{}-{n}", std::process::id()));
         std::fs::create_dir(&path).with_context(|| path.display().to_string())?;
+        folders().push(path.clone());
         Ok(Self(path))
     }
 
@@ -145,7 +161,16 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        // what can't be removed does no harm; the error that led here matters more
-        let _ = std::fs::remove_dir_all(&self.0);
+        remove_folder(&self.0);
+        folders().retain(|folder| *folder != self.0);
     }
+}
+
+fn folders() -> MutexGuard<'static, Vec<PathBuf>> {
+    FOLDERS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn remove_folder(path: &Path) {
+    // what can't be removed does no harm; the error that led here matters more
+    let _ = std::fs::remove_dir_all(path);
 }

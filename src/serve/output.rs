@@ -37,7 +37,7 @@ pub struct Done {
 impl Output {
     /// Begins a file; what a killed run left is dropped.
     pub fn begin(target: &Path, settings: &Value) -> Result<Self> {
-        check_place(target)?;
+        files::check_place(target)?;
         let (partial, about) = names(target);
         let file = File::create(&partial).map_err(|e| unusable!("{}: {e}", partial.display()))?;
         files::write(&about, format!("{settings:#}\n"))?;
@@ -54,7 +54,7 @@ impl Output {
     /// # Errors
     /// Unusable: the run that was killed had other settings; says which.
     pub fn resume(target: &Path, settings: &Value, window: usize) -> Result<Option<(Self, Done)>> {
-        check_place(target)?;
+        files::check_place(target)?;
         let (partial, about) = names(target);
         if !partial.exists() || !about.exists() {
             return Ok(None);
@@ -124,17 +124,6 @@ impl Output {
 
 fn names(target: &Path) -> (PathBuf, PathBuf) {
     (files::beside(target, "partial"), files::beside(target, "partial.json"))
-}
-
-fn check_place(target: &Path) -> Result<()> {
-    if target.is_dir() {
-        bail_unusable!("{} is a directory; a file was expected", target.display());
-    }
-    let folder = target.parent().filter(|folder| !folder.as_os_str().is_empty());
-    if let Some(folder) = folder.filter(|folder| !folder.is_dir()) {
-        bail_unusable!("{}: the folder {} is not there", target.display(), folder.display());
-    }
-    Ok(())
 }
 
 fn differing(begun: &Value, now: &Value) -> Vec<String> {

@@ -1,6 +1,5 @@
 //! Text classification: one text or a pair → one label, several labels, or a number.
 
-use anyhow::Context;
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -135,7 +134,7 @@ impl TextClassification {
     /// Names the label that was found and what was expected.
     pub fn target(&self, label: &Value) -> Result<Target> {
         if self.problem == Problem::Regression {
-            let number = as_number(label).with_context(|| {
+            let number = as_number(label).ok_or_else(|| {
                 unusable!("label is {label}, expected a number (the problem is a regression)")
             })?;
             return Ok(Target::Number(number as f32));
@@ -353,7 +352,11 @@ fn labels_of(config: &ModelConfig) -> Result<Option<Vec<String>>> {
             ),
         }
     }
-    labels.into_iter().collect::<Option<Vec<_>>>().map(Some).context(unusable!("id2label repeats an id"))
+    labels
+        .into_iter()
+        .collect::<Option<Vec<_>>>()
+        .map(Some)
+        .ok_or_else(|| unusable!("id2label repeats an id"))
 }
 
 fn label_names(label: &Value, problem: Problem) -> Result<Vec<String>> {
