@@ -6,6 +6,7 @@ use tk::cli::{self, Cli};
 
 fn main() -> ExitCode {
     keep_freed_memory();
+    leave_threads_to_rayon();
     let done = Cli::parse_with_config(std::env::args_os()).and_then(cli::run);
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -24,6 +25,16 @@ fn is_closed_pipe(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| {
         cause.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
     })
+}
+
+/// Keeps candle's element-wise operations in the thread that calls them. Its own pool of threads would wait
+/// spinning for the next one, on the cores that our kernels compute on. A CANDLE_NUM_THREADS that is set wins.
+fn leave_threads_to_rayon() {
+    const KEY: &str = "CANDLE_NUM_THREADS";
+    if std::env::var_os(KEY).is_none() {
+        // SAFETY: called before any other thread runs.
+        unsafe { std::env::set_var(KEY, "1") };
+    }
 }
 
 /// Tells glibc to keep large freed blocks. A training step allocates and frees the same large buffers over and

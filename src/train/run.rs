@@ -57,6 +57,11 @@ impl Run<'_> {
     /// # Errors
     /// A step fails (see [`Trainer::step`]), or a file can't be written.
     pub fn go(&self, resume: bool) -> Result<Outcome> {
+        // on a thread of the pool, which then works itself instead of waiting for the others
+        rayon::scope(|_| self.train(resume))
+    }
+
+    fn train(&self, resume: bool) -> Result<Outcome> {
         let total = self.settings.total_steps(self.train.len());
         let mut trainer =
             Trainer::new(self.settings, self.family, self.task, self.params, self.device, total)?;

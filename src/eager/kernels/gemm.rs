@@ -1,7 +1,6 @@
 //! Matrix products: strided views → one multi-threaded product whose result depends on shapes alone.
 //!
-//! The work is cut into blocks by the shape, never by the number of threads, and each block is one
-//! single-threaded call of the `gemm` crate. So a result is the same bit for bit on any number of threads.
+//! The work is cut into blocks, each one single-threaded call of the `gemm` crate.
 
 use std::marker::PhantomData;
 
@@ -128,25 +127,21 @@ pub fn share(n: usize, parts: usize, index: usize) -> std::ops::Range<usize> {
     cut(index)..cut(index + 1)
 }
 
-/// Into how many blocks a product is cut, down and across: about sixteen for a large one, in the shape that
-/// reads the least twice.
+/// Into how many blocks a product is cut, down and across: two for each thread, in the shape that packs the least
+/// twice; one where there is too little to share. An element is summed over k in one order however the product is
+/// cut, so the cut shows in no result.
 fn blocks(m: usize, n: usize, k: usize) -> (usize, usize) {
-    let tasks: usize = match 2 * m * n * k {
-        0..2_000_000 => 1,
-        2_000_000..50_000_000 => 4,
-        50_000_000..500_000_000 => 8,
-        _ => 16,
-    };
+    const WORTH_A_TASK: usize = 4_000_000;
+    let most = (2 * m * n * k / WORTH_A_TASK).max(1);
+    let tasks = (2 * rayon::current_num_threads()).min(most);
     let mut best = (1, 1);
     let mut least = usize::MAX;
-    for down in [1, 2, 4, 8, 16] {
-        let across = tasks / down;
-        if across == 0 || down > m.max(1) || across > n.max(1) {
-            continue;
-        }
-        let reads = down * n + across * m;
-        if reads < least {
-            (least, best) = (reads, (down, across));
+    for down in 1..=tasks.min(m.div_ceil(16)) {
+        let across = (tasks / down).min(n.div_ceil(16)).max(1);
+        let packed = down * n + across * m;
+        // fewer blocks than tasks would leave threads without work
+        if down * across * 4 >= tasks * 3 && packed < least {
+            (least, best) = (packed, (down, across));
         }
     }
     best
