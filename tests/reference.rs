@@ -8,7 +8,7 @@ use common::{floats, gradient, json, max_abs, models, relative};
 use serde_json::Value;
 use tk::checkpoint::Weights;
 use tk::data::batch::{Encoding, Packed};
-use tk::eager::{Eager, Init, Kernels, Mode, Params, logits};
+use tk::eager::{Eager, Init, Kernels, Mode, Params, logits, tensors};
 use tk::model::ModelConfig;
 use tk::model::ops::At;
 use tk::task::{Target, Task};
@@ -83,7 +83,7 @@ fn loss_and_every_gradient_are_those_of_transformers() {
             let targets: Vec<&Target> = r.examples.iter().map(|e| &e.target).collect();
             let eager =
                 Eager::new(&r.params, &batch, &Device::Cpu, Mode::Training { key: 0 }).with_kernels(kernels);
-            let outputs = r.task.define(&eager, &r.config.family).unwrap();
+            let outputs = tensors(r.task.define(&eager, &r.config.family).unwrap()).unwrap();
             let n = targets.len() as f64;
             let loss = (r.task.loss(&outputs, &targets, 0.0).unwrap() / n).unwrap();
             let value = loss.to_scalar::<f32>().unwrap();
@@ -123,7 +123,7 @@ fn label_smoothing_is_pytorchs() {
     let batch = Packed::new(r.examples.iter().map(|e| &e.encoding));
     let targets: Vec<&Target> = r.examples.iter().map(|e| &e.target).collect();
     let eager = Eager::new(&r.params, &batch, &Device::Cpu, Mode::Evaluation);
-    let outputs = r.task.define(&eager, &r.config.family).unwrap();
+    let outputs = tensors(r.task.define(&eager, &r.config.family).unwrap()).unwrap();
     let loss =
         r.task.loss(&outputs, &targets, 0.1).unwrap().to_scalar::<f32>().unwrap() / targets.len() as f32;
     let expected = r.json["loss_smoothed"].as_f64().unwrap() as f32;

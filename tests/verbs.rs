@@ -170,7 +170,7 @@ fn eager(case: &Case, kernels: Kernels, mode: Mode) -> (Params, Tensor) {
     let (params, _) = Params::load(&case.params(), &weights, init, &Device::Cpu).unwrap();
     let interpreter =
         Eager::new(&params, &Packed::new(&case.batch), &Device::Cpu, mode).with_kernels(kernels);
-    let y = define(&interpreter, case).unwrap();
+    let y = define(&interpreter, case).unwrap().tensor().unwrap();
     (params, y)
 }
 

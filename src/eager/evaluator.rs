@@ -2,7 +2,7 @@
 
 use candle_core::{Device, Tensor};
 
-use super::{Eager, Init, Mode, Params};
+use super::{Eager, Init, Mode, Params, tensors};
 use crate::Result;
 use crate::data::batch::{Encoding, Packed};
 use crate::model::{Family, ModelConfig};
@@ -80,7 +80,7 @@ pub fn logits(
         let (batch, behind) = rest.split_at(fitting.count().max(1));
         let packed = Packed::new(batch.iter().map(|&i| &examples[i]));
         let eager = Eager::new(params, &packed, device, Mode::Evaluation);
-        let outputs = task.define(&eager, family)?;
+        let outputs = tensors(task.define(&eager, family)?)?;
         let values: Vec<Vec<f32>> = outputs[0].to_vec2()?;
         for (&i, row) in batch.iter().zip(values) {
             rows[i] = row;

@@ -3,6 +3,7 @@
 mod evaluator;
 pub mod kernels;
 mod params;
+mod x;
 
 use std::cell::{Cell, RefCell};
 use std::sync::Arc;
@@ -13,11 +14,17 @@ use candle_core::{DType, Device, Tensor};
 pub use evaluator::{Evaluator, logits};
 pub use kernels::{Kernels, Weight};
 pub use params::{Init, Params};
+pub use x::X;
 
 use crate::Result;
 use crate::data::batch::{Packed, Spans};
 use crate::model::ops::{Activation, Attend, Ids, Linear, Norm, Ops, Param, Pick, Sees, Table};
+use kernels::activation::activate;
+use kernels::attention::{attention, self_attention};
 use kernels::dropout::{Mask, mix};
+use kernels::layer_norm::{layer_norm, residual_norm};
+use kernels::linear::linear_activation;
+use x::State;
 
 /// What a forward pass is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,55 +94,85 @@ impl<'a> Eager<'a> {
     }
 }
 
-impl Ops for Eager<'_> {
-    type X = Tensor;
+impl Eager<'_> {
+    fn ready(&self, tensor: Tensor) -> X {
+        X::new(self.kernels, State::Ready(tensor))
+    }
+}
 
-    fn embed(&self, table: Table, ids: Ids) -> Result<Tensor> {
+impl Ops for Eager<'_> {
+    type X = X;
+
+    fn embed(&self, table: Table, ids: Ids) -> Result<X> {
         let ids = match ids {
             Ids::Tokens => &self.ids,
             Ids::TokenTypes => &self.type_ids,
             Ids::Positions => &self.positions,
         };
         let rows = self.weight(&table.weight)?;
-        kernels::embedding::embedding(self.kernels, &rows, ids).with_context(|| table.weight.name)
+        let x = kernels::embedding::embedding(self.kernels, &rows, ids).with_context(|| table.weight.name)?;
+        Ok(self.ready(x))
     }
 
-    fn linear(&self, map: Linear, x: &Tensor) -> Result<Tensor> {
+    fn linear(&self, map: Linear, x: &X) -> Result<X> {
         let (weight, bias) = (self.weight(&map.weight)?, self.weight(&map.bias)?);
-        kernels::linear::linear(self.kernels, x, &weight, &bias).with_context(|| map.weight.name)
+        Ok(X::new(self.kernels, State::Linear { x: x.tensor()?, weight, bias }))
     }
 
-    fn layer_norm(&self, norm: Norm, x: &Tensor) -> Result<Tensor> {
+    fn layer_norm(&self, norm: Norm, x: &X) -> Result<X> {
         let (weight, bias) = (self.weight(&norm.weight)?, self.weight(&norm.bias)?);
-        kernels::layer_norm::layer_norm(self.kernels, x, &weight, &bias, norm.eps)
-            .with_context(|| norm.weight.name)
-    }
-
-    fn attention(&self, q: &Tensor, k: &Tensor, v: &Tensor, how: Attend) -> Result<Tensor> {
-        let mask = self.mask(how.dropout);
-        match how.sees {
-            Sees::All => {
-                Ok(kernels::attention::attention(self.kernels, q, k, v, &self.spans, how.heads, mask)?)
+        let normed = match x.state() {
+            State::Sum { branch, mask, x } => {
+                residual_norm(self.kernels, &branch, mask, &x, &weight, &bias, norm.eps)
             }
-        }
+            _ => layer_norm(self.kernels, &x.tensor()?, &weight, &bias, norm.eps),
+        };
+        Ok(self.ready(normed.with_context(|| norm.weight.name)?))
     }
 
-    fn activate(&self, x: &Tensor, how: Activation) -> Result<Tensor> {
-        Ok(kernels::activation::activate(self.kernels, x, how)?)
+    fn attention(&self, q: &X, k: &X, v: &X, how: Attend) -> Result<X> {
+        let mask = self.mask(how.dropout);
+        let Sees::All = how.sees;
+        let (spans, heads) = (&self.spans, how.heads);
+        let y = match [q.state(), k.state(), v.state()] {
+            [
+                State::Linear { x, weight: q, bias: q_bias },
+                State::Linear { x: x_k, weight: k, bias: k_bias },
+                State::Linear { x: x_v, weight: v, bias: v_bias },
+            ] if x.id() == x_k.id() && x.id() == x_v.id() => {
+                let maps = [&(q, q_bias), &(k, k_bias), &(v, v_bias)];
+                self_attention(self.kernels, &x, maps, spans, heads, mask)?
+            }
+            _ => attention(self.kernels, &q.tensor()?, &k.tensor()?, &v.tensor()?, spans, heads, mask)?,
+        };
+        Ok(self.ready(y))
     }
 
-    fn add(&self, a: &Tensor, b: &Tensor) -> Result<Tensor> {
-        Ok((a + b)?)
+    fn activate(&self, x: &X, how: Activation) -> Result<X> {
+        let y = match x.state() {
+            State::Linear { x, weight, bias } => linear_activation(self.kernels, &x, &weight, &bias, how)?,
+            _ => activate(self.kernels, &x.tensor()?, how)?,
+        };
+        Ok(self.ready(y))
     }
 
-    fn dropout(&self, x: &Tensor, p: f32) -> Result<Tensor> {
+    fn add(&self, a: &X, b: &X) -> Result<X> {
+        let (branch, mask, x) = match (a.state(), b.state()) {
+            (State::Dropped { x: branch, mask }, _) => (branch, Some(mask), b.tensor()?),
+            (_, State::Dropped { x: branch, mask }) => (branch, Some(mask), a.tensor()?),
+            _ => (a.tensor()?, None, b.tensor()?),
+        };
+        Ok(X::new(self.kernels, State::Sum { branch, mask, x }))
+    }
+
+    fn dropout(&self, x: &X, p: f32) -> Result<X> {
         Ok(match self.mask(p) {
-            Some(mask) => kernels::dropout::dropout(self.kernels, x, mask)?,
+            Some(mask) => X::new(self.kernels, State::Dropped { x: x.tensor()?, mask }),
             None => x.clone(),
         })
     }
 
-    fn pick(&self, x: &Tensor, which: Pick) -> Result<Tensor> {
+    fn pick(&self, x: &X, which: Pick) -> Result<X> {
         anyhow::ensure!(
             self.spans.iter().all(|span| !span.is_empty()),
             "a sequence without tokens has no first one"
@@ -143,13 +180,18 @@ impl Ops for Eager<'_> {
         let rows: Vec<u32> = match which {
             Pick::First => self.spans.iter().map(|span| span.start as u32).collect(),
         };
-        Ok(kernels::embedding::pick(self.kernels, x, &rows.into())?)
+        Ok(self.ready(kernels::embedding::pick(self.kernels, &x.tensor()?, &rows.into())?))
     }
 
-    fn tap(&self, name: &str, x: Tensor) -> Result<Tensor> {
+    fn tap(&self, name: &str, x: X) -> Result<X> {
         if let Some(taps) = &self.taps {
-            taps.borrow_mut().push((name.to_owned(), x.detach()));
+            taps.borrow_mut().push((name.to_owned(), x.tensor()?.detach()));
         }
         Ok(x)
     }
+}
+
+/// Results as tensors.
+pub fn tensors(outputs: Vec<X>) -> Result<Vec<Tensor>> {
+    outputs.iter().map(|x| Ok(x.tensor()?)).collect()
 }

@@ -9,7 +9,7 @@ use crate::Result;
 use crate::data::batch::Packed;
 use crate::eager::kernels::dropout::mix;
 use crate::eager::kernels::gradient::Rows;
-use crate::eager::{Eager, Kernels, Mode, Params};
+use crate::eager::{Eager, Kernels, Mode, Params, tensors};
 use crate::model::Family;
 use crate::task::{Target, Task};
 
@@ -106,7 +106,7 @@ impl<'a> Trainer<'a> {
         let targets: Vec<&Target> = examples.iter().map(|example| &example.target).collect();
         let eager =
             Eager::new(self.params, &batch, self.device, Mode::Training { key }).with_kernels(self.kernels);
-        let outputs = self.task.define(&eager, self.family)?;
+        let outputs = tensors(self.task.define(&eager, self.family)?)?;
         let loss = (self.task.loss(&outputs, &targets, self.settings.label_smoothing)? / of as f64)?;
         let value = f64::from(loss.to_scalar::<f32>()?);
         let mut store = loss.backward()?;

@@ -3,7 +3,7 @@
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::simd::{self, exp, normal_cdf, tanh};
+use super::simd::{self, normal, tanh};
 use super::{CHUNK, Kernels, Numbers, gradient, numbers, stored};
 use crate::model::ops::Activation;
 
@@ -17,13 +17,34 @@ const DENSITY: f32 = 0.398_942_3;
 /// Applies `how` to every element.
 pub fn activate(kernels: Kernels, x: &Tensor, how: Activation) -> Result<Tensor> {
     match (kernels, how) {
-        (Kernels::Fused, Activation::Gelu | Activation::GeluTanh) => x.contiguous()?.apply_op1(Fused(how)),
+        (Kernels::Fused, how) if is_fused(how) => x.contiguous()?.apply_op1(Fused(how)),
         (_, Activation::Gelu) => x.gelu_erf(),
         (_, Activation::GeluTanh) => x.gelu(),
         // candle's relu has gradient 1 at 0, PyTorch's has 0
         (_, Activation::Relu) => x * x.gt(0.0)?.to_dtype(x.dtype())?,
         (_, Activation::Silu) => x.silu(),
         (_, Activation::Tanh) => x.tanh(),
+    }
+}
+
+/// Whether there is a fused form; the others are used on few numbers.
+pub(super) fn is_fused(how: Activation) -> bool {
+    matches!(how, Activation::Gelu | Activation::GeluTanh)
+}
+
+/// `y = how(x)` for one that is fused.
+pub(super) fn forward(how: Activation, y: &mut [f32], x: &[f32]) {
+    match how {
+        Activation::GeluTanh => gelu_tanh(y, x),
+        _ => gelu(y, x),
+    }
+}
+
+/// `dx = dy · how'(x)` for one that is fused.
+pub(super) fn backward(how: Activation, dx: &mut [f32], x: &[f32], dy: &[f32]) {
+    match how {
+        Activation::GeluTanh => gelu_tanh_backward(dx, x, dy),
+        _ => gelu_backward(dx, x, dy),
     }
 }
 
@@ -37,8 +58,7 @@ impl CustomOp1 for Fused {
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let x = numbers(x, layout)?;
         let mut y = vec![0.0; x.len()];
-        let forward = if self.0 == Activation::Gelu { gelu } else { gelu_tanh };
-        y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(y, x)| forward(y, x));
+        y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(y, x)| forward(self.0, y, x));
         stored(y, layout.shape())
     }
 
@@ -46,10 +66,9 @@ impl CustomOp1 for Fused {
         let dy = dy.contiguous()?;
         let (xs, dys) = (Numbers::of(x)?, Numbers::of(&dy)?);
         let mut dx = vec![0.0; xs.len()];
-        let backward = if self.0 == Activation::Gelu { gelu_backward } else { gelu_tanh_backward };
         dx.par_chunks_mut(CHUNK)
             .zip(xs.par_chunks(CHUNK).zip(dys.par_chunks(CHUNK)))
-            .for_each(|(dx, (x, dy))| backward(dx, x, dy));
+            .for_each(|(dx, (x, dy))| backward(self.0, dx, x, dy));
         gradient(dx, x)
     }
 }
@@ -57,7 +76,7 @@ impl CustomOp1 for Fused {
 simd::vectorised! {
     fn gelu(y: &mut [f32], x: &[f32]) {
         for (y, &x) in y.iter_mut().zip(x) {
-            *y = x * normal_cdf(x);
+            *y = x * normal(x).0;
         }
     }
 }
@@ -65,7 +84,8 @@ simd::vectorised! {
 simd::vectorised! {
     fn gelu_backward(dx: &mut [f32], x: &[f32], dy: &[f32]) {
         for ((dx, &x), &dy) in dx.iter_mut().zip(x).zip(dy) {
-            *dx = dy * (normal_cdf(x) + x * DENSITY * exp(-0.5 * x * x));
+            let (cdf, e) = normal(x);
+            *dx = dy * (cdf + x * DENSITY * e);
         }
     }
 }

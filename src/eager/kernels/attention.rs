@@ -6,12 +6,13 @@
 
 use std::sync::{Arc, OnceLock};
 
-use candle_core::{CpuStorage, CustomOp3, D, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp1, CustomOp3, D, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::dropout::{Mask, Row};
 use super::gemm::{Matrix, MatrixMut, Shared, Write, product};
-use super::{Kernels, Numbers, gradient, numbers, simd, stored};
+use super::linear::{Map, linear};
+use super::{Kernels, Numbers, Weight, gradient, numbers, simd, stored};
 use crate::data::batch::Spans;
 
 /// Queries of one block.
@@ -34,6 +35,29 @@ pub fn attention(
             q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op)
         }
         Kernels::Composite => composite(q, k, v, spans, heads, mask),
+    }
+}
+
+/// The same over three linear maps (weight, bias) of x, (T, C).
+pub fn self_attention(
+    kernels: Kernels,
+    x: &Tensor,
+    maps: [&(Weight, Weight); 3],
+    spans: &Arc<Spans>,
+    heads: usize,
+    mask: Option<Mask>,
+) -> Result<Tensor> {
+    match kernels {
+        Kernels::Fused => {
+            let [q, k, v] = maps.map(|(weight, bias)| Map::new(weight, bias));
+            let attention = Attention { spans: spans.clone(), heads, mask, log_sums: OnceLock::new() };
+            let op = SelfAttention { attention, maps: [q?, k?, v?], mapped: OnceLock::new() };
+            x.contiguous()?.apply_op1(op)
+        }
+        Kernels::Composite => {
+            let [q, k, v] = maps.map(|(weight, bias)| linear(kernels, x, weight, bias));
+            attention(kernels, &q?, &k?, &v?, spans, heads, mask)
+        }
     }
 }
 
@@ -128,22 +152,9 @@ impl Attention {
     }
 }
 
-impl CustomOp3 for Attention {
-    fn name(&self) -> &'static str {
-        "attention"
-    }
-
-    fn cpu_fwd(
-        &self,
-        q: &CpuStorage,
-        q_layout: &Layout,
-        k: &CpuStorage,
-        k_layout: &Layout,
-        v: &CpuStorage,
-        v_layout: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let (tokens, width) = q_layout.shape().dims2()?;
-        let (q, k, v) = (numbers(q, q_layout)?, numbers(k, k_layout)?, numbers(v, v_layout)?);
+impl Attention {
+    fn forward(&self, q: &[f32], k: &[f32], v: &[f32], width: usize) -> Vec<f32> {
+        let tokens = q.len() / width;
         let scale = 1.0 / ((width / self.heads) as f32).sqrt();
         let mut y = vec![0.0; tokens * width];
         let mut log_sums = vec![0.0; self.heads * tokens];
@@ -168,23 +179,13 @@ impl CustomOp3 for Attention {
         });
         // an operation is applied once, so the cell is empty
         let _ = self.log_sums.set(log_sums);
-        stored(y, (tokens, width))
+        y
     }
 
-    fn bwd(
-        &self,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
-        y: &Tensor,
-        dy: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let (tokens, width) = q.dims2()?;
-        let dy = dy.contiguous()?;
-        let (qs, ks, vs) = (Numbers::of(q)?, Numbers::of(k)?, Numbers::of(v)?);
-        let (ys, dys) = (Numbers::of(y)?, Numbers::of(&dy)?);
-        // plain slices, which threads may share
-        let [qs, ks, vs, ys, dys]: [&[f32]; 5] = [&qs, &ks, &vs, &ys, &dys];
+    /// dq, dk and dv.
+    fn backward(&self, [q, k, v]: [&[f32]; 3], y: &[f32], dy: &[f32], width: usize) -> Result<[Vec<f32>; 3]> {
+        let (qs, ks, vs, ys, dys) = (q, k, v, y, dy);
+        let tokens = qs.len() / width;
         let Some(log_sums) = self.log_sums.get() else {
             candle_core::bail!("attention's backward pass before its forward pass");
         };
@@ -239,7 +240,90 @@ impl CustomOp3 for Attention {
                 }
             }
         });
+        Ok([dq, dk, dv])
+    }
+}
+
+impl CustomOp3 for Attention {
+    fn name(&self) -> &'static str {
+        "attention"
+    }
+
+    fn cpu_fwd(
+        &self,
+        q: &CpuStorage,
+        q_layout: &Layout,
+        k: &CpuStorage,
+        k_layout: &Layout,
+        v: &CpuStorage,
+        v_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (tokens, width) = q_layout.shape().dims2()?;
+        let (q, k, v) = (numbers(q, q_layout)?, numbers(k, k_layout)?, numbers(v, v_layout)?);
+        stored(self.forward(q, k, v, width), (tokens, width))
+    }
+
+    fn bwd(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        y: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let (_, width) = q.dims2()?;
+        let dy = dy.contiguous()?;
+        let (qs, ks, vs) = (Numbers::of(q)?, Numbers::of(k)?, Numbers::of(v)?);
+        let (ys, dys) = (Numbers::of(y)?, Numbers::of(&dy)?);
+        let [dq, dk, dv] = self.backward([&qs, &ks, &vs], &ys, &dys, width)?;
         Ok((gradient(dq, q)?, gradient(dk, k)?, gradient(dv, v)?))
+    }
+}
+
+/// The attention of three linear maps of one activation.
+struct SelfAttention {
+    attention: Attention,
+    maps: [Map; 3],
+    /// q, k and v, from the forward pass.
+    mapped: OnceLock<[Vec<f32>; 3]>,
+}
+
+impl CustomOp1 for SelfAttention {
+    fn name(&self) -> &'static str {
+        "self-attention"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (tokens, input) = layout.shape().dims2()?;
+        let x = numbers(x, layout)?;
+        let width = self.maps[0].output;
+        let mut mapped = [const { Vec::new() }; 3];
+        for (map, y) in self.maps.iter().zip(&mut mapped) {
+            if (map.input, map.output) != (input, width) {
+                candle_core::bail!("self-attention's maps are of different shapes");
+            }
+            *y = vec![0.0; tokens * width];
+            map.forward(x, |_, _| (), Shared::new(y))?;
+        }
+        let y = self.attention.forward(&mapped[0], &mapped[1], &mapped[2], width);
+        // an operation is applied once, so the cell is empty
+        let _ = self.mapped.set(mapped);
+        stored(y, (tokens, width))
+    }
+
+    fn bwd(&self, x: &Tensor, y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        let Some([q, k, v]) = self.mapped.get() else {
+            candle_core::bail!("self-attention's backward pass before its forward pass");
+        };
+        let dy = dy.contiguous()?;
+        let (xs, ys, dys) = (Numbers::of(x)?, Numbers::of(y)?, Numbers::of(&dy)?);
+        let gradients = self.attention.backward([q, k, v], &ys, &dys, self.maps[0].output)?;
+        let mut dx = vec![0.0; xs.len()];
+        for (i, (map, dy)) in self.maps.iter().zip(&gradients).enumerate() {
+            map.backward_weights(&xs, dy);
+            map.backward_input(&mut dx, if i == 0 { Write::Replace } else { Write::Add }, dy)?;
+        }
+        gradient(dx, x)
     }
 }
 

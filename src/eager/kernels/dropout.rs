@@ -4,7 +4,7 @@
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::{Kernels, Numbers, gradient, numbers, simd, stored};
+use super::{CHUNK, Kernels, Numbers, gradient, numbers, simd, stored};
 
 /// Which elements are dropped: a pure function of (key, row, column).
 #[derive(Clone, Copy, Debug)]
@@ -54,6 +54,31 @@ impl Row {
     }
 }
 
+/// What is dropped of numbers that have no rows of their own: number i stands in row i / 1024.
+impl Mask {
+    /// Multiplies the numbers that begin at place `start` by the mask.
+    pub fn apply(&self, start: usize, values: &mut [f32]) {
+        self.in_rows(start, values.len(), |row, column, range| multiply(&mut values[range], row, column));
+    }
+
+    /// Adds the numbers `from`, which begin at place `start`, times the mask to `sums`.
+    pub fn add(&self, start: usize, sums: &mut [f32], from: &[f32]) {
+        self.in_rows(start, sums.len(), |row, column, range| {
+            add_masked(&mut sums[range.clone()], &from[range], row, column);
+        });
+    }
+
+    fn in_rows(&self, start: usize, length: usize, mut work: impl FnMut(Row, u32, std::ops::Range<usize>)) {
+        let mut done = 0;
+        while done < length {
+            let (row, column) = ((start + done) / ROW, (start + done) % ROW);
+            let end = (done + ROW - column).min(length);
+            work(self.row(row as u64), column as u32, done..end);
+            done = end;
+        }
+    }
+}
+
 /// SplitMix64's finalizer (Steele et al. 2014): one 64-bit number → a well-mixed one.
 #[inline(always)]
 pub fn mix(x: u64) -> u64 {
@@ -100,15 +125,21 @@ impl CustomOp1 for Dropout {
 }
 
 fn apply(values: &mut [f32], mask: Mask) {
-    values.par_chunks_mut(ROW).enumerate().with_min_len(16).for_each(|(row, values)| {
-        multiply(values, mask.row(row as u64));
-    });
+    values.par_chunks_mut(CHUNK).enumerate().for_each(|(i, values)| mask.apply(i * CHUNK, values));
 }
 
 simd::vectorised! {
-    fn multiply(values: &mut [f32], row: Row) {
-        for (column, value) in values.iter_mut().enumerate() {
-            *value *= row.factor(column as u32);
+    fn multiply(values: &mut [f32], row: Row, first: u32) {
+        for (column, value) in (first..).zip(values) {
+            *value *= row.factor(column);
+        }
+    }
+}
+
+simd::vectorised! {
+    fn add_masked(sums: &mut [f32], from: &[f32], row: Row, first: u32) {
+        for ((column, sum), from) in (first..).zip(sums).zip(from) {
+            *sum += from * row.factor(column);
         }
     }
 }

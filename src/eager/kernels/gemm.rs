@@ -3,6 +3,7 @@
 //! The work is cut into blocks, each one single-threaded call of the `gemm` crate.
 
 use std::marker::PhantomData;
+use std::ops::Range;
 
 use rayon::prelude::*;
 
@@ -21,6 +22,20 @@ impl<'a> Matrix<'a> {
     pub fn new(data: &'a [f32], rows: usize, columns: usize, row_stride: usize) -> Self {
         assert!(rows == 0 || columns == 0 || (rows - 1) * row_stride + columns <= data.len());
         Self { data, rows, columns, row_stride, column_stride: 1 }
+    }
+
+    /// Some of the rows.
+    pub fn rows(self, range: Range<usize>) -> Self {
+        assert!(range.end <= self.rows);
+        let data = self.data.get(range.start * self.row_stride..).unwrap_or_default();
+        Self { data, rows: range.len(), ..self }
+    }
+
+    /// Some of the columns.
+    pub fn columns(self, range: Range<usize>) -> Self {
+        assert!(range.end <= self.columns);
+        let data = self.data.get(range.start * self.column_stride..).unwrap_or_default();
+        Self { data, columns: range.len(), ..self }
     }
 
     /// The same numbers with rows and columns exchanged.
@@ -70,21 +85,58 @@ pub enum Write {
 /// `dst = scale · lhs · rhs`, or `dst += …`, in this thread.
 pub fn product(dst: MatrixMut, write: Write, scale: f32, lhs: Matrix, rhs: Matrix) {
     assert_eq!((dst.rows, dst.columns, lhs.columns), (lhs.rows, rhs.columns, rhs.rows));
-    // SAFETY: the views' constructors have checked that every element lies inside its slice, and `dst`
-    // is borrowed exclusively.
-    unsafe { block(dst.data.get(), dst.row_stride, write, scale, lhs, rhs, 0..dst.rows, 0..dst.columns) }
+    if dst.rows == 0 || dst.columns == 0 {
+        return;
+    }
+    // SAFETY: the views' constructors have checked that every element that the strides reach lies inside its
+    // slice, and `dst` is borrowed exclusively.
+    unsafe {
+        gemm::gemm(
+            dst.rows,
+            dst.columns,
+            lhs.columns,
+            dst.data.get(),
+            1,
+            dst.row_stride as isize,
+            write == Write::Add,
+            lhs.data.as_ptr(),
+            lhs.column_stride as isize,
+            lhs.row_stride as isize,
+            rhs.data.as_ptr(),
+            rhs.column_stride as isize,
+            rhs.row_stride as isize,
+            1.0, // scales what stands in dst
+            scale,
+            false,
+            false,
+            false,
+            gemm::Parallelism::None,
+        );
+    }
 }
 
 /// `dst = lhs · rhs`, or `dst += …`, on all threads.
 pub fn parallel_product(dst: MatrixMut, write: Write, lhs: Matrix, rhs: Matrix) {
     assert_eq!((dst.rows, dst.columns, lhs.columns), (lhs.rows, rhs.columns, rhs.rows));
-    let (down, across) = blocks(dst.rows, dst.columns, lhs.columns);
-    let start = dst.data;
-    (0..down * across).into_par_iter().for_each(|task| {
-        let rows = share(dst.rows, down, task / across);
-        let columns = share(dst.columns, across, task % across);
-        // SAFETY: as in `product`; the blocks of two tasks have no element in common.
-        unsafe { block(start.get(), dst.row_stride, write, 1.0, lhs, rhs, rows, columns) }
+    let (start, stride) = (dst.data, dst.row_stride);
+    in_blocks(dst.rows, dst.columns, lhs.columns, |rows, columns| {
+        // SAFETY: the block lies inside dst, which is borrowed exclusively, and blocks do not overlap.
+        let block = unsafe {
+            let first = start.get().add(rows.start * stride + columns.start);
+            MatrixMut::raw(first, rows.len(), columns.len(), stride)
+        };
+        product(block, write, 1.0, lhs.rows(rows), rhs.columns(columns));
+    });
+}
+
+/// Cuts an (m, n) product over k into blocks of rows and columns, and works on them on all threads.
+pub fn in_blocks(m: usize, n: usize, k: usize, work: impl Fn(Range<usize>, Range<usize>) + Sync) {
+    let (down, across) = blocks(m, n, k);
+    (0..down * across).into_par_iter().with_max_len(1).for_each(|task| {
+        let (rows, columns) = (share(m, down, task / across), share(n, across, task % across));
+        if !rows.is_empty() && !columns.is_empty() {
+            work(rows, columns);
+        }
     });
 }
 
@@ -119,7 +171,7 @@ impl Shared {
 }
 
 /// The `index`-th of `parts` nearly equal ranges of `0..n`, cut at multiples of 16 where there are enough.
-pub fn share(n: usize, parts: usize, index: usize) -> std::ops::Range<usize> {
+pub fn share(n: usize, parts: usize, index: usize) -> Range<usize> {
     let cut = |i: usize| {
         let exact = n * i / parts;
         if i == parts || n < 16 * parts { exact } else { exact.next_multiple_of(16).min(n) }
@@ -145,48 +197,6 @@ fn blocks(m: usize, n: usize, k: usize) -> (usize, usize) {
         }
     }
     best
-}
-
-/// # Safety
-/// `dst` points to a matrix that holds `rows` × `columns` at `row_stride`, which nobody else touches there.
-#[allow(clippy::too_many_arguments)] // a product has this many parts; both callers are above
-unsafe fn block(
-    dst: *mut f32,
-    row_stride: usize,
-    write: Write,
-    scale: f32,
-    lhs: Matrix,
-    rhs: Matrix,
-    rows: std::ops::Range<usize>,
-    columns: std::ops::Range<usize>,
-) {
-    if rows.is_empty() || columns.is_empty() {
-        return;
-    }
-    // SAFETY: the first element of each block lies inside its matrix, and so do all that the strides reach.
-    unsafe {
-        gemm::gemm(
-            rows.len(),
-            columns.len(),
-            lhs.columns,
-            dst.add(rows.start * row_stride + columns.start),
-            1,
-            row_stride as isize,
-            write == Write::Add,
-            lhs.data.as_ptr().add(rows.start * lhs.row_stride),
-            lhs.column_stride as isize,
-            lhs.row_stride as isize,
-            rhs.data.as_ptr().add(columns.start * rhs.column_stride),
-            rhs.column_stride as isize,
-            rhs.row_stride as isize,
-            1.0, // scales what stands in dst
-            scale,
-            false,
-            false,
-            false,
-            gemm::Parallelism::None,
-        );
-    }
 }
 
 #[cfg(test)]
