@@ -179,21 +179,22 @@ pub fn share(n: usize, parts: usize, index: usize) -> Range<usize> {
     cut(index)..cut(index + 1)
 }
 
-/// Into how many blocks a product is cut, down and across: two for each thread, in the shape that packs the least
-/// twice; one where there is too little to share. An element is summed over k in one order however the product is
-/// cut, so the cut shows in no result.
+/// Into how many blocks a product is cut, down and across: one for each thread, in the shape that packs the least
+/// twice; one where there is too little to share. The `gemm` crate sums an element over k in an order that depends
+/// on k, and on whether rows and columns are both at most 64; blocks stay above that, so no cut shows in a result.
 fn blocks(m: usize, n: usize, k: usize) -> (usize, usize) {
     const WORTH_A_TASK: usize = 4_000_000;
+    const LEAST: usize = 96; // `share` may take 16 away
     let most = (2 * m * n * k / WORTH_A_TASK).max(1);
-    let tasks = (2 * rayon::current_num_threads()).min(most);
+    let tasks = rayon::current_num_threads().min(most);
     let mut best = (1, 1);
     let mut least = usize::MAX;
-    for down in 1..=tasks.min(m.div_ceil(16)) {
-        let across = (tasks / down).min(n.div_ceil(16)).max(1);
-        let packed = down * n + across * m;
-        // fewer blocks than tasks would leave threads without work
-        if down * across * 4 >= tasks * 3 && packed < least {
-            (least, best) = (packed, (down, across));
+    for down in 1..=tasks.min(m / LEAST).max(1) {
+        let across = (tasks / down).min(n / LEAST).max(1);
+        // what is packed, as often as blocks fall short of the tasks: threads without work
+        let cost = (down * n + across * m) * tasks.div_ceil(down * across);
+        if cost < least {
+            (least, best) = (cost, (down, across));
         }
     }
     best
@@ -209,6 +210,33 @@ mod tests {
             for parts in [1, 3, 8] {
                 let all: Vec<usize> = (0..parts).flat_map(|i| share(n, parts, i)).collect();
                 assert_eq!(all, (0..n).collect::<Vec<_>>());
+            }
+        }
+    }
+
+    #[test]
+    fn the_number_of_threads_shows_in_no_bit() {
+        for (m, n, k) in
+            [(522, 384, 384), (100, 1536, 384), (522, 384, 1536), (384, 1536, 522), (33, 800, 1000)]
+        {
+            let value = |i: usize| ((i * 7919) % 1009) as f32 / 500.0 - 1.0;
+            let (a, b): (Vec<f32>, Vec<f32>) =
+                ((0..m * k).map(value).collect(), (0..n * k).map(value).collect());
+            let with = |threads, transposed: bool| {
+                let mut c = vec![0.0; m * n];
+                let lhs =
+                    if transposed { Matrix::new(&a, k, m, m).transposed() } else { Matrix::new(&a, m, k, k) };
+                let rhs =
+                    if transposed { Matrix::new(&b, k, n, n) } else { Matrix::new(&b, n, k, k).transposed() };
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                pool.install(|| parallel_product(MatrixMut::new(&mut c, m, n, n), Write::Replace, lhs, rhs));
+                c
+            };
+            for transposed in [false, true] {
+                let one = with(1, transposed);
+                for threads in [2, 3, 5, 8, 16] {
+                    assert!(one == with(threads, transposed), "{m}×{n}×{k} on {threads} threads");
+                }
             }
         }
     }
