@@ -11,8 +11,8 @@ use tk::data::batch::{Encoding, Packed};
 use tk::eager::{Eager, Init, Kernels, Mode, Params, logits, tensors};
 use tk::model::ModelConfig;
 use tk::model::ops::At;
-use tk::task::{Target, Task};
-use tk::train::{Example, Settings, Trainer};
+use tk::task::{Example, Target, Task};
+use tk::train::{Settings, Trainer};
 
 const MODELS: [&str; 3] = ["tiny-bert-single", "tiny-bert-multi", "tiny-bert-regression"];
 

@@ -15,9 +15,9 @@ use crate::eager::{Init, Params};
 use crate::model::ModelConfig;
 use crate::say::{Say, peak_rss_bytes};
 use crate::task::examples::{self, Fields};
-use crate::task::{Metrics, Problem, Task};
+use crate::task::{Example, Metrics, Problem, Task};
 use crate::train::checkpoint::Folder;
-use crate::train::{Example, Outcome, Run, Settings};
+use crate::train::{Outcome, Run, Settings};
 use crate::{Result, bail_unusable, device, files, saved, unusable};
 
 /// Fine-tune a model, or pre-train one from scratch.

@@ -5,13 +5,12 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{Problem, Task, TextClassification};
+use super::{Example, Problem, Task, TextClassification};
 use crate::Result;
 use crate::data::batch::Encoding;
 use crate::data::records::{self, BadRow, Columns, Row};
 use crate::data::tokens::Tokenizer;
 use crate::model::ModelConfig;
-use crate::train::Example;
 
 /// The columns that the texts stand in.
 #[derive(Clone, Debug, Default, PartialEq, Eq, clap::Args, Serialize, Deserialize)]

@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use candle_core::Tensor;
 use serde_json::{Map, Value};
 
+use crate::data::batch::Encoding;
 use crate::model::ops::{Ops, Param};
 use crate::model::{Family, ModelConfig, manifest};
 use crate::{Result, bail_unusable};
@@ -19,6 +20,13 @@ pub use text_classification::{Problem, Target, TextClassification};
 #[derive(Clone, Debug, PartialEq)]
 pub enum Task {
     TextClassification(TextClassification),
+}
+
+/// An example that is learnt from, or measured on.
+#[derive(Clone, Debug)]
+pub struct Example {
+    pub encoding: Encoding,
+    pub target: Target,
 }
 
 /// The name and the symbolic shape of a graph's output.

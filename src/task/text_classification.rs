@@ -225,13 +225,13 @@ impl TextClassification {
         let mut record = Map::new();
         let scores = self.scores(logits);
         let by_label = || -> Map<String, Value> {
-            self.labels.iter().zip(&scores).map(|(label, &score)| (label.clone(), json!(score))).collect()
+            self.labels.iter().zip(&scores).map(|(label, &score)| (label.clone(), short(score))).collect()
         };
         match self.problem {
             Problem::SingleLabelClassification => {
                 let best = argmax(&scores);
                 record.insert("label".to_owned(), json!(self.labels[best]));
-                record.insert("score".to_owned(), json!(scores[best]));
+                record.insert("score".to_owned(), short(scores[best]));
                 record.insert("scores".to_owned(), Value::Object(by_label()));
             }
             Problem::MultiLabelClassification => {
@@ -246,11 +246,11 @@ impl TextClassification {
                 record.insert("scores".to_owned(), Value::Object(by_label()));
             }
             Problem::Regression => {
-                record.insert("score".to_owned(), json!(scores[0]));
+                record.insert("score".to_owned(), short(scores[0]));
             }
         }
         if with_logits {
-            record.insert("logits".to_owned(), json!(logits));
+            record.insert("logits".to_owned(), logits.iter().copied().map(short).collect());
         }
         record
     }
@@ -330,6 +330,11 @@ impl TextClassification {
             _ => vec![argmax(logits) as u32],
         }
     }
+}
+
+/// A number with the digits that tell it from every other f32, and no more.
+fn short(x: f32) -> Value {
+    json!(x.to_string().parse().unwrap_or(f64::from(x)))
 }
 
 fn argmax(values: &[f32]) -> usize {

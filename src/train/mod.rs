@@ -8,6 +8,6 @@ pub mod schedule;
 pub mod settings;
 pub mod trainer;
 
-pub use run::{Example, Outcome, Run, evaluate};
+pub use run::{Outcome, Run, evaluate};
 pub use settings::Settings;
 pub use trainer::Trainer;

@@ -19,14 +19,7 @@ use crate::eager::kernels::dropout::mix;
 use crate::eager::{Params, logits};
 use crate::model::Family;
 use crate::say::Say;
-use crate::task::{Metrics, Target, Task};
-
-/// An example that is learnt from, or measured on.
-#[derive(Clone, Debug)]
-pub struct Example {
-    pub encoding: Encoding,
-    pub target: Target,
-}
+use crate::task::{Example, Metrics, Target, Task};
 
 /// All that a run needs.
 pub struct Run<'a> {

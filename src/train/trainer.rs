@@ -2,16 +2,16 @@
 
 use candle_core::{DType, Device};
 
+use super::Settings;
 use super::optimizer::{AdamW, Constants, Gradients, clip_factor};
 use super::schedule::warmup_steps;
-use super::{Example, Settings};
 use crate::Result;
 use crate::data::batch::Packed;
 use crate::eager::kernels::dropout::mix;
 use crate::eager::kernels::gradient::Rows;
 use crate::eager::{Eager, Kernels, Mode, Params, tensors};
 use crate::model::Family;
-use crate::task::{Target, Task};
+use crate::task::{Example, Target, Task};
 
 /// A model in training: its definition, its parameters and the optimizer's state.
 pub struct Trainer<'a> {
