@@ -22,6 +22,8 @@ use tk::train::optimizer::{AdamW, Constants, Gradients};
 
 /// Both forms round differently; candle's own GELU gradients use six-digit constants.
 const TOLERANCE: f64 = 5e-6;
+/// The gradient of what a query or a key is made of is a difference of nearly equal sums.
+const QUERY_TOLERANCE: f64 = 2e-5;
 
 /// Numbers between −2 and 2 that a seed and a place decide.
 fn random(seed: u64, shape: &[usize]) -> Var {
@@ -38,6 +40,15 @@ fn random(seed: u64, shape: &[usize]) -> Var {
 /// Runs both forms and compares the result and every gradient under a random cotangent: of the activations, which
 /// are on candle's tape in both forms, and of the parameters.
 fn compare(
+    activations: &[Var],
+    parameters: &[Var],
+    run: impl Fn(Kernels, &[Tensor], &[Weight]) -> Result<Tensor>,
+) {
+    compare_within(TOLERANCE, activations, parameters, run);
+}
+
+fn compare_within(
+    tolerance: f64,
     activations: &[Var],
     parameters: &[Var],
     run: impl Fn(Kernels, &[Tensor], &[Weight]) -> Result<Tensor>,
@@ -68,7 +79,7 @@ fn compare(
     };
     for (i, (fused, composite)) in form(Kernels::Fused).iter().zip(&form(Kernels::Composite)).enumerate() {
         let error = relative(fused, composite);
-        assert!(error <= TOLERANCE, "{} {i} is {error:e} off", if i == 0 { "result" } else { "gradient" });
+        assert!(error <= tolerance, "{} {i} is {error:e} off", if i == 0 { "result" } else { "gradient" });
     }
 }
 
@@ -141,7 +152,8 @@ proptest! {
         let mask = p.map(|p| Mask::new(seed, p));
         // the keys' bias has a gradient of rounding alone, so it has no gradient here
         let key_bias = bias(5);
-        compare(&[x], &[map(1), bias(2), map(3), map(4), bias(6)], |kernels, t, p| {
+        let parameters = [map(1), bias(2), map(3), map(4), bias(6)];
+        compare_within(QUERY_TOLERANCE, &[x], &parameters, |kernels, t, p| {
             let key_bias = Weight { values: key_bias.as_detached_tensor(), gradient: None };
             let pairs = [(0, 1), (3, 4)].map(|(w, b)| (p[w].clone(), p[b].clone()));
             let keys = (p[2].clone(), key_bias);
