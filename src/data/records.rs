@@ -181,16 +181,11 @@ fn open(path: &Path) -> Result<Opened> {
 /// How many bad records an error lists.
 const LISTED: usize = 10;
 
-/// Reads a whole file for training: all rows or, as one error, what is wrong with it.
+/// Reads a whole file, each row made into an example at once: all of them or, as one error, what is wrong.
 ///
 /// # Errors
-/// Unusable: as [`read`]; a file without records; bad records, the first ten with file and line.
-pub fn read_all(path: &Path, format: Option<Format>) -> Result<Vec<Row>> {
-    read_examples(path, format, Ok)
-}
-
-/// [`read_all`], with each row made into an example at once. What `example` refuses is listed with
-/// the records that can't be read.
+/// Unusable: as [`read`]; a file without records; records that can't be read or that `example` refuses, the first
+/// ten with file and line.
 pub fn read_examples<T>(
     path: &Path,
     format: Option<Format>,

@@ -1,11 +1,13 @@
 //! A trained model in candle: encoded examples → logits, without dropout or gradients.
 
+use std::borrow::Borrow;
+
 use candle_core::{Device, Tensor};
 
 use super::{Eager, Init, Mode, Params, tensors};
 use crate::Result;
 use crate::data::batch::{Encoding, Packed};
-use crate::model::{Family, ModelConfig};
+use crate::model::Family;
 use crate::saved::Saved;
 use crate::task::Task;
 
@@ -36,12 +38,8 @@ impl Evaluator {
                 saved.task.name()
             );
         }
-        Ok(Self::of(&saved.config, &saved.task, params, device))
-    }
-
-    /// Wraps weights that are already loaded.
-    pub fn of(config: &ModelConfig, task: &Task, params: Params, device: &Device) -> Self {
-        Self { family: config.family.clone(), task: task.clone(), params, device: device.clone() }
+        let (family, task) = (saved.config.family.clone(), saved.task.clone());
+        Ok(Self { family, task, params, device: device.clone() })
     }
 
     /// Each example's logits, one flat row an example, in order.
@@ -59,26 +57,26 @@ impl Evaluator {
 }
 
 /// Each example's logits with the given parameters, one flat row an example, in order.
-pub fn logits(
+pub fn logits<E: Borrow<Encoding>>(
     params: &Params,
     family: &Family,
     task: &Task,
-    examples: &[Encoding],
+    examples: &[E],
     device: &Device,
 ) -> Result<Vec<Vec<f32>>> {
     // of one length together, so that tasks within a batch are even
     let mut order: Vec<usize> = (0..examples.len()).collect();
-    order.sort_by_key(|&i| examples[i].len());
+    order.sort_by_key(|&i| examples[i].borrow().len());
     let mut rows = vec![Vec::new(); examples.len()];
     let mut rest = &order[..];
     while !rest.is_empty() {
         let mut tokens = 0;
         let fitting = rest.iter().take_while(|&&i| {
-            tokens += examples[i].len();
+            tokens += examples[i].borrow().len();
             tokens <= BATCH_TOKENS
         });
         let (batch, behind) = rest.split_at(fitting.count().max(1));
-        let packed = Packed::new(batch.iter().map(|&i| &examples[i]));
+        let packed = Packed::new(batch.iter().map(|&i| examples[i].borrow()));
         let eager = Eager::new(params, &packed, device, Mode::Evaluation);
         let outputs = tensors(task.define(&eager, family)?)?;
         let values: Vec<Vec<f32>> = outputs[0].to_vec2()?;

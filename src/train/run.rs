@@ -208,7 +208,7 @@ pub fn evaluate(
     examples: &[Example],
     device: &Device,
 ) -> Result<Metrics> {
-    let encodings: Vec<Encoding> = examples.iter().map(|example| example.encoding.clone()).collect();
+    let encodings: Vec<&Encoding> = examples.iter().map(|example| &example.encoding).collect();
     let targets: Vec<Target> = examples.iter().map(|example| example.target.clone()).collect();
     task.measure(&logits(params, family, task, &encodings, device)?, &targets)
 }

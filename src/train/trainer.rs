@@ -68,8 +68,8 @@ impl<'a> Trainer<'a> {
     /// Takes one step with the mean gradient over all the examples, `batch_size` of them at a time.
     ///
     /// # Errors
-    /// The loss or a gradient is not finite, or (at the first step) a parameter gets no gradient: nothing has
-    /// been changed then.
+    /// The loss or a gradient is not finite, or a parameter gets no gradient (which shows at the first step):
+    /// nothing has been changed then.
     pub fn step(&mut self, examples: &[&Example]) -> Result<Step> {
         let number = self.optimizer.steps();
         let (mut loss, mut tokens) = (0.0, 0);

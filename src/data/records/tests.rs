@@ -27,7 +27,7 @@ fn items(name: &str, bytes: impl AsRef<[u8]>) -> Vec<(usize, Result<Value, Strin
 /// The error of opening or reading whole.
 fn refused(name: &str, bytes: impl AsRef<[u8]>) -> String {
     let (_dir, path) = file(name, bytes);
-    let error = read_all(&path, None).unwrap_err();
+    let error = read_examples(&path, None, Ok).unwrap_err();
     assert_eq!(crate::error::exit_code(&error), 2, "{error:#}");
     format!("{error:#}").replace(&format!("{}/", path.parent().unwrap().display()), "")
 }
@@ -156,7 +156,7 @@ fn parquet_columns_become_json_and_null_is_absent() {
     }
     writer.close().unwrap();
 
-    let rows = read_all(&path, None).unwrap();
+    let rows = read_examples(&path, None, Ok).unwrap();
     drop(dir);
     assert_eq!(rows.iter().map(|row| row.line).collect::<Vec<_>>(), [1, 2, 3, 4]);
     let second = json!({"label": -7, "score": "NaN", "ok": false, "tags": []});
