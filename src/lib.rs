@@ -11,6 +11,7 @@ pub mod files;
 pub mod model;
 pub mod onnx;
 pub mod parity;
+pub mod process;
 pub mod runtime;
 pub mod saved;
 pub mod say;

@@ -1,0 +1,156 @@
+//! One optimizer step on full-length batches of random tokens, beside the matrix products that it cannot do
+//! without.
+//!
+//!     cargo bench --bench step -- [--model minilm|base] [--repeat N] [--json] [BATCHxLENGTH …]
+
+use std::time::Instant;
+
+use candle_core::Device;
+use serde_json::json;
+use tk::Result;
+use tk::data::batch::Encoding;
+use tk::eager::kernels::gemm::{Matrix, MatrixMut, Write, parallel_product};
+use tk::eager::{Init, Params};
+use tk::model::ModelConfig;
+use tk::model::ops::{Param, Part, Role};
+use tk::task::{Example, Problem, Target, Task, TextClassification};
+use tk::train::Settings;
+use tk::train::trainer::Trainer;
+
+fn main() -> Result<()> {
+    tk::process::prepare();
+    let mut model = "minilm".to_owned();
+    let (mut repeat, mut as_json, mut shapes) = (5, false, Vec::new());
+    let mut arguments = std::env::args().skip(1);
+    while let Some(argument) = arguments.next() {
+        match argument.as_str() {
+            "--bench" => {} // cargo's own
+            "--json" => as_json = true,
+            "--model" => model = arguments.next().unwrap_or_default(),
+            "--repeat" => repeat = arguments.next().unwrap_or_default().parse()?,
+            shape => match shape.split_once('x') {
+                Some((batch, length)) => shapes.push((batch.parse()?, length.parse()?)),
+                None => anyhow::bail!("{shape}: expected BATCHxLENGTH"),
+            },
+        }
+    }
+    if shapes.is_empty() {
+        shapes.push(if model == "base" { (8, 128) } else { (32, 128) });
+    }
+    // the thread that waits for the pool would take a core of it
+    rayon::scope(|_| shapes.iter().try_for_each(|&shape| report(&model, shape, repeat, as_json)))
+}
+
+fn report(model: &str, (batch, length): (usize, usize), repeat: usize, as_json: bool) -> Result<()> {
+    let (step, products) = measure(model, batch, length, repeat)?;
+    let tokens = (batch * length) as f64;
+    if as_json {
+        let line = json!({
+            "model": model, "batch": batch, "length": length, "seconds": step,
+            "tokens_per_second": tokens / step, "products_seconds": products,
+        });
+        println!("{line}");
+    } else {
+        println!(
+            "{model} {batch:>2} × {length:<3}  step {:8.1} ms  {:6.0} tokens/s  bare products {:8.1} ms  ratio {:.2}",
+            1e3 * step,
+            tokens / step,
+            1e3 * products,
+            step / products
+        );
+    }
+    Ok(())
+}
+
+/// The median seconds of a step, and of its bare products.
+fn measure(model: &str, batch: usize, length: usize, repeat: usize) -> Result<(f64, f64)> {
+    let config = ModelConfig::parse(&config(model)?)?;
+    let labels = ["a", "b", "c"].map(str::to_owned).to_vec();
+    let task = Task::TextClassification(TextClassification {
+        problem: Problem::SingleLabelClassification,
+        labels,
+    });
+    let manifest = task.params(&config.family)?;
+    let params = Params::from_scratch(&manifest, Init { seed: 1, std: 0.02 }, &Device::Cpu)?;
+    let settings = Settings { batch_size: batch, ..Settings::default() };
+    let examples: Vec<Example> = (0..batch)
+        .map(|i| {
+            let ids = (0..length).map(|t| ((i * length + t) * 7919 % 30_000) as u32).collect();
+            let encoding = Encoding { ids, type_ids: vec![0; length], truncated: false };
+            Example { encoding, target: Target::Class(i as u32 % 3) }
+        })
+        .collect();
+    let examples: Vec<&Example> = examples.iter().collect();
+    let mut trainer =
+        Trainer::new(&settings, &config.family, &task, &params, &Device::Cpu, repeat + 1)?;
+    trainer.step(&examples)?; // the first one allocates
+    let mut products = Products::new(&manifest, batch * length);
+    products.run();
+    let (mut steps, mut bare) = (Vec::new(), Vec::new());
+    for _ in 0..repeat {
+        let started = Instant::now();
+        trainer.step(&examples)?;
+        steps.push(started.elapsed().as_secs_f64());
+        let started = Instant::now();
+        products.run();
+        bare.push(started.elapsed().as_secs_f64());
+    }
+    Ok((median(steps), median(bare)))
+}
+
+/// The products of a step: forward, the input's gradient and the weight's gradient of every linear map that is
+/// applied to all tokens.
+struct Products {
+    shapes: Vec<(usize, usize)>,
+    tokens: usize,
+    /// As wide as the widest activation: x, y, and what is written.
+    activations: [Vec<f32>; 3],
+    /// As large as the largest matrix: W, and what is written.
+    weights: [Vec<f32>; 2],
+}
+
+impl Products {
+    fn new(manifest: &[Param], tokens: usize) -> Self {
+        let maps = manifest.iter().filter(|param| param.role == Role::Matrix && param.part == Part::Body);
+        let shapes: Vec<(usize, usize)> = maps.map(|param| (param.shape[0], param.shape[1])).collect();
+        let width = shapes.iter().map(|&(output, input)| output.max(input)).max().unwrap_or(1);
+        let weights = shapes.iter().map(|&(output, input)| output * input).max().unwrap_or(1);
+        let filled = |n| vec![0.5; n];
+        Self {
+            shapes,
+            tokens,
+            activations: [(); 3].map(|()| filled(width * tokens)),
+            weights: [(); 2].map(|()| filled(weights)),
+        }
+    }
+
+    fn run(&mut self) {
+        let ([x, y, out], [w, dw], t) = (&mut self.activations, &mut self.weights, self.tokens);
+        for &(output, input) in &self.shapes {
+            let (x, y) = (Matrix::new(x, t, input, input), Matrix::new(y, t, output, output));
+            let w = Matrix::new(w, output, input, input);
+            parallel_product(MatrixMut::new(out, t, output, output), Write::Replace, x, w.transposed());
+            parallel_product(MatrixMut::new(out, t, input, input), Write::Replace, y, w);
+            parallel_product(MatrixMut::new(dw, output, input, input), Write::Replace, y.transposed(), x);
+        }
+    }
+}
+
+fn median(mut seconds: Vec<f64>) -> f64 {
+    seconds.sort_by(f64::total_cmp);
+    seconds[seconds.len() / 2]
+}
+
+/// The text of a `config.json` of the named size.
+fn config(model: &str) -> Result<String> {
+    let (width, layers, heads) = match model {
+        "minilm" => (384, 6, 12),
+        "base" => (768, 12, 12),
+        _ => anyhow::bail!("--model {model}: expected minilm or base"),
+    };
+    let config = json!({
+        "model_type": "bert", "vocab_size": 30522, "hidden_size": width, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "intermediate_size": 4 * width, "max_position_embeddings": 512,
+    });
+    Ok(config.to_string())
+}
