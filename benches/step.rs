@@ -66,13 +66,11 @@ fn report(model: &str, (batch, length): (usize, usize), repeat: usize, as_json: 
 fn measure(model: &str, batch: usize, length: usize, repeat: usize) -> Result<(f64, f64)> {
     let config = ModelConfig::parse(&config(model)?)?;
     let labels = ["a", "b", "c"].map(str::to_owned).to_vec();
-    let task = Task::TextClassification(TextClassification {
-        problem: Problem::SingleLabelClassification,
-        labels,
-    });
+    let task =
+        Task::TextClassification(TextClassification { problem: Problem::SingleLabelClassification, labels });
     let manifest = task.params(&config.family)?;
     let params = Params::from_scratch(&manifest, Init { seed: 1, std: 0.02 }, &Device::Cpu)?;
-    let settings = Settings { batch_size: batch, ..Settings::default() };
+    let settings = Settings::default();
     let examples: Vec<Example> = (0..batch)
         .map(|i| {
             let ids = (0..length).map(|t| ((i * length + t) * 7919 % 30_000) as u32).collect();
@@ -80,16 +78,15 @@ fn measure(model: &str, batch: usize, length: usize, repeat: usize) -> Result<(f
             Example { encoding, target: Target::Class(i as u32 % 3) }
         })
         .collect();
-    let examples: Vec<&Example> = examples.iter().collect();
-    let mut trainer =
-        Trainer::new(&settings, &config.family, &task, &params, &Device::Cpu, repeat + 1)?;
-    trainer.step(&examples)?; // the first one allocates
+    let micro_batches: [Vec<&Example>; 1] = [examples.iter().collect()];
+    let mut trainer = Trainer::new(&settings, &config.family, &task, &params, &Device::Cpu, repeat + 1)?;
+    trainer.step(&micro_batches)?; // the first one allocates
     let mut products = Products::new(&manifest, batch * length);
     products.run();
     let (mut steps, mut bare) = (Vec::new(), Vec::new());
     for _ in 0..repeat {
         let started = Instant::now();
-        trainer.step(&examples)?;
+        trainer.step(&micro_batches)?;
         steps.push(started.elapsed().as_secs_f64());
         let started = Instant::now();
         products.run();

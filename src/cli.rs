@@ -78,7 +78,7 @@ fn expand_config(mut args: Vec<OsString>) -> Result<Vec<OsString>> {
     let Some((at, command)) = found else {
         return Ok(args);
     };
-    let options = config_options(Path::new(&path), command)?;
+    let options = config_options(Path::new(&path), command, &args[at + 1..])?;
     args.splice(at + 1..at + 1, options.into_iter().map(OsString::from));
     Ok(args)
 }
@@ -94,7 +94,7 @@ fn expand_resumed(mut args: Vec<OsString>) -> Result<Vec<OsString>> {
     if let (true, true, Some(command)) =
         (args.iter().any(|arg| arg == "--resume"), settings.is_file(), cli.find_subcommand("train"))
     {
-        let options = config_options(&settings, command)?;
+        let options = config_options(&settings, command, &args[at + 1..])?;
         args.splice(at + 1..at + 1, options.into_iter().map(OsString::from));
     }
     Ok(args)
@@ -113,7 +113,9 @@ fn value_of(args: &[OsString], option: &str) -> Option<OsString> {
     None
 }
 
-fn config_options(path: &Path, command: &clap::Command) -> Result<Vec<String>> {
+/// A file's options, less those that `later` arguments exclude: `--batch-tokens` there wins over the file's
+/// `batch-size`.
+fn config_options(path: &Path, command: &clap::Command, later: &[OsString]) -> Result<Vec<String>> {
     let text = std::fs::read_to_string(path).map_err(|e| unusable!("{}: {e}", path.display()))?;
     let table: toml::Table = toml::from_str(&text).map_err(|e| unusable!("{}: {e}", path.display()))?;
     let known: Vec<&str> = command.get_arguments().filter_map(|arg| arg.get_long()).collect();
@@ -127,6 +129,9 @@ fn config_options(path: &Path, command: &clap::Command) -> Result<Vec<String>> {
                 command.get_name(),
                 known.join(", ")
             );
+        }
+        if excluded(&key, command, later) {
+            continue;
         }
         let text = |value: &toml::Value| match value {
             toml::Value::String(text) => Ok(text.clone()),
@@ -146,6 +151,26 @@ fn config_options(path: &Path, command: &clap::Command) -> Result<Vec<String>> {
         }
     }
     Ok(options)
+}
+
+/// Whether arguments hold an option that can't stand beside option `key`.
+fn excluded(key: &str, command: &clap::Command, args: &[OsString]) -> bool {
+    let given = |arg: &clap::Arg| {
+        let names = arg.get_long().into_iter().chain(arg.get_all_aliases().unwrap_or_default());
+        names.into_iter().any(|name| args.iter().any(|arg| is_option(arg, name)))
+    };
+    let rivals = |arg: &clap::Arg, other: &clap::Arg| {
+        command.get_arg_conflicts_with(arg).iter().any(|rival| rival.get_id() == other.get_id())
+    };
+    let all = || command.get_arguments();
+    let own = all().find(|arg| arg.get_long() == Some(key));
+    own.is_some_and(|own| all().any(|arg| (rivals(own, arg) || rivals(arg, own)) && given(arg)))
+}
+
+/// Whether an argument is the long option of this name, with a value behind `=` or without.
+fn is_option(arg: &OsString, name: &str) -> bool {
+    let text = arg.to_str().and_then(|text| text.strip_prefix("--"));
+    text.is_some_and(|text| text.split('=').next() == Some(name))
 }
 
 /// Runs the parsed command.

@@ -13,11 +13,13 @@ use serde_json::Value;
 /// A directory with a model and data, and room for outputs.
 struct Bench {
     dir: tempfile::TempDir,
+    /// What a forward pass holds.
+    budget: [&'static str; 2],
 }
 
 impl Bench {
     fn new(model: &str) -> Self {
-        let bench = Self { dir: tempfile::tempdir().unwrap() };
+        let bench = Self { dir: tempfile::tempdir().unwrap(), budget: ["--batch-size", "4"] };
         copy_dir(&models(model), &bench.path("model"));
         records_file(model, 4, &bench.path("train.jsonl"));
         records_file(model, 1, &bench.path("eval.jsonl"));
@@ -37,7 +39,7 @@ impl Bench {
             ["--train", &path("train.jsonl")],
             ["--eval", &path("eval.jsonl")],
             ["--output", &path(output)],
-            ["--batch-size", "4"],
+            self.budget,
             ["--max-length", "48"],
             ["--learning-rate", "1e-3"],
         ];
@@ -103,6 +105,23 @@ fn a_run_repeats_bit_for_bit_and_another_seed_does_not() {
 #[test]
 fn a_run_that_was_killed_or_interrupted_resumes_to_the_same_bits() {
     let bench = Bench::new("tiny-bert-single");
+    resumes_to_the_same_bits(&bench);
+}
+
+#[test]
+fn so_does_one_whose_batches_are_cut_by_tokens() {
+    let bench = Bench { budget: ["--batch-tokens", "96"], ..Bench::new("tiny-bert-single") };
+    resumes_to_the_same_bits(&bench);
+    let log = bench.log("whole");
+    let tokens: Vec<u64> = log.iter().filter_map(|line| line["tokens"].as_u64()).collect();
+    assert!(tokens.iter().all(|&tokens| tokens <= 96), "{tokens:?}");
+    let mean = tokens.iter().sum::<u64>() / tokens.len() as u64;
+    assert!(mean > 60, "batches of {mean} tokens, of 96");
+    assert_eq!(log[log.len() - 1]["epoch"], 6.0);
+}
+
+/// Runs to the end, and again with a kill and an interruption on the way.
+fn resumes_to_the_same_bits(bench: &Bench) {
     let more = ["--epochs", "6", "--save-every", "7", "--eval-every", "5"];
     bench.train("whole", &more).success();
     for (output, signal) in [("killed", libc::SIGKILL), ("stopped", libc::SIGINT)] {
@@ -113,6 +132,45 @@ fn a_run_that_was_killed_or_interrupted_resumes_to_the_same_bits() {
         assert_eq!(bench.weights(output), bench.weights("whole"), "{output}");
         assert_eq!(bench.log(output), bench.log("whole"), "{output}");
     }
+}
+
+#[test]
+fn a_budget_of_examples_and_one_of_tokens_exclude_each_other() {
+    let both = ["--batch-size", "--batch-tokens"];
+    refused(|_| (), &["--batch-tokens", "64"], &both);
+    refused(|_| (), &["--batch-tokens", "0"], &both);
+    let bench = Bench { budget: ["--batch-tokens", "0"], ..Bench::new("tiny-bert-single") };
+    let said = stderr(&bench.train("out", &[]).code(2));
+    assert!(said.contains("--batch-tokens is 0, expected at least 1"), "{said}");
+
+    // the command line's wins over a file's, whichever it is
+    let config = bench.path("run.toml").display().to_string();
+    for (budget, file, kept, left) in [
+        (["--batch-tokens", "64"], "batch-size = 8\n", "batch-tokens = 64", "batch-size"),
+        (["--batch-size", "4"], "batch-tokens = 64\n", "batch-size = 4", "batch-tokens"),
+        (["--per-device-train-batch-size", "4"], "batch-tokens = 64\n", "batch-size = 4", "batch-tokens"),
+    ] {
+        let bench = Bench { budget, ..Bench::new("tiny-bert-single") };
+        std::fs::write(&config, file).unwrap();
+        bench.train("out", &["--config", &config, "--max-steps", "1"]).success();
+        let settings = std::fs::read_to_string(bench.path("out/training/settings.toml")).unwrap();
+        assert!(settings.contains(kept) && !settings.contains(left), "{settings}");
+    }
+    let bench = Bench { budget: ["--seed", "1"], ..Bench::new("tiny-bert-single") };
+    std::fs::write(&config, "batch-size = 8\nbatch-tokens = 64\n").unwrap();
+    let said = stderr(&bench.train("out", &["--config", &config]).code(2));
+    assert!(both.iter().all(|option| said.contains(option)), "{said}");
+
+    // and a resumed run keeps its own
+    let bench = Bench::new("tiny-bert-single");
+    bench.train("out", &["--max-steps", "1"]).success();
+    let resumed = tk()
+        .args(["train", "--resume", "--batch-tokens", "64", "--output"])
+        .arg(bench.path("out"))
+        .assert()
+        .code(2);
+    let said = stderr(&resumed);
+    assert!(said.contains("batch-size (not set, was 4), batch-tokens (64, was not set)"), "{said}");
 }
 
 #[test]

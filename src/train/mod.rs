@@ -3,6 +3,7 @@
 pub mod checkpoint;
 pub mod log;
 pub mod optimizer;
+pub mod plan;
 mod run;
 pub mod schedule;
 pub mod settings;

@@ -5,17 +5,15 @@ use std::time::Instant;
 
 use candle_core::Device;
 use indicatif::ProgressBar;
-use rand_chacha::ChaCha8Rng;
-use rand_chacha::rand_core::{Rng, SeedableRng};
 use serde_json::{Map, Value, json};
 
 use super::Settings;
 use super::checkpoint::{Best, Folder, Progress};
 use super::log::Log;
+use super::plan::Plan;
 use super::trainer::{Step, Trainer};
 use crate::Result;
 use crate::data::batch::Encoding;
-use crate::eager::kernels::dropout::mix;
 use crate::eager::{Params, logits};
 use crate::model::Family;
 use crate::say::Say;
@@ -55,7 +53,9 @@ impl Run<'_> {
     }
 
     fn train(&self, resume: bool) -> Result<Outcome> {
-        let total = self.settings.total_steps(self.train.len());
+        let lengths = self.train.iter().map(|example| example.encoding.len()).collect();
+        let mut plan = Plan::new(self.settings, lengths);
+        let total = plan.total_steps();
         let mut trainer =
             Trainer::new(self.settings, self.family, self.task, self.params, self.device, total)?;
         let restored = if resume { self.folder.restore(self.params, &mut trainer.optimizer)? } else { None };
@@ -64,31 +64,27 @@ impl Run<'_> {
         let bar = self.say.bar(total as u64, "{bar:24} {pos}/{len} steps  {msg}  {eta} left")?;
         bar.set_position(progress.step as u64);
         let (started, seconds_before) = (Instant::now(), progress.seconds);
-        let per_epoch = self.settings.steps_per_epoch(self.train.len());
-        let mut order = Vec::new();
         while progress.step < total && !self.is_patience_gone(&progress) {
-            let (epoch, place) = (progress.step / per_epoch, progress.step % per_epoch);
-            if order.is_empty() || place == 0 {
-                order = self.order(epoch);
-            }
-            let effective = self.settings.batch_size * self.settings.gradient_accumulation;
-            let batch: Vec<&Example> =
-                order.iter().skip(place * effective).take(effective).map(|&i| &self.train[i]).collect();
+            let micro_batches: Vec<Vec<&Example>> = plan
+                .step(progress.step)?
+                .iter()
+                .map(|batch| batch.iter().map(|&i| &self.train[i]).collect())
+                .collect();
             let before = Instant::now();
-            let step = trainer.step(&batch)?;
+            let step = trainer.step(&micro_batches)?;
             progress.step += 1;
             progress.tokens += step.tokens as u64;
             progress.loss_sum += step.loss;
             progress.seconds = seconds_before + started.elapsed().as_secs_f64();
             let speed = step.tokens as f64 / before.elapsed().as_secs_f64();
-            self.report(&mut log, &bar, &progress, total, per_epoch, step, speed)?;
+            self.report(&mut log, &bar, &progress, &plan, step, speed)?;
 
             let last = progress.step == total;
-            if is_due(self.settings.eval_every, progress.step, per_epoch, last) && !self.eval.is_empty() {
-                self.evaluate(&mut log, &bar, &mut progress, per_epoch)?;
+            if plan.is_due(self.settings.eval_every, progress.step) && !self.eval.is_empty() {
+                self.evaluate(&mut log, &bar, &mut progress, &plan)?;
             }
             let interrupted = self.interrupted.load(Ordering::Relaxed);
-            if is_due(self.settings.save_every, progress.step, per_epoch, last) || interrupted {
+            if plan.is_due(self.settings.save_every, progress.step) || interrupted {
                 self.folder.save(
                     &progress,
                     self.params,
@@ -108,38 +104,23 @@ impl Run<'_> {
         Ok(Outcome { progress, finished: true })
     }
 
-    /// The order of the examples in an epoch: Fisher and Yates' shuffle, a function of (seed, epoch).
-    fn order(&self, epoch: usize) -> Vec<usize> {
-        let mut order: Vec<usize> = (0..self.train.len()).collect();
-        if !self.settings.no_shuffle {
-            let mut rng = ChaCha8Rng::seed_from_u64(mix(self.settings.seed ^ mix(epoch as u64)));
-            for i in (1..order.len()).rev() {
-                // the high half of a 64-bit product: a number below i + 1
-                let j = ((u128::from(rng.next_u64()) * (i as u128 + 1)) >> 64) as usize;
-                order.swap(i, j);
-            }
-        }
-        order
-    }
-
     fn is_patience_gone(&self, progress: &Progress) -> bool {
         self.settings.early_stopping_patience.is_some_and(|most| progress.evaluations_without_gain >= most)
     }
 
-    #[allow(clippy::too_many_arguments)] // one call, all of them different things
     fn report(
         &self,
         log: &mut Log,
         bar: &ProgressBar,
         progress: &Progress,
-        total: usize,
-        per_epoch: usize,
+        plan: &Plan,
         step: Step,
         tokens_per_second: f64,
     ) -> Result<()> {
+        let total = plan.total_steps();
         log.write(&json!({
             "step": progress.step,
-            "epoch": progress.step as f64 / per_epoch as f64,
+            "epoch": plan.epochs(progress.step),
             "loss": step.loss,
             "learning_rate": step.learning_rate,
             "grad_norm": step.grad_norm,
@@ -154,20 +135,14 @@ impl Run<'_> {
             self.say.line(format!(
                 "step {}/{total}  epoch {:.2}  loss {:.4}  {mean_speed:.0} tokens/s  {left:.0} s left",
                 progress.step,
-                progress.step as f64 / per_epoch as f64,
+                plan.epochs(progress.step),
                 step.loss,
             ));
         }
         Ok(())
     }
 
-    fn evaluate(
-        &self,
-        log: &mut Log,
-        bar: &ProgressBar,
-        progress: &mut Progress,
-        per_epoch: usize,
-    ) -> Result<()> {
+    fn evaluate(&self, log: &mut Log, bar: &ProgressBar, progress: &mut Progress, plan: &Plan) -> Result<()> {
         let metrics = evaluate(self.params, self.family, self.task, self.eval, self.device)?;
         let (name, more_is_better) = self.task.deciding_metric(self.settings.best_metric.as_deref())?;
         let value = |metrics: &Metrics| metrics.get(&name).copied().unwrap_or(f64::NAN);
@@ -177,7 +152,7 @@ impl Run<'_> {
         });
         let mut line = Map::from_iter([
             ("step".to_owned(), json!(progress.step)),
-            ("epoch".to_owned(), json!(progress.step as f64 / per_epoch as f64)),
+            ("epoch".to_owned(), json!(plan.epochs(progress.step))),
         ]);
         line.extend(metrics.iter().map(|(name, value)| (format!("eval_{name}"), json!(value))));
         log.write(&Value::Object(line))?;
@@ -193,11 +168,6 @@ impl Run<'_> {
         }
         Ok(())
     }
-}
-
-/// Every `every` steps, or at the end of each epoch; always at the last step.
-fn is_due(every: Option<usize>, step: usize, per_epoch: usize, last: bool) -> bool {
-    last || step.is_multiple_of(every.unwrap_or(per_epoch))
 }
 
 /// The task's metrics and mean loss over examples.

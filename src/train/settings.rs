@@ -1,7 +1,9 @@
 //! What a training run is asked to do: the same on the command line, in a `--config` file and in what a run saves.
 
+use clap::builder::ArgPredicate;
 use serde::{Deserialize, Serialize};
 
+use super::plan::Budget;
 use super::schedule::Schedule;
 use crate::{Result, bail_unusable};
 
@@ -19,12 +21,20 @@ pub struct Settings {
     /// Examples of one forward pass.
     #[arg(
         long,
-        default_value_t = 16,
+        default_value = "16",
+        default_value_if("batch_tokens", ArgPredicate::IsPresent, None),
         value_name = "N",
         alias = "per-device-train-batch-size",
+        conflicts_with = "batch_tokens",
         help_heading = "Regime"
     )]
-    pub batch_size: usize,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub batch_size: Option<usize>,
+    /// Tokens of one forward pass, instead of --batch-size: as many whole examples as fit, of about one length.
+    /// No example is cut for it: one that has more tokens (--max-length allows it) is a pass of its own.
+    #[arg(long, value_name = "N", help_heading = "Regime")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub batch_tokens: Option<usize>,
     /// Forward passes of one optimizer step; the loss is a mean over all their examples.
     #[arg(
         long,
@@ -131,7 +141,8 @@ impl Settings {
         let mut wrong = Vec::new();
         for (name, value) in [
             ("epochs", self.epochs),
-            ("batch-size", self.batch_size),
+            ("batch-size", self.batch_size.unwrap_or(1)),
+            ("batch-tokens", self.batch_tokens.unwrap_or(1)),
             ("gradient-accumulation", self.gradient_accumulation),
             ("keep-checkpoints", self.keep_checkpoints),
             ("max-steps", self.max_steps.unwrap_or(1)),
@@ -142,6 +153,10 @@ impl Settings {
             if value == 0 {
                 wrong.push(format!("--{name} is 0, expected at least 1"));
             }
+        }
+        if self.batch_size.is_some() == self.batch_tokens.is_some() {
+            let found = if self.batch_size.is_some() { "both" } else { "neither" };
+            wrong.push(format!("of --batch-size and --batch-tokens {found} is set, expected one"));
         }
         if self.max_length < 3 {
             wrong.push(format!(
@@ -170,13 +185,11 @@ impl Settings {
         Ok(())
     }
 
-    /// Optimizer steps of one epoch over `examples` examples; the last may be smaller.
-    pub fn steps_per_epoch(&self, examples: usize) -> usize {
-        examples.div_ceil(self.batch_size * self.gradient_accumulation)
-    }
-
-    /// Optimizer steps of the whole run.
-    pub fn total_steps(&self, examples: usize) -> usize {
-        self.max_steps.unwrap_or(self.epochs * self.steps_per_epoch(examples))
+    /// What a forward pass may hold.
+    pub fn budget(&self) -> Budget {
+        match (self.batch_tokens, self.batch_size) {
+            (Some(tokens), _) => Budget::Tokens(tokens),
+            (None, examples) => Budget::Examples(examples.unwrap_or(1)), // `check` refuses none of both
+        }
     }
 }

@@ -1,4 +1,4 @@
-//! One optimizer step: a batch of examples → changed parameters, and what there is to say about it.
+//! One optimizer step: micro-batches of examples → changed parameters, and what there is to say about it.
 
 use candle_core::{DType, Device};
 
@@ -65,12 +65,12 @@ impl<'a> Trainer<'a> {
         Ok(Self { kernels, optimizer, ..self })
     }
 
-    /// Takes one step with the mean gradient over all the examples, `batch_size` of them at a time.
+    /// Takes one step with the mean gradient over the examples of all micro-batches.
     ///
     /// # Errors
     /// The loss or a gradient is not finite, or a parameter gets no gradient (which shows at the first step):
     /// nothing has been changed then.
-    pub fn step(&mut self, examples: &[&Example]) -> Result<Step> {
+    pub fn step(&mut self, micro_batches: &[Vec<&Example>]) -> Result<Step> {
         let number = self.optimizer.steps();
         let (mut loss, mut tokens) = (0.0, 0);
         self.params.gradients().iter().for_each(|gradient| gradient.lock().clear());
@@ -78,9 +78,10 @@ impl<'a> Trainer<'a> {
             Kernels::Fused => Gradients::Slots,
             Kernels::Composite => Gradients::Tensors(Vec::new()),
         };
-        for (part, micro_batch) in examples.chunks(self.settings.batch_size).enumerate() {
+        let examples = micro_batches.iter().map(Vec::len).sum();
+        for (part, micro_batch) in micro_batches.iter().enumerate() {
             let key = mix(mix(self.settings.seed ^ mix(number as u64)) ^ part as u64);
-            loss += self.backward(micro_batch, examples.len(), key, &mut gradients)?;
+            loss += self.backward(micro_batch, examples, key, &mut gradients)?;
             tokens += micro_batch.iter().map(|example| example.encoding.len()).sum::<usize>();
         }
         let grad_norm = gradients.global_norm(self.params)?;
