@@ -174,6 +174,16 @@ fn a_budget_of_examples_and_one_of_tokens_exclude_each_other() {
 }
 
 #[test]
+fn the_end_of_a_run_tells_the_peak_memory() {
+    let bench = Bench::new("tiny-bert-single");
+    let output = bench.train("out", &["--max-steps", "1"]).success();
+    let said = String::from_utf8_lossy(&output.get_output().stdout).into_owned();
+    let (_, behind) = said.split_once("peak memory ").unwrap_or_else(|| panic!("{said}"));
+    let gigabytes: f64 = behind.split_once(" GB").unwrap().0.parse().unwrap();
+    assert!((0.001..16.0).contains(&gigabytes), "{said}");
+}
+
+#[test]
 fn a_resumed_run_refuses_other_settings_and_other_data() {
     let bench = Bench::new("tiny-bert-single");
     bench.train("out", &["--max-steps", "5"]).success();

@@ -349,8 +349,14 @@ fn report(args: &Args, outcome: &Outcome, say: &Say) -> Result<()> {
     let metrics: Metrics = progress.best.as_ref().map(|best| best.metrics.clone()).unwrap_or_default();
     let shown: Vec<String> = metrics.iter().map(|(name, value)| format!("{name} {value:.4}")).collect();
     let speed = progress.tokens as f64 / progress.seconds.max(1e-9);
+    let peak = peak_rss_bytes();
+    let memory = if peak == 0 {
+        String::new() // the system does not tell
+    } else {
+        format!(", peak memory {:.2} GB", peak as f64 / 1e9)
+    };
     let human = format!(
-        "{}: {} steps, {} tokens in {:.1} s ({speed:.0} tokens/s){}{}",
+        "{}: {} steps, {} tokens in {:.1} s ({speed:.0} tokens/s){memory}{}{}",
         args.output.display(),
         progress.step,
         grouped(progress.tokens as usize),
@@ -368,7 +374,7 @@ fn report(args: &Args, outcome: &Outcome, say: &Say) -> Result<()> {
             "steps": progress.step,
             "train_loss": progress.loss_sum / progress.step.max(1) as f64,
             "eval": metrics,
-            "peak_rss_bytes": peak_rss_bytes(),
+            "peak_rss_bytes": peak,
         }),
     )
 }
