@@ -11,6 +11,7 @@ use proptest::test_runner::RngSeed;
 use tk::data::batch::Spans;
 use tk::eager::kernels::activation::activate;
 use tk::eager::kernels::attention::{attention, self_attention};
+use tk::eager::kernels::cross_entropy::{self, composite_losses, linear_cross_entropy, linear_losses};
 use tk::eager::kernels::dropout::{Mask, dropout};
 use tk::eager::kernels::embedding::{embedding, pick};
 use tk::eager::kernels::gradient::Gradient;
@@ -197,6 +198,77 @@ proptest! {
         let variables = [random(seed, &shape), random(seed ^ 1, &shape), random(seed ^ 2, &shape)];
         let mask = p.map(|p| Mask::new(seed, p));
         compare(&variables, &[], |kernels, t, _| attention(kernels, &t[0], &t[1], &t[2], &spans, heads, mask));
+    }
+
+    #[test]
+    fn cross_entropy_over_a_vocabulary_is_its_composite(
+        rows in prop::collection::vec(prop::option::of(0u32..1_000_000), 1..200),
+        input in 1usize..90,
+        // of a vocabulary of one every gradient would be rounding
+        vocabulary in 2usize..2500,
+        smoothing in prop::option::of(0.0f32..0.5),
+        with_bias: bool,
+        all_ignored in prop::bool::weighted(0.1),
+        seed: u64,
+    ) {
+        let (n, smoothing) = (rows.len(), smoothing.unwrap_or(0.0));
+        let targets: Vec<Option<u32>> =
+            rows.into_iter().map(|id| id.filter(|_| !all_ignored).map(|id| id % vocabulary as u32)).collect();
+        let kept = targets.iter().flatten().count();
+        let scale = 1.0 / kept.max(1) as f32;
+        let x = random(seed, &[n, input]);
+        // a small map, so that no probability is all but one: its gradient would be rounding
+        let small = |v: Var| Var::from_tensor(&(v.as_tensor() * 0.1).unwrap()).unwrap();
+        let mut parameters = vec![small(random(seed ^ 1, &[vocabulary, input]))];
+        parameters.extend(with_bias.then(|| random(seed ^ 2, &[vocabulary])));
+
+        let of = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let tracked: Vec<Weight> =
+            parameters.iter().map(|v| Weight { values: v.as_tensor().clone(), gradient: None }).collect();
+        let losses =
+            cross_entropy::composite(x.as_tensor(), &tracked[0], tracked.get(1), &targets, smoothing).unwrap();
+        let store = (losses.sum_all().unwrap() * f64::from(scale)).unwrap().backward().unwrap();
+        let mut composite = vec![of(&losses), of(store.get(x.as_tensor()).expect("a gradient"))];
+        composite.extend(parameters.iter().map(|v| of(store.get(v.as_tensor()).expect("a gradient"))));
+
+        let slots: Vec<Weight> = parameters
+            .iter()
+            .map(|v| Weight {
+                values: v.as_detached_tensor(),
+                gradient: Some(Arc::new(Gradient::new(v.dims()))),
+            })
+            .collect();
+        let xs = of(x.as_tensor());
+        let (total, dx) =
+            linear_cross_entropy(&xs, &slots[0], slots.get(1), &targets, smoothing, scale).unwrap();
+        let losses = linear_losses(&xs, &slots[0], slots.get(1), &targets, smoothing).unwrap();
+        prop_assert_eq!(total, losses.iter().copied().map(f64::from).sum::<f64>());
+        let mut fused = vec![losses, dx];
+        fused.extend(slots.iter().map(|w| w.gradient.as_ref().unwrap().lock().dense().expect("a gradient")));
+        for (what, (fused, composite)) in ["losses", "dx", "dW", "db"].iter().zip(fused.iter().zip(&composite)) {
+            let error = relative(fused, composite);
+            prop_assert!(error <= TOLERANCE, "{} off by {:e}", what, error);
+            prop_assert!(kept > 0 || fused.iter().all(|&x| x == 0.0));
+        }
+    }
+
+    #[test]
+    fn cross_entropy_of_logits_is_its_composite(
+        rows in prop::collection::vec(prop::option::of(0u32..1_000_000), 1..200),
+        vocabulary in 2usize..100,
+        smoothing in prop::option::of(0.0f32..0.5),
+        seed: u64,
+    ) {
+        let smoothing = smoothing.unwrap_or(0.0);
+        let targets: Vec<Option<u32>> = rows.into_iter().map(|id| id.map(|id| id % vocabulary as u32)).collect();
+        let logits = random(seed, &[targets.len(), vocabulary]);
+        let losses = composite_losses(logits.as_tensor(), &targets, smoothing).unwrap();
+        let store = (losses.sum_all().unwrap() * 0.25).unwrap().backward().unwrap();
+        let of = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let mut fused = of(logits.as_tensor());
+        let total = cross_entropy::cross_entropy(&mut fused, vocabulary, &targets, smoothing, 0.25).unwrap();
+        prop_assert!(relative(&[total as f32], &[of(&losses).iter().sum()]) <= TOLERANCE);
+        prop_assert!(relative(&fused, &of(store.get(logits.as_tensor()).expect("a gradient"))) <= TOLERANCE);
     }
 }
 

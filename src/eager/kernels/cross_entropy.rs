@@ -1,0 +1,518 @@
+//! Softmax cross-entropy of a map onto a vocabulary, or of given logits, in one pass: losses and gradients.
+//!
+//! The rows that have a target are worked on in chunks, and a chunk's logits turn into their own gradient where
+//! they stand, so the logits of a whole batch are never held at once (Hsu et al. 2024, arXiv:2410.10989; Wijmans
+//! et al. 2024, arXiv:2411.09009). The backward pass is thus over before the caller has the loss: the gradient's
+//! factor is given beforehand. A row without a target has loss 0 and gradient 0, whatever stands in it.
+//!
+//! With logits z, probabilities p = softmax z, target t, vocabulary V and smoothing ε (Szegedy et al. 2016,
+//! arXiv:1512.00567), as `torch.nn.CrossEntropyLoss` has them:
+//!
+//! `loss = −(1 − ε) · log p_t − ε / V · Σ log p_j` and `dz_j = p_j − ε / V − (1 − ε) · [j = t]`.
+
+use candle_core::{Result, Tensor};
+use rayon::prelude::*;
+
+use super::gemm::{Matrix, MatrixMut, Write, parallel_product};
+use super::{CHUNK, Gradient, Numbers, Weight, simd};
+
+/// Logits that are held at once (32 MiB), where that is more than one row. Each of a chunk's products reads the
+/// whole weight or its gradient: over GPT-2's vocabulary a quarter of this takes a third longer, twice as much saves
+/// little.
+const HELD: usize = 8 * 1024 * 1024;
+
+/// x (T, C), weight (V, C), bias (V), targets (T) → the sum of the losses of `x · Wᵀ + b`, and dx, (T, C).
+///
+/// Gradients are those of the sum times `scale`, dW and db are added to their slots. Where no row has a target,
+/// zeros are added: the weight was used, and that is its gradient.
+///
+/// # Errors
+/// A target outside of the vocabulary; shapes that do not fit. No slot was touched then.
+pub fn linear_cross_entropy(
+    x: &[f32],
+    weight: &Weight,
+    bias: Option<&Weight>,
+    targets: &[Option<u32>],
+    smoothing: f32,
+    scale: f32,
+) -> Result<(f64, Vec<f32>)> {
+    let (losses, dx) = Head { weight, bias, smoothing, held: HELD }.run(x, targets, Some(scale))?;
+    Ok((sum(&losses), dx))
+}
+
+/// The same rows' losses, (T), without gradients.
+///
+/// # Errors
+/// As above.
+pub fn linear_losses(
+    x: &[f32],
+    weight: &Weight,
+    bias: Option<&Weight>,
+    targets: &[Option<u32>],
+    smoothing: f32,
+) -> Result<Vec<f32>> {
+    Ok(Head { weight, bias, smoothing, held: HELD }.run(x, targets, None)?.0)
+}
+
+/// Logits (T, V), targets (T) → the sum of the losses; the logits become its gradient times `scale`.
+///
+/// # Errors
+/// A target outside of the vocabulary; shapes that do not fit. The logits are as they were then.
+pub fn cross_entropy(
+    logits: &mut [f32],
+    vocabulary: usize,
+    targets: &[Option<u32>],
+    smoothing: f32,
+    scale: f32,
+) -> Result<f64> {
+    check(targets, vocabulary, smoothing)?;
+    if logits.len() != targets.len() * vocabulary {
+        candle_core::bail!("{} logits for {} rows of {vocabulary}", logits.len(), targets.len());
+    }
+    let mut losses = vec![0.0; targets.len()];
+    by_row(logits, vocabulary, &mut losses, |row, logits| match targets[row] {
+        Some(target) => loss_gradient(logits, target as usize, smoothing, scale),
+        None => {
+            logits.fill(0.0);
+            0.0
+        }
+    });
+    Ok(sum(&losses))
+}
+
+/// The losses, (T), of `x · Wᵀ + b` in candle's primitives, which hold the logits of all rows.
+///
+/// # Errors
+/// As [`linear_cross_entropy`].
+pub fn composite(
+    x: &Tensor,
+    weight: &Weight,
+    bias: Option<&Weight>,
+    targets: &[Option<u32>],
+    smoothing: f32,
+) -> Result<Tensor> {
+    let logits = x.matmul(&weight.values.t()?)?;
+    let logits = match bias {
+        Some(bias) => logits.broadcast_add(&bias.values)?,
+        None => logits,
+    };
+    composite_losses(&logits, targets, smoothing)
+}
+
+/// The same of given logits, (T, V).
+///
+/// # Errors
+/// As [`cross_entropy`].
+pub fn composite_losses(logits: &Tensor, targets: &[Option<u32>], smoothing: f32) -> Result<Tensor> {
+    let (rows, vocabulary) = logits.dims2()?;
+    check(targets, vocabulary, smoothing)?;
+    let device = logits.device();
+    let ids: Vec<u32> = targets.iter().map(|target| target.unwrap_or(0)).collect();
+    let kept: Vec<f32> = targets.iter().map(|target| if target.is_some() { 1.0 } else { 0.0 }).collect();
+    let log_p = candle_nn::ops::log_softmax(logits, 1)?;
+    let of_targets = log_p.gather(&Tensor::from_vec(ids, (rows, 1), device)?, 1)?.squeeze(1)?;
+    let mut losses = (of_targets * -f64::from(1.0 - smoothing))?;
+    if smoothing > 0.0 {
+        losses = (losses - (log_p.mean(1)? * f64::from(smoothing))?)?;
+    }
+    losses * Tensor::from_vec(kept, rows, device)?.to_dtype(logits.dtype())?
+}
+
+/// A map onto a vocabulary, and the loss behind it.
+struct Head<'a> {
+    weight: &'a Weight,
+    bias: Option<&'a Weight>,
+    smoothing: f32,
+    /// [`HELD`], or what a test wants.
+    held: usize,
+}
+
+impl Head<'_> {
+    /// The rows' losses, and dx where the gradient's factor is given.
+    fn run(&self, x: &[f32], targets: &[Option<u32>], scale: Option<f32>) -> Result<(Vec<f32>, Vec<f32>)> {
+        let (vocabulary, input) = self.weight.values.dims2()?;
+        check(targets, vocabulary, self.smoothing)?;
+        if x.len() != targets.len() * input {
+            candle_core::bail!("{} numbers for {} rows of {input} channels", x.len(), targets.len());
+        }
+        let w = Numbers::of(&self.weight.values)?;
+        let w = Matrix::new(&w, vocabulary, input, input);
+        let bias = self.bias.map(|bias| Numbers::of(&bias.values)).transpose()?;
+        let bias: Option<&[f32]> = bias.as_deref();
+        if let Some(bias) = bias.filter(|bias| bias.len() != vocabulary) {
+            candle_core::bail!("a bias of {} for a vocabulary of {vocabulary}", bias.len());
+        }
+
+        let kept: Vec<(usize, usize)> =
+            targets.iter().enumerate().filter_map(|(row, target)| Some((row, (*target)? as usize))).collect();
+        let mut losses = vec![0.0; targets.len()];
+        let mut dx = vec![0.0; if scale.is_some() { x.len() } else { 0 }];
+        if kept.is_empty() && scale.is_some() {
+            self.add_zeros();
+        }
+        let rows = rows_of_chunk(kept.len(), vocabulary, self.held);
+        let mut buffers = [rows * vocabulary, rows * input, rows].map(|n| vec![0.0f32; n]);
+        for kept in kept.chunks(rows) {
+            let n = kept.len();
+            let [logits, xs, of_rows] = &mut buffers;
+            let (logits, xs) = (&mut logits[..n * vocabulary], &mut xs[..n * input]);
+            for (i, &(row, _)) in kept.iter().enumerate() {
+                xs[i * input..][..input].copy_from_slice(&x[row * input..][..input]);
+            }
+            let dst = MatrixMut::new(logits, n, vocabulary, vocabulary);
+            parallel_product(dst, Write::Replace, Matrix::new(xs, n, input, input), w.transposed());
+            by_row(logits, vocabulary, &mut of_rows[..n], |i, logits| {
+                let target = kept[i].1;
+                if let Some(bias) = bias {
+                    add(logits, bias);
+                }
+                match scale {
+                    Some(scale) => loss_gradient(logits, target, self.smoothing, scale),
+                    None => loss(logits, target, self.smoothing),
+                }
+            });
+            for (&(row, _), &loss) in kept.iter().zip(&*of_rows) {
+                losses[row] = loss;
+            }
+            if scale.is_some() {
+                self.add_gradients(logits, xs, n);
+                // x's copies have served, and their gradients are as large
+                let dst = MatrixMut::new(xs, n, input, input);
+                parallel_product(dst, Write::Replace, Matrix::new(logits, n, vocabulary, vocabulary), w);
+                for (i, &(row, _)) in kept.iter().enumerate() {
+                    dx[row * input..][..input].copy_from_slice(&xs[i * input..][..input]);
+                }
+            }
+        }
+        Ok((losses, dx))
+    }
+
+    /// `dW += dzᵀ · x` and `db += Σ dz` over n rows.
+    fn add_gradients(&self, dz: &[f32], x: &[f32], n: usize) {
+        let (vocabulary, input) = (dz.len() / n, x.len() / n);
+        if let Some(gradient) = &self.weight.gradient {
+            let dz = Matrix::new(dz, n, vocabulary, vocabulary);
+            gradient.add(|dw, write| {
+                let dst = MatrixMut::new(dw, vocabulary, input, input);
+                parallel_product(dst, write, dz.transposed(), Matrix::new(x, n, input, input));
+            });
+        }
+        if let Some(gradient) = self.bias.and_then(|bias| bias.gradient.as_ref()) {
+            add_column_sums(gradient, dz, vocabulary);
+        }
+    }
+
+    fn add_zeros(&self) {
+        for gradient in
+            [Some(self.weight), self.bias].into_iter().flatten().filter_map(|w| w.gradient.as_ref())
+        {
+            gradient.add(|sums, write| match write {
+                Write::Replace => sums.fill(0.0), // the buffer may hold an earlier step's numbers
+                Write::Add => {}
+            });
+        }
+    }
+}
+
+fn check(targets: &[Option<u32>], vocabulary: usize, smoothing: f32) -> Result<()> {
+    if !(0.0..=1.0).contains(&smoothing) {
+        candle_core::bail!("a label smoothing of {smoothing}: it goes from 0 to 1");
+    }
+    let outside = targets.iter().enumerate().find_map(|(row, target)| {
+        let target = (*target)?;
+        (target as usize >= vocabulary).then_some((row, target))
+    });
+    match outside {
+        Some((row, target)) => {
+            candle_core::bail!("row {row} has target {target}, outside of a vocabulary of {vocabulary}")
+        }
+        None => Ok(()),
+    }
+}
+
+/// How many rows a chunk has, at least one. Chunks are of nearly the same size: a last one of few rows would take
+/// almost as long as a full one.
+fn rows_of_chunk(rows: usize, vocabulary: usize, held: usize) -> usize {
+    let most = (held / vocabulary.max(1)).max(1);
+    let chunks = rows.div_ceil(most).max(1);
+    rows.div_ceil(chunks).max(1)
+}
+
+/// The sum of the losses, in the order of the rows.
+fn sum(losses: &[f32]) -> f64 {
+    losses.iter().copied().map(f64::from).sum()
+}
+
+/// `losses[row] = work(row, its part of values)` on all threads; values are (rows, width).
+fn by_row(
+    values: &mut [f32],
+    width: usize,
+    losses: &mut [f32],
+    work: impl Fn(usize, &mut [f32]) -> f32 + Sync,
+) {
+    if width == 0 {
+        return; // a row of nothing has no target
+    }
+    let rows = (CHUNK / width).max(1);
+    let tasks = values.par_chunks_mut(rows * width).zip(losses.par_chunks_mut(rows)).enumerate();
+    tasks.for_each(|(task, (values, losses))| {
+        for (i, (values, loss)) in values.chunks_exact_mut(width).zip(losses).enumerate() {
+            *loss = work(task * rows + i, values);
+        }
+    });
+}
+
+/// Adds the sums of a row-major matrix's columns, each over the rows in order.
+fn add_column_sums(gradient: &Gradient, values: &[f32], columns: usize) {
+    const COLUMNS: usize = 1024;
+    gradient.add(|sums, write| {
+        sums.par_chunks_mut(COLUMNS).enumerate().for_each(|(task, sums)| {
+            let mut part = [0.0; COLUMNS];
+            let part = &mut part[..sums.len()];
+            for row in values.chunks_exact(columns) {
+                add(part, &row[task * COLUMNS..][..sums.len()]);
+            }
+            match write {
+                Write::Replace => sums.copy_from_slice(part),
+                Write::Add => add(sums, part),
+            }
+        });
+    });
+}
+
+/// How far the target's logit lies below the largest; with smoothing, mixed with how far all do on average.
+#[inline(always)]
+fn below(row: &[f32], max: f32, target: usize, smoothing: f32) -> f32 {
+    let of_target = (1.0 - smoothing) * (max - row[target]);
+    if smoothing == 0.0 {
+        return of_target; // a logit of −∞ is then allowed
+    }
+    let share = smoothing / row.len() as f32;
+    of_target + simd::sum(row.len(), |i| share * (max - row[i]))
+}
+
+simd::vectorised! {
+    /// A row's loss; finite where the target's probability is no longer a number above 0.
+    fn loss(row: &[f32], target: usize, smoothing: f32) -> f32 {
+        let max = simd::max(row);
+        let sum = simd::sum(row.len(), |i| simd::exp(row[i] - max));
+        below(row, max, target, smoothing) + sum.ln()
+    }
+}
+
+simd::vectorised! {
+    /// The same number; the row becomes the loss's gradient times `scale`.
+    fn loss_gradient(row: &mut [f32], target: usize, smoothing: f32, scale: f32) -> f32 {
+        let max = simd::max(row);
+        let below = below(row, max, target, smoothing);
+        for x in row.iter_mut() {
+            *x = simd::exp(*x - max);
+        }
+        let sum = simd::sum(row.len(), |i| row[i]);
+        let (factor, share) = (scale / sum, scale * smoothing / row.len() as f32);
+        for x in row.iter_mut() {
+            *x = *x * factor - share;
+        }
+        row[target] -= scale * (1.0 - smoothing);
+        below + sum.ln()
+    }
+}
+
+simd::vectorised! {
+    fn add(sums: &mut [f32], values: &[f32]) {
+        for (sum, value) in sums.iter_mut().zip(values) {
+            *sum += value;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use candle_core::Device;
+
+    use super::*;
+    use crate::eager::kernels::gradient::Rows;
+
+    /// Numbers between −1 and 1.
+    fn numbers(n: usize, seed: usize) -> Vec<f32> {
+        (0..n).map(|i| (((i + 31 * seed) * 7919) % 1009) as f32 / 504.5 - 1.0).collect()
+    }
+
+    fn weight(shape: &[usize], seed: usize) -> Weight {
+        let values = numbers(shape.iter().product(), seed).iter().map(|x| x / 4.0).collect();
+        let values = Tensor::from_vec(values, shape, &Device::Cpu).unwrap();
+        Weight { values, gradient: Some(Arc::new(Gradient::new(shape))) }
+    }
+
+    /// Every third row is ignored.
+    fn targets(rows: usize, vocabulary: usize) -> Vec<Option<u32>> {
+        (0..rows).map(|row| (row % 3 != 1).then_some((row * 17 % vocabulary) as u32)).collect()
+    }
+
+    fn slot(weight: &Weight) -> Vec<f32> {
+        weight.gradient.as_ref().unwrap().lock().dense().unwrap()
+    }
+
+    /// Losses, dx, dW and db of a small head that holds so many logits at once.
+    fn small(held: usize) -> [Vec<f32>; 4] {
+        let (rows, input, vocabulary) = (50, 12, 70);
+        let (w, b) = (weight(&[vocabulary, input], 1), weight(&[vocabulary], 2));
+        let head = Head { weight: &w, bias: Some(&b), smoothing: 0.1, held };
+        let x = numbers(rows * input, 3);
+        let (losses, dx) = head.run(&x, &targets(rows, vocabulary), Some(0.5)).unwrap();
+        let (alone, none) = head.run(&x, &targets(rows, vocabulary), None).unwrap();
+        assert!(alone == losses && none.is_empty(), "an evaluation's losses are those of training");
+        [losses, dx, slot(&w), slot(&b)]
+    }
+
+    fn assert_near(a: &[f32], b: &[f32], most: f32) {
+        assert_eq!(a.len(), b.len());
+        for (i, (a, b)) in a.iter().zip(b).enumerate() {
+            assert!((a - b).abs() <= most * b.abs().max(1.0), "{i}: {a} and {b}");
+        }
+    }
+
+    #[test]
+    fn the_loss_and_its_gradient_are_pytorchs() {
+        // torch.nn.CrossEntropyLoss in double precision; the gradient is that of half the sum
+        let logits = [1.0f32, -2.0, 0.5, 3.0, 0.25, 0.0, -1.0, 2.0, 4.0, 1.0, 1.5, -3.0];
+        let targets = [Some(1), None, Some(0)];
+        #[rustfmt::skip]
+        let cases = [
+            (0.0, [5.202_253_4f32, 0.0, 0.124_678_27], [
+                0.055_276_875f32, -0.497_247_93, 0.033_527_12, 0.408_443_93, 0.0, 0.0, 0.0, 0.0,
+                -0.058_609_565, 0.021_975_536, 0.036_231_533, 0.000_402_496,
+            ]),
+            (0.2, [4.677_253_4, 0.0, 0.749_678_27], [
+                0.030_276_875, -0.422_247_93, 0.008_527_12, 0.383_443_93, 0.0, 0.0, 0.0, 0.0,
+                0.016_390_435, -0.003_024_464_2, 0.011_231_533, -0.024_597_504,
+            ]),
+        ];
+        for (smoothing, losses, gradient) in cases {
+            let mut of_logits = logits;
+            let total = cross_entropy(&mut of_logits, 4, &targets, smoothing, 0.5).unwrap();
+            assert!((total - sum(&losses)).abs() < 1e-6, "{total}");
+            assert_near(&of_logits, &gradient, 1e-7);
+            let tensor = Tensor::from_slice(&logits, (3, 4), &Device::Cpu).unwrap();
+            let composite = composite_losses(&tensor, &targets, smoothing).unwrap();
+            assert_near(&composite.to_vec1::<f32>().unwrap(), &losses, 1e-6);
+        }
+    }
+
+    #[test]
+    fn extreme_logits_have_finite_losses_and_gradients() {
+        let infinite = f32::NEG_INFINITY; // what a logit is masked with
+        let cases = [
+            ([1e30, -1e30, 0.0], 1, 2e30, [1.0, -1.0, 0.0]),
+            ([100.0, -100.0, 0.0], 1, 200.0, [1.0, -1.0, 0.0]),
+            ([100.0, -100.0, 0.0], 0, 0.0, [0.0, 0.0, 0.0]),
+            ([-1e4, -1e4, infinite], 0, 2f64.ln(), [-0.5, 0.5, 0.0]),
+        ];
+        for (logits, target, loss, gradient) in cases {
+            let mut of_logits = logits;
+            let found = cross_entropy(&mut of_logits, 3, &[Some(target)], 0.0, 1.0).unwrap();
+            assert!((found / loss.max(1e-9) - 1.0).abs() < 1e-6 || found == loss, "{logits:?}: {found}");
+            assert_near(&of_logits, &gradient, 1e-6);
+        }
+    }
+
+    #[test]
+    fn a_logit_that_is_no_number_shows() {
+        let mut logits = [0.0, f32::NAN, 1.0];
+        assert!(cross_entropy(&mut logits, 3, &[Some(0)], 0.0, 1.0).unwrap().is_nan());
+    }
+
+    #[test]
+    fn chunks_change_rounding_alone() {
+        let whole = small(usize::MAX);
+        for held in [1, 70, 3 * 70, 7 * 70 + 5, 33 * 70, 34 * 70] {
+            for (chunked, whole) in small(held).iter().zip(&whole) {
+                assert_near(chunked, whole, 2e-6);
+            }
+        }
+    }
+
+    #[test]
+    fn a_chunk_holds_no_more_than_it_may() {
+        assert_eq!(rows_of_chunk(0, 0, 8), 1);
+        assert_eq!(rows_of_chunk(5, 100, 8), 1);
+        assert_eq!(rows_of_chunk(42, 100, 4100), 21);
+        for (rows, vocabulary, held) in [(1000, 7, 64), (1000, 64, 64), (3, 7, 1000), (1001, 50, 5049)] {
+            let chunk = rows_of_chunk(rows, vocabulary, held);
+            assert!((1..=rows).contains(&chunk) && chunk * vocabulary <= held);
+        }
+    }
+
+    #[test]
+    fn the_number_of_threads_shows_in_no_bit() {
+        let (rows, input, vocabulary) = (300, 200, 3000);
+        let x = numbers(rows * input, 3);
+        let work = || {
+            let (w, b) = (weight(&[vocabulary, input], 1), weight(&[vocabulary], 2));
+            let head = Head { weight: &w, bias: Some(&b), smoothing: 0.1, held: 99 * vocabulary };
+            let (losses, dx) = head.run(&x, &targets(rows, vocabulary), Some(0.5)).unwrap();
+            let bits = |values: Vec<f32>| values.into_iter().map(f32::to_bits).collect::<Vec<_>>();
+            (sum(&losses).to_bits(), [losses, dx, slot(&w), slot(&b)].map(bits))
+        };
+        let with =
+            |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(work);
+        let one = with(1);
+        for threads in [2, 3, 8] {
+            assert!(one == with(threads), "{threads} threads");
+        }
+    }
+
+    #[test]
+    fn a_row_without_a_target_is_not_read() {
+        let (w, b) = (weight(&[9, 4], 1), weight(&[9], 2));
+        let mut x = numbers(12, 3);
+        x[4..8].fill(f32::NAN);
+        let (total, dx) =
+            linear_cross_entropy(&x, &w, Some(&b), &[Some(3), None, Some(8)], 0.1, 1.0).unwrap();
+        assert!(total.is_finite() && slot(&w).iter().chain(&slot(&b)).all(|x| x.is_finite()));
+        assert!(dx[..4].iter().chain(&dx[8..]).all(|&x| x != 0.0) && dx[4..8] == [0.0; 4]);
+        assert_eq!(linear_losses(&x, &w, Some(&b), &[None; 3], 0.1).unwrap(), [0.0; 3]);
+    }
+
+    #[test]
+    fn where_no_row_has_a_target_the_gradient_is_zeros() {
+        let (w, b) = (weight(&[9, 4], 1), weight(&[9], 2));
+        let none = || linear_cross_entropy(&numbers(8, 3), &w, Some(&b), &[None, None], 0.0, 1.0).unwrap();
+        assert_eq!(none(), (0.0, vec![0.0; 8]));
+        for (weight, n) in [(&w, 36), (&b, 9)] {
+            let gradient = weight.gradient.as_ref().unwrap();
+            assert_eq!((slot(weight), gradient.lock().rows()), (vec![0.0; n], &Rows::All));
+            gradient.add_values(&vec![2.0; n]);
+        }
+        none();
+        assert_eq!((slot(&w), slot(&b)), (vec![2.0; 36], vec![2.0; 9])); // another micro-batch's
+        w.gradient.as_ref().unwrap().lock().clear();
+        b.gradient.as_ref().unwrap().lock().clear();
+        none();
+        assert_eq!((slot(&w), slot(&b)), (vec![0.0; 36], vec![0.0; 9])); // an earlier step's have gone
+    }
+
+    #[test]
+    fn what_does_not_fit_is_named_and_touches_nothing() {
+        let (w, b) = (weight(&[9, 4], 1), weight(&[9], 2));
+        let refused = |x: &[f32], b: &Weight, targets: &[Option<u32>], smoothing| {
+            linear_cross_entropy(x, &w, Some(b), targets, smoothing, 1.0).unwrap_err().to_string()
+        };
+        let (x, kept) = (numbers(8, 3), [Some(0), None]);
+        let message = refused(&x, &b, &[None, Some(9)], 0.0);
+        assert!(message.contains("row 1 has target 9, outside of a vocabulary of 9"), "{message}");
+        assert!(refused(&x[..7], &b, &kept, 0.0).contains("7 numbers for 2 rows of 4 channels"));
+        assert!(refused(&x, &weight(&[8], 2), &kept, 0.0).contains("a bias of 8 for a vocabulary of 9"));
+        assert!(refused(&x, &b, &kept, 1.5).contains("a label smoothing of 1.5"));
+        assert!(refused(&x, &b, &kept, f32::NAN).contains("a label smoothing of NaN"));
+        assert_eq!(w.gradient.as_ref().unwrap().lock().rows(), &Rows::None);
+        let mut logits = numbers(8, 4);
+        let message = cross_entropy(&mut logits, 4, &[Some(3), Some(4)], 0.0, 1.0).unwrap_err().to_string();
+        assert!(message.contains("row 1 has target 4, outside of a vocabulary of 4"), "{message}");
+        assert!(cross_entropy(&mut logits, 4, &[Some(3)], 0.0, 1.0).is_err());
+        assert_eq!(logits, numbers(8, 4));
+        assert_eq!(cross_entropy(&mut [], 0, &[None], 0.0, 1.0).unwrap(), 0.0);
+    }
+}
