@@ -66,10 +66,8 @@ fn report(model: &str, (batch, length): (usize, usize), repeat: usize, as_json: 
 fn measure(model: &str, batch: usize, length: usize, repeat: usize) -> Result<(f64, f64)> {
     let config = ModelConfig::parse(&config(model)?)?;
     let labels = ["a", "b", "c"].map(str::to_owned).to_vec();
-    let task = Task::TextClassification(TextClassification {
-        problem: Problem::SingleLabelClassification,
-        labels,
-    });
+    let task =
+        Task::TextClassification(TextClassification { problem: Problem::SingleLabelClassification, labels });
     let manifest = task.params(&config.family)?;
     let params = Params::from_scratch(&manifest, Init { seed: 1, std: 0.02 }, &Device::Cpu)?;
     let settings = Settings { batch_size: batch, ..Settings::default() };
@@ -81,8 +79,7 @@ fn measure(model: &str, batch: usize, length: usize, repeat: usize) -> Result<(f
         })
         .collect();
     let examples: Vec<&Example> = examples.iter().collect();
-    let mut trainer =
-        Trainer::new(&settings, &config.family, &task, &params, &Device::Cpu, repeat + 1)?;
+    let mut trainer = Trainer::new(&settings, &config.family, &task, &params, &Device::Cpu, repeat + 1)?;
     trainer.step(&examples)?; // the first one allocates
     let mut products = Products::new(&manifest, batch * length);
     products.run();

@@ -18,7 +18,10 @@ pub fn open(name: &str) -> Result<Device> {
         },
     };
     if !candle_core::utils::cuda_is_available() {
-        bail_unusable!("--device {name}: this tk was built without CUDA; build it with `--features cuda`");
+        bail_unusable!(
+            "--device {name}: this tk was built without CUDA; build one that has it with \
+             `cargo build --release --features cuda` (it needs NVIDIA's CUDA toolkit with nvcc)"
+        );
     }
     Device::new_cuda(index).map_err(|e| unusable!("--device {name}: {e}"))
 }
