@@ -448,8 +448,26 @@ fn bad_models_are_refused_with_what_was_found_and_expected() {
 fn wrong_settings_are_all_named_at_once() {
     refused(|_| (), &["--epochs", "0", "--warmup-ratio", "2"], &["--epochs is 0", "--warmup-ratio is 2"]);
     refused(|_| (), &["--best-metric", "beauty"], &["beauty", "accuracy, f1_macro"]);
-    refused(|_| (), &["--device", "cuda"], &["built without CUDA"]);
+    refused(|_| (), &["--device", "gpu"], &["--device gpu", "cpu, cuda or cuda:N"]);
     refused(|_| (), &["--problem-type", "regression"], &["train.jsonl:1", "expected a number"]);
+}
+
+#[test]
+#[cfg(not(feature = "cuda"))]
+fn a_device_that_was_not_built_in_is_refused_with_how_to_build_it() {
+    for device in ["cuda", "cuda:1"] {
+        let said = [format!("--device {device}: this tk was built without CUDA")];
+        refused(|_| (), &["--device", device], &[&said[0], "cargo build --release --features cuda", "nvcc"]);
+    }
+    let bench = Bench::new("tiny-bert-single");
+    let eval = tk()
+        .arg("eval")
+        .arg(bench.path("model"))
+        .args(["--device", "cuda", "--input"])
+        .arg(bench.path("eval.jsonl"))
+        .assert()
+        .code(2);
+    assert!(stderr(&eval).contains("cargo build --release --features cuda"), "{}", stderr(&eval));
 }
 
 #[test]

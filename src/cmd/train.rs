@@ -88,6 +88,7 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     let folder = Folder::of(&args.output);
     check_output(args, &folder)?;
     let device = device::open(&args.device)?;
+    args.settings.precision.check(&device)?;
     let prepared = Prepared::new(args, &device, &say)?;
     prepared.describe(args, &say);
     start_folder(args, &folder, &prepared)?;

@@ -43,6 +43,8 @@ pub struct Eager<'a> {
     positions: Arc<[u32]>,
     spans: Arc<Spans>,
     kernels: Kernels,
+    /// The activations' type.
+    dtype: DType,
     mode: Mode,
     /// Dropout sites met so far: each has a mask of its own.
     sites: Cell<u64>,
@@ -59,6 +61,7 @@ impl<'a> Eager<'a> {
             positions: batch.positions().into(),
             spans: Arc::new(batch.spans.clone()),
             kernels: Kernels::of(device, DType::F32),
+            dtype: DType::F32,
             mode,
             sites: Cell::new(0),
             taps: None,
@@ -68,6 +71,11 @@ impl<'a> Eager<'a> {
     /// The same with the given kernels.
     pub fn with_kernels(self, kernels: Kernels) -> Self {
         Self { kernels, ..self }
+    }
+
+    /// The same with activations of the given type; the composite form alone takes another than f32.
+    pub fn with_dtype(self, dtype: DType) -> Self {
+        Self { dtype, ..self }
     }
 
     /// The same, keeping what [`Ops::tap`] names.
@@ -111,7 +119,7 @@ impl Ops for Eager<'_> {
         };
         let rows = self.weight(&table.weight)?;
         let x = kernels::embedding::embedding(self.kernels, &rows, ids).with_context(|| table.weight.name)?;
-        Ok(self.ready(x))
+        Ok(self.ready(x.to_dtype(self.dtype)?))
     }
 
     fn linear(&self, map: Linear, x: &X) -> Result<X> {
@@ -191,7 +199,7 @@ impl Ops for Eager<'_> {
     }
 }
 
-/// Results as tensors.
+/// Results as tensors, in f32 whatever they were computed in.
 pub fn tensors(outputs: Vec<X>) -> Result<Vec<Tensor>> {
-    outputs.iter().map(|x| Ok(x.tensor()?)).collect()
+    outputs.iter().map(|x| Ok(x.tensor()?.to_dtype(DType::F32)?)).collect()
 }

@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::plan::Budget;
 use super::schedule::Schedule;
+use crate::device::Precision;
 use crate::{Result, bail_unusable};
 
 /// The regime. Defaults are those that BERT's fine-tuning is known to need.
@@ -87,6 +88,11 @@ pub struct Settings {
     /// The seed of the new weights, the order of the examples and dropout.
     #[arg(long, default_value_t = 42, value_name = "N", help_heading = "Regime")]
     pub seed: u64,
+    /// What a GPU computes in: fp32, or bf16 with weights and the optimizer's state in fp32. Evaluations and what is
+    /// saved are fp32 in both.
+    #[arg(long, value_enum, default_value_t = Precision::Fp32, help_heading = "Regime")]
+    #[serde(default)]
+    pub precision: Precision,
     /// Take the examples in the order of the file.
     #[arg(long, help_heading = "Regime")]
     #[serde(default)]

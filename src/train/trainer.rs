@@ -1,6 +1,6 @@
 //! One optimizer step: micro-batches of examples → changed parameters, and what there is to say about it.
 
-use candle_core::{DType, Device};
+use candle_core::Device;
 
 use super::Settings;
 use super::optimizer::{AdamW, Constants, Gradients, clip_factor};
@@ -54,7 +54,7 @@ impl<'a> Trainer<'a> {
             eps: settings.adam_epsilon,
             weight_decay: settings.weight_decay,
         };
-        let kernels = Kernels::of(device, DType::F32);
+        let kernels = Kernels::of(device, settings.precision.dtype());
         let optimizer = AdamW::new(constants, params, kernels)?;
         Ok(Self { settings, family, task, params, device, kernels, optimizer, total_steps })
     }
@@ -105,8 +105,9 @@ impl<'a> Trainer<'a> {
     fn backward(&self, examples: &[&Example], of: usize, key: u64, gradients: &mut Gradients) -> Result<f64> {
         let batch = Packed::new(examples.iter().map(|example| &example.encoding));
         let targets: Vec<&Target> = examples.iter().map(|example| &example.target).collect();
-        let eager =
-            Eager::new(self.params, &batch, self.device, Mode::Training { key }).with_kernels(self.kernels);
+        let eager = Eager::new(self.params, &batch, self.device, Mode::Training { key })
+            .with_kernels(self.kernels)
+            .with_dtype(self.settings.precision.dtype());
         let outputs = tensors(self.task.define(&eager, self.family)?)?;
         let loss = (self.task.loss(&outputs, &targets, self.settings.label_smoothing)? / of as f64)?;
         let value = f64::from(loss.to_scalar::<f32>()?);

@@ -1,10 +1,10 @@
 //! Element-wise non-linearities; the backward pass recomputes from the input and keeps nothing.
 
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::simd::{self, normal, tanh};
-use super::{CHUNK, Kernels, Numbers, gradient, numbers, stored};
+use super::{CHUNK, Kernels, Numbers, gradient, numbers, stored, wide};
 use crate::model::ops::Activation;
 
 /// √(2/π), of the tanh form of GELU (Hendrycks and Gimpel 2016, arXiv:1606.08415).
@@ -16,15 +16,20 @@ const DENSITY: f32 = 0.398_942_3;
 
 /// Applies `how` to every element.
 pub fn activate(kernels: Kernels, x: &Tensor, how: Activation) -> Result<Tensor> {
-    match (kernels, how) {
-        (Kernels::Fused, how) if is_fused(how) => x.contiguous()?.apply_op1(Fused(how)),
-        (_, Activation::Gelu) => x.gelu_erf(),
-        (_, Activation::GeluTanh) => x.gelu(),
-        // candle's relu has gradient 1 at 0, PyTorch's has 0
-        (_, Activation::Relu) => x * x.gt(0.0)?.to_dtype(x.dtype())?,
-        (_, Activation::Silu) => x.silu(),
-        (_, Activation::Tanh) => x.tanh(),
+    if kernels == Kernels::Fused && is_fused(how) {
+        return x.contiguous()?.apply_op1(Fused(how));
     }
+    let dtype = x.dtype();
+    let x = wide(x)?;
+    let y = match how {
+        Activation::Gelu => x.gelu_erf(),
+        Activation::GeluTanh => x.gelu(),
+        // candle's relu has gradient 1 at 0, PyTorch's has 0
+        Activation::Relu => &x * x.gt(0.0)?.to_dtype(DType::F32)?,
+        Activation::Silu => x.silu(),
+        Activation::Tanh => x.tanh(),
+    };
+    y?.to_dtype(dtype)
 }
 
 /// Whether there is a fused form; the others are used on few numbers.

@@ -12,7 +12,7 @@ use rayon::prelude::*;
 use super::dropout::{Mask, Row};
 use super::gemm::{Matrix, MatrixMut, Shared, Write, product};
 use super::linear::{Map, linear};
-use super::{Kernels, Numbers, Weight, gradient, numbers, simd, stored};
+use super::{Kernels, Numbers, Weight, gradient, numbers, simd, stored, wide};
 use crate::data::batch::Spans;
 
 /// Queries of one block.
@@ -76,7 +76,7 @@ fn composite(
         let (start, n) = (span.start, span.len());
         let part = |x: &Tensor| x.narrow(0, start, n)?.reshape((n, heads, d))?.transpose(0, 1)?.contiguous();
         let (q, k, v) = (part(q)?, part(k)?, part(v)?); // (H, T, D)
-        let scores = (q.matmul(&k.transpose(1, 2)?)? / (d as f64).sqrt())?;
+        let scores = (wide(&q.matmul(&k.transpose(1, 2)?)?)? / (d as f64).sqrt())?;
         let mut weights = candle_nn::ops::softmax(&scores, D::Minus1)?;
         if let Some(mask) = mask {
             let mut factors = Vec::with_capacity(heads * n * n);
@@ -87,9 +87,9 @@ fn composite(
                 }
             }
             let factors = Tensor::from_vec(factors, (heads, n, n), weights.device())?;
-            weights = (weights * factors.to_dtype(q.dtype())?)?;
+            weights = (weights * factors)?;
         }
-        outputs.push(weights.matmul(&v)?.transpose(0, 1)?.reshape((n, width))?);
+        outputs.push(weights.to_dtype(v.dtype())?.matmul(&v)?.transpose(0, 1)?.reshape((n, width))?);
     }
     Tensor::cat(&outputs, 0)
 }

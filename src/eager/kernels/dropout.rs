@@ -4,7 +4,7 @@
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::{CHUNK, Kernels, Numbers, gradient, numbers, simd, stored};
+use super::{CHUNK, Kernels, Numbers, gradient, numbers, simd, stored, wide};
 
 /// Which elements are dropped: a pure function of (key, row, column).
 #[derive(Clone, Copy, Debug)]
@@ -98,7 +98,7 @@ pub fn dropout(kernels: Kernels, x: &Tensor, mask: Mask) -> Result<Tensor> {
         Kernels::Composite => {
             let mut factors = vec![1.0; x.elem_count()];
             apply(&mut factors, mask);
-            x * Tensor::from_vec(factors, x.shape(), x.device())?.to_dtype(x.dtype())?
+            (wide(x)? * Tensor::from_vec(factors, x.shape(), x.device())?)?.to_dtype(x.dtype())
         }
     }
 }

@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use super::dropout::{Mask, dropout};
 use super::gemm::{Shared, share};
-use super::{Kernels, Numbers, Weight, gradient, numbers, simd, stored};
+use super::{Kernels, Numbers, Weight, gradient, numbers, simd, stored, wide};
 
 /// x (…, C), weight (C), bias (C) → (…, C), with the biased variance.
 pub fn layer_norm(kernels: Kernels, x: &Tensor, weight: &Weight, bias: &Weight, eps: f64) -> Result<Tensor> {
@@ -16,10 +16,12 @@ pub fn layer_norm(kernels: Kernels, x: &Tensor, weight: &Weight, bias: &Weight, 
             x.contiguous()?.apply_op1(op)
         }
         Kernels::Composite => {
+            let dtype = x.dtype();
+            let x = wide(x)?;
             let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
             let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
             let normed = centred.broadcast_div(&(variance + eps)?.sqrt()?)?;
-            normed.broadcast_mul(&weight.values)?.broadcast_add(&bias.values)
+            normed.broadcast_mul(&weight.values)?.broadcast_add(&bias.values)?.to_dtype(dtype)
         }
     }
 }
@@ -45,7 +47,8 @@ pub fn residual_norm(
                 Some(mask) => dropout(kernels, branch, mask)?,
                 None => branch.clone(),
             };
-            layer_norm(kernels, &(branch + x)?, weight, bias, eps)
+            let sum = (wide(&branch)? + wide(x)?)?;
+            layer_norm(kernels, &sum, weight, bias, eps)?.to_dtype(x.dtype())
         }
     }
 }

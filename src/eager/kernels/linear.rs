@@ -8,14 +8,17 @@ use rayon::prelude::*;
 
 use super::activation::{self, activate, is_fused};
 use super::gemm::{Matrix, MatrixMut, Shared, Write, in_blocks, parallel_product, product, share};
-use super::{CHUNK, Kernels, Numbers, Weight, gradient, numbers, simd, stored};
+use super::{CHUNK, Kernels, Numbers, Weight, gradient, numbers, simd, stored, wide};
 use crate::model::ops::Activation;
 
 /// x (R, in), weight (out, in), bias (out) → (R, out).
 pub fn linear(kernels: Kernels, x: &Tensor, weight: &Weight, bias: &Weight) -> Result<Tensor> {
     match kernels {
         Kernels::Fused => x.contiguous()?.apply_op1(Linear::new(weight, bias, None)?),
-        Kernels::Composite => x.matmul(&weight.values.t()?)?.broadcast_add(&bias.values),
+        Kernels::Composite => {
+            let y = x.matmul(&weight.values.to_dtype(x.dtype())?.t()?)?;
+            wide(&y)?.broadcast_add(&bias.values)?.to_dtype(x.dtype())
+        }
     }
 }
 

@@ -1,6 +1,7 @@
 //! Fused differentiable operations for f32 on the CPU, each beside a composite of candle's primitives.
 //!
-//! The composite runs on every other device and dtype and is the oracle of the tests. A fused operation is a
+//! The composite runs on every other device and dtype and is the oracle of the tests. Its activations may be bf16:
+//! then products are too; statistics, softmax and non-linearities are computed in f32, and parameters are always f32. A fused operation is a
 //! candle custom operation with its own backward pass; its result does not depend on the number of threads.
 
 pub mod activation;
@@ -38,9 +39,15 @@ impl Kernels {
 /// A parameter as an operation takes it.
 #[derive(Clone, Debug)]
 pub struct Weight {
+    /// In f32.
     pub values: Tensor,
     /// Where a fused operation adds the gradient up; none in evaluation, and where candle's own tape keeps it.
     pub gradient: Option<Arc<Gradient>>,
+}
+
+/// A composite's operand in f32: sums, statistics and non-linearities need more digits than bf16 has.
+pub(crate) fn wide(x: &Tensor) -> Result<Tensor> {
+    x.to_dtype(DType::F32)
 }
 
 /// Elements that one task of an element-wise loop works on.

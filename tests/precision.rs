@@ -1,0 +1,159 @@
+//! `--precision bf16`: candle's CPU computes in bf16 too, slowly, so what a GPU is to do is held against fp32 here.
+
+mod common;
+
+use candle_core::{DType, Device};
+use common::{gradient, json, models, records_file, relative, tk};
+use tk::checkpoint::Weights;
+use tk::data::batch::{Encoding, Packed};
+use tk::device::Precision;
+use tk::eager::{Eager, Init, Kernels, Mode, Params, tensors};
+use tk::model::ModelConfig;
+use tk::task::{Example, Target, Task};
+use tk::train::schedule::Schedule;
+use tk::train::{Settings, Trainer};
+
+/// A tiny model and its records.
+struct Tiny {
+    config: ModelConfig,
+    task: Task,
+    params: Params,
+    examples: Vec<Example>,
+}
+
+impl Tiny {
+    fn load() -> Self {
+        let dir = models("tiny-bert-single");
+        let mut config = ModelConfig::read(&dir).unwrap();
+        config.set_dropout(0.1);
+        let task = Task::from_config(&config).unwrap();
+        let manifest = task.params(&config.family).unwrap();
+        let init = Init { seed: 0, std: 0.0 };
+        let (params, _) = Params::load(&manifest, &Weights::open(&dir).unwrap(), init, &Device::Cpu).unwrap();
+        let json = json(dir.join("reference.json"));
+        let ids = |key: &str, i: usize| serde_json::from_value::<Vec<u32>>(json[key][i].clone()).unwrap();
+        let Task::TextClassification(classification) = &task;
+        let records = json["records"].as_array().unwrap().iter().enumerate();
+        let examples = records
+            .map(|(i, record)| Example {
+                encoding: Encoding { ids: ids("ids", i), type_ids: ids("type_ids", i), truncated: false },
+                target: classification.target(&record["label"]).unwrap(),
+            })
+            .collect();
+        Self { config, task, params, examples }
+    }
+
+    /// The losses of `steps` steps on all the records at once.
+    fn train(&self, settings: &Settings, steps: usize) -> Vec<f64> {
+        let (family, task) = (&self.config.family, &self.task);
+        let mut trainer = Trainer::new(settings, family, task, &self.params, &Device::Cpu, steps).unwrap();
+        let examples: Vec<&Example> = self.examples.iter().collect();
+        (0..steps).map(|_| trainer.step(std::slice::from_ref(&examples)).unwrap().loss).collect()
+    }
+}
+
+fn settings(precision: Precision, learning_rate: f64) -> Settings {
+    Settings {
+        precision,
+        learning_rate,
+        schedule: Schedule::Constant,
+        warmup_ratio: 0.0,
+        weight_decay: 0.0,
+        ..Settings::default()
+    }
+}
+
+#[test]
+fn losses_in_bf16_follow_those_in_fp32() {
+    let losses = |precision| Tiny::load().train(&settings(precision, 1e-3), 30);
+    let (fp32, bf16) = (losses(Precision::Fp32), losses(Precision::Bf16));
+    assert!(fp32[29] < 0.7 * fp32[0], "the test needs a run that learns: {fp32:?}");
+    let worst = fp32.iter().zip(&bf16).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+    assert!(worst <= 0.02, "{worst}: {bf16:?}, {fp32:?}");
+    assert!(worst > 1e-6, "nothing was computed in bf16");
+}
+
+#[test]
+fn every_gradient_in_bf16_is_near_that_in_fp32() {
+    let tiny = Tiny::load();
+    // more rows than bf16 can count: a sum of as many in bf16 would stall
+    let examples: Vec<&Example> = tiny.examples.iter().cycle().take(100).collect();
+    let batch = Packed::new(examples.iter().map(|example| &example.encoding));
+    let targets: Vec<&Target> = examples.iter().map(|example| &example.target).collect();
+    let gradients = |dtype| -> Vec<(String, Vec<f32>)> {
+        let eager = Eager::new(&tiny.params, &batch, &Device::Cpu, Mode::Training { key: 3 });
+        let eager = eager.with_kernels(Kernels::Composite).with_dtype(dtype);
+        let outputs = tensors(tiny.task.define(&eager, &tiny.config.family).unwrap()).unwrap();
+        let loss = tiny.task.loss(&outputs, &targets, 0.0).unwrap();
+        let store = loss.backward().unwrap();
+        let of = |name: &str| gradient(&tiny.params, name, &store, Kernels::Composite);
+        tiny.params.iter().map(|(param, _)| (param.name.clone(), of(&param.name))).collect()
+    };
+    for ((name, fp32), (_, bf16)) in gradients(DType::F32).iter().zip(&gradients(DType::BF16)) {
+        let is = |part: &str| name.contains(part);
+        // the gradient of what a query or a key is made of is a difference of nearly equal sums
+        let tolerance = if is("self.query") || is("self.key") { 0.06 } else { 0.03 };
+        // softmax cancels what a bias adds to every key: its gradient is rounding alone
+        if !is("self.key.bias") {
+            let error = relative(bf16, fp32);
+            assert!(error <= tolerance, "{name}: {error}");
+        }
+    }
+}
+
+#[test]
+fn updates_that_bf16_could_not_hold_are_kept() {
+    let (rate, steps) = (1e-6, 20);
+    let run = |precision| {
+        let tiny = Tiny::load();
+        let before = tiny.params.values().unwrap().concat();
+        tiny.train(&settings(precision, rate), steps);
+        for (param, var) in tiny.params.iter() {
+            assert_eq!(var.dtype(), DType::F32, "{}", param.name);
+        }
+        (before, tiny.params.values().unwrap().concat())
+    };
+    let ((before, fp32), (_, bf16)) = (run(Precision::Fp32), run(Precision::Bf16));
+    // weights whose neighbours in bf16 are further away than all the steps together, and that are learnt
+    let is_far = |i: usize| before[i].abs() > 0.02 && f64::from((fp32[i] - before[i]).abs()) > rate;
+    let far: Vec<usize> = (0..before.len()).filter(|&i| is_far(i)).collect();
+    assert!(far.len() > 10_000, "{}", far.len());
+    let share = |is: &dyn Fn(usize) -> bool| far.iter().filter(|&&i| is(i)).count() as f64 / far.len() as f64;
+    let in_bf16 = |x: f32| half::bf16::from_f32(x).to_bits();
+    let same = share(&|i| in_bf16(bf16[i]) == in_bf16(before[i]));
+    assert!(same > 0.95, "in bf16, {same} of the weights would have stayed as they were");
+    let changes = |now: &[f32]| far.iter().map(|&i| now[i] - before[i]).collect::<Vec<f32>>();
+    let error = relative(&changes(&bf16), &changes(&fp32));
+    assert!(error < 0.2, "the changes are {error} off those in fp32");
+}
+
+#[test]
+fn the_cpu_refuses_bf16_before_anything_is_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let (records, output, file) =
+        (dir.path().join("train.jsonl"), dir.path().join("out"), dir.path().join("run.toml"));
+    records_file("tiny-bert-single", 1, &records);
+    std::fs::write(&file, "precision = \"bf16\"\n").unwrap();
+    let train = |more: &[&str]| {
+        let mut tk = tk();
+        tk.args(["train", "--task", "text-classification", "--max-length", "48", "--model"]);
+        tk.arg(models("tiny-bert-single")).arg("--train").arg(&records).arg("--output").arg(&output);
+        tk.args(more).assert()
+    };
+    let said = |assert: assert_cmd::assert::Assert| {
+        String::from_utf8_lossy(&assert.get_output().stderr).into_owned()
+    };
+    for more in [["--precision", "bf16"], ["--config", file.to_str().unwrap()]] {
+        let text = said(train(&more).code(2));
+        assert!(text.contains("--precision bf16 needs --device cuda"), "{text}");
+        assert!(!output.exists());
+    }
+    let text = said(train(&["--precision", "fp16"]).code(2));
+    assert!(text.contains("fp32, bf16"), "{text}");
+
+    train(&["--max-steps", "1", "--quiet"]).success();
+    let saved = std::fs::read_to_string(output.join("training/settings.toml")).unwrap();
+    assert!(saved.contains("precision = \"fp32\""), "{saved}");
+    let text = said(train(&["--resume", "--max-steps", "1", "--precision", "bf16"]).code(2));
+    assert!(text.contains("precision (\"bf16\", was \"fp32\")"), "{text}");
+}
