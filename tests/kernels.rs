@@ -9,14 +9,16 @@ use common::relative;
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 use tk::data::batch::Spans;
-use tk::eager::kernels::activation::activate;
-use tk::eager::kernels::attention::{attention, self_attention};
+use tk::eager::kernels::attention::Attention;
+use tk::eager::kernels::buffer::Buffer;
 use tk::eager::kernels::cross_entropy::{self, composite_losses, linear_cross_entropy, linear_losses};
-use tk::eager::kernels::dropout::{Mask, dropout};
-use tk::eager::kernels::embedding::{embedding, pick};
+use tk::eager::kernels::dropout::Mask;
 use tk::eager::kernels::gradient::Gradient;
-use tk::eager::kernels::layer_norm::{layer_norm, residual_norm};
-use tk::eager::kernels::linear::{linear, linear_activation};
+use tk::eager::kernels::layer_norm::Norm;
+use tk::eager::kernels::linear::Map;
+use tk::eager::kernels::residual::{self, Branch, residual_norm};
+use tk::eager::kernels::{activation, attention, dropout, embedding, layer_norm, linear};
+use tk::eager::tape::{Tape, Value};
 use tk::eager::{Init, Kernels, Params, Weight};
 use tk::model::ops::{Activation, At, Ids, Ops};
 use tk::train::optimizer::{AdamW, Constants, Gradients};
@@ -38,50 +40,77 @@ fn random(seed: u64, shape: &[usize]) -> Var {
     Var::from_tensor(&Tensor::from_vec(values, shape, &Device::Cpu).unwrap()).unwrap()
 }
 
-/// Runs both forms and compares the result and every gradient under a random cotangent: of the activations, which
-/// are on candle's tape in both forms, and of the parameters.
+/// Runs both forms and compares the result and every gradient under a random cotangent: of the activations, and of
+/// the parameters.
 fn compare(
     activations: &[Var],
     parameters: &[Var],
-    run: impl Fn(Kernels, &[Tensor], &[Weight]) -> Result<Tensor>,
+    composite: impl Fn(&[Tensor], &[Weight]) -> Result<Tensor>,
+    fused: impl Fn(&Tape, &[Arc<Value>], &[Weight]) -> Result<Arc<Value>>,
 ) {
-    compare_within(TOLERANCE, activations, parameters, run);
+    compare_within(TOLERANCE, activations, parameters, composite, fused);
 }
 
 fn compare_within(
     tolerance: f64,
     activations: &[Var],
     parameters: &[Var],
-    run: impl Fn(Kernels, &[Tensor], &[Weight]) -> Result<Tensor>,
+    composite: impl Fn(&[Tensor], &[Weight]) -> Result<Tensor>,
+    fused: impl Fn(&Tape, &[Arc<Value>], &[Weight]) -> Result<Arc<Value>>,
 ) {
     let tensors: Vec<Tensor> = activations.iter().map(|v| v.as_tensor().clone()).collect();
-    let of = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-    let form = |kernels| {
-        let weights: Vec<Weight> = parameters
-            .iter()
-            .map(|var| match kernels {
-                Kernels::Fused => Weight {
-                    values: var.as_detached_tensor(),
-                    gradient: Some(Arc::new(Gradient::new(var.dims()))),
-                },
-                Kernels::Composite => Weight { values: var.as_tensor().clone(), gradient: None },
-            })
-            .collect();
-        let y = run(kernels, &tensors, &weights).unwrap();
-        let cotangent = random(99, y.dims());
-        let store = (&y * cotangent.as_tensor()).unwrap().sum_all().unwrap().backward().unwrap();
-        let mut all = vec![of(&y)];
-        all.extend(activations.iter().map(|v| of(store.get(v.as_tensor()).expect("a gradient"))));
-        all.extend(parameters.iter().zip(&weights).map(|(var, weight)| match &weight.gradient {
-            Some(gradient) => gradient.lock().dense().expect("a gradient"),
-            None => of(store.get(var.as_tensor()).expect("a gradient")),
-        }));
-        all
-    };
-    for (i, (fused, composite)) in form(Kernels::Fused).iter().zip(&form(Kernels::Composite)).enumerate() {
+    let weights: Vec<Weight> =
+        parameters.iter().map(|v| Weight { values: v.as_tensor().clone(), gradient: None }).collect();
+    let y = composite(&tensors, &weights).unwrap();
+    let cotangent = random(99, y.dims());
+    let store = (&y * cotangent.as_tensor()).unwrap().sum_all().unwrap().backward().unwrap();
+    let mut expected = vec![numbers(&y)];
+    let all = activations.iter().chain(parameters);
+    expected.extend(all.map(|v| numbers(store.get(v.as_tensor()).expect("a gradient"))));
+
+    let found = on_tape(activations, parameters, &numbers(cotangent.as_tensor()), fused);
+    assert_eq!(found.len(), expected.len());
+    for (i, (fused, composite)) in found.iter().zip(&expected).enumerate() {
         let error = relative(fused, composite);
         assert!(error <= tolerance, "{} {i} is {error:e} off", if i == 0 { "result" } else { "gradient" });
     }
+}
+
+/// A fused operation's result and, from its gradient, those of the activations and of the parameters.
+fn on_tape(
+    activations: &[Var],
+    parameters: &[Var],
+    cotangent: &[f32],
+    run: impl Fn(&Tape, &[Arc<Value>], &[Weight]) -> Result<Arc<Value>>,
+) -> Vec<Vec<f32>> {
+    let tape = Tape::new(true);
+    let leaf = |v: &Var| tape.leaf(Buffer::of(&numbers(v.as_tensor())), *v.dims().last().unwrap());
+    let values: Vec<Arc<Value>> = activations.iter().map(leaf).collect();
+    let weights: Vec<Weight> = parameters.iter().map(with_slot).collect();
+    let y = run(&tape, &values, &weights).unwrap();
+    let mut all = vec![y.numbers.to_vec()];
+    let flow = tape.backward(vec![(y, Buffer::of(cotangent))]).unwrap();
+    all.extend(values.iter().map(|value| flow.of(value).expect("a gradient").to_vec()));
+    all.extend(
+        weights.iter().map(|w| w.gradient.as_ref().and_then(|g| g.lock().dense()).expect("a gradient")),
+    );
+    all
+}
+
+fn with_slot(var: &Var) -> Weight {
+    Weight { values: var.as_detached_tensor(), gradient: Some(Arc::new(Gradient::new(var.dims()))) }
+}
+
+fn map(weight: &Weight, bias: &Weight) -> Map {
+    Map::new(weight, bias).unwrap()
+}
+
+fn norm(weight: &Weight, bias: &Weight) -> Norm {
+    Norm { weight: weight.clone(), bias: bias.clone(), eps: 1e-5 }
+}
+
+fn numbers(tensor: &Tensor) -> Vec<f32> {
+    tensor.flatten_all().unwrap().to_vec1().unwrap()
 }
 
 proptest! {
@@ -96,14 +125,24 @@ proptest! {
     #[test]
     fn linear_is_its_composite(rows in 1usize..300, input in 1usize..90, output in 1usize..200, seed: u64) {
         let (x, w, b) = (random(seed, &[rows, input]), random(seed ^ 1, &[output, input]), random(seed ^ 2, &[output]));
-        compare(&[x], &[w, b], |kernels, t, p| linear(kernels, &t[0], &p[0], &p[1]));
+        compare(
+            &[x],
+            &[w, b],
+            |t, p| linear::composite(&t[0], &p[0], &p[1]),
+            |tape, t, p| linear::linear(tape, &t[0], &map(&p[0], &p[1])),
+        );
     }
 
     #[test]
     // of two channels both gradients cancel to rounding, so there is nothing to compare
     fn layer_norm_is_its_composite(rows in 1usize..100, width in 8usize..150, seed: u64) {
         let (x, w, b) = (random(seed, &[rows, width]), random(seed ^ 1, &[width]), random(seed ^ 2, &[width]));
-        compare(&[x], &[w, b], |kernels, t, p| layer_norm(kernels, &t[0], &p[0], &p[1], 1e-5));
+        compare(
+            &[x],
+            &[w, b],
+            |t, p| layer_norm::composite(&t[0], &p[0], &p[1], 1e-5),
+            |tape, t, p| layer_norm::layer_norm(tape, &t[0], &norm(&p[0], &p[1])),
+        );
     }
 
     #[test]
@@ -115,24 +154,69 @@ proptest! {
     ) {
         let (x, w, b) = (random(seed, &[rows, input]), random(seed ^ 1, &[output, input]), random(seed ^ 2, &[output]));
         for how in [Activation::Gelu, Activation::GeluTanh, Activation::Tanh] {
-            let shapes = ([x.clone()], [w.clone(), b.clone()]);
-            compare(&shapes.0, &shapes.1, |kernels, t, p| linear_activation(kernels, &t[0], &p[0], &p[1], how));
+            compare(
+                std::slice::from_ref(&x),
+                &[w.clone(), b.clone()],
+                |t, p| activation::composite(&linear::composite(&t[0], &p[0], &p[1])?, how),
+                |tape, t, p| linear::linear_activation(tape, &t[0], &map(&p[0], &p[1]), how),
+            );
         }
     }
 
     #[test]
     fn the_norm_of_a_residual_sum_is_its_composite(
-        rows in 1usize..100,
+        rows in 1usize..300,
         width in 8usize..150,
+        inner in 1usize..90,
         p in prop::option::of(0.05f32..0.6),
         seed: u64,
     ) {
-        let (branch, x) = (random(seed, &[rows, width]), random(seed ^ 3, &[rows, width]));
-        let (w, b) = (random(seed ^ 1, &[width]), random(seed ^ 2, &[width]));
+        let r = |i: u64, shape: &[usize]| random(seed ^ i, shape);
         let mask = p.map(|p| Mask::new(seed, p));
-        compare(&[branch, x], &[w, b], |kernels, t, p| {
-            residual_norm(kernels, &t[0], mask, &t[1], &p[0], &p[1], 1e-5)
-        });
+        // a branch that was computed before
+        compare(
+            &[r(1, &[rows, width]), r(2, &[rows, width])],
+            &[r(3, &[width]), r(4, &[width])],
+            |t, p| residual::composite(&t[0], mask, &t[1], &p[0], &p[1], 1e-5),
+            |tape, t, p| {
+                let branch = Branch::Ready(t[0].clone());
+                Ok(residual_norm(tape, &branch, mask, &t[1], &norm(&p[0], &p[1]))?.1)
+            },
+        );
+        // a linear map
+        compare(
+            &[r(1, &[rows, inner]), r(2, &[rows, width])],
+            &[r(3, &[width]), r(4, &[width]), r(5, &[width, inner]), r(6, &[width])],
+            |t, p| {
+                let branch = linear::composite(&t[0], &p[2], &p[3])?;
+                residual::composite(&branch, mask, &t[1], &p[0], &p[1], 1e-5)
+            },
+            |tape, t, p| {
+                let branch = Branch::Linear { x: t[0].clone(), map: map(&p[2], &p[3]) };
+                Ok(residual_norm(tape, &branch, mask, &t[1], &norm(&p[0], &p[1]))?.1)
+            },
+        );
+        // a feed-forward network of the stream itself, and the sum used again, as before a later norm
+        compare(
+            &[r(2, &[rows, width])],
+            &[
+                r(3, &[width]), r(4, &[width]), r(5, &[inner, width]), r(6, &[inner]), r(7, &[width, inner]),
+                r(8, &[width]),
+            ],
+            |t, p| {
+                let inner = activation::composite(&linear::composite(&t[0], &p[2], &p[3])?, Activation::Gelu)?;
+                let branch = linear::composite(&inner, &p[4], &p[5])?;
+                let dropped = mask.map(|mask| dropout::composite(&branch, mask)).unwrap_or(Ok(branch))?;
+                let sum = (dropped + &t[0])?;
+                residual::composite(&sum, None, &layer_norm::composite(&sum, &p[0], &p[1], 1e-5)?, &p[0], &p[1], 1e-5)
+            },
+            |tape, t, p| {
+                let (first, second) = (map(&p[2], &p[3]), map(&p[4], &p[5]));
+                let branch = Branch::FeedForward { x: t[0].clone(), first, how: Activation::Gelu, second };
+                let (sum, normed) = residual_norm(tape, &branch, mask, &t[0], &norm(&p[0], &p[1]))?;
+                Ok(residual_norm(tape, &Branch::Ready(sum), None, &normed, &norm(&p[0], &p[1]))?.1)
+            },
+        );
     }
 
     #[test]
@@ -148,30 +232,52 @@ proptest! {
         let (spans, width) = (Arc::new(Spans::of_lengths(lengths)), heads * d);
         let x = random(seed, &[spans.tokens(), input]);
         // small maps, so that no weight is all but one: what is left of the others would be rounding
-        let map = |i: u64| Var::from_tensor(&(random(seed ^ i, &[width, input]).as_tensor() * 0.1).unwrap()).unwrap();
+        let small = |i: u64| Var::from_tensor(&(random(seed ^ i, &[width, input]).as_tensor() * 0.1).unwrap()).unwrap();
         let bias = |i: u64| random(seed ^ i, &[width]);
         let mask = p.map(|p| Mask::new(seed, p));
         // the keys' bias has a gradient of rounding alone, so it has no gradient here
         let key_bias = bias(5);
-        let parameters = [map(1), bias(2), map(3), map(4), bias(6)];
-        compare_within(QUERY_TOLERANCE, &[x], &parameters, |kernels, t, p| {
-            let key_bias = Weight { values: key_bias.as_detached_tensor(), gradient: None };
-            let pairs = [(0, 1), (3, 4)].map(|(w, b)| (p[w].clone(), p[b].clone()));
-            let keys = (p[2].clone(), key_bias);
-            self_attention(kernels, &t[0], [&pairs[0], &keys, &pairs[1]], &spans, heads, mask)
-        });
+        let parameters = [small(1), bias(2), small(3), small(4), bias(6)];
+        let key_bias = Weight { values: key_bias.as_detached_tensor(), gradient: None };
+        let how = Attention { spans, heads, mask };
+        compare_within(
+            QUERY_TOLERANCE,
+            &[x],
+            &parameters,
+            |t, p| {
+                let mapped = |w: &Weight, b: &Weight| linear::composite(&t[0], w, b);
+                let (q, k, v) = (mapped(&p[0], &p[1])?, mapped(&p[2], &key_bias)?, mapped(&p[3], &p[4])?);
+                attention::composite(&q, &k, &v, &how)
+            },
+            |tape, t, p| {
+                let maps = [map(&p[0], &p[1]), map(&p[2], &key_bias), map(&p[3], &p[4])];
+                attention::self_attention(tape, &t[0], maps.each_ref(), &how)
+            },
+        );
     }
 
     #[test]
     fn activations_are_their_composites(n in 1usize..40_000, seed: u64) {
-        for how in [Activation::Gelu, Activation::GeluTanh] {
-            compare(&[random(seed, &[n])], &[], |kernels, t, _| activate(kernels, &(&t[0] * 3.0)?, how));
+        let x = Var::from_tensor(&(random(seed, &[n]).as_tensor() * 3.0).unwrap()).unwrap();
+        for how in [Activation::Gelu, Activation::GeluTanh, Activation::Relu, Activation::Silu, Activation::Tanh] {
+            compare(
+                std::slice::from_ref(&x),
+                &[],
+                |t, _| activation::composite(&t[0], how),
+                |tape, t, _| Ok(activation::activate(tape, &t[0], how)),
+            );
         }
     }
 
     #[test]
     fn dropout_is_its_composite(n in 1usize..5_000, key: u64, p in 0.0f32..0.9) {
-        compare(&[random(key, &[n])], &[], |kernels, t, _| dropout(kernels, &t[0], Mask::new(key, p)));
+        let mask = Mask::new(key, p);
+        compare(
+            &[random(key, &[n])],
+            &[],
+            |t, _| dropout::composite(&t[0], mask),
+            |tape, t, _| Ok(dropout::dropout(tape, &t[0], mask)),
+        );
     }
 
     #[test]
@@ -181,8 +287,18 @@ proptest! {
         ids in prop::collection::vec(0u32..700, 1..200),
     ) {
         let ids: Arc<[u32]> = ids.into_iter().map(|id| id % rows as u32).collect();
-        compare(&[], &[random(7, &[rows, width])], |kernels, _, p| embedding(kernels, &p[0], &ids));
-        compare(&[random(7, &[rows, width])], &[], |kernels, t, _| pick(kernels, &t[0], &ids));
+        compare(
+            &[],
+            &[random(7, &[rows, width])],
+            |_, p| embedding::composite(&p[0].values, &ids),
+            |tape, _, p| embedding::embedding(tape, &p[0], &ids),
+        );
+        compare(
+            &[random(7, &[rows, width])],
+            &[],
+            |t, _| embedding::composite(&t[0], &ids),
+            |tape, t, _| embedding::pick(tape, &t[0], &ids),
+        );
     }
 
     #[test]
@@ -197,7 +313,13 @@ proptest! {
         let shape = [spans.tokens(), heads * d];
         let variables = [random(seed, &shape), random(seed ^ 1, &shape), random(seed ^ 2, &shape)];
         let mask = p.map(|p| Mask::new(seed, p));
-        compare(&variables, &[], |kernels, t, _| attention(kernels, &t[0], &t[1], &t[2], &spans, heads, mask));
+        let how = Attention { spans, heads, mask };
+        compare(
+            &variables,
+            &[],
+            |t, _| attention::composite(&t[0], &t[1], &t[2], &how),
+            |tape, t, _| attention::attention(tape, &t[0], &t[1], &t[2], &how),
+        );
     }
 
     #[test]
@@ -222,23 +344,16 @@ proptest! {
         let mut parameters = vec![small(random(seed ^ 1, &[vocabulary, input]))];
         parameters.extend(with_bias.then(|| random(seed ^ 2, &[vocabulary])));
 
-        let of = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         let tracked: Vec<Weight> =
             parameters.iter().map(|v| Weight { values: v.as_tensor().clone(), gradient: None }).collect();
         let losses =
             cross_entropy::composite(x.as_tensor(), &tracked[0], tracked.get(1), &targets, smoothing).unwrap();
         let store = (losses.sum_all().unwrap() * f64::from(scale)).unwrap().backward().unwrap();
-        let mut composite = vec![of(&losses), of(store.get(x.as_tensor()).expect("a gradient"))];
-        composite.extend(parameters.iter().map(|v| of(store.get(v.as_tensor()).expect("a gradient"))));
+        let mut composite = vec![numbers(&losses), numbers(store.get(x.as_tensor()).expect("a gradient"))];
+        composite.extend(parameters.iter().map(|v| numbers(store.get(v.as_tensor()).expect("a gradient"))));
 
-        let slots: Vec<Weight> = parameters
-            .iter()
-            .map(|v| Weight {
-                values: v.as_detached_tensor(),
-                gradient: Some(Arc::new(Gradient::new(v.dims()))),
-            })
-            .collect();
-        let xs = of(x.as_tensor());
+        let slots: Vec<Weight> = parameters.iter().map(with_slot).collect();
+        let xs = numbers(x.as_tensor());
         let (total, dx) =
             linear_cross_entropy(&xs, &slots[0], slots.get(1), &targets, smoothing, scale).unwrap();
         let losses = linear_losses(&xs, &slots[0], slots.get(1), &targets, smoothing).unwrap();
@@ -264,41 +379,34 @@ proptest! {
         let logits = random(seed, &[targets.len(), vocabulary]);
         let losses = composite_losses(logits.as_tensor(), &targets, smoothing).unwrap();
         let store = (losses.sum_all().unwrap() * 0.25).unwrap().backward().unwrap();
-        let of = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-        let mut fused = of(logits.as_tensor());
+        let mut fused = numbers(logits.as_tensor());
         let total = cross_entropy::cross_entropy(&mut fused, vocabulary, &targets, smoothing, 0.25).unwrap();
-        prop_assert!(relative(&[total as f32], &[of(&losses).iter().sum()]) <= TOLERANCE);
-        prop_assert!(relative(&fused, &of(store.get(logits.as_tensor()).expect("a gradient"))) <= TOLERANCE);
+        prop_assert!(relative(&[total as f32], &[numbers(&losses).iter().sum()]) <= TOLERANCE);
+        prop_assert!(relative(&fused, &numbers(store.get(logits.as_tensor()).expect("a gradient"))) <= TOLERANCE);
     }
-}
-
-#[test]
-fn tensors_that_are_not_contiguous_are_taken_as_they_are_meant() {
-    let parameters = [random(2, &[20, 40]), random(3, &[20])];
-    compare(&[random(1, &[40, 30])], &parameters, |kernels, t, p| linear(kernels, &t[0].t()?, &p[0], &p[1]));
-    compare(&[random(1, &[40, 30])], &[], |kernels, t, _| {
-        activate(kernels, &t[0].narrow(1, 3, 20)?, Activation::Gelu)
-    });
 }
 
 #[test]
 fn results_do_not_depend_on_the_number_of_threads() {
     let spans = Arc::new(Spans::of_lengths([70, 3, 129]));
+    let how = Attention { spans, heads: 4, mask: Some(Mask::new(5, 0.1)) };
     let work = || {
-        let x = random(1, &[202, 48]);
-        let weight = |seed, shape: &[usize]| Weight {
-            values: random(seed, shape).as_detached_tensor(),
-            gradient: Some(Arc::new(Gradient::new(shape))),
-        };
-        let (w, b, scale) = (weight(2, &[48, 48]), weight(3, &[48]), weight(4, &[48]));
-        let h = linear(Kernels::Fused, x.as_tensor(), &w, &b).unwrap();
-        let h = attention(Kernels::Fused, &h, &h, &h, &spans, 4, Some(Mask::new(5, 0.1))).unwrap();
-        let h = layer_norm(Kernels::Fused, &h, &scale, &b, 1e-12).unwrap();
-        let store = h.sqr().unwrap().sum_all().unwrap().backward().unwrap();
-        let dx: Vec<f32> = store.get(x.as_tensor()).unwrap().flatten_all().unwrap().to_vec1().unwrap();
-        let slot = |w: &Weight| w.gradient.as_ref().unwrap().lock().dense().unwrap();
-        [dx, slot(&w), slot(&b), slot(&scale)]
-            .map(|values| values.into_iter().map(f32::to_bits).collect::<Vec<_>>())
+        let shapes: [&[usize]; 8] =
+            [&[48, 48], &[48], &[48, 48], &[48], &[300, 48], &[300], &[48, 300], &[48]];
+        let parameters: Vec<Var> = (2..).zip(shapes).map(|(seed, shape)| random(seed, shape)).collect();
+        let cotangent = numbers(random(1, &[202, 48]).as_tensor());
+        on_tape(&[random(1, &[202, 48])], &parameters, &cotangent, |tape, t, p| {
+            let x = linear::linear(tape, &t[0], &map(&p[0], &p[1]))?;
+            let x = attention::attention(tape, &x, &x, &x, &how)?;
+            let branch = Branch::Linear { x: x.clone(), map: map(&p[2], &p[3]) };
+            let (_, x) = residual_norm(tape, &branch, how.mask, &x, &norm(&p[1], &p[3]))?;
+            let (first, second) = (map(&p[4], &p[5]), map(&p[6], &p[7]));
+            let branch = Branch::FeedForward { x: x.clone(), first, how: Activation::Gelu, second };
+            residual::residual(tape, &branch, how.mask, &x)
+        })
+        .into_iter()
+        .map(|values| values.into_iter().map(f32::to_bits).collect::<Vec<_>>())
+        .collect::<Vec<_>>()
     };
     let with = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(work);
     let one = with(1);

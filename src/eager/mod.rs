@@ -3,6 +3,7 @@
 mod evaluator;
 pub mod kernels;
 mod params;
+pub mod tape;
 mod x;
 
 use std::cell::{Cell, RefCell};
@@ -19,12 +20,13 @@ pub use x::X;
 use crate::Result;
 use crate::data::batch::{Packed, Spans};
 use crate::model::ops::{Activation, Attend, Ids, Linear, Norm, Ops, Param, Pick, Sees, Table};
-use kernels::activation::activate;
-use kernels::attention::{attention, self_attention};
+use kernels::attention::Attention;
 use kernels::dropout::{Mask, mix};
-use kernels::layer_norm::{layer_norm, residual_norm};
-use kernels::linear::linear_activation;
-use x::State;
+use kernels::linear::Map;
+use kernels::residual::{Branch, residual_norm};
+use kernels::{activation, attention, dropout, embedding, layer_norm, linear, wide};
+use tape::{Tape, Value};
+use x::{Fused, State};
 
 /// What a forward pass is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,6 +44,7 @@ pub struct Eager<'a> {
     type_ids: Arc<[u32]>,
     positions: Arc<[u32]>,
     spans: Arc<Spans>,
+    tape: Arc<Tape>,
     kernels: Kernels,
     /// The activations' type.
     dtype: DType,
@@ -60,6 +63,7 @@ impl<'a> Eager<'a> {
             type_ids: batch.type_ids.as_slice().into(),
             positions: batch.positions().into(),
             spans: Arc::new(batch.spans.clone()),
+            tape: Arc::new(Tape::new(mode != Mode::Evaluation)),
             kernels: Kernels::of(device, DType::F32),
             dtype: DType::F32,
             mode,
@@ -103,8 +107,12 @@ impl<'a> Eager<'a> {
 }
 
 impl Eager<'_> {
-    fn ready(&self, tensor: Tensor) -> X {
-        X::new(self.kernels, State::Ready(tensor))
+    fn fused(&self, state: State) -> X {
+        X::Fused(Fused::new(&self.tape, state))
+    }
+
+    fn ready(&self, value: Arc<Value>) -> X {
+        self.fused(State::Branch(Branch::Ready(value)))
     }
 }
 
@@ -118,65 +126,102 @@ impl Ops for Eager<'_> {
             Ids::Positions => &self.positions,
         };
         let rows = self.weight(&table.weight)?;
-        let x = kernels::embedding::embedding(self.kernels, &rows, ids).with_context(|| table.weight.name)?;
-        Ok(self.ready(x.to_dtype(self.dtype)?))
+        let x = match self.kernels {
+            Kernels::Fused => embedding::embedding(&self.tape, &rows, ids).map(|x| self.ready(x)),
+            Kernels::Composite => {
+                embedding::composite(&rows.values, ids).and_then(|x| x.to_dtype(self.dtype)).map(X::Tensor)
+            }
+        };
+        x.with_context(|| table.weight.name)
     }
 
     fn linear(&self, map: Linear, x: &X) -> Result<X> {
         let (weight, bias) = (self.weight(&map.weight)?, self.weight(&map.bias)?);
-        Ok(X::new(self.kernels, State::Linear { x: x.tensor()?, weight, bias }))
+        let x = match x {
+            X::Tensor(x) => X::Tensor(linear::composite(x, &weight, &bias).with_context(|| map.weight.name)?),
+            X::Fused(x) => {
+                let second = Map::new(&weight, &bias)?;
+                self.fused(State::Branch(match x.state() {
+                    State::Activated { x, map: first, how } => Branch::FeedForward { x, first, how, second },
+                    _ => Branch::Linear { x: x.value()?, map: second },
+                }))
+            }
+        };
+        Ok(x)
     }
 
     fn layer_norm(&self, norm: Norm, x: &X) -> Result<X> {
         let (weight, bias) = (self.weight(&norm.weight)?, self.weight(&norm.bias)?);
-        let normed = match x.state() {
-            State::Sum { branch, mask, x } => {
-                residual_norm(self.kernels, &branch, mask, &x, &weight, &bias, norm.eps)
+        let normed = match x {
+            X::Tensor(x) => layer_norm::composite(x, &weight, &bias, norm.eps)
+                .and_then(|x| x.to_dtype(self.dtype))
+                .map(X::Tensor),
+            X::Fused(x) => {
+                let norm = layer_norm::Norm { weight, bias, eps: norm.eps as f32 };
+                match x.state() {
+                    State::Sum { branch, mask, x: stream } => {
+                        let (sum, normed) = residual_norm(&self.tape, &branch, mask, &stream, &norm)?;
+                        x.is_now(sum);
+                        Ok(self.ready(normed))
+                    }
+                    _ => layer_norm::layer_norm(&self.tape, &x.value()?, &norm).map(|x| self.ready(x)),
+                }
             }
-            _ => layer_norm(self.kernels, &x.tensor()?, &weight, &bias, norm.eps),
         };
-        Ok(self.ready(normed.with_context(|| norm.weight.name)?))
+        normed.with_context(|| norm.weight.name)
     }
 
     fn attention(&self, q: &X, k: &X, v: &X, how: Attend) -> Result<X> {
         let mask = self.mask(how.dropout);
         let Sees::All = how.sees;
-        let (spans, heads) = (&self.spans, how.heads);
+        let how = Attention { spans: self.spans.clone(), heads: how.heads, mask };
+        let (q, k, v) = match (q, k, v) {
+            (X::Fused(q), X::Fused(k), X::Fused(v)) => (q, k, v),
+            _ => return Ok(X::Tensor(attention::composite(&q.tensor()?, &k.tensor()?, &v.tensor()?, &how)?)),
+        };
         let y = match [q.state(), k.state(), v.state()] {
             [
-                State::Linear { x, weight: q, bias: q_bias },
-                State::Linear { x: x_k, weight: k, bias: k_bias },
-                State::Linear { x: x_v, weight: v, bias: v_bias },
-            ] if x.id() == x_k.id() && x.id() == x_v.id() => {
-                let maps = [&(q, q_bias), &(k, k_bias), &(v, v_bias)];
-                self_attention(self.kernels, &x, maps, spans, heads, mask)?
+                State::Branch(Branch::Linear { x, map: q }),
+                State::Branch(Branch::Linear { x: x_k, map: k }),
+                State::Branch(Branch::Linear { x: x_v, map: v }),
+            ] if Arc::ptr_eq(&x, &x_k) && Arc::ptr_eq(&x, &x_v) => {
+                attention::self_attention(&self.tape, &x, [&q, &k, &v], &how)?
             }
-            _ => attention(self.kernels, &q.tensor()?, &k.tensor()?, &v.tensor()?, spans, heads, mask)?,
+            _ => attention::attention(&self.tape, &q.value()?, &k.value()?, &v.value()?, &how)?,
         };
         Ok(self.ready(y))
     }
 
     fn activate(&self, x: &X, how: Activation) -> Result<X> {
-        let y = match x.state() {
-            State::Linear { x, weight, bias } => linear_activation(self.kernels, &x, &weight, &bias, how)?,
-            _ => activate(self.kernels, &x.tensor()?, how)?,
-        };
-        Ok(self.ready(y))
+        Ok(match x {
+            X::Tensor(x) => X::Tensor(activation::composite(x, how)?),
+            X::Fused(x) => match x.state() {
+                State::Branch(Branch::Linear { x, map }) => self.fused(State::Activated { x, map, how }),
+                _ => self.ready(activation::activate(&self.tape, &x.value()?, how)),
+            },
+        })
     }
 
     fn add(&self, a: &X, b: &X) -> Result<X> {
-        let (branch, mask, x) = match (a.state(), b.state()) {
-            (State::Dropped { x: branch, mask }, _) => (branch, Some(mask), b.tensor()?),
-            (_, State::Dropped { x: branch, mask }) => (branch, Some(mask), a.tensor()?),
-            _ => (a.tensor()?, None, b.tensor()?),
+        let (a, b) = match (a, b) {
+            (X::Fused(a), X::Fused(b)) => (a, b),
+            _ => {
+                return Ok(X::Tensor((wide(&a.tensor()?)? + wide(&b.tensor()?)?)?));
+            }
         };
-        Ok(X::new(self.kernels, State::Sum { branch, mask, x }))
+        let (branch, mask, x) = match (a.state(), b.state()) {
+            (State::Dropped { branch, mask }, _) => (branch, Some(mask), b.value()?),
+            (_, State::Dropped { branch, mask }) => (branch, Some(mask), a.value()?),
+            _ => (a.branch()?, None, b.value()?),
+        };
+        Ok(self.fused(State::Sum { branch, mask, x }))
     }
 
     fn dropout(&self, x: &X, p: f32) -> Result<X> {
-        Ok(match self.mask(p) {
-            Some(mask) => X::new(self.kernels, State::Dropped { x: x.tensor()?, mask }),
-            None => x.clone(),
+        Ok(match (x, self.mask(p)) {
+            (x, None) => x.clone(),
+            (X::Tensor(x), Some(mask)) => X::Tensor(dropout::composite(x, mask)?),
+            (X::Fused(x), Some(mask)) => self.fused(State::Dropped { branch: x.branch()?, mask }),
         })
     }
 
@@ -188,12 +233,15 @@ impl Ops for Eager<'_> {
         let rows: Vec<u32> = match which {
             Pick::First => self.spans.iter().map(|span| span.start as u32).collect(),
         };
-        Ok(self.ready(kernels::embedding::pick(self.kernels, &x.tensor()?, &rows.into())?))
+        Ok(match x {
+            X::Tensor(x) => X::Tensor(embedding::composite(x, &rows)?),
+            X::Fused(x) => self.ready(embedding::pick(&self.tape, &x.value()?, &rows.into())?),
+        })
     }
 
     fn tap(&self, name: &str, x: X) -> Result<X> {
         if let Some(taps) = &self.taps {
-            taps.borrow_mut().push((name.to_owned(), x.tensor()?.detach()));
+            taps.borrow_mut().push((name.to_owned(), x.numbers()?));
         }
         Ok(x)
     }

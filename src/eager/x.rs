@@ -1,64 +1,120 @@
-//! An activation of the candle interpreter: computed, or waiting for the verb that it is computed together with.
+//! An activation of the candle interpreter: a tensor, or one of the tape's, computed or waiting for the verb that it
+//! is computed together with.
 
 use std::cell::RefCell;
 use std::rc::Rc;
+use std::sync::Arc;
 
-use candle_core::{Result, Tensor};
+use candle_core::{Device, Result, Tensor};
 
 use super::kernels::dropout::{Mask, dropout};
-use super::kernels::linear::linear;
-use super::kernels::{Kernels, Weight};
+use super::kernels::linear::{Map, linear, linear_activation};
+use super::kernels::residual::{Branch, residual};
+use super::tape::{Tape, Value};
+use crate::model::ops::Activation;
 
-/// An activation. Some verbs only note what is to be done, so that the next one can do both in one operation: a
-/// linear map waits for a non-linearity or for attention, a sum for a layer norm.
+/// An activation.
 #[derive(Clone)]
-pub struct X {
-    kernels: Kernels,
+pub enum X {
+    /// On candle's tape: the composite operations.
+    Tensor(Tensor),
+    /// On our own: the fused ones.
+    Fused(Fused),
+}
+
+impl X {
+    /// As a tensor of candle's, through which gradients flow back.
+    pub fn tensor(&self) -> Result<Tensor> {
+        match self {
+            X::Tensor(tensor) => Ok(tensor.clone()),
+            X::Fused(x) => x.tape.tensor(&x.value()?),
+        }
+    }
+
+    /// The numbers alone.
+    pub(super) fn numbers(&self) -> Result<Tensor> {
+        match self {
+            X::Tensor(tensor) => Ok(tensor.detach()),
+            X::Fused(x) => {
+                let value = x.value()?;
+                Tensor::from_slice(&value.numbers, (value.rows(), value.width), &Device::Cpu)
+            }
+        }
+    }
+}
+
+/// An activation of the fused operations. Some verbs only note what is to be done, so that the next one can do both
+/// in one operation.
+#[derive(Clone)]
+pub struct Fused {
+    tape: Arc<Tape>,
     state: Rc<RefCell<State>>,
 }
 
 /// What is known of an activation.
 #[derive(Clone)]
 pub(super) enum State {
-    Ready(Tensor),
-    /// `x · Wᵀ + b`
-    Linear {
-        x: Tensor,
-        weight: Weight,
-        bias: Weight,
+    Branch(Branch),
+    /// `how(map(x))`
+    Activated {
+        x: Arc<Value>,
+        map: Map,
+        how: Activation,
     },
-    /// `dropout(x)`
+    /// `dropout(branch)`
     Dropped {
-        x: Tensor,
+        branch: Branch,
         mask: Mask,
     },
     /// `x + dropout(branch)`
     Sum {
-        branch: Tensor,
+        branch: Branch,
         mask: Option<Mask>,
-        x: Tensor,
+        x: Arc<Value>,
     },
 }
 
-impl X {
-    pub(super) fn new(kernels: Kernels, state: State) -> Self {
-        Self { kernels, state: Rc::new(RefCell::new(state)) }
+impl Fused {
+    pub(super) fn new(tape: &Arc<Tape>, state: State) -> Self {
+        Self { tape: tape.clone(), state: Rc::new(RefCell::new(state)) }
     }
 
     pub(super) fn state(&self) -> State {
         self.state.borrow().clone()
     }
 
+    /// Notes what has been computed.
+    pub(super) fn is_now(&self, value: Arc<Value>) {
+        *self.state.borrow_mut() = State::Branch(Branch::Ready(value));
+    }
+
     /// The numbers, computed at the first call.
-    pub fn tensor(&self) -> Result<Tensor> {
-        let tensor = match self.state() {
-            State::Ready(tensor) => return Ok(tensor),
-            State::Linear { x, weight, bias } => linear(self.kernels, &x, &weight, &bias)?,
-            State::Dropped { x, mask } => dropout(self.kernels, &x, mask)?,
-            State::Sum { branch, mask: None, x } => (branch + x)?,
-            State::Sum { branch, mask: Some(mask), x } => (dropout(self.kernels, &branch, mask)? + x)?,
+    pub(super) fn value(&self) -> Result<Arc<Value>> {
+        let value = match self.state() {
+            State::Branch(branch) => self.computed(branch)?,
+            State::Activated { x, map, how } => linear_activation(&self.tape, &x, &map, how)?,
+            State::Dropped { branch, mask } => dropout(&self.tape, &self.computed(branch)?, mask),
+            State::Sum { branch, mask, x } => residual(&self.tape, &branch, mask, &x)?,
         };
-        *self.state.borrow_mut() = State::Ready(tensor.clone());
-        Ok(tensor)
+        self.is_now(value.clone());
+        Ok(value)
+    }
+
+    fn computed(&self, branch: Branch) -> Result<Arc<Value>> {
+        match branch {
+            Branch::Ready(value) => Ok(value),
+            Branch::Linear { x, map } => linear(&self.tape, &x, &map),
+            Branch::FeedForward { x, first, how, second } => {
+                linear(&self.tape, &linear_activation(&self.tape, &x, &first, how)?, &second)
+            }
+        }
+    }
+
+    /// What may be added to something else: itself, or what it waits for.
+    pub(super) fn branch(&self) -> Result<Branch> {
+        Ok(match self.state() {
+            State::Branch(branch) => branch,
+            _ => Branch::Ready(self.value()?),
+        })
     }
 }

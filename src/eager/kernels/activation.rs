@@ -1,10 +1,14 @@
 //! Element-wise non-linearities; the backward pass recomputes from the input and keeps nothing.
 
-use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor};
+use std::sync::Arc;
+
+use candle_core::{DType, Result, Tensor};
 use rayon::prelude::*;
 
+use super::buffer::Buffer;
 use super::simd::{self, normal, tanh};
-use super::{CHUNK, Kernels, Numbers, gradient, numbers, stored, wide};
+use super::{CHUNK, wide};
+use crate::eager::tape::{Tape, Value};
 use crate::model::ops::Activation;
 
 /// √(2/π), of the tanh form of GELU (Hendrycks and Gimpel 2016, arXiv:1606.08415).
@@ -14,11 +18,8 @@ const CUBIC: f32 = 0.044_715;
 /// 1 / √(2π), the height of the normal density.
 const DENSITY: f32 = 0.398_942_3;
 
-/// Applies `how` to every element.
-pub fn activate(kernels: Kernels, x: &Tensor, how: Activation) -> Result<Tensor> {
-    if kernels == Kernels::Fused && is_fused(how) {
-        return x.contiguous()?.apply_op1(Fused(how));
-    }
+/// Applies `how` to every element, in candle's operations.
+pub fn composite(x: &Tensor, how: Activation) -> Result<Tensor> {
     let dtype = x.dtype();
     let x = wide(x)?;
     let y = match how {
@@ -32,50 +33,43 @@ pub fn activate(kernels: Kernels, x: &Tensor, how: Activation) -> Result<Tensor>
     y?.to_dtype(dtype)
 }
 
-/// Whether there is a fused form; the others are used on few numbers.
-pub(super) fn is_fused(how: Activation) -> bool {
-    matches!(how, Activation::Gelu | Activation::GeluTanh)
+/// The same, fused.
+pub fn activate(tape: &Tape, x: &Arc<Value>, how: Activation) -> Arc<Value> {
+    let mut y = Buffer::any(x.numbers.len());
+    y.par_chunks_mut(CHUNK).zip(x.numbers.par_chunks(CHUNK)).for_each(|(y, x)| forward(how, y, x));
+    let x = x.clone();
+    tape.push(y, x.width, move |mut dy, flow| {
+        backward(how, &mut dy, &x.numbers);
+        flow.give(&x, dy);
+        Ok(())
+    })
 }
 
-/// `y = how(x)` for one that is fused.
+/// `y = how(x)`, in this thread.
 pub(super) fn forward(how: Activation, y: &mut [f32], x: &[f32]) {
     match how {
+        Activation::Gelu => gelu(y, x),
         Activation::GeluTanh => gelu_tanh(y, x),
-        _ => gelu(y, x),
+        Activation::Relu => relu(y, x),
+        Activation::Silu => silu(y, x),
+        Activation::Tanh => y.iter_mut().zip(x).for_each(|(y, x)| *y = x.tanh()),
     }
 }
 
-/// `dx = dy · how'(x)` for one that is fused.
-pub(super) fn backward(how: Activation, dx: &mut [f32], x: &[f32], dy: &[f32]) {
+/// `dy → dy · how'(x)` in place, in this thread.
+pub(super) fn backward_here(how: Activation, dy: &mut [f32], x: &[f32]) {
     match how {
-        Activation::GeluTanh => gelu_tanh_backward(dx, x, dy),
-        _ => gelu_backward(dx, x, dy),
+        Activation::Gelu => gelu_backward(dy, x),
+        Activation::GeluTanh => gelu_tanh_backward(dy, x),
+        Activation::Relu => relu_backward(dy, x),
+        Activation::Silu => silu_backward(dy, x),
+        Activation::Tanh => dy.iter_mut().zip(x).for_each(|(dy, x)| *dy *= 1.0 - x.tanh().powi(2)),
     }
 }
 
-struct Fused(Activation);
-
-impl CustomOp1 for Fused {
-    fn name(&self) -> &'static str {
-        "activation"
-    }
-
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let x = numbers(x, layout)?;
-        let mut y = vec![0.0; x.len()];
-        y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(y, x)| forward(self.0, y, x));
-        stored(y, layout.shape())
-    }
-
-    fn bwd(&self, x: &Tensor, _: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        let dy = dy.contiguous()?;
-        let (xs, dys) = (Numbers::of(x)?, Numbers::of(&dy)?);
-        let mut dx = vec![0.0; xs.len()];
-        dx.par_chunks_mut(CHUNK)
-            .zip(xs.par_chunks(CHUNK).zip(dys.par_chunks(CHUNK)))
-            .for_each(|(dx, (x, dy))| backward(self.0, dx, x, dy));
-        gradient(dx, x)
-    }
+/// The same on all threads.
+pub(super) fn backward(how: Activation, dy: &mut [f32], x: &[f32]) {
+    dy.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(dy, x)| backward_here(how, dy, x));
 }
 
 simd::vectorised! {
@@ -87,10 +81,10 @@ simd::vectorised! {
 }
 
 simd::vectorised! {
-    fn gelu_backward(dx: &mut [f32], x: &[f32], dy: &[f32]) {
-        for ((dx, &x), &dy) in dx.iter_mut().zip(x).zip(dy) {
+    fn gelu_backward(dy: &mut [f32], x: &[f32]) {
+        for (dy, &x) in dy.iter_mut().zip(x) {
             let (cdf, e) = normal(x);
-            *dx = dy * (cdf + x * DENSITY * e);
+            *dy *= cdf + x * DENSITY * e;
         }
     }
 }
@@ -104,11 +98,44 @@ simd::vectorised! {
 }
 
 simd::vectorised! {
-    fn gelu_tanh_backward(dx: &mut [f32], x: &[f32], dy: &[f32]) {
-        for ((dx, &x), &dy) in dx.iter_mut().zip(x).zip(dy) {
+    fn gelu_tanh_backward(dy: &mut [f32], x: &[f32]) {
+        for (dy, &x) in dy.iter_mut().zip(x) {
             let t = tanh(SQRT_2_OVER_PI * (x + CUBIC * x * x * x));
             let inner = SQRT_2_OVER_PI * (1.0 + 3.0 * CUBIC * x * x);
-            *dx = dy * (0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * inner);
+            *dy *= 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * inner;
+        }
+    }
+}
+
+simd::vectorised! {
+    fn relu(y: &mut [f32], x: &[f32]) {
+        for (y, &x) in y.iter_mut().zip(x) {
+            *y = x.max(0.0);
+        }
+    }
+}
+
+simd::vectorised! {
+    fn relu_backward(dy: &mut [f32], x: &[f32]) {
+        for (dy, &x) in dy.iter_mut().zip(x) {
+            *dy = if x > 0.0 { *dy } else { 0.0 };
+        }
+    }
+}
+
+simd::vectorised! {
+    fn silu(y: &mut [f32], x: &[f32]) {
+        for (y, &x) in y.iter_mut().zip(x) {
+            *y = x / (1.0 + simd::exp(-x));
+        }
+    }
+}
+
+simd::vectorised! {
+    fn silu_backward(dy: &mut [f32], x: &[f32]) {
+        for (dy, &x) in dy.iter_mut().zip(x) {
+            let sigmoid = 1.0 / (1.0 + simd::exp(-x));
+            *dy *= sigmoid * (1.0 + x * (1.0 - sigmoid));
         }
     }
 }

@@ -4,71 +4,80 @@
 //! row's softmax denominator, and the backward pass computes the weights again from it (Dao et al. 2022,
 //! arXiv:2205.14135).
 
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp3, D, Layout, Result, Shape, Tensor};
+use candle_core::{D, Result, Tensor};
 use rayon::prelude::*;
 
+use super::buffer::Buffer;
 use super::dropout::{Mask, Row};
-use super::gemm::{Matrix, MatrixMut, Shared, Write, product};
-use super::linear::{Map, linear};
-use super::{Kernels, Numbers, Weight, gradient, numbers, simd, stored, wide};
+use super::gemm::{Matrix, MatrixMut, Packed, Shared, Write, product, row_blocks};
+use super::linear::Map;
+use super::{simd, wide};
 use crate::data::batch::Spans;
+use crate::eager::tape::{Tape, Value};
 
 /// Queries of one block.
 const BLOCK: usize = 64;
 
-/// q, k, v (T, H·D) → (T, H·D): inside every span, every token sees every token.
-/// `mask` drops weights: row `t · H + head`, column the key's place in its span.
+/// q, k, v (T, H·D) → (T, H·D), fused.
 pub fn attention(
-    kernels: Kernels,
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    spans: &Arc<Spans>,
-    heads: usize,
-    mask: Option<Mask>,
-) -> Result<Tensor> {
-    match kernels {
-        Kernels::Fused => {
-            let op = Attention { spans: spans.clone(), heads, mask, log_sums: OnceLock::new() };
-            q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op)
-        }
-        Kernels::Composite => composite(q, k, v, spans, heads, mask),
-    }
+    tape: &Tape,
+    q: &Arc<Value>,
+    k: &Arc<Value>,
+    v: &Arc<Value>,
+    how: &Attention,
+) -> Result<Arc<Value>> {
+    let width = q.width;
+    how.check([q, k, v].map(|x| (x.rows(), x.width)))?;
+    let mut log_sums = Buffer::any(q.rows() * how.heads);
+    let y = how.forward([q, k, v].map(|x| &x.numbers[..]), width, &mut log_sums);
+    let (how, inputs) = (how.clone(), [q, k, v].map(Arc::clone));
+    Ok(tape.push_with_result(y, width, move |y, dy, flow| {
+        let inputs_numbers = inputs.each_ref().map(|x| &x.numbers[..]);
+        let gradients = how.backward(inputs_numbers, &y.numbers, &log_sums, &dy, width);
+        inputs.iter().zip(gradients).for_each(|(x, gradient)| flow.give(x, gradient));
+        Ok(())
+    }))
 }
 
-/// The same over three linear maps (weight, bias) of x, (T, C).
-pub fn self_attention(
-    kernels: Kernels,
-    x: &Tensor,
-    maps: [&(Weight, Weight); 3],
-    spans: &Arc<Spans>,
-    heads: usize,
-    mask: Option<Mask>,
-) -> Result<Tensor> {
-    match kernels {
-        Kernels::Fused => {
-            let [q, k, v] = maps.map(|(weight, bias)| Map::new(weight, bias));
-            let attention = Attention { spans: spans.clone(), heads, mask, log_sums: OnceLock::new() };
-            let op = SelfAttention { attention, maps: [q?, k?, v?], mapped: OnceLock::new() };
-            x.contiguous()?.apply_op1(op)
-        }
-        Kernels::Composite => {
-            let [q, k, v] = maps.map(|(weight, bias)| linear(kernels, x, weight, bias));
-            attention(kernels, &q?, &k?, &v?, spans, heads, mask)
-        }
+/// The same over three linear maps of x, (T, C).
+pub fn self_attention(tape: &Tape, x: &Arc<Value>, maps: [&Map; 3], how: &Attention) -> Result<Arc<Value>> {
+    let (rows, width) = (x.rows(), maps[0].output);
+    maps.iter().try_for_each(|map| map.check(x.width))?;
+    how.check(maps.map(|map| (rows, map.output)))?;
+    let mut mapped = [(); 3].map(|()| Buffer::any(rows * width));
+    {
+        let packed = [maps[0].packed()?, maps[1].packed()?, maps[2].packed()?];
+        let biases = [maps[0].bias()?, maps[1].bias()?, maps[2].bias()?];
+        let starts = mapped.each_mut().map(|y| Shared::new(y));
+        row_blocks(rows, |rows| {
+            for (i, start) in starts.iter().enumerate() {
+                // SAFETY: blocks of rows do not overlap, and the buffers outlive the loop.
+                let y = unsafe { start.slice(rows.start * width, rows.len() * width) };
+                maps[i].block(&packed[i], &biases[i], y, &x.numbers, rows.clone());
+            }
+        });
     }
+    let mut log_sums = Buffer::any(rows * how.heads);
+    let y = how.forward(mapped.each_ref().map(|x| &x[..]), width, &mut log_sums);
+    let (how, x, maps) = (how.clone(), x.clone(), maps.map(Map::clone));
+    Ok(tape.push_with_result(y, width, move |y, dy, flow| {
+        let gradients = how.backward(mapped.each_ref().map(|x| &x[..]), &y.numbers, &log_sums, &dy, width);
+        drop(mapped);
+        let packed = Packed::new(maps[0].rows(&x.numbers));
+        for (map, dy) in maps.iter().zip(&gradients) {
+            flow.add(&x, |dx, write| map.backward_input(dx, write, dy))?;
+            map.backward_weights(&packed, dy);
+        }
+        Ok(())
+    }))
 }
 
-fn composite(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    spans: &Spans,
-    heads: usize,
-    mask: Option<Mask>,
-) -> Result<Tensor> {
+/// q, k, v (T, H·D) → (T, H·D): inside every span, every token sees every token; in candle's operations.
+pub fn composite(q: &Tensor, k: &Tensor, v: &Tensor, how: &Attention) -> Result<Tensor> {
+    let Attention { spans, heads, mask } = how;
+    let heads = *heads;
     let (_, width) = q.dims2()?;
     let d = width / heads;
     let mut outputs = Vec::with_capacity(spans.len());
@@ -94,12 +103,13 @@ fn composite(
     Tensor::cat(&outputs, 0)
 }
 
-struct Attention {
-    spans: Arc<Spans>,
-    heads: usize,
-    mask: Option<Mask>,
-    /// (H, T): the logarithm of each row's softmax denominator, from the forward pass.
-    log_sums: OnceLock<Vec<f32>>,
+/// Which tokens see each other, by how many heads, and which weights are dropped: row `t · H + head` of the mask,
+/// column the key's place in its span.
+#[derive(Clone)]
+pub struct Attention {
+    pub spans: Arc<Spans>,
+    pub heads: usize,
+    pub mask: Option<Mask>,
 }
 
 /// One block of queries of one head of one sequence.
@@ -153,12 +163,24 @@ impl Attention {
 }
 
 impl Attention {
-    fn forward(&self, q: &[f32], k: &[f32], v: &[f32], width: usize) -> Vec<f32> {
+    fn check(&self, shapes: [(usize, usize); 3]) -> Result<()> {
+        let (rows, width) = shapes[0];
+        if shapes != [shapes[0]; 3] || rows != self.spans.tokens() || width % self.heads != 0 {
+            candle_core::bail!(
+                "attention by {} heads inside {} tokens takes queries, keys and values of one shape, not {shapes:?}",
+                self.heads,
+                self.spans.tokens()
+            );
+        }
+        Ok(())
+    }
+
+    /// `log_sums` (H, T) receives the logarithm of each row's softmax denominator.
+    fn forward(&self, [q, k, v]: [&[f32]; 3], width: usize, log_sums: &mut [f32]) -> Buffer {
         let tokens = q.len() / width;
         let scale = 1.0 / ((width / self.heads) as f32).sqrt();
-        let mut y = vec![0.0; tokens * width];
-        let mut log_sums = vec![0.0; self.heads * tokens];
-        let (y_start, sums_start) = (Shared::new(&mut y), Shared::new(&mut log_sums));
+        let mut y = Buffer::any(tokens * width);
+        let (y_start, sums_start) = (Shared::new(&mut y), Shared::new(log_sums));
         self.blocks().par_iter().for_each_init(Vec::new, |weights, Block { head, keys, queries }| {
             let (m, n) = (queries.len(), keys.len());
             weights.resize(m * n, 0.0);
@@ -177,24 +199,23 @@ impl Attention {
             let y = unsafe { self.part_mut(y_start, queries, width, *head) };
             product(y, Write::Replace, 1.0, Matrix::new(weights, m, n, n), self.part(v, keys, width, *head));
         });
-        // an operation is applied once, so the cell is empty
-        let _ = self.log_sums.set(log_sums);
         y
     }
 
     /// dq, dk and dv.
-    fn backward(&self, [q, k, v]: [&[f32]; 3], y: &[f32], dy: &[f32], width: usize) -> Result<[Vec<f32>; 3]> {
-        let (qs, ks, vs, ys, dys) = (q, k, v, y, dy);
+    fn backward(
+        &self,
+        [qs, ks, vs]: [&[f32]; 3],
+        ys: &[f32],
+        log_sums: &[f32],
+        dys: &[f32],
+        width: usize,
+    ) -> [Buffer; 3] {
         let tokens = qs.len() / width;
-        let Some(log_sums) = self.log_sums.get() else {
-            candle_core::bail!("attention's backward pass before its forward pass");
-        };
         let d = width / self.heads;
         let scale = 1.0 / (d as f32).sqrt();
-        let (mut dq, mut dk, mut dv) =
-            (vec![0.0; tokens * width], vec![0.0; tokens * width], vec![0.0; tokens * width]);
-        let (dq_start, dk_start, dv_start) =
-            (Shared::new(&mut dq), Shared::new(&mut dk), Shared::new(&mut dv));
+        let mut gradients = [(); 3].map(|()| Buffer::any(tokens * width));
+        let [dq_start, dk_start, dv_start] = gradients.each_mut().map(|gradient| Shared::new(gradient));
         // a sequence's head is one task: its blocks add to the same dK and dV, in order
         let mut tasks: Vec<Vec<Block>> = Vec::new();
         for block in self.blocks() {
@@ -204,7 +225,8 @@ impl Attention {
             }
         }
         tasks.par_iter().for_each_init(<(Vec<f32>, Vec<f32>)>::default, |(weights, dweights), task| {
-            for Block { head, keys, queries } in task {
+            for (i, Block { head, keys, queries }) in task.iter().enumerate() {
+                let first = if i == 0 { Write::Replace } else { Write::Add };
                 let (m, n) = (queries.len(), keys.len());
                 weights.resize(m * n, 0.0);
                 dweights.resize(m * n, 0.0);
@@ -235,95 +257,12 @@ impl Attention {
                         self.part_mut(dv_start, keys, width, *head),
                     );
                     product(dq, Write::Replace, scale, ds, k);
-                    product(dk, Write::Add, scale, ds.transposed(), q);
-                    product(dv, Write::Add, 1.0, p.transposed(), dy);
+                    product(dk, first, scale, ds.transposed(), q);
+                    product(dv, first, 1.0, p.transposed(), dy);
                 }
             }
         });
-        Ok([dq, dk, dv])
-    }
-}
-
-impl CustomOp3 for Attention {
-    fn name(&self) -> &'static str {
-        "attention"
-    }
-
-    fn cpu_fwd(
-        &self,
-        q: &CpuStorage,
-        q_layout: &Layout,
-        k: &CpuStorage,
-        k_layout: &Layout,
-        v: &CpuStorage,
-        v_layout: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let (tokens, width) = q_layout.shape().dims2()?;
-        let (q, k, v) = (numbers(q, q_layout)?, numbers(k, k_layout)?, numbers(v, v_layout)?);
-        stored(self.forward(q, k, v, width), (tokens, width))
-    }
-
-    fn bwd(
-        &self,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
-        y: &Tensor,
-        dy: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let (_, width) = q.dims2()?;
-        let dy = dy.contiguous()?;
-        let (qs, ks, vs) = (Numbers::of(q)?, Numbers::of(k)?, Numbers::of(v)?);
-        let (ys, dys) = (Numbers::of(y)?, Numbers::of(&dy)?);
-        let [dq, dk, dv] = self.backward([&qs, &ks, &vs], &ys, &dys, width)?;
-        Ok((gradient(dq, q)?, gradient(dk, k)?, gradient(dv, v)?))
-    }
-}
-
-/// The attention of three linear maps of one activation.
-struct SelfAttention {
-    attention: Attention,
-    maps: [Map; 3],
-    /// q, k and v, from the forward pass.
-    mapped: OnceLock<[Vec<f32>; 3]>,
-}
-
-impl CustomOp1 for SelfAttention {
-    fn name(&self) -> &'static str {
-        "self-attention"
-    }
-
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (tokens, input) = layout.shape().dims2()?;
-        let x = numbers(x, layout)?;
-        let width = self.maps[0].output;
-        let mut mapped = [const { Vec::new() }; 3];
-        for (map, y) in self.maps.iter().zip(&mut mapped) {
-            if (map.input, map.output) != (input, width) {
-                candle_core::bail!("self-attention's maps are of different shapes");
-            }
-            *y = vec![0.0; tokens * width];
-            map.forward(x, |_, _| (), Shared::new(y))?;
-        }
-        let y = self.attention.forward(&mapped[0], &mapped[1], &mapped[2], width);
-        // an operation is applied once, so the cell is empty
-        let _ = self.mapped.set(mapped);
-        stored(y, (tokens, width))
-    }
-
-    fn bwd(&self, x: &Tensor, y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        let Some([q, k, v]) = self.mapped.get() else {
-            candle_core::bail!("self-attention's backward pass before its forward pass");
-        };
-        let dy = dy.contiguous()?;
-        let (xs, ys, dys) = (Numbers::of(x)?, Numbers::of(y)?, Numbers::of(&dy)?);
-        let gradients = self.attention.backward([q, k, v], &ys, &dys, self.maps[0].output)?;
-        let mut dx = vec![0.0; xs.len()];
-        for (i, (map, dy)) in self.maps.iter().zip(&gradients).enumerate() {
-            map.backward_weights(&xs, dy);
-            map.backward_input(&mut dx, if i == 0 { Write::Replace } else { Write::Add }, dy)?;
-        }
-        gradient(dx, x)
+        gradients
     }
 }
 

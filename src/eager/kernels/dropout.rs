@@ -1,10 +1,14 @@
 //! Dropout (Srivastava et al. 2014) whose mask is a function of a key and a place: nothing is stored, and the
 //! backward pass computes the same mask again.
 
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
+use std::sync::Arc;
+
+use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
-use super::{CHUNK, Kernels, Numbers, gradient, numbers, simd, stored, wide};
+use super::buffer::Buffer;
+use super::{CHUNK, simd, wide};
+use crate::eager::tape::{Tape, Value};
 
 /// Which elements are dropped: a pure function of (key, row, column).
 #[derive(Clone, Copy, Debug)]
@@ -91,37 +95,23 @@ pub fn mix(x: u64) -> u64 {
 /// Elements of a mask's row, where what is masked has no rows of its own.
 const ROW: usize = 1024;
 
-/// Multiplies `x` by the mask, element i standing in row i / 1024.
-pub fn dropout(kernels: Kernels, x: &Tensor, mask: Mask) -> Result<Tensor> {
-    match kernels {
-        Kernels::Fused => x.contiguous()?.apply_op1(Dropout(mask)),
-        Kernels::Composite => {
-            let mut factors = vec![1.0; x.elem_count()];
-            apply(&mut factors, mask);
-            (wide(x)? * Tensor::from_vec(factors, x.shape(), x.device())?)?.to_dtype(x.dtype())
-        }
-    }
+/// Multiplies `x` by the mask, element i standing in row i / 1024, in candle's operations.
+pub fn composite(x: &Tensor, mask: Mask) -> Result<Tensor> {
+    let mut factors = vec![1.0; x.elem_count()];
+    apply(&mut factors, mask);
+    (wide(x)? * Tensor::from_vec(factors, x.shape(), x.device())?)?.to_dtype(x.dtype())
 }
 
-struct Dropout(Mask);
-
-impl CustomOp1 for Dropout {
-    fn name(&self) -> &'static str {
-        "dropout"
-    }
-
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let mut y = numbers(x, layout)?.to_vec();
-        apply(&mut y, self.0);
-        stored(y, layout.shape())
-    }
-
-    fn bwd(&self, x: &Tensor, _: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        let dy = dy.contiguous()?;
-        let mut dx = Numbers::of(&dy)?.to_vec();
-        apply(&mut dx, self.0);
-        gradient(dx, x)
-    }
+/// The same, fused.
+pub fn dropout(tape: &Tape, x: &Arc<Value>, mask: Mask) -> Arc<Value> {
+    let mut y = Buffer::of(&x.numbers);
+    apply(&mut y, mask);
+    let x = x.clone();
+    tape.push(y, x.width, move |mut dy, flow| {
+        apply(&mut dy, mask);
+        flow.give(&x, dy);
+        Ok(())
+    })
 }
 
 fn apply(values: &mut [f32], mask: Mask) {

@@ -1,11 +1,13 @@
 //! Fused differentiable operations for f32 on the CPU, each beside a composite of candle's primitives.
 //!
 //! The composite runs on every other device and dtype and is the oracle of the tests. Its activations may be bf16:
-//! then products are too; statistics, softmax and non-linearities are computed in f32, and parameters are always f32. A fused operation is a
-//! candle custom operation with its own backward pass; its result does not depend on the number of threads.
+//! then products are too; statistics, softmax and non-linearities are computed in f32, and parameters are always f32.
+//! A fused operation has its own backward pass, on the tape ([`super::tape`]); its result does not depend on the
+//! number of threads.
 
 pub mod activation;
 pub mod attention;
+pub mod buffer;
 pub mod cross_entropy;
 pub mod dropout;
 pub mod embedding;
@@ -13,6 +15,7 @@ pub mod gemm;
 pub mod gradient;
 pub mod layer_norm;
 pub mod linear;
+pub mod residual;
 pub mod simd;
 
 use std::ops::Deref;
@@ -21,6 +24,7 @@ use std::sync::Arc;
 pub use gradient::Gradient;
 
 use candle_core::{CpuStorage, DType, Device, Error, Layout, Result, Shape, Storage, Tensor};
+use rayon::prelude::*;
 
 /// Which form of the operations is run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,11 +85,6 @@ impl<G: Deref<Target = Storage>> Deref for Numbers<G> {
     }
 }
 
-/// The numbers that a custom operation's forward pass is handed.
-pub(crate) fn numbers<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
-    Ok(&storage.as_slice::<f32>()?[contiguous(layout)?])
-}
-
 fn contiguous(layout: &Layout) -> Result<std::ops::Range<usize>> {
     let (start, end) = layout
         .contiguous_offsets()
@@ -98,7 +97,18 @@ pub(crate) fn stored(values: Vec<f32>, shape: impl Into<Shape>) -> Result<(CpuSt
     Ok((CpuStorage::F32(values), shape.into()))
 }
 
-/// A gradient, as a tensor of the shape of what it is the gradient of.
-pub(crate) fn gradient(values: Vec<f32>, of: &Tensor) -> Result<Option<Tensor>> {
-    Ok(Some(Tensor::from_vec(values, of.shape(), &Device::Cpu)?))
+/// `sums += values`, on all threads.
+pub(crate) fn add(sums: &mut [f32], values: &[f32]) {
+    sums.par_chunks_mut(CHUNK)
+        .zip(values.par_chunks(CHUNK))
+        .for_each(|(sums, values)| add_here(sums, values));
+}
+
+simd::vectorised! {
+    /// The same in this thread.
+    pub(crate) fn add_here(sums: &mut [f32], values: &[f32]) {
+        for (sum, value) in sums.iter_mut().zip(values) {
+            *sum += value;
+        }
+    }
 }

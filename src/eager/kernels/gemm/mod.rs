@@ -1,0 +1,428 @@
+//! Matrix products: strided views → one multi-threaded product, and what follows it while it is in the cache.
+//!
+//! An element of a result is summed over k in one order, which depends on k alone: neither the number of threads nor
+//! the other rows of a batch show in a bit of it.
+
+mod micro;
+
+use std::cell::Cell;
+use std::marker::PhantomData;
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::buffer::Buffer;
+use micro::{Base, Block, Loops, Source, loops};
+
+/// A matrix in memory: element (i, j) stands at `i · row_stride + j · column_stride`.
+#[derive(Clone, Copy)]
+pub struct Matrix<'a> {
+    data: &'a [f32],
+    rows: usize,
+    columns: usize,
+    row_stride: usize,
+    column_stride: usize,
+}
+
+impl<'a> Matrix<'a> {
+    /// A row-major matrix whose rows stand `row_stride` apart.
+    pub fn new(data: &'a [f32], rows: usize, columns: usize, row_stride: usize) -> Self {
+        assert!(rows == 0 || columns == 0 || (rows - 1) * row_stride + columns <= data.len());
+        Self { data, rows, columns, row_stride, column_stride: 1 }
+    }
+
+    /// Some of the rows.
+    pub fn rows(self, range: Range<usize>) -> Self {
+        assert!(range.end <= self.rows);
+        let data = self.data.get(range.start * self.row_stride..).unwrap_or_default();
+        Self { data, rows: range.len(), ..self }
+    }
+
+    /// Some of the columns.
+    pub fn columns(self, range: Range<usize>) -> Self {
+        assert!(range.end <= self.columns);
+        let data = self.data.get(range.start * self.column_stride..).unwrap_or_default();
+        Self { data, columns: range.len(), ..self }
+    }
+
+    /// What the packing loops read, rows side by side.
+    fn source(self) -> Source {
+        let (across, along) = (self.row_stride, self.column_stride);
+        Source { start: self.data.as_ptr(), count: self.rows, k: self.columns, across, along }
+    }
+
+    /// The same numbers with rows and columns exchanged.
+    pub fn transposed(self) -> Self {
+        Self {
+            rows: self.columns,
+            columns: self.rows,
+            row_stride: self.column_stride,
+            column_stride: self.row_stride,
+            ..self
+        }
+    }
+}
+
+/// A row-major matrix that is written.
+pub struct MatrixMut<'a> {
+    data: Shared,
+    rows: usize,
+    columns: usize,
+    row_stride: usize,
+    borrowed: PhantomData<&'a mut f32>,
+}
+
+impl<'a> MatrixMut<'a> {
+    /// A row-major matrix whose rows stand `row_stride` apart.
+    pub fn new(data: &'a mut [f32], rows: usize, columns: usize, row_stride: usize) -> Self {
+        assert!(rows == 0 || columns == 0 || (rows - 1) * row_stride + columns <= data.len());
+        Self { data: Shared::new(data), rows, columns, row_stride, borrowed: PhantomData }
+    }
+
+    /// A matrix whose rows lie between those of others, which a slice could not say.
+    ///
+    /// # Safety
+    /// For as long as the result lives, its elements are valid and nobody else touches them.
+    pub unsafe fn raw(data: *mut f32, rows: usize, columns: usize, row_stride: usize) -> Self {
+        Self { data: Shared(data), rows, columns, row_stride, borrowed: PhantomData }
+    }
+}
+
+/// Whether a product replaces what stands in the destination or is added to it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Write {
+    Replace,
+    Add,
+}
+
+/// Numbers of k that are summed in registers: the packed operands of so many stay in the cache.
+const DEPTH: usize = 512;
+
+/// Rows that a task packs and works on, or a few less.
+const HEIGHT: usize = 128;
+
+/// Multiplications that are worth a task.
+const WORTH_A_TASK: usize = 1 << 20;
+
+/// Numbers of a vector: packing may write so many behind the last group.
+const SLACK: usize = 16;
+
+/// `dst = scale · lhs · rhs`, or `dst += …`, in this thread.
+pub fn product(dst: MatrixMut, write: Write, scale: f32, lhs: Matrix, rhs: Matrix) {
+    Packed::here(rhs).product(dst, write, scale, None, lhs);
+}
+
+/// `dst = lhs · rhs`, or `dst += …`, on all threads.
+pub fn parallel_product(dst: MatrixMut, write: Write, lhs: Matrix, rhs: Matrix) {
+    Packed::new(rhs).parallel_product(dst, write, None, lhs);
+}
+
+/// The right operand of products, in the order in which they read it.
+pub struct Packed {
+    loops: Loops,
+    k: usize,
+    columns: usize,
+    /// Part of k by part of k, panel by panel.
+    numbers: Buffer,
+}
+
+impl Packed {
+    /// Packs (k, columns) on all threads.
+    pub fn new(rhs: Matrix) -> Self {
+        let mut packed = Self::empty(rhs, loops());
+        let start = Shared::new(&mut packed.numbers);
+        let pieces =
+            if rhs.rows * rhs.columns < WORTH_A_TASK / 16 { 1 } else { rayon::current_num_threads() };
+        each(pieces, |i| packed.pack(rhs, share(rhs.columns, pieces, i, packed.loops.columns), start));
+        packed
+    }
+
+    /// Packs (k, columns) in this thread.
+    pub fn here(rhs: Matrix) -> Self {
+        Self::with(rhs, loops())
+    }
+
+    fn with(rhs: Matrix, loops: Loops) -> Self {
+        let mut packed = Self::empty(rhs, loops);
+        let start = Shared::new(&mut packed.numbers);
+        packed.pack(rhs, 0..rhs.columns, start);
+        packed
+    }
+
+    fn empty(rhs: Matrix, loops: Loops) -> Self {
+        let numbers = Buffer::any(rhs.columns.next_multiple_of(loops.columns) * rhs.rows);
+        Self { loops, k: rhs.rows, columns: rhs.columns, numbers }
+    }
+
+    /// Where the panels of a part of k begin that hold the columns from `column` on.
+    fn place(&self, depth: &Range<usize>, column: usize) -> usize {
+        depth.start * self.columns.next_multiple_of(self.loops.columns) + column * depth.len()
+    }
+
+    /// Packs whole panels.
+    fn pack(&self, rhs: Matrix, columns: Range<usize>, start: Shared) {
+        let rhs = rhs.columns(columns.clone());
+        for depth in depths(self.k) {
+            let source = rhs.rows(depth.clone()).transposed().source();
+            // SAFETY: the view lies inside its slice; from this place on there is room for the panels, which no other
+            // task packs.
+            unsafe {
+                let to = start.get().add(self.place(&depth, columns.start));
+                (self.loops.pack)(source, self.loops.columns, to);
+            }
+        }
+    }
+
+    /// `dst = scale · lhs · self + bias`, or `dst += …` without a bias, in this thread.
+    pub fn product(&self, dst: MatrixMut, write: Write, scale: f32, bias: Option<&[f32]>, lhs: Matrix) {
+        self.check(&dst, write, bias, lhs);
+        // SAFETY: all of dst, which is borrowed exclusively.
+        unsafe { self.block(&dst, 0..dst.rows, 0..dst.columns, write, scale, bias, lhs) }
+    }
+
+    /// `dst = lhs · self + bias`, or `dst += …` without a bias, on all threads.
+    pub fn parallel_product(&self, dst: MatrixMut, write: Write, bias: Option<&[f32]>, lhs: Matrix) {
+        self.check(&dst, write, bias, lhs);
+        let (down, across) = self.grid(dst.rows);
+        each(down * across, |task| {
+            let rows = share(dst.rows, down, task / across, self.loops.rows);
+            let columns = share(dst.columns, across, task % across, self.loops.columns);
+            // SAFETY: blocks do not overlap, and dst is borrowed exclusively.
+            unsafe { self.block(&dst, rows, columns, write, 1.0, bias, lhs) }
+        });
+    }
+
+    fn check(&self, dst: &MatrixMut, write: Write, bias: Option<&[f32]>, lhs: Matrix) {
+        assert_eq!((dst.rows, dst.columns, lhs.columns), (lhs.rows, self.columns, self.k));
+        assert!(bias.is_none_or(|bias| bias.len() == self.columns && write == Write::Replace));
+    }
+
+    /// Computes a block of the result, whose columns begin at a panel.
+    ///
+    /// # Safety
+    /// Nobody else touches the block.
+    #[allow(clippy::too_many_arguments)] // a product, and which part of it
+    unsafe fn block(
+        &self,
+        dst: &MatrixMut,
+        rows: Range<usize>,
+        columns: Range<usize>,
+        write: Write,
+        scale: f32,
+        bias: Option<&[f32]>,
+        lhs: Matrix,
+    ) {
+        if rows.is_empty() || columns.is_empty() {
+            return;
+        }
+        let lhs = lhs.rows(rows.clone());
+        let deepest = depths(self.k).map(|depth| depth.len()).max().unwrap_or(0);
+        let kept = LHS.take();
+        let room = rows.len().next_multiple_of(self.loops.rows) * deepest + SLACK;
+        let mut packed = kept.filter(|kept| kept.len() >= room).unwrap_or_else(|| Buffer::any(room));
+        for depth in depths(self.k) {
+            let base = match (bias, write) {
+                (Some(bias), _) if depth.start == 0 => Base::Row(bias[columns.start..].as_ptr()),
+                (None, Write::Replace) if depth.start == 0 => Base::Zero,
+                _ => Base::Result,
+            };
+            // SAFETY: views lie inside their slices, packed operands hold whole tiles and panels, and the block is
+            // the caller's alone.
+            unsafe {
+                let source = lhs.columns(depth.clone()).source();
+                (self.loops.pack)(source, self.loops.rows, packed.as_mut_ptr());
+                (self.loops.block)(&Block {
+                    lhs: packed.as_ptr(),
+                    rhs: self.numbers[self.place(&depth, columns.start)..].as_ptr(),
+                    panel: depth.len() * self.loops.columns,
+                    rows: rows.len(),
+                    columns: columns.len(),
+                    k: depth.len(),
+                    result: dst.data.get().add(rows.start * dst.row_stride + columns.start),
+                    stride: dst.row_stride,
+                    base,
+                    scale,
+                });
+            }
+        }
+        LHS.set(Some(packed));
+    }
+
+    /// Into how many blocks a result is cut, down and across, so that threads are done at the same time.
+    fn grid(&self, rows: usize) -> (usize, usize) {
+        let threads = rayon::current_num_threads();
+        let (tiles, panels) = (rows.div_ceil(self.loops.rows), self.columns.div_ceil(self.loops.columns));
+        let most = (rows * self.columns * self.k / WORTH_A_TASK).max(1);
+        let least = rows.div_ceil(HEIGHT).max(1);
+        let mut best = (usize::MAX, (least, 1));
+        for across in 1..=threads.min(panels).max(1) {
+            for down in least..=least.next_multiple_of(threads) {
+                let tasks = down * across;
+                let cost = tasks.div_ceil(threads) * tiles.div_ceil(down) * panels.div_ceil(across);
+                if tasks <= most.max(least) && cost < best.0 {
+                    best = (cost, (down, across));
+                }
+            }
+        }
+        best.1
+    }
+}
+
+/// The parts of k that are summed in registers, at least one.
+fn depths(k: usize) -> impl Iterator<Item = Range<usize>> {
+    let parts = k.div_ceil(DEPTH).max(1);
+    (0..parts).map(move |i| share(k, parts, i, 1))
+}
+
+thread_local! {
+    /// The packed left operand of the block that this thread works on.
+    static LHS: Cell<Option<Buffer>> = const { Cell::new(None) };
+}
+
+/// Works on blocks of rows on all threads; a block is large enough for products, small enough for the cache.
+pub fn row_blocks(rows: usize, work: impl Fn(Range<usize>) + Sync) {
+    let unit = loops().rows;
+    let threads = rayon::current_num_threads();
+    let blocks = rows.div_ceil(HEIGHT).next_multiple_of(threads).min(rows.div_ceil(unit)).max(1);
+    each(blocks, |i| {
+        let rows = share(rows, blocks, i, unit);
+        if !rows.is_empty() {
+            work(rows);
+        }
+    });
+}
+
+/// Does tasks on all threads; a single one in this thread.
+fn each(tasks: usize, work: impl Fn(usize) + Sync) {
+    match tasks {
+        1 => work(0),
+        _ => (0..tasks).into_par_iter().with_max_len(1).for_each(&work),
+    }
+}
+
+/// A pointer that tasks share to write to places of their own.
+#[derive(Clone, Copy)]
+pub struct Shared(*mut f32);
+
+// SAFETY: whoever dereferences it keeps tasks apart.
+unsafe impl Send for Shared {}
+// SAFETY: as above.
+unsafe impl Sync for Shared {}
+
+impl Shared {
+    /// Shares what `data` points to.
+    pub fn new(data: &mut [f32]) -> Self {
+        Self(data.as_mut_ptr())
+    }
+
+    /// The pointer. Through this method closures capture the whole, which is `Sync`.
+    pub fn get(self) -> *mut f32 {
+        self.0
+    }
+
+    /// `length` elements from `offset` on.
+    ///
+    /// # Safety
+    /// They lie inside the shared slice, which outlives the result, and no other task touches them.
+    pub unsafe fn slice<'a>(self, offset: usize, length: usize) -> &'a mut [f32] {
+        // SAFETY: the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.0.add(offset), length) }
+    }
+}
+
+/// The `index`-th of `parts` nearly equal ranges of `0..n`, cut at multiples of `unit`.
+pub fn share(n: usize, parts: usize, index: usize, unit: usize) -> Range<usize> {
+    let units = n.div_ceil(unit);
+    let cut = |i: usize| (units * i / parts * unit).min(n);
+    cut(index)..cut(index + 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_cover_a_range_once() {
+        for n in [0, 1, 7, 16, 100, 530] {
+            for parts in [1, 3, 8] {
+                let all: Vec<usize> = (0..parts).flat_map(|i| share(n, parts, i, 16)).collect();
+                assert_eq!(all, (0..n).collect::<Vec<_>>());
+            }
+        }
+    }
+
+    #[test]
+    fn the_number_of_threads_shows_in_no_bit() {
+        for (m, n, k) in
+            [(522, 384, 384), (100, 1536, 384), (522, 384, 1536), (384, 1536, 522), (33, 800, 1000)]
+        {
+            let value = |i: usize| ((i * 7919) % 1009) as f32 / 500.0 - 1.0;
+            let (a, b): (Vec<f32>, Vec<f32>) =
+                ((0..m * k).map(value).collect(), (0..n * k).map(value).collect());
+            let with = |threads, transposed: bool| {
+                let mut c = vec![0.0; m * n];
+                let lhs =
+                    if transposed { Matrix::new(&a, k, m, m).transposed() } else { Matrix::new(&a, m, k, k) };
+                let rhs =
+                    if transposed { Matrix::new(&b, k, n, n) } else { Matrix::new(&b, n, k, k).transposed() };
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                pool.install(|| parallel_product(MatrixMut::new(&mut c, m, n, n), Write::Replace, lhs, rhs));
+                c
+            };
+            for transposed in [false, true] {
+                let one = with(1, transposed);
+                for threads in [2, 3, 5, 8, 16] {
+                    assert!(one == with(threads, transposed), "{m}×{n}×{k} on {threads} threads");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_element_is_the_sum_of_its_products() {
+        let value = |i: usize| ((i * 7919) % 101) as f32 / 50.0 - 1.0;
+        for loops in micro::all() {
+            for (m, n, k) in [(1, 1, 1), (3, 5, 2), (14, 32, 16), (29, 70, 65), (45, 17, 1100), (2, 3, 0)] {
+                // each operand as it is, as a part of a wider matrix, and transposed
+                for (a_wide, b_wide, transposed) in [(0, 0, false), (3, 1, false), (0, 0, true), (1, 2, true)]
+                {
+                    let (a, b): (Vec<f32>, Vec<f32>) = (
+                        (0..(m + a_wide) * (k + a_wide)).map(value).collect(),
+                        (0..(n + b_wide) * (k + b_wide)).map(|i| value(i + 5)).collect(),
+                    );
+                    let (lhs, rhs) = if transposed {
+                        let lhs = Matrix::new(&a, k, m, m + a_wide).transposed();
+                        (lhs, Matrix::new(&b, n, k, k + b_wide).transposed())
+                    } else {
+                        (Matrix::new(&a, m, k, k + a_wide), Matrix::new(&b, k, n, n + b_wide))
+                    };
+                    let bias: Vec<f32> = (0..n).map(|i| value(i + 9)).collect();
+                    let packed = Packed::with(rhs, loops);
+                    let mut c = vec![7.0; m * (n + 2)];
+                    let dst = MatrixMut::new(&mut c, m, n, n + 2);
+                    packed.product(dst, Write::Replace, 1.0, Some(&bias), lhs);
+                    let dst = MatrixMut::new(&mut c, m, n, n + 2);
+                    packed.product(dst, Write::Add, 0.5, None, lhs);
+                    for i in 0..m {
+                        for j in 0..n {
+                            let at =
+                                |x: Matrix, i, j| f64::from(x.data[i * x.row_stride + j * x.column_stride]);
+                            let sum: f64 = (0..k).map(|p| at(lhs, i, p) * at(rhs, p, j)).sum();
+                            let exact = 1.5 * sum + f64::from(bias[j]);
+                            let found = f64::from(c[i * (n + 2) + j]);
+                            assert!(
+                                (found - exact).abs() < 1e-3,
+                                "{m}×{n}×{k} at {i}, {j}: {found}, {exact}"
+                            );
+                        }
+                        assert_eq!(
+                            c[i * (n + 2) + n..][..2],
+                            [7.0; 2],
+                            "what stands beside the result stays"
+                        );
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,230 @@
+//! What ends a half of a transformer's layer: `sum = x + dropout(branch)` and the layer norm behind it. The branch's
+//! last products, the sum and the norm are computed a block of rows at a time, which stays in the cache.
+
+use std::sync::Arc;
+
+use candle_core::{Result, Tensor};
+use rayon::prelude::*;
+
+use super::activation;
+use super::buffer::Buffer;
+use super::dropout::{self, Mask};
+use super::gemm::{Matrix, MatrixMut, Packed, Shared, Write, row_blocks};
+use super::layer_norm::{self, Norm};
+use super::linear::Map;
+use super::{CHUNK, Weight, add_here, wide};
+use crate::eager::tape::{Flow, Tape, Value};
+use crate::model::ops::Activation;
+
+/// The layer norm of `x + dropout(branch)`, (R, C) each, in candle's operations.
+pub fn composite(
+    branch: &Tensor,
+    mask: Option<Mask>,
+    x: &Tensor,
+    weight: &Weight,
+    bias: &Weight,
+    eps: f64,
+) -> Result<Tensor> {
+    let branch = match mask {
+        Some(mask) => dropout::composite(branch, mask)?,
+        None => branch.clone(),
+    };
+    let sum = (wide(&branch)? + wide(x)?)?;
+    layer_norm::composite(&sum, weight, bias, eps)?.to_dtype(x.dtype())
+}
+
+/// What is added to the residual stream, computed or still to be.
+#[derive(Clone)]
+pub enum Branch {
+    Ready(Arc<Value>),
+    /// A linear map of a value.
+    Linear {
+        x: Arc<Value>,
+        map: Map,
+    },
+    /// Two linear maps with a non-linearity between them.
+    FeedForward {
+        x: Arc<Value>,
+        first: Map,
+        how: Activation,
+        second: Map,
+    },
+}
+
+/// `x + dropout(branch)`, (R, C).
+pub fn residual(tape: &Tape, branch: &Branch, mask: Option<Mask>, x: &Arc<Value>) -> Result<Arc<Value>> {
+    Ok(compute(tape, branch, mask, x, None)?.0)
+}
+
+/// The same, and its layer norm.
+pub fn residual_norm(
+    tape: &Tape,
+    branch: &Branch,
+    mask: Option<Mask>,
+    x: &Arc<Value>,
+    norm: &Norm,
+) -> Result<(Arc<Value>, Arc<Value>)> {
+    let (sum, normed) = compute(tape, branch, mask, x, Some(norm))?;
+    let normed = layer_norm::push(tape, &sum, normed, norm);
+    Ok((sum, normed))
+}
+
+/// The sum, on the tape, and its norm's numbers where one is asked for.
+fn compute(
+    tape: &Tape,
+    branch: &Branch,
+    mask: Option<Mask>,
+    x: &Arc<Value>,
+    norm: Option<&Norm>,
+) -> Result<(Arc<Value>, Buffer)> {
+    let width = x.width;
+    let mut sum = Buffer::any(x.numbers.len());
+    let mut normed = Buffer::any(if norm.is_some() { sum.len() } else { 0 });
+    let work = Work::new(branch, x, tape.is_recording())?;
+    {
+        let norm = norm.map(Norm::numbers).transpose()?;
+        let (start, behind) = (Shared::new(&mut sum), Shared::new(&mut normed));
+        row_blocks(x.rows(), |rows| {
+            let (at, n) = (rows.start * width, rows.len() * width);
+            // SAFETY: blocks of rows do not overlap, and both buffers outlive the loop.
+            let sum = unsafe { start.slice(at, n) };
+            work.rows(sum, rows);
+            if let Some(mask) = mask {
+                mask.apply(at, sum);
+            }
+            add_here(sum, &x.numbers[at..at + n]);
+            if let Some(norm) = &norm {
+                // SAFETY: as above.
+                norm.apply(unsafe { behind.slice(at, n) }, sum);
+            }
+        });
+    }
+    let kept = work.kept;
+    let (branch, stream) = (branch.clone(), x.clone());
+    let sum = tape.push(sum, width, move |dsum, flow| backward(&branch, mask, &stream, kept, dsum, flow));
+    Ok((sum, normed))
+}
+
+/// The branch's forward pass.
+struct Work<'a> {
+    branch: &'a Branch,
+    /// The maps' packed weights and their biases.
+    maps: Vec<(Packed, Buffer)>,
+    /// A feed-forward branch's inner values: before the non-linearity, and behind it.
+    kept: Option<[Buffer; 2]>,
+    places: Option<[Shared; 2]>,
+}
+
+impl<'a> Work<'a> {
+    fn new(branch: &'a Branch, x: &Value, keeps: bool) -> Result<Self> {
+        let maps: Vec<&Map> = match branch {
+            Branch::Ready(_) => vec![],
+            Branch::Linear { map, .. } => vec![map],
+            Branch::FeedForward { first, second, .. } => vec![first, second],
+        };
+        let (rows, width) = match branch {
+            Branch::Ready(value) => (value.rows(), value.width),
+            Branch::Linear { x, map } => {
+                map.check(x.width)?;
+                (x.rows(), map.output)
+            }
+            Branch::FeedForward { x, first, second, .. } => {
+                first.check(x.width)?;
+                second.check(first.output)?;
+                (x.rows(), second.output)
+            }
+        };
+        if (rows, width) != (x.rows(), x.width) {
+            candle_core::bail!("({rows}, {width}) is added to ({}, {})", x.rows(), x.width);
+        }
+        let maps = maps.into_iter().map(|map| Ok((map.packed()?, map.bias()?))).collect::<Result<_>>()?;
+        let mut kept = match branch {
+            Branch::FeedForward { first, .. } if keeps => {
+                Some([(); 2].map(|()| Buffer::any(rows * first.output)))
+            }
+            _ => None,
+        };
+        let places = kept.as_mut().map(|kept| kept.each_mut().map(|buffer| Shared::new(buffer)));
+        Ok(Self { branch, maps, kept, places })
+    }
+
+    /// Puts some rows of the branch into `to`.
+    fn rows(&self, to: &mut [f32], rows: std::ops::Range<usize>) {
+        match self.branch {
+            Branch::Ready(value) => {
+                to.copy_from_slice(&value.numbers[rows.start * value.width..][..to.len()]);
+            }
+            Branch::Linear { x, map } => {
+                let (weight, bias) = &self.maps[0];
+                map.block(weight, bias, to, &x.numbers, rows);
+            }
+            Branch::FeedForward { x, first, how, second } => {
+                let n = rows.len() * first.output;
+                let mut own;
+                let [z, y] = match self.places {
+                    // SAFETY: a block's rows are its own, and the buffers outlive the loop.
+                    Some(places) => places.map(|place| unsafe { place.slice(rows.start * first.output, n) }),
+                    None => {
+                        own = [(); 2].map(|()| Buffer::any(n));
+                        own.each_mut().map(|buffer| &mut **buffer)
+                    }
+                };
+                let [(weight, bias), (second_weight, second_bias)] = &self.maps[..] else { return };
+                first.block(weight, bias, z, &x.numbers, rows.clone());
+                activation::forward(*how, y, z);
+                second.block(second_weight, second_bias, to, y, 0..rows.len());
+            }
+        }
+    }
+}
+
+fn backward(
+    branch: &Branch,
+    mask: Option<Mask>,
+    stream: &Value,
+    kept: Option<[Buffer; 2]>,
+    dsum: Buffer,
+    flow: &mut Flow,
+) -> Result<()> {
+    let mut dbranch = Buffer::any(dsum.len());
+    dbranch.par_chunks_mut(CHUNK).zip(dsum.par_chunks(CHUNK)).enumerate().for_each(|(i, (to, from))| {
+        to.copy_from_slice(from);
+        if let Some(mask) = mask {
+            mask.apply(i * CHUNK, to);
+        }
+    });
+    flow.give(stream, dsum);
+    match branch {
+        Branch::Ready(value) => flow.give(value, dbranch),
+        Branch::Linear { x, map } => {
+            flow.add(x, |dx, write| map.backward_input(dx, write, &dbranch))?;
+            map.backward_weights(&Packed::new(map.rows(&x.numbers)), &dbranch);
+        }
+        Branch::FeedForward { x, first, how, second } => {
+            let Some([z, y]) = kept else {
+                candle_core::bail!("a backward pass over a forward pass that kept nothing");
+            };
+            let weights = [first.packed_backward()?, second.packed_backward()?];
+            let (inner, outer) = (first.output, second.output);
+            let mut dz = Buffer::any(z.len());
+            flow.add(x, |dx, write| {
+                let (dx, dz) = (Shared::new(dx), Shared::new(&mut dz));
+                row_blocks(x.rows(), |rows| {
+                    let (m, at) = (rows.len(), rows.start * inner);
+                    // SAFETY: blocks of rows do not overlap, and both buffers outlive the loop.
+                    let (dx, dz) =
+                        unsafe { (dx.slice(rows.start * x.width, m * x.width), dz.slice(at, m * inner)) };
+                    let dy = Matrix::new(&dbranch[rows.start * outer..rows.end * outer], m, outer, outer);
+                    weights[1].product(MatrixMut::new(dz, m, inner, inner), Write::Replace, 1.0, None, dy);
+                    activation::backward_here(*how, dz, &z[at..at + m * inner]);
+                    let dst = MatrixMut::new(dx, m, x.width, x.width);
+                    weights[0].product(dst, write, 1.0, None, Matrix::new(dz, m, inner, inner));
+                });
+                Ok(())
+            })?;
+            second.backward_weights(&Packed::new(second.rows(&y)), &dbranch);
+            first.backward_weights(&Packed::new(first.rows(&x.numbers)), &dz);
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,189 @@
+//! What the fused operations of a forward pass leave for the backward pass, and the walk back over it.
+//!
+//! An operation pushes its result and a closure that turns the result's gradient into those of what it was made of.
+//! Gradients of activations are written where they are wanted, or added there by the products themselves; those of
+//! parameters go to their slots ([`super::kernels::Gradient`]). To candle, all of it is one custom operation.
+
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, Tensor, Var};
+
+use super::kernels::buffer::Buffer;
+use super::kernels::gemm::Write;
+use super::kernels::{Numbers, add, stored};
+
+/// An activation, (rows, width), and its place on the tape.
+pub struct Value {
+    pub numbers: Buffer,
+    pub width: usize,
+    node: usize,
+}
+
+impl Value {
+    /// How many rows it has.
+    pub fn rows(&self) -> usize {
+        self.numbers.len() / self.width
+    }
+}
+
+type Backward = Box<dyn FnOnce(Buffer, &mut Flow) -> Result<()> + Send>;
+
+/// The operations of one forward pass.
+pub struct Tape {
+    recording: bool,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    nodes: Vec<Option<Backward>>,
+    /// Results that candle goes on with, and the gradients that it has given back for them.
+    results: usize,
+    gradients: Vec<(Arc<Value>, Buffer)>,
+}
+
+impl Tape {
+    /// An empty tape; one that does not record forgets what it is handed.
+    pub fn new(recording: bool) -> Self {
+        Self { recording, state: Mutex::default() }
+    }
+
+    /// Whether there can be a backward pass.
+    pub fn is_recording(&self) -> bool {
+        self.recording
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // a panic elsewhere has ended the pass whose tape this is
+        self.state.lock().unwrap_or_else(|broken| broken.into_inner())
+    }
+
+    /// A value that was made of nothing on the tape.
+    pub fn leaf(&self, numbers: Buffer, width: usize) -> Arc<Value> {
+        self.place(numbers, width, None)
+    }
+
+    /// The result of an operation. `backward` is called with its gradient, if it has got one.
+    pub fn push(
+        &self,
+        numbers: Buffer,
+        width: usize,
+        backward: impl FnOnce(Buffer, &mut Flow) -> Result<()> + Send + 'static,
+    ) -> Arc<Value> {
+        self.place(numbers, width, Some(Box::new(backward)))
+    }
+
+    /// The same with a `backward` that looks at the result, too.
+    pub fn push_with_result(
+        &self,
+        numbers: Buffer,
+        width: usize,
+        backward: impl FnOnce(Arc<Value>, Buffer, &mut Flow) -> Result<()> + Send + 'static,
+    ) -> Arc<Value> {
+        let value = self.place(numbers, width, None);
+        if self.recording {
+            let result = value.clone();
+            let backward: Backward = Box::new(move |gradient, flow| backward(result, gradient, flow));
+            self.state().nodes[value.node] = Some(backward);
+        }
+        value
+    }
+
+    fn place(&self, numbers: Buffer, width: usize, backward: Option<Backward>) -> Arc<Value> {
+        let nodes = &mut self.state().nodes;
+        let node = nodes.len();
+        if self.recording {
+            nodes.push(backward);
+        }
+        Arc::new(Value { numbers, width, node })
+    }
+
+    /// Walks back from values with their gradients. What operations have kept is dropped on the way; the gradients
+    /// of leaves remain.
+    pub fn backward(&self, from: Vec<(Arc<Value>, Buffer)>) -> Result<Flow> {
+        let mut nodes = std::mem::take(&mut self.state().nodes);
+        let mut flow = Flow { gradients: (0..nodes.len()).map(|_| None).collect() };
+        from.into_iter().for_each(|(value, gradient)| flow.give(&value, gradient));
+        while let Some(backward) = nodes.pop() {
+            let Some(backward) = backward else { continue };
+            if let Some(gradient) = flow.gradients[nodes.len()].take() {
+                backward(gradient, &mut flow)?;
+            }
+        }
+        Ok(flow)
+    }
+
+    /// A value as a tensor of candle's. When candle's own backward pass has come to all that were asked for, the
+    /// tape walks back.
+    pub fn tensor(self: &Arc<Self>, value: &Arc<Value>) -> Result<Tensor> {
+        if !self.recording {
+            return Tensor::from_slice(&value.numbers, (value.rows(), value.width), &Device::Cpu);
+        }
+        self.state().results += 1;
+        // candle's tape begins at a variable
+        let start = Var::from_tensor(&Tensor::zeros(1, DType::F32, &Device::Cpu)?)?;
+        start.as_tensor().apply_op1(Pass { tape: self.clone(), value: value.clone() })
+    }
+}
+
+/// A whole pass over the tape, as candle sees it.
+struct Pass {
+    tape: Arc<Tape>,
+    value: Arc<Value>,
+}
+
+impl CustomOp1 for Pass {
+    fn name(&self) -> &'static str {
+        "tape"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        stored(self.value.numbers.to_vec(), (self.value.rows(), self.value.width))
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, gradient: &Tensor) -> Result<Option<Tensor>> {
+        let gradient = Buffer::of(&Numbers::of(&gradient.contiguous()?)?);
+        let mut state = self.tape.state();
+        state.gradients.push((self.value.clone(), gradient));
+        if state.gradients.len() == state.results {
+            let gradients = std::mem::take(&mut state.gradients);
+            drop(state);
+            self.tape.backward(gradients)?;
+        }
+        // nothing reads the start's gradient, and a variable needs none
+        Ok(None)
+    }
+}
+
+/// The gradients of activations in a backward pass.
+pub struct Flow {
+    gradients: Vec<Option<Buffer>>,
+}
+
+impl Flow {
+    /// Lets `write` put a gradient of `of` into a buffer, or add it to what has arrived there.
+    pub fn add(&mut self, of: &Value, write: impl FnOnce(&mut [f32], Write) -> Result<()>) -> Result<()> {
+        match &mut self.gradients[of.node] {
+            Some(sum) => write(sum, Write::Add),
+            empty => {
+                let mut first = Buffer::any(of.numbers.len());
+                write(&mut first, Write::Replace)?;
+                *empty = Some(first);
+                Ok(())
+            }
+        }
+    }
+
+    /// Hands a gradient of `of` over.
+    pub fn give(&mut self, of: &Value, gradient: Buffer) {
+        match &mut self.gradients[of.node] {
+            Some(sum) => add(sum, &gradient),
+            empty => *empty = Some(gradient),
+        }
+    }
+
+    /// The gradient of a leaf, if one has arrived.
+    pub fn of(&self, leaf: &Value) -> Option<&[f32]> {
+        self.gradients[leaf.node].as_deref()
+    }
+}
