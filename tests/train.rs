@@ -102,6 +102,16 @@ fn a_run_repeats_bit_for_bit_and_another_seed_does_not() {
     assert_ne!(bench.weights("a"), bench.weights("c"));
 }
 
+/// Dropout's masks and every sum are the same when the forward pass is computed twice.
+#[test]
+fn activations_that_are_computed_again_change_no_bit() {
+    let bench = Bench::new("tiny-bert-single");
+    bench.train("kept", &["--epochs", "2"]).success();
+    bench.train("again", &["--epochs", "2", "--checkpoint-activations"]).success();
+    assert!(bench.weights("kept") == bench.weights("again"));
+    assert_eq!(bench.log("kept"), bench.log("again"));
+}
+
 #[test]
 fn a_run_that_was_killed_or_interrupted_resumes_to_the_same_bits() {
     let bench = Bench::new("tiny-bert-single");

@@ -89,6 +89,9 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     check_output(args, &folder)?;
     let device = device::open(&args.device)?;
     args.settings.precision.check(&device)?;
+    if args.settings.checkpoint_activations && !device.is_cpu() {
+        bail_unusable!("--checkpoint-activations works with --device cpu; here, try a smaller --batch-size");
+    }
     let prepared = Prepared::new(args, &device, &say)?;
     prepared.describe(args, &say);
     start_folder(args, &folder, &prepared)?;

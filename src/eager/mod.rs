@@ -82,6 +82,14 @@ impl<'a> Eager<'a> {
         Self { dtype, ..self }
     }
 
+    /// The same, whose fused operations compute their inner values again in the backward pass. Only before a verb.
+    pub fn with_recomputation(self) -> Self {
+        match self.mode {
+            Mode::Training { .. } => Self { tape: Arc::new(Tape::recomputing()), ..self },
+            Mode::Evaluation => self,
+        }
+    }
+
     /// The same, keeping what [`Ops::tap`] names.
     pub fn with_taps(self) -> Self {
         Self { taps: Some(RefCell::default()), ..self }

@@ -31,6 +31,7 @@ type Backward = Box<dyn FnOnce(Buffer, &mut Flow) -> Result<()> + Send>;
 /// The operations of one forward pass.
 pub struct Tape {
     recording: bool,
+    recomputing: bool,
     state: Mutex<State>,
 }
 
@@ -45,12 +46,18 @@ struct State {
 impl Tape {
     /// An empty tape; one that does not record forgets what it is handed.
     pub fn new(recording: bool) -> Self {
-        Self { recording, state: Mutex::default() }
+        Self { recording, recomputing: false, state: Mutex::default() }
     }
 
-    /// Whether there can be a backward pass.
-    pub fn is_recording(&self) -> bool {
-        self.recording
+    /// One whose operations keep none of their inner values, and compute them again on the way back (Chen et al.
+    /// 2016, arXiv:1604.06174). No bit of a result changes.
+    pub fn recomputing() -> Self {
+        Self { recomputing: true, ..Self::new(true) }
+    }
+
+    /// Whether operations are to keep their inner values for a backward pass.
+    pub fn keeps(&self) -> bool {
+        self.recording && !self.recomputing
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

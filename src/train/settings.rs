@@ -85,6 +85,11 @@ pub struct Settings {
     #[arg(long, value_name = "P", help_heading = "Regime")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dropout: Option<f32>,
+    /// Keep less of the forward pass and compute it again in the backward pass: less memory, some more time, the
+    /// same numbers. On the CPU.
+    #[arg(long, alias = "gradient-checkpointing", help_heading = "Regime")]
+    #[serde(default)]
+    pub checkpoint_activations: bool,
     /// The seed of the new weights, the order of the examples and dropout.
     #[arg(long, default_value_t = 42, value_name = "N", help_heading = "Regime")]
     pub seed: u64,

@@ -108,6 +108,7 @@ impl<'a> Trainer<'a> {
         let eager = Eager::new(self.params, &batch, self.device, Mode::Training { key })
             .with_kernels(self.kernels)
             .with_dtype(self.settings.precision.dtype());
+        let eager = if self.settings.checkpoint_activations { eager.with_recomputation() } else { eager };
         let outputs = tensors(self.task.define(&eager, self.family)?)?;
         let loss = (self.task.loss(&outputs, &targets, self.settings.label_smoothing)? / of as f64)?;
         let value = f64::from(loss.to_scalar::<f32>()?);

@@ -46,23 +46,16 @@ pub fn self_attention(tape: &Tape, x: &Arc<Value>, maps: [&Map; 3], how: &Attent
     let (rows, width) = (x.rows(), maps[0].output);
     maps.iter().try_for_each(|map| map.check(x.width))?;
     how.check(maps.map(|map| (rows, map.output)))?;
-    let mut mapped = [(); 3].map(|()| Buffer::any(rows * width));
-    {
-        let packed = [maps[0].packed()?, maps[1].packed()?, maps[2].packed()?];
-        let biases = [maps[0].bias()?, maps[1].bias()?, maps[2].bias()?];
-        let starts = mapped.each_mut().map(|y| Shared::new(y));
-        row_blocks(rows, |rows| {
-            for (i, start) in starts.iter().enumerate() {
-                // SAFETY: blocks of rows do not overlap, and the buffers outlive the loop.
-                let y = unsafe { start.slice(rows.start * width, rows.len() * width) };
-                maps[i].block(&packed[i], &biases[i], y, &x.numbers, rows.clone());
-            }
-        });
-    }
+    let mapped = map_all(&x.numbers, maps)?;
     let mut log_sums = Buffer::any(rows * how.heads);
     let y = how.forward(mapped.each_ref().map(|x| &x[..]), width, &mut log_sums);
+    let kept = tape.keeps().then_some(mapped);
     let (how, x, maps) = (how.clone(), x.clone(), maps.map(Map::clone));
     Ok(tape.push_with_result(y, width, move |y, dy, flow| {
+        let mapped = match kept {
+            Some(mapped) => mapped,
+            None => map_all(&x.numbers, maps.each_ref())?,
+        };
         let gradients = how.backward(mapped.each_ref().map(|x| &x[..]), &y.numbers, &log_sums, &dy, width);
         drop(mapped);
         let packed = Packed::new(maps[0].rows(&x.numbers));
@@ -72,6 +65,23 @@ pub fn self_attention(tape: &Tape, x: &Arc<Value>, maps: [&Map; 3], how: &Attent
         }
         Ok(())
     }))
+}
+
+/// Three linear maps of x, (T, C).
+fn map_all(x: &[f32], maps: [&Map; 3]) -> Result<[Buffer; 3]> {
+    let (rows, width) = (x.len() / maps[0].input, maps[0].output);
+    let mut mapped = [(); 3].map(|()| Buffer::any(rows * width));
+    let packed = [maps[0].packed()?, maps[1].packed()?, maps[2].packed()?];
+    let biases = [maps[0].bias()?, maps[1].bias()?, maps[2].bias()?];
+    let starts = mapped.each_mut().map(|y| Shared::new(y));
+    row_blocks(rows, |rows| {
+        for (i, start) in starts.iter().enumerate() {
+            // SAFETY: blocks of rows do not overlap, and the buffers outlive the loop.
+            let y = unsafe { start.slice(rows.start * width, rows.len() * width) };
+            maps[i].block(&packed[i], &biases[i], y, x, rows.clone());
+        }
+    });
+    Ok(mapped)
 }
 
 /// q, k, v (T, H·D) → (T, H·D): inside every span, every token sees every token; in candle's operations.

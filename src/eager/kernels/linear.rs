@@ -32,18 +32,7 @@ pub fn linear(tape: &Tape, x: &Arc<Value>, map: &Map) -> Result<Arc<Value>> {
 /// The same with a non-linearity behind it.
 pub fn linear_activation(tape: &Tape, x: &Arc<Value>, map: &Map, how: Activation) -> Result<Arc<Value>> {
     map.check(x.width)?;
-    let (mut z, mut y) = (Buffer::any(x.rows() * map.output), Buffer::any(x.rows() * map.output));
-    {
-        let (weight, bias) = (map.packed()?, map.bias()?);
-        let (z, y) = (Shared::new(&mut z), Shared::new(&mut y));
-        row_blocks(x.rows(), |rows| {
-            let (at, n) = (rows.start * map.output, rows.len() * map.output);
-            // SAFETY: blocks of rows do not overlap, and both outlive the loop.
-            let (z, y) = unsafe { (z.slice(at, n), y.slice(at, n)) };
-            map.block(&weight, &bias, z, &x.numbers, rows);
-            activation::forward(how, y, z);
-        });
-    }
+    let [z, y] = inner_values(x, map, how)?;
     let (x, map) = (x.clone(), map.clone());
     Ok(tape.push(y, map.output, move |mut dy, flow| {
         activation::backward(how, &mut dy, &z);
@@ -51,6 +40,21 @@ pub fn linear_activation(tape: &Tape, x: &Arc<Value>, map: &Map, how: Activation
         map.backward_weights(&Packed::new(map.rows(&x.numbers)), &dy);
         flow.add(&x, |dx, write| map.backward_input(dx, write, &dy))
     }))
+}
+
+/// `z = x · Wᵀ + b` and `how(z)`.
+pub(super) fn inner_values(x: &Value, map: &Map, how: Activation) -> Result<[Buffer; 2]> {
+    let mut values = [(); 2].map(|()| Buffer::any(x.rows() * map.output));
+    let starts = values.each_mut().map(|buffer| Shared::new(buffer));
+    let (weight, bias) = (map.packed()?, map.bias()?);
+    row_blocks(x.rows(), |rows| {
+        let (at, n) = (rows.start * map.output, rows.len() * map.output);
+        // SAFETY: blocks of rows do not overlap, and the buffers outlive the loop.
+        let [z, y] = starts.map(|start| unsafe { start.slice(at, n) });
+        map.block(&weight, &bias, z, &x.numbers, rows);
+        activation::forward(how, y, z);
+    });
+    Ok(values)
 }
 
 /// A weight and a bias, applied to plain numbers.

@@ -11,7 +11,7 @@ use super::buffer::Buffer;
 use super::dropout::{self, Mask};
 use super::gemm::{Matrix, MatrixMut, Packed, Shared, Write, row_blocks};
 use super::layer_norm::{self, Norm};
-use super::linear::Map;
+use super::linear::{Map, inner_values};
 use super::{CHUNK, Weight, add_here, wide};
 use crate::eager::tape::{Flow, Tape, Value};
 use crate::model::ops::Activation;
@@ -80,7 +80,7 @@ fn compute(
     let width = x.width;
     let mut sum = Buffer::any(x.numbers.len());
     let mut normed = Buffer::any(if norm.is_some() { sum.len() } else { 0 });
-    let work = Work::new(branch, x, tape.is_recording())?;
+    let work = Work::new(branch, x, tape.keeps())?;
     {
         let norm = norm.map(Norm::numbers).transpose()?;
         let (start, behind) = (Shared::new(&mut sum), Shared::new(&mut normed));
@@ -201,8 +201,9 @@ fn backward(
             map.backward_weights(&Packed::new(map.rows(&x.numbers)), &dbranch);
         }
         Branch::FeedForward { x, first, how, second } => {
-            let Some([z, y]) = kept else {
-                candle_core::bail!("a backward pass over a forward pass that kept nothing");
+            let [z, y] = match kept {
+                Some(kept) => kept,
+                None => inner_values(x, first, *how)?,
             };
             let weights = [first.packed_backward()?, second.packed_backward()?];
             let (inner, outer) = (first.output, second.output);
