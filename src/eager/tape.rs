@@ -194,3 +194,60 @@ impl Flow {
         self.gradients[leaf.node].as_deref()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `y = factor · x`.
+    fn scale(tape: &Tape, x: &Arc<Value>, factor: f32) -> Arc<Value> {
+        let mut y = Buffer::of(&x.numbers);
+        y.iter_mut().for_each(|y| *y *= factor);
+        let x = x.clone();
+        tape.push(y, x.width, move |mut dy, flow| {
+            dy.iter_mut().for_each(|dy| *dy *= factor);
+            flow.give(&x, dy);
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn gradients_of_all_uses_add_up_and_unused_values_cost_nothing() {
+        let tape = Tape::new(true);
+        let x = tape.leaf(Buffer::of(&[1.0, 2.0]), 2);
+        let (a, b) = (scale(&tape, &x, 3.0), scale(&tape, &x, 5.0));
+        let unused = scale(&tape, &a, 7.0);
+        let flow = tape.backward(vec![(a, Buffer::of(&[1.0, 1.0])), (b, Buffer::of(&[1.0, 10.0]))]).unwrap();
+        assert_eq!(flow.of(&x), Some(&[8.0, 53.0][..]));
+        assert_eq!(flow.of(&unused), None);
+    }
+
+    /// As a model with two outputs has it: both gradients come from candle, in whatever order.
+    #[test]
+    fn the_tape_walks_back_once_candle_has_come_to_every_result() {
+        let tape = Arc::new(Tape::new(true));
+        let (seen, x) = (Arc::new(Mutex::new(Vec::new())), tape.leaf(Buffer::of(&[2.0]), 1));
+        let (kept, behind) = (seen.clone(), x.clone());
+        let middle = tape.push(Buffer::of(&x.numbers), 1, move |dy, flow| {
+            kept.lock().unwrap().push(dy.to_vec());
+            flow.give(&behind, dy);
+            Ok(())
+        });
+        let results = [3.0, 5.0].map(|factor| tape.tensor(&scale(&tape, &middle, factor)).unwrap());
+        assert_eq!(results[1].to_vec2::<f32>().unwrap(), [[10.0]]);
+        let loss = (&results[0] + (&results[1] * 2.0).unwrap()).unwrap().sum_all().unwrap();
+        loss.backward().unwrap();
+        assert_eq!(*seen.lock().unwrap(), [vec![13.0]], "once, with the gradients of both");
+    }
+
+    #[test]
+    fn a_tape_that_does_not_record_keeps_nothing() {
+        let tape = Tape::new(false);
+        let x = tape.leaf(Buffer::of(&[1.0]), 1);
+        let weak = Arc::downgrade(&x);
+        let y = scale(&tape, &x, 2.0);
+        drop(x);
+        assert!(weak.upgrade().is_none());
+        assert_eq!(&y.numbers[..], [2.0]);
+    }
+}
