@@ -4,7 +4,7 @@ mod common;
 
 use std::sync::Arc;
 
-use candle_core::{Device, Result, Tensor, Var};
+use candle_core::{DType, Device, Result, Tensor, Var};
 use common::relative;
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
@@ -20,7 +20,7 @@ use tk::eager::kernels::residual::{self, Branch, residual_norm};
 use tk::eager::kernels::{activation, attention, dropout, embedding, layer_norm, linear};
 use tk::eager::tape::{Tape, Value};
 use tk::eager::{Init, Kernels, Params, Weight};
-use tk::model::ops::{Activation, At, Ids, Ops};
+use tk::model::ops::{Activation, At, Ids, Ops, Sees};
 use tk::train::optimizer::{AdamW, Constants, Gradients};
 
 /// Both forms round differently; candle's own GELU gradients use six-digit constants.
@@ -239,21 +239,23 @@ proptest! {
         let key_bias = bias(5);
         let parameters = [small(1), bias(2), small(3), small(4), bias(6)];
         let key_bias = Weight { values: key_bias.as_detached_tensor(), gradient: None };
-        let how = Attention { spans, heads, mask };
-        compare_within(
-            QUERY_TOLERANCE,
-            &[x],
-            &parameters,
-            |t, p| {
-                let mapped = |w: &Weight, b: &Weight| linear::composite(&t[0], w, b);
-                let (q, k, v) = (mapped(&p[0], &p[1])?, mapped(&p[2], &key_bias)?, mapped(&p[3], &p[4])?);
-                attention::composite(&q, &k, &v, &how)
-            },
-            |tape, t, p| {
-                let maps = [map(&p[0], &p[1]), map(&p[2], &key_bias), map(&p[3], &p[4])];
-                attention::self_attention(tape, &t[0], maps.each_ref(), &how)
-            },
-        );
+        for sees in [Sees::All, Sees::Causal] {
+            let how = Attention { spans: spans.clone(), heads, sees, mask };
+            compare_within(
+                QUERY_TOLERANCE,
+                std::slice::from_ref(&x),
+                &parameters,
+                |t, p| {
+                    let mapped = |w: &Weight, b: &Weight| linear::composite(&t[0], w, b);
+                    let (q, k, v) = (mapped(&p[0], &p[1])?, mapped(&p[2], &key_bias)?, mapped(&p[3], &p[4])?);
+                    attention::composite(&q, &k, &v, &how)
+                },
+                |tape, t, p| {
+                    let maps = [map(&p[0], &p[1]), map(&p[2], &key_bias), map(&p[3], &p[4])];
+                    attention::self_attention(tape, &t[0], maps.each_ref(), &how)
+                },
+            );
+        }
     }
 
     #[test]
@@ -313,13 +315,15 @@ proptest! {
         let shape = [spans.tokens(), heads * d];
         let variables = [random(seed, &shape), random(seed ^ 1, &shape), random(seed ^ 2, &shape)];
         let mask = p.map(|p| Mask::new(seed, p));
-        let how = Attention { spans, heads, mask };
-        compare(
-            &variables,
-            &[],
-            |t, _| attention::composite(&t[0], &t[1], &t[2], &how),
-            |tape, t, _| attention::attention(tape, &t[0], &t[1], &t[2], &how),
-        );
+        for sees in [Sees::All, Sees::Causal] {
+            let how = Attention { spans: spans.clone(), heads, sees, mask };
+            compare(
+                &variables,
+                &[],
+                |t, _| attention::composite(&t[0], &t[1], &t[2], &how),
+                |tape, t, _| attention::attention(tape, &t[0], &t[1], &t[2], &how),
+            );
+        }
     }
 
     #[test]
@@ -386,10 +390,82 @@ proptest! {
     }
 }
 
+/// The second of three sequences changes behind its token 80, in the middle of a block of queries.
+#[test]
+fn a_later_token_changes_no_earlier_output_and_receives_no_gradient_from_it() {
+    let spans = Arc::new(Spans::of_lengths([5, 150, 70]));
+    let how = Attention { spans, heads: 2, sees: Sees::Causal, mask: Some(Mask::new(3, 0.2)) };
+    const WIDTH: usize = 12;
+    let later = (5 + 80) * WIDTH..(5 + 150) * WIDTH;
+    let is_later = |i: usize| later.contains(&i);
+    let inputs = |changed: bool| -> Vec<Var> {
+        let one = |seed: u64| {
+            let mut values = numbers(random(seed, &[225, WIDTH]).as_tensor());
+            let others = numbers(random(seed + 10, &[225, WIDTH]).as_tensor());
+            if changed {
+                values[later.clone()].copy_from_slice(&others[later.clone()]);
+            }
+            Var::from_tensor(&Tensor::from_vec(values, (225, WIDTH), &Device::Cpu).unwrap()).unwrap()
+        };
+        (1..=3).map(one).collect()
+    };
+    let mut cotangent = numbers(random(4, &[225, WIDTH]).as_tensor());
+    cotangent[later.clone()].fill(0.0);
+
+    // y, dq, dk, dv
+    let fused = |changed| {
+        on_tape(&inputs(changed), &[], &cotangent, |tape, t, _| {
+            attention::attention(tape, &t[0], &t[1], &t[2], &how)
+        })
+    };
+    let composite = |dtype: DType, changed| {
+        let inputs = inputs(changed);
+        let t: Vec<Tensor> = inputs.iter().map(|x| x.as_tensor().to_dtype(dtype).unwrap()).collect();
+        let y = attention::composite(&t[0], &t[1], &t[2], &how).unwrap();
+        assert_eq!(y.dtype(), dtype);
+        let y = y.to_dtype(DType::F32).unwrap();
+        let weight = Tensor::from_slice(&cotangent, (225, WIDTH), &Device::Cpu).unwrap();
+        let store = (&y * weight).unwrap().sum_all().unwrap().backward().unwrap();
+        let gradients = inputs.iter().map(|x| numbers(store.get(x.as_tensor()).expect("a gradient")));
+        std::iter::once(numbers(&y)).chain(gradients).collect::<Vec<_>>()
+    };
+    let exact = composite(DType::F32, false);
+    type Form<'a> = &'a dyn Fn(bool) -> Vec<Vec<f32>>;
+    let forms: [(&str, Form, f64); 3] = [
+        ("fused", &fused, TOLERANCE),
+        ("composite", &|changed| composite(DType::F32, changed), TOLERANCE),
+        ("composite in bf16", &|changed| composite(DType::BF16, changed), 2e-2),
+    ];
+    for (form, run, tolerance) in forms {
+        let (before, after) = (run(false), run(true));
+        for (what, values) in before.iter().enumerate() {
+            let error = relative(values, &exact[what]);
+            assert!(error <= tolerance, "{form}: result or gradient {what} is {error:e} off");
+        }
+        for (what, (before, after)) in before.iter().zip(&after).enumerate() {
+            for (i, (x, y)) in before.iter().zip(after).enumerate().filter(|(i, _)| !is_later(*i)) {
+                assert!(x.is_finite() && x == y, "{form}: result or gradient {what}, number {i}: {x}, {y}");
+            }
+            let gradient = &before[later.clone()];
+            assert!(
+                what == 0 || gradient.iter().all(|&x| x == 0.0),
+                "{form}: gradient {what} of a later token"
+            );
+        }
+        assert!(later.clone().any(|i| before[0][i] != after[0][i]), "{form}: nothing changed at all");
+    }
+}
+
 #[test]
 fn results_do_not_depend_on_the_number_of_threads() {
+    for sees in [Sees::All, Sees::Causal] {
+        assert_independent_of_threads(sees);
+    }
+}
+
+fn assert_independent_of_threads(sees: Sees) {
     let spans = Arc::new(Spans::of_lengths([70, 3, 129]));
-    let how = Attention { spans, heads: 4, mask: Some(Mask::new(5, 0.1)) };
+    let how = Attention { spans, heads: 4, sees, mask: Some(Mask::new(5, 0.1)) };
     let work = || {
         let shapes: [&[usize]; 8] =
             [&[48, 48], &[48], &[48, 48], &[48], &[300, 48], &[300], &[48, 300], &[48]];
@@ -411,7 +487,7 @@ fn results_do_not_depend_on_the_number_of_threads() {
     let with = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(work);
     let one = with(1);
     for threads in [2, 3, 8] {
-        assert_eq!(one, with(threads), "{threads} threads");
+        assert_eq!(one, with(threads), "{threads} threads, {sees:?}");
     }
 }
 

@@ -23,13 +23,14 @@ const TOLERANCE: f32 = 3e-6;
 /// The same for gradients, relative to the gradient's norm.
 const GRADIENT_TOLERANCE: f64 = 3e-6;
 
-const CASES: [&str; 14] = [
+const CASES: [&str; 15] = [
     "embed_tokens",
     "embed_types",
     "embed_positions",
     "linear",
     "layer_norm",
     "attention",
+    "attention_causal",
     "gelu",
     "gelu_tanh",
     "relu",
@@ -57,9 +58,10 @@ fn define<O: Ops>(o: &O, case: &Case) -> Result<O::X> {
             o.linear(At::body("f").linear(shape[1], shape[0]), &x()?)
         }
         "layer_norm" => o.layer_norm(At::body("f").norm(case.shape("f.weight")[0], 1e-12), &x()?),
-        "attention" => {
+        "attention" | "attention_causal" => {
             let of = |name| o.embed(table(name), Ids::Tokens);
-            let how = Attend { heads: 4, sees: Sees::All, dropout: 0.0 };
+            let sees = if case.name == "attention" { Sees::All } else { Sees::Causal };
+            let how = Attend { heads: 4, sees, dropout: 0.0 };
             o.attention(&of("q")?, &of("k")?, &of("v")?, how)
         }
         "gelu" => o.activate(&x()?, Activation::Gelu),
@@ -206,13 +208,16 @@ fn every_verb_gives_the_reference_and_its_gradients_in_training() {
     });
 }
 
+fn tokens(case: &Case) -> usize {
+    case.batch.iter().map(Encoding::len).sum()
+}
+
 /// A case as an ONNX graph of one verb.
 fn graph(case: &Case, opset: i64) -> ModelProto {
     let (_dir, weights) = case.weights();
-    let rows: usize = case.batch.iter().map(Encoding::len).sum();
     let dims = match case.name {
         "pick_first" => vec![Dim::Batch, Dim::Of(case.y.len() / case.batch.len())],
-        _ => vec![Dim::Batch, Dim::Sequence, Dim::Of(case.y.len() / rows)],
+        _ => vec![Dim::Batch, Dim::Sequence, Dim::Of(case.y.len() / tokens(case))],
     };
     let define = |o: &emit::Emit| Ok(vec![define(o, case)?]);
     let output = Output { name: "y", dims };
@@ -234,16 +239,30 @@ fn padded(case: &Case) -> Padded {
     Padded::new(&case.batch.iter().collect::<Vec<_>>(), 0)
 }
 
+fn in_onnx_runtime(model: &ModelProto, batch: &Padded) -> Vec<f32> {
+    let bytes = prost::Message::encode_to_vec(model);
+    let providers = Providers::only(Provider::Cpu);
+    let say = Say { quiet: true, ..Say::default() };
+    let mut session = OrtSession::open(Model::Bytes(&bytes), &providers, 1, say).unwrap();
+    session.run(batch).unwrap().remove(0).values
+}
+
+fn in_candle_onnx(model: &ModelProto, batch: &Padded) -> Vec<f32> {
+    let tensor =
+        |values: &[i64]| Tensor::from_slice(values, (batch.rows, batch.width), &Device::Cpu).unwrap();
+    let given =
+        [("input_ids", &batch.ids), ("attention_mask", &batch.mask), ("token_type_ids", &batch.type_ids)];
+    let inputs = given.map(|(name, values)| (name.to_owned(), tensor(values)));
+    let y = candle_onnx::simple_eval(model, inputs.into_iter().collect()).unwrap().remove("y").unwrap();
+    y.flatten_all().unwrap().to_vec1().unwrap()
+}
+
 #[test]
 fn every_verb_gives_the_reference_in_onnx_runtime_at_every_opset() {
     each_case(|case| {
         for opset in OPSETS {
-            let bytes = prost::Message::encode_to_vec(&graph(case, opset));
-            let providers = Providers::only(Provider::Cpu);
-            let say = Say { quiet: true, ..Say::default() };
-            let mut session = OrtSession::open(Model::Bytes(&bytes), &providers, 1, say).unwrap();
             let batch = padded(case);
-            let y = session.run(&batch).unwrap().remove(0).values;
+            let y = in_onnx_runtime(&graph(case, opset), &batch);
             assert_output(case, &format!("ONNX Runtime, opset {opset}"), &kept(case, &batch, &y));
         }
     });
@@ -252,15 +271,54 @@ fn every_verb_gives_the_reference_in_onnx_runtime_at_every_opset() {
 #[test]
 fn every_verb_gives_the_reference_in_candle_onnx() {
     each_case(|case| {
-        let model = graph(case, CANDLE_OPSET);
         let batch = padded(case);
-        let tensor =
-            |values: &[i64]| Tensor::from_slice(values, (batch.rows, batch.width), &Device::Cpu).unwrap();
-        let given =
-            [("input_ids", &batch.ids), ("attention_mask", &batch.mask), ("token_type_ids", &batch.type_ids)];
-        let inputs = given.map(|(name, values)| (name.to_owned(), tensor(values)));
-        let y = candle_onnx::simple_eval(&model, inputs.into_iter().collect()).unwrap().remove("y").unwrap();
-        let y: Vec<f32> = y.flatten_all().unwrap().to_vec1().unwrap();
+        let y = in_candle_onnx(&graph(case, CANDLE_OPSET), &batch);
         assert_output(case, "candle-onnx", &kept(case, &batch, &y));
     });
+}
+
+/// The graph of an attention case at every opset and in candle-onnx, on a batch that somebody has changed.
+fn assert_attention(change: impl Fn(&mut Padded), expected: impl Fn(&Case) -> &[f32]) {
+    each_case(|case| {
+        if !case.name.starts_with("attention") {
+            return;
+        }
+        let mut batch = padded(case);
+        change(&mut batch);
+        let check = |runtime: &str, y: &[f32]| {
+            assert!(y.iter().all(|x| x.is_finite()), "{} on {runtime}", case.name);
+            let (worst, at) = max_abs(&kept(case, &batch, y), expected(case));
+            assert!(worst <= TOLERANCE, "{} on {runtime}: {worst:e} at element {at}", case.name);
+        };
+        for opset in OPSETS {
+            check(&format!("ONNX Runtime, opset {opset}"), &in_onnx_runtime(&graph(case, opset), &batch));
+        }
+        check("candle-onnx", &in_candle_onnx(&graph(case, CANDLE_OPSET), &batch));
+    });
+}
+
+#[test]
+fn a_sequence_of_padding_alone_is_finite_and_leaves_the_others_alone() {
+    assert_attention(
+        |batch| batch.mask[..batch.width].fill(0),
+        |case| &case.y[case.batch[0].len() * case.y.len() / tokens(case)..],
+    );
+}
+
+/// Padding behind is behind every query of a causal graph too, so only this asks it for the mask.
+#[test]
+fn padding_in_front_is_left_out() {
+    assert_attention(
+        |batch| {
+            let width = batch.width;
+            for row in 0..batch.rows {
+                let of_row = row * width..(row + 1) * width;
+                let length = batch.mask[of_row.clone()].iter().sum::<i64>() as usize;
+                for values in [&mut batch.ids, &mut batch.mask, &mut batch.type_ids] {
+                    values[of_row.clone()].rotate_right(width - length);
+                }
+            }
+        },
+        |case| &case.y,
+    );
 }

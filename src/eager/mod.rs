@@ -19,7 +19,7 @@ pub use x::X;
 
 use crate::Result;
 use crate::data::batch::{Packed, Spans};
-use crate::model::ops::{Activation, Attend, Ids, Linear, Norm, Ops, Param, Pick, Sees, Table};
+use crate::model::ops::{Activation, Attend, Ids, Linear, Norm, Ops, Param, Pick, Table};
 use kernels::attention::Attention;
 use kernels::dropout::{Mask, mix};
 use kernels::linear::Map;
@@ -181,8 +181,7 @@ impl Ops for Eager<'_> {
 
     fn attention(&self, q: &X, k: &X, v: &X, how: Attend) -> Result<X> {
         let mask = self.mask(how.dropout);
-        let Sees::All = how.sees;
-        let how = Attention { spans: self.spans.clone(), heads: how.heads, mask };
+        let how = Attention { spans: self.spans.clone(), heads: how.heads, sees: how.sees, mask };
         let (q, k, v) = match (q, k, v) {
             (X::Fused(q), X::Fused(k), X::Fused(v)) => (q, k, v),
             _ => return Ok(X::Tensor(attention::composite(&q.tensor()?, &k.tensor()?, &v.tensor()?, &how)?)),

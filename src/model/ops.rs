@@ -160,6 +160,8 @@ pub enum Ids {
 pub enum Sees {
     /// Every token of its own sequence.
     All,
+    /// Every token of its own sequence up to itself.
+    Causal,
 }
 
 /// How attention is to be computed: `softmax(q · kᵀ / √D) · v` (Vaswani et al. 2017, arXiv:1706.03762).

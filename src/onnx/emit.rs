@@ -127,16 +127,37 @@ impl Emit {
         })
     }
 
-    /// 0, 1, 2 … for every sequence: (B, T).
-    fn positions(&self) -> Value {
-        self.graph.borrow_mut().shared("positions", |g| {
+    /// (B, 1, T, T), true for a key that is a token and not behind the query.
+    fn keep_causal(&self) -> Value {
+        let (keep, (range, _)) = (self.keep(), self.range());
+        self.graph.borrow_mut().shared("keep_causal", |g| {
+            let axis = g.i64s(&[1], &[1]);
+            let queries = g.node("causal_mask", "Unsqueeze", &[range, axis], Vec::new()); // (T, 1)
+            let causal = g.node("causal_mask", "LessOrEqual", &[range, queries], Vec::new()); // (T, T)
+            g.node("causal_mask", "And", &[keep, causal], Vec::new())
+        })
+    }
+
+    /// 0, 1, 2 … for one sequence, (T), and the shape of the batch, (B, T).
+    fn range(&self) -> (Value, Value) {
+        let mut graph = self.graph.borrow_mut();
+        let shape = graph.shared("shape", |g| {
             let ids = g.input("input_ids");
-            let shape = g.node("position_ids", "Shape", &[ids], Vec::new());
+            g.node("position_ids", "Shape", &[ids], Vec::new())
+        });
+        let range = graph.shared("range", |g| {
             let (zero, one) = (g.i64s(&[], &[0]), g.i64s(&[], &[1]));
             let length = g.node("position_ids", "Gather", &[shape, one], vec![int("axis", 0)]);
-            let range = g.node("position_ids", "Range", &[zero, length, one], Vec::new());
-            g.node("position_ids", "Expand", &[range, shape], Vec::new())
-        })
+            g.node("position_ids", "Range", &[zero, length, one], Vec::new())
+        });
+        (range, shape)
+    }
+
+    /// 0, 1, 2 … for every sequence: (B, T).
+    fn positions(&self) -> Value {
+        let (range, shape) = self.range();
+        let mut graph = self.graph.borrow_mut();
+        graph.shared("positions", |g| g.node("position_ids", "Expand", &[range, shape], Vec::new()))
     }
 
     /// `x · 0.5 · (1 + erf(x / √2))`, in the order of operations that runtimes know and fuse.
@@ -213,7 +234,6 @@ impl Ops for Emit {
     }
 
     fn attention(&self, q: &X, k: &X, v: &X, how: Attend) -> Result<X> {
-        let Sees::All = how.sees;
         let at = common(&q.scope, &k.scope).to_owned();
         let q_heads = self.split_heads(q, how.heads, &[0, 2, 1, 3]); // (B, H, T, D)
         let k_heads = self.split_heads(k, how.heads, &[0, 2, 3, 1]); // (B, H, D, T)
@@ -221,7 +241,11 @@ impl Ops for Emit {
         let scale = 1.0 / ((q.width / how.heads) as f64).sqrt();
         let scores = self.plain(&at, "MatMul", &[q_heads, k_heads]); // (B, H, T, T)
         let scores = self.plain(&at, "Mul", &[scores, self.f32(scale as f32)]);
-        let scores = self.plain(&at, "Where", &[self.keep(), scores, self.f32(MASKED)]);
+        let keep = match how.sees {
+            Sees::All => self.keep(),
+            Sees::Causal => self.keep_causal(),
+        };
+        let scores = self.plain(&at, "Where", &[keep, scores, self.f32(MASKED)]);
         let weights = self.node(&at, "Softmax", &[scores], vec![int("axis", -1)]);
         let mixed = self.plain(&at, "MatMul", &[weights, v_heads]); // (B, H, T, D)
         let mixed = self.transpose(&at, mixed, &[0, 2, 1, 3]);

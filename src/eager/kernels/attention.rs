@@ -2,11 +2,11 @@
 //!
 //! Nothing of the size of a sequence squared outlives a block: the forward pass keeps the logarithm of each
 //! row's softmax denominator, and the backward pass computes the weights again from it (Dao et al. 2022,
-//! arXiv:2205.14135).
+//! arXiv:2205.14135). Causal attention computes no key behind a block's last query.
 
 use std::sync::Arc;
 
-use candle_core::{D, Result, Tensor};
+use candle_core::{D, Device, Result, Tensor};
 use rayon::prelude::*;
 
 use super::buffer::Buffer;
@@ -16,6 +16,7 @@ use super::linear::Map;
 use super::{simd, wide};
 use crate::data::batch::Spans;
 use crate::eager::tape::{Tape, Value};
+use crate::model::ops::Sees;
 
 /// Queries of one block.
 const BLOCK: usize = 64;
@@ -84,9 +85,10 @@ fn map_all(x: &[f32], maps: [&Map; 3]) -> Result<[Buffer; 3]> {
     Ok(mapped)
 }
 
-/// q, k, v (T, H·D) → (T, H·D): inside every span, every token sees every token; in candle's operations.
+/// q, k, v (T, H·D) → (T, H·D): inside every span, every token sees every token or those up to itself; in candle's
+/// operations.
 pub fn composite(q: &Tensor, k: &Tensor, v: &Tensor, how: &Attention) -> Result<Tensor> {
-    let Attention { spans, heads, mask } = how;
+    let Attention { spans, heads, sees, mask } = how;
     let heads = *heads;
     let (_, width) = q.dims2()?;
     let d = width / heads;
@@ -95,7 +97,13 @@ pub fn composite(q: &Tensor, k: &Tensor, v: &Tensor, how: &Attention) -> Result<
         let (start, n) = (span.start, span.len());
         let part = |x: &Tensor| x.narrow(0, start, n)?.reshape((n, heads, d))?.transpose(0, 1)?.contiguous();
         let (q, k, v) = (part(q)?, part(k)?, part(v)?); // (H, T, D)
-        let scores = (wide(&q.matmul(&k.transpose(1, 2)?)?)? / (d as f64).sqrt())?;
+        let mut scores = (wide(&q.matmul(&k.transpose(1, 2)?)?)? / (d as f64).sqrt())?;
+        if *sees == Sees::Causal {
+            // a row has its own key at least, so its largest score is finite
+            let never = Tensor::full(f32::NEG_INFINITY, scores.shape(), scores.device())?;
+            let visible = up_to_itself(n, scores.device())?.broadcast_as(scores.shape())?;
+            scores = visible.where_cond(&scores, &never)?;
+        }
         let mut weights = candle_nn::ops::softmax(&scores, D::Minus1)?;
         if let Some(mask) = mask {
             let mut factors = Vec::with_capacity(heads * n * n);
@@ -113,19 +121,26 @@ pub fn composite(q: &Tensor, k: &Tensor, v: &Tensor, how: &Attention) -> Result<
     Tensor::cat(&outputs, 0)
 }
 
+/// (T, T), 1 where the key is not behind the query.
+fn up_to_itself(n: usize, device: &Device) -> Result<Tensor> {
+    let visible: Vec<u8> = (0..n).flat_map(|query| (0..n).map(move |key| u8::from(key <= query))).collect();
+    Tensor::from_vec(visible, (n, n), device)
+}
+
 /// Which tokens see each other, by how many heads, and which weights are dropped: row `t · H + head` of the mask,
 /// column the key's place in its span.
 #[derive(Clone)]
 pub struct Attention {
     pub spans: Arc<Spans>,
     pub heads: usize,
+    pub sees: Sees,
     pub mask: Option<Mask>,
 }
 
 /// One block of queries of one head of one sequence.
 struct Block {
     head: usize,
-    /// The sequence's tokens: the keys.
+    /// The sequence's tokens that any of the block's sees: the keys.
     keys: std::ops::Range<usize>,
     /// The block's tokens.
     queries: std::ops::Range<usize>,
@@ -158,13 +173,22 @@ impl Attention {
         self.mask.map(|mask| mask.row((query * self.heads + head) as u64))
     }
 
+    /// How many of these keys, the first of its sequence, a query sees.
+    fn seen(&self, keys: &std::ops::Range<usize>, query: usize) -> usize {
+        match self.sees {
+            Sees::All => keys.len(),
+            Sees::Causal => query + 1 - keys.start,
+        }
+    }
+
     fn blocks(&self) -> Vec<Block> {
         let mut blocks = Vec::new();
-        for keys in self.spans.iter() {
+        for span in self.spans.iter() {
             for head in 0..self.heads {
-                for start in keys.clone().step_by(BLOCK) {
-                    let queries = start..(start + BLOCK).min(keys.end);
-                    blocks.push(Block { head, keys: keys.clone(), queries });
+                for start in span.clone().step_by(BLOCK) {
+                    let queries = start..(start + BLOCK).min(span.end);
+                    let keys = span.start..span.start + self.seen(&span, queries.end - 1);
+                    blocks.push(Block { head, keys, queries });
                 }
             }
         }
@@ -200,6 +224,8 @@ impl Attention {
             // SAFETY: a block's queries and head are its own, in the sums and in y.
             let sums = unsafe { sums_start.slice(head * tokens + queries.start, m) };
             for ((row, sum), query) in weights.chunks_exact_mut(n).zip(sums).zip(queries.clone()) {
+                let (row, behind) = row.split_at_mut(self.seen(keys, query));
+                behind.fill(0.0);
                 *sum = softmax(row);
                 if let Some(mask) = self.mask_row(query, *head) {
                     multiply(row, mask);
@@ -230,9 +256,15 @@ impl Attention {
         let mut tasks: Vec<Vec<Block>> = Vec::new();
         for block in self.blocks() {
             match tasks.last_mut() {
-                Some(task) if task[0].head == block.head && task[0].keys == block.keys => task.push(block),
+                Some(task) if task[0].head == block.head && task[0].keys.start == block.keys.start => {
+                    task.push(block);
+                }
                 _ => tasks.push(vec![block]),
             }
+        }
+        if self.sees == Sees::Causal {
+            // the last block has every key: it writes all of dK and dV, and the others add to the front
+            tasks.iter_mut().for_each(|task| task.reverse());
         }
         tasks.par_iter().for_each_init(<(Vec<f32>, Vec<f32>)>::default, |(weights, dweights), task| {
             for (i, Block { head, keys, queries }) in task.iter().enumerate() {
@@ -249,7 +281,11 @@ impl Attention {
                 product(MatrixMut::new(weights, m, n, n), Write::Replace, scale, q, k.transposed());
                 product(MatrixMut::new(dweights, m, n, n), Write::Replace, 1.0, dy, v.transposed());
                 for (i, query) in queries.clone().enumerate() {
-                    let (row, drow) = (&mut weights[i * n..][..n], &mut dweights[i * n..][..n]);
+                    let seen = self.seen(keys, query);
+                    let (row, behind) = weights[i * n..][..n].split_at_mut(seen);
+                    let (drow, dbehind) = dweights[i * n..][..n].split_at_mut(seen);
+                    behind.fill(0.0);
+                    dbehind.fill(0.0);
                     let at = query * width + head * d;
                     let delta = dot(&dys[at..at + d], &ys[at..at + d]);
                     let log_sum = log_sums[head * tokens + query];
