@@ -167,19 +167,21 @@ unsafe fn pack<V: Vector, const LANES: usize>(source: Source, group: usize, to: 
     // inside of whole groups and one vector behind them, and what is written there is written again in its turn.
     unsafe {
         if across == 1 {
-            for p in 0..k {
-                let (from, to) = (start.add(p * along), to.add(p * group));
-                for first in (0..count).step_by(group) {
-                    let to = to.add(first * k);
-                    for i in (0..group).step_by(LANES) {
-                        // what a vector has beyond the group would stand where another group begins
-                        match (group - i).min(count - first - i) {
-                            n if n < LANES => V::load_first(from.add(first + i), n).store_first(to.add(i), n),
-                            _ => V::load(from.add(first + i)).store(to.add(i)),
+            for first in (0..count).step_by(group) {
+                let (from, to) = (start.add(first), to.add(first * k));
+                if group.is_multiple_of(LANES) && first + group <= count {
+                    for p in 0..k {
+                        for i in (0..group).step_by(LANES) {
+                            V::load(from.add(p * along + i)).store(to.add(p * group + i));
                         }
-                        if count - first <= i + LANES {
-                            break;
-                        }
+                    }
+                    continue;
+                }
+                let here = group.min(count - first);
+                for p in 0..k {
+                    for i in (0..here).step_by(LANES) {
+                        let n = (here - i).min(LANES);
+                        V::load_first(from.add(p * along + i), n).store_first(to.add(p * group + i), n);
                     }
                 }
             }
