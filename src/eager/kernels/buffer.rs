@@ -77,6 +77,7 @@ unsafe impl Sync for Block {}
 
 impl Block {
     fn layout(capacity: usize) -> Layout {
+        // a slice as long as the buffer could not exist either
         Layout::array::<f32>(capacity)
             .and_then(|layout| layout.align_to(ALIGNMENT))
             .expect("a buffer larger than the address space")

@@ -14,7 +14,7 @@ use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
 use super::gemm::{Matrix, MatrixMut, Write, parallel_product};
-use super::{CHUNK, Gradient, Numbers, Weight, simd};
+use super::{CHUNK, Gradient, Numbers, Weight, add_here, simd};
 
 /// Logits that are held at once (32 MiB), where that is more than one row. Each of a chunk's products reads the
 /// whole weight or its gradient: over GPT-2's vocabulary a quarter of this takes a third longer, twice as much saves
@@ -164,7 +164,7 @@ impl Head<'_> {
             by_row(logits, vocabulary, &mut of_rows[..n], |i, logits| {
                 let target = kept[i].1;
                 if let Some(bias) = bias {
-                    add(logits, bias);
+                    add_here(logits, bias);
                 }
                 match scale {
                     Some(scale) => loss_gradient(logits, target, self.smoothing, scale),
@@ -270,11 +270,11 @@ fn add_column_sums(gradient: &Gradient, values: &[f32], columns: usize) {
             let mut part = [0.0; COLUMNS];
             let part = &mut part[..sums.len()];
             for row in values.chunks_exact(columns) {
-                add(part, &row[task * COLUMNS..][..sums.len()]);
+                add_here(part, &row[task * COLUMNS..][..sums.len()]);
             }
             match write {
                 Write::Replace => sums.copy_from_slice(part),
-                Write::Add => add(sums, part),
+                Write::Add => add_here(sums, part),
             }
         });
     });
@@ -315,14 +315,6 @@ simd::vectorised! {
         }
         row[target] -= scale * (1.0 - smoothing);
         below + sum.ln()
-    }
-}
-
-simd::vectorised! {
-    fn add(sums: &mut [f32], values: &[f32]) {
-        for (sum, value) in sums.iter_mut().zip(values) {
-            *sum += value;
-        }
     }
 }
 
