@@ -6,7 +6,7 @@ use candle_core::{Result, Tensor};
 
 use super::buffer::Buffer;
 use super::gemm::Write;
-use super::{Numbers, Weight};
+use super::{Numbers, Weight, add_here};
 use crate::eager::tape::{Tape, Value};
 
 /// Rows of x, (R, C), by ids, (T): (T, C), in candle's operations.
@@ -49,7 +49,7 @@ pub fn pick(tape: &Tape, x: &Arc<Value>, ids: &Arc<[u32]>) -> Result<Arc<Value>>
                 dx.fill(0.0);
             }
             for (dy, &id) in dy.chunks_exact(width).zip(&*ids) {
-                dx[id as usize * width..][..width].iter_mut().zip(dy).for_each(|(sum, dy)| *sum += dy);
+                add_here(&mut dx[id as usize * width..][..width], dy);
             }
             Ok(())
         })

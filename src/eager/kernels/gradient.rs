@@ -9,7 +9,7 @@ use std::sync::{Mutex, MutexGuard};
 use rayon::prelude::*;
 
 use super::gemm::Write;
-use super::{CHUNK, simd};
+use super::{CHUNK, add_here, simd};
 
 /// One parameter's gradient.
 #[derive(Debug)]
@@ -68,7 +68,7 @@ impl Gradient {
     pub fn add_values(&self, values: &[f32]) {
         self.add(|sums, how| match how {
             Write::Replace => sums.copy_from_slice(values),
-            Write::Add => sums.iter_mut().zip(values).for_each(|(sum, value)| *sum += value),
+            Write::Add => add_here(sums, values),
         });
     }
 
@@ -104,7 +104,7 @@ impl Gradient {
             // SAFETY: inside the buffer, and every run has a row of its own.
             let row = unsafe { start.slice(at, width) };
             for &(_, token) in *run {
-                row.iter_mut().zip(&dy[token as usize * width..]).for_each(|(sum, dy)| *sum += dy);
+                add_here(row, &dy[token as usize * width..][..width]);
             }
         });
     }
