@@ -119,6 +119,7 @@ impl Bench {
             spans: Arc::new(Spans::of_lengths(lengths)),
             heads: HEADS,
             sees: Sees::All,
+            queries: None,
             mask: Some(mask),
         };
         let (map, bias): (&[usize], &[usize]) = (&[c, c], &[c]);

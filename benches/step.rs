@@ -81,7 +81,7 @@ fn measure(model: &str, batch: usize, length: usize, repeat: usize) -> Result<(f
     let micro_batches: [Vec<&Example>; 1] = [examples.iter().collect()];
     let mut trainer = Trainer::new(&settings, &config.family, &task, &params, &Device::Cpu, repeat + 1)?;
     trainer.step(&micro_batches)?; // the first one allocates
-    let mut products = Products::new(&manifest, batch * length);
+    let mut products = Products::new(&manifest, batch, length);
     products.run();
     let (mut steps, mut bare) = (Vec::new(), Vec::new());
     for _ in 0..repeat {
@@ -95,11 +95,11 @@ fn measure(model: &str, batch: usize, length: usize, repeat: usize) -> Result<(f
     Ok((median(steps), median(bare)))
 }
 
-/// The products of a step: forward, the input's gradient and the weight's gradient of every linear map that is
-/// applied to all tokens.
+/// The products of a step: forward, the input's gradient and the weight's gradient of every linear map of the layers.
+/// The last layer's maps but those of keys and values are applied to the tokens that the head looks at.
 struct Products {
-    shapes: Vec<(usize, usize)>,
-    tokens: usize,
+    /// (tokens, out, in)
+    shapes: Vec<[usize; 3]>,
     /// As wide as the widest activation: x, y, and what is written.
     activations: [Vec<f32>; 3],
     /// As large as the largest matrix: W, and what is written.
@@ -107,23 +107,34 @@ struct Products {
 }
 
 impl Products {
-    fn new(manifest: &[Param], tokens: usize) -> Self {
-        let maps = manifest.iter().filter(|param| param.role == Role::Matrix && param.part == Part::Body);
-        let shapes: Vec<(usize, usize)> = maps.map(|param| (param.shape[0], param.shape[1])).collect();
-        let width = shapes.iter().map(|&(output, input)| output.max(input)).max().unwrap_or(1);
-        let weights = shapes.iter().map(|&(output, input)| output * input).max().unwrap_or(1);
-        let filled = |n| vec![0.5; n];
+    fn new(manifest: &[Param], batch: usize, length: usize) -> Self {
+        let maps: Vec<&Param> =
+            manifest.iter().filter(|param| param.role == Role::Matrix && param.part == Part::Body).collect();
+        let layer = |param: &Param| param.name.split('.').find_map(|part| part.parse::<usize>().ok());
+        let last = maps.iter().filter_map(|param| layer(param)).max();
+        let shapes: Vec<[usize; 3]> = maps
+            .iter()
+            .map(|param| {
+                let of_all = ["self.key", "self.value"].iter().any(|name| param.name.contains(name));
+                let tokens = if layer(param) == last && !of_all { batch } else { batch * length };
+                [tokens, param.shape[0], param.shape[1]]
+            })
+            .collect();
+        let most = |size: fn(&[usize; 3]) -> usize| shapes.iter().map(size).max().unwrap_or(1);
+        let (activation, weight) = (
+            most(|[tokens, output, input]| tokens * output.max(input)),
+            most(|[_, output, input]| output * input),
+        );
         Self {
+            activations: [(); 3].map(|()| vec![0.5; activation]),
+            weights: [(); 2].map(|()| vec![0.5; weight]),
             shapes,
-            tokens,
-            activations: [(); 3].map(|()| filled(width * tokens)),
-            weights: [(); 2].map(|()| filled(weights)),
         }
     }
 
     fn run(&mut self) {
-        let ([x, y, out], [w, dw], t) = (&mut self.activations, &mut self.weights, self.tokens);
-        for &(output, input) in &self.shapes {
+        let ([x, y, out], [w, dw]) = (&mut self.activations, &mut self.weights);
+        for &[t, output, input] in &self.shapes {
             let (x, y) = (Matrix::new(x, t, input, input), Matrix::new(y, t, output, output));
             let w = Matrix::new(w, output, input, input);
             parallel_product(MatrixMut::new(out, t, output, output), Write::Replace, x, w.transposed());

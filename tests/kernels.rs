@@ -20,7 +20,7 @@ use tk::eager::kernels::residual::{self, Branch, residual_norm};
 use tk::eager::kernels::{activation, attention, dropout, embedding, layer_norm, linear};
 use tk::eager::tape::{Tape, Value};
 use tk::eager::{Init, Kernels, Params, Weight};
-use tk::model::ops::{Activation, At, Ids, Ops, Sees};
+use tk::model::ops::{Activation, At, Ids, Ops, Pick, Sees};
 use tk::train::optimizer::{AdamW, Constants, Gradients};
 
 /// Both forms round differently; candle's own GELU gradients use six-digit constants.
@@ -240,7 +240,7 @@ proptest! {
         let parameters = [small(1), bias(2), small(3), small(4), bias(6)];
         let key_bias = Weight { values: key_bias.as_detached_tensor(), gradient: None };
         for sees in [Sees::All, Sees::Causal] {
-            let how = Attention { spans: spans.clone(), heads, sees, mask };
+            let how = Attention { spans: spans.clone(), heads, sees, queries: None, mask };
             compare_within(
                 QUERY_TOLERANCE,
                 std::slice::from_ref(&x),
@@ -312,11 +312,18 @@ proptest! {
         seed: u64,
     ) {
         let spans = Arc::new(Spans::of_lengths(lengths));
-        let shape = [spans.tokens(), heads * d];
-        let variables = [random(seed, &shape), random(seed ^ 1, &shape), random(seed ^ 2, &shape)];
         let mask = p.map(|p| Mask::new(seed, p));
-        for sees in [Sees::All, Sees::Causal] {
-            let how = Attention { spans: spans.clone(), heads, sees, mask };
+        for (sees, queries) in [
+            (Sees::All, None),
+            (Sees::Causal, None),
+            (Sees::All, Some(Pick::First)),
+            (Sees::Causal, Some(Pick::Last)),
+        ] {
+            let asking = if queries.is_none() { spans.tokens() } else { spans.len() };
+            let shapes = [[asking, heads * d], [spans.tokens(), heads * d]];
+            let variables =
+                [random(seed, &shapes[0]), random(seed ^ 1, &shapes[1]), random(seed ^ 2, &shapes[1])];
+            let how = Attention { spans: spans.clone(), heads, sees, queries, mask };
             compare(
                 &variables,
                 &[],
@@ -394,7 +401,7 @@ proptest! {
 #[test]
 fn a_later_token_changes_no_earlier_output_and_receives_no_gradient_from_it() {
     let spans = Arc::new(Spans::of_lengths([5, 150, 70]));
-    let how = Attention { spans, heads: 2, sees: Sees::Causal, mask: Some(Mask::new(3, 0.2)) };
+    let how = Attention { spans, heads: 2, sees: Sees::Causal, queries: None, mask: Some(Mask::new(3, 0.2)) };
     const WIDTH: usize = 12;
     let later = (5 + 80) * WIDTH..(5 + 150) * WIDTH;
     let is_later = |i: usize| later.contains(&i);
@@ -465,7 +472,7 @@ fn results_do_not_depend_on_the_number_of_threads() {
 
 fn assert_independent_of_threads(sees: Sees) {
     let spans = Arc::new(Spans::of_lengths([70, 3, 129]));
-    let how = Attention { spans, heads: 4, sees, mask: Some(Mask::new(5, 0.1)) };
+    let how = Attention { spans, heads: 4, sees, queries: None, mask: Some(Mask::new(5, 0.1)) };
     let work = || {
         let shapes: [&[usize]; 8] =
             [&[48, 48], &[48], &[48, 48], &[48], &[300, 48], &[300], &[48, 300], &[48]];

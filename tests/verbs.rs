@@ -23,7 +23,7 @@ const TOLERANCE: f32 = 3e-6;
 /// The same for gradients, relative to the gradient's norm.
 const GRADIENT_TOLERANCE: f64 = 3e-6;
 
-const CASES: [&str; 15] = [
+const CASES: [&str; 18] = [
     "embed_tokens",
     "embed_types",
     "embed_positions",
@@ -39,6 +39,9 @@ const CASES: [&str; 15] = [
     "add",
     "dropout_off",
     "pick_first",
+    "pick_last",
+    "attention_of_first",
+    "attention_causal_of_last",
 ];
 
 /// A case's definition: `x` is looked up in a table of its own, so that its gradient is the table's.
@@ -58,11 +61,15 @@ fn define<O: Ops>(o: &O, case: &Case) -> Result<O::X> {
             o.linear(At::body("f").linear(shape[1], shape[0]), &x()?)
         }
         "layer_norm" => o.layer_norm(At::body("f").norm(case.shape("f.weight")[0], 1e-12), &x()?),
-        "attention" | "attention_causal" => {
+        name if name.starts_with("attention") => {
             let of = |name| o.embed(table(name), Ids::Tokens);
-            let sees = if case.name == "attention" { Sees::All } else { Sees::Causal };
-            let how = Attend { heads: 4, sees, dropout: 0.0 };
-            o.attention(&of("q")?, &of("k")?, &of("v")?, how)
+            let sees = if name.contains("causal") { Sees::Causal } else { Sees::All };
+            let queries = case.picked();
+            let q = match queries {
+                Some(which) => o.pick(&of("q")?, which)?,
+                None => of("q")?,
+            };
+            o.attention(&q, &of("k")?, &of("v")?, Attend { heads: 4, sees, queries, dropout: 0.0 })
         }
         "gelu" => o.activate(&x()?, Activation::Gelu),
         "gelu_tanh" => o.activate(&x()?, Activation::GeluTanh),
@@ -72,6 +79,7 @@ fn define<O: Ops>(o: &O, case: &Case) -> Result<O::X> {
         "add" => o.add(&o.embed(table("a"), Ids::Tokens)?, &o.embed(table("b"), Ids::Tokens)?),
         "dropout_off" => o.dropout(&x()?, 0.0),
         "pick_first" => o.pick(&x()?, Pick::First),
+        "pick_last" => o.pick(&x()?, Pick::Last),
         other => anyhow::bail!("no case {other}"),
     }
 }
@@ -130,6 +138,15 @@ impl Case {
             y: floats(file, &format!("{name}/y")),
             gy: floats(file, &format!("{name}/gy")),
             gradients,
+        }
+    }
+
+    /// Which token of every sequence the result is of, where it is not of all.
+    fn picked(&self) -> Option<Pick> {
+        match self.name.rsplit('_').next() {
+            Some("first") => Some(Pick::First),
+            Some("last") => Some(Pick::Last),
+            _ => None,
         }
     }
 
@@ -215,9 +232,9 @@ fn tokens(case: &Case) -> usize {
 /// A case as an ONNX graph of one verb.
 fn graph(case: &Case, opset: i64) -> ModelProto {
     let (_dir, weights) = case.weights();
-    let dims = match case.name {
-        "pick_first" => vec![Dim::Batch, Dim::Of(case.y.len() / case.batch.len())],
-        _ => vec![Dim::Batch, Dim::Sequence, Dim::Of(case.y.len() / tokens(case))],
+    let dims = match case.picked() {
+        Some(_) => vec![Dim::Batch, Dim::Of(case.y.len() / case.batch.len())],
+        None => vec![Dim::Batch, Dim::Sequence, Dim::Of(case.y.len() / tokens(case))],
     };
     let define = |o: &emit::Emit| Ok(vec![define(o, case)?]);
     let output = Output { name: "y", dims };
@@ -227,8 +244,9 @@ fn graph(case: &Case, opset: i64) -> ModelProto {
 
 /// Leaves the padding out of a graph's result, which is packed then.
 fn kept(case: &Case, padded: &Padded, y: &[f32]) -> Vec<f32> {
-    if case.name == "pick_first" {
-        return y.to_vec();
+    if case.picked().is_some() {
+        let rows = y.chunks(y.len() / padded.rows).zip(padded.mask.chunks(padded.width));
+        return rows.filter(|(_, mask)| mask.contains(&1)).flat_map(|(row, _)| row.to_vec()).collect();
     }
     let width = y.len() / (padded.rows * padded.width);
     let rows = y.chunks(width).zip(&padded.mask);
@@ -277,10 +295,16 @@ fn every_verb_gives_the_reference_in_candle_onnx() {
     });
 }
 
-/// The graph of an attention case at every opset and in candle-onnx, on a batch that somebody has changed.
-fn assert_attention(change: impl Fn(&mut Padded), expected: impl Fn(&Case) -> &[f32]) {
+/// The graphs that read the mask, of some cases, at every opset and in candle-onnx, on a batch that somebody has
+/// changed.
+fn assert_masked(
+    is_meant: impl Fn(&Case) -> bool,
+    change: impl Fn(&mut Padded),
+    expected: impl Fn(&Case) -> &[f32],
+) {
     each_case(|case| {
-        if !case.name.starts_with("attention") {
+        let reads = case.name.starts_with("attention") || case.name == "pick_last";
+        if !reads || !is_meant(case) {
             return;
         }
         let mut batch = padded(case);
@@ -299,16 +323,24 @@ fn assert_attention(change: impl Fn(&mut Padded), expected: impl Fn(&Case) -> &[
 
 #[test]
 fn a_sequence_of_padding_alone_is_finite_and_leaves_the_others_alone() {
-    assert_attention(
+    assert_masked(
+        |_| true,
         |batch| batch.mask[..batch.width].fill(0),
-        |case| &case.y[case.batch[0].len() * case.y.len() / tokens(case)..],
+        |case| {
+            let (rows, hidden) = match case.picked() {
+                Some(_) => (case.batch.len(), 1),
+                None => (tokens(case), case.batch[0].len()),
+            };
+            &case.y[hidden * case.y.len() / rows..]
+        },
     );
 }
 
 /// Padding behind is behind every query of a causal graph too, so only this asks it for the mask.
 #[test]
 fn padding_in_front_is_left_out() {
-    assert_attention(
+    assert_masked(
+        |case| case.picked() != Some(Pick::First), // it would be padding
         |batch| {
             let width = batch.width;
             for row in 0..batch.rows {

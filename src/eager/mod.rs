@@ -181,7 +181,8 @@ impl Ops for Eager<'_> {
 
     fn attention(&self, q: &X, k: &X, v: &X, how: Attend) -> Result<X> {
         let mask = self.mask(how.dropout);
-        let how = Attention { spans: self.spans.clone(), heads: how.heads, sees: how.sees, mask };
+        let Attend { heads, sees, queries, .. } = how;
+        let how = Attention { spans: self.spans.clone(), heads, sees, queries, mask };
         let (q, k, v) = match (q, k, v) {
             (X::Fused(q), X::Fused(k), X::Fused(v)) => (q, k, v),
             _ => return Ok(X::Tensor(attention::composite(&q.tensor()?, &k.tensor()?, &v.tensor()?, &how)?)),
@@ -235,10 +236,11 @@ impl Ops for Eager<'_> {
     fn pick(&self, x: &X, which: Pick) -> Result<X> {
         anyhow::ensure!(
             self.spans.iter().all(|span| !span.is_empty()),
-            "a sequence without tokens has no first one"
+            "a sequence without tokens has no first or last one"
         );
         let rows: Vec<u32> = match which {
             Pick::First => self.spans.iter().map(|span| span.start as u32).collect(),
+            Pick::Last => self.spans.iter().map(|span| span.end as u32 - 1).collect(),
         };
         Ok(match x {
             X::Tensor(x) => X::Tensor(embedding::composite(x, &rows)?),

@@ -4,13 +4,18 @@ use crate::Result;
 use crate::model::config::BertConfig;
 use crate::model::ops::{Activation, At, Attend, Ids, Ops, Pick, Sees};
 
-/// Token ids → hidden states, one (C) a token.
-pub fn bert<O: Ops>(o: &O, at: &At, c: &BertConfig) -> Result<O::X> {
+/// Token ids → hidden states, one (C) a token, or of one token of every sequence alone: then the last layer computes
+/// nothing for the others but their keys and values.
+pub fn bert<O: Ops>(o: &O, at: &At, c: &BertConfig, wanted: Option<Pick>) -> Result<O::X> {
     let mut x = embeddings(o, &at.to("embeddings"), c)?;
     for i in 0..c.num_hidden_layers {
-        x = layer(o, &at.to("encoder.layer").item(i), c, &x)?;
+        let is_last = i + 1 == c.num_hidden_layers;
+        x = layer(o, &at.to("encoder.layer").item(i), c, &x, wanted.filter(|_| is_last))?;
     }
-    Ok(x)
+    match wanted {
+        Some(which) if c.num_hidden_layers == 0 => o.pick(&x, which),
+        _ => Ok(x),
+    }
 }
 
 fn embeddings<O: Ops>(o: &O, at: &At, c: &BertConfig) -> Result<O::X> {
@@ -25,8 +30,8 @@ fn embeddings<O: Ops>(o: &O, at: &At, c: &BertConfig) -> Result<O::X> {
     o.tap(at.path(), x)
 }
 
-fn layer<O: Ops>(o: &O, at: &At, c: &BertConfig, x: &O::X) -> Result<O::X> {
-    let x = attention(o, &at.to("attention"), c, x)?;
+fn layer<O: Ops>(o: &O, at: &At, c: &BertConfig, x: &O::X, wanted: Option<Pick>) -> Result<O::X> {
+    let x = attention(o, &at.to("attention"), c, x, wanted)?;
     let (width, inner) = (c.hidden_size, c.intermediate_size);
     let h = o.linear(at.to("intermediate.dense").linear(width, inner), &x)?;
     let h = o.activate(&h, c.hidden_act)?;
@@ -36,27 +41,34 @@ fn layer<O: Ops>(o: &O, at: &At, c: &BertConfig, x: &O::X) -> Result<O::X> {
     o.tap(at.path(), x)
 }
 
-fn attention<O: Ops>(o: &O, at: &At, c: &BertConfig, x: &O::X) -> Result<O::X> {
+fn attention<O: Ops>(o: &O, at: &At, c: &BertConfig, x: &O::X, wanted: Option<Pick>) -> Result<O::X> {
     let width = c.hidden_size;
-    let q = o.linear(at.to("self.query").linear(width, width), x)?;
+    let asking = match wanted {
+        Some(which) => &o.pick(x, which)?,
+        None => x,
+    };
+    let q = o.linear(at.to("self.query").linear(width, width), asking)?;
     let k = o.linear(at.to("self.key").linear(width, width), x)?;
     let v = o.linear(at.to("self.value").linear(width, width), x)?;
-    let how =
-        Attend { heads: c.num_attention_heads, sees: Sees::All, dropout: c.attention_probs_dropout_prob };
+    let how = Attend {
+        heads: c.num_attention_heads,
+        sees: Sees::All,
+        queries: wanted,
+        dropout: c.attention_probs_dropout_prob,
+    };
     let h = o.attention(&q, &k, &v, how)?;
     let h = o.linear(at.to("output.dense").linear(width, width), &h)?;
     let h = o.dropout(&h, c.hidden_dropout_prob)?;
-    let x = o.layer_norm(at.to("output.LayerNorm").norm(width, c.layer_norm_eps), &o.add(&h, x)?)?;
+    let x = o.layer_norm(at.to("output.LayerNorm").norm(width, c.layer_norm_eps), &o.add(&h, asking)?)?;
     o.tap(at.path(), x)
 }
 
-/// Hidden states → one (C) a sequence: the first token through a linear map and tanh.
+/// The first tokens' hidden states, (B, C), through a linear map and tanh.
 ///
 /// A checkpoint that was pre-trained without next-sentence prediction has no pooler, so it counts
 /// as a part of the head.
 pub fn pooler<O: Ops>(o: &O, x: &O::X, c: &BertConfig) -> Result<O::X> {
-    let x = o.pick(x, Pick::First)?;
-    let x = o.linear(At::head("bert").to("pooler.dense").linear(c.hidden_size, c.hidden_size), &x)?;
+    let x = o.linear(At::head("bert").to("pooler.dense").linear(c.hidden_size, c.hidden_size), x)?;
     let x = o.activate(&x, Activation::Tanh)?;
     o.tap("bert.pooler", x)
 }

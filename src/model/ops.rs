@@ -169,6 +169,8 @@ pub enum Sees {
 pub struct Attend {
     pub heads: usize,
     pub sees: Sees,
+    /// Where only one token of every sequence asks: which. Its queries have gone through [`Ops::pick`].
+    pub queries: Option<Pick>,
     /// The probability with which an attention weight is dropped in training.
     pub dropout: f32,
 }
@@ -190,6 +192,8 @@ pub enum Activation {
 pub enum Pick {
     /// The first: BERT's `[CLS]`.
     First,
+    /// The last: what has seen all of a causal model's sequence.
+    Last,
 }
 
 /// The vocabulary of model definitions.
@@ -208,7 +212,8 @@ pub trait Ops {
     /// Normalises the last axis.
     fn layer_norm(&self, norm: Norm, x: &Self::X) -> Result<Self::X>;
 
-    /// Multi-head attention inside every sequence: three times (T, H·D) → (T, H·D).
+    /// Multi-head attention inside every sequence: three times (T, H·D) → (T, H·D). Where one token of every sequence
+    /// asks, q and the result are (B, H·D).
     fn attention(&self, q: &Self::X, k: &Self::X, v: &Self::X, how: Attend) -> Result<Self::X>;
 
     /// Applies a non-linearity to every element.

@@ -32,6 +32,8 @@ pub struct X {
     scope: String,
     /// C, the last axis.
     width: usize,
+    /// Whether it holds every token, (B, T, C), or one a sequence, (B, C).
+    every: bool,
 }
 
 /// A definition as a checked model: (batch_size, sequence_length) inputs, the given outputs, one weight for
@@ -108,9 +110,10 @@ impl Emit {
         self.node(scope, "Transpose", &[x], vec![ints("perm", perm)])
     }
 
-    /// (B, T, H·D) → (B, T, H, D) → the given order.
+    /// (B, T, H·D) → (B, T, H, D) → the given order; T is 1 where x holds one token a sequence.
     fn split_heads(&self, x: &X, heads: usize, perm: &[i64]) -> Value {
-        let shape = self.list(&[0, 0, heads as i64, (x.width / heads) as i64]);
+        let tokens = if x.every { 0 } else { 1 };
+        let shape = self.list(&[0, tokens, heads as i64, (x.width / heads) as i64]);
         let split = self.plain(&x.scope, "Reshape", &[x.value, shape]);
         self.transpose(&x.scope, split, perm)
     }
@@ -160,6 +163,29 @@ impl Emit {
         graph.shared("positions", |g| g.node("position_ids", "Expand", &[range, shape], Vec::new()))
     }
 
+    /// Where the last token of every sequence stands among all of the batch's, (B). Padding may stand on either side.
+    fn last(&self) -> Value {
+        let (range, shape) = self.range();
+        let opset = self.opset;
+        self.graph.borrow_mut().shared("last", |g| {
+            let (zero, one) = (g.i64s(&[], &[0]), g.i64s(&[], &[1]));
+            let mask = g.input("attention_mask");
+            let places = g.node("last_token", "Mul", &[mask, range], Vec::new());
+            let axes = if opset >= 18 { None } else { Some(ints("axes", &[1])) };
+            let mut inputs = vec![places];
+            if axes.is_none() {
+                inputs.push(g.i64s(&[1], &[1]));
+            }
+            let how = axes.into_iter().chain([int("keepdims", 0)]).collect();
+            let place = g.node("last_token", "ReduceMax", &inputs, how);
+            let rows = g.node("last_token", "Gather", &[shape, zero], vec![int("axis", 0)]);
+            let length = g.node("last_token", "Gather", &[shape, one], vec![int("axis", 0)]);
+            let rows = g.node("last_token", "Range", &[zero, rows, one], Vec::new());
+            let starts = g.node("last_token", "Mul", &[rows, length], Vec::new());
+            g.node("last_token", "Add", &[starts, place], Vec::new())
+        })
+    }
+
     /// `x · 0.5 · (1 + erf(x / √2))`, in the order of operations that runtimes know and fuse.
     fn gelu_from_erf(&self, at: &str, x: Value) -> Value {
         let scaled = self.plain(at, "Div", &[x, self.f32(std::f32::consts::SQRT_2)]);
@@ -207,7 +233,7 @@ impl Ops for Emit {
             Ids::Positions => self.positions(),
         };
         let value = self.node(&scope, "Gather", &[table, ids], vec![int("axis", 0)]);
-        Ok(X { value, scope, width })
+        Ok(X { value, scope, width, every: true })
     }
 
     fn linear(&self, map: Linear, x: &X) -> Result<X> {
@@ -217,7 +243,7 @@ impl Ops for Emit {
         let weight = self.transpose(&scope, weight, &[1, 0]);
         let product = self.plain(&scope, "MatMul", &[x.value, weight]);
         let value = self.plain(&scope, "Add", &[product, self.param(&map.bias)?]);
-        Ok(X { value, scope, width })
+        Ok(X { value, scope, width, every: x.every })
     }
 
     fn layer_norm(&self, norm: Norm, x: &X) -> Result<X> {
@@ -230,7 +256,7 @@ impl Ops for Emit {
         } else {
             self.layer_norm_from_primitives(&scope, x.value, scale, shift, eps)
         };
-        Ok(X { value, scope, width: x.width })
+        Ok(X { value, scope, ..*x })
     }
 
     fn attention(&self, q: &X, k: &X, v: &X, how: Attend) -> Result<X> {
@@ -241,17 +267,21 @@ impl Ops for Emit {
         let scale = 1.0 / ((q.width / how.heads) as f64).sqrt();
         let scores = self.plain(&at, "MatMul", &[q_heads, k_heads]); // (B, H, T, T)
         let scores = self.plain(&at, "Mul", &[scores, self.f32(scale as f32)]);
-        let keep = match how.sees {
-            Sees::All => self.keep(),
-            Sees::Causal => self.keep_causal(),
+        let keep = match (how.sees, how.queries) {
+            (Sees::All, _) | (Sees::Causal, Some(Pick::Last)) => self.keep(),
+            (Sees::Causal, None) => self.keep_causal(),
+            (Sees::Causal, Some(Pick::First)) => {
+                anyhow::bail!("a causal model's first token sees nothing but itself")
+            }
         };
         let scores = self.plain(&at, "Where", &[keep, scores, self.f32(MASKED)]);
         let weights = self.node(&at, "Softmax", &[scores], vec![int("axis", -1)]);
         let mixed = self.plain(&at, "MatMul", &[weights, v_heads]); // (B, H, T, D)
         let mixed = self.transpose(&at, mixed, &[0, 2, 1, 3]);
-        let shape = self.list(&[0, 0, v.width as i64]);
-        let value = self.plain(&at, "Reshape", &[mixed, shape]); // (B, T, C)
-        Ok(X { value, scope: at, width: v.width })
+        let shape =
+            if q.every { self.list(&[0, 0, v.width as i64]) } else { self.list(&[0, v.width as i64]) };
+        let value = self.plain(&at, "Reshape", &[mixed, shape]); // (B, T, C), or (B, C)
+        Ok(X { value, scope: at, width: v.width, every: q.every })
     }
 
     fn activate(&self, x: &X, how: Activation) -> Result<X> {
@@ -277,7 +307,7 @@ impl Ops for Emit {
         let (shared, parent) = (common(&a.scope, &b.scope), module(&a.scope));
         let scope = if shared.len() > parent.len() { shared } else { parent }.to_owned();
         let value = self.plain(&scope, "Add", &[a.value, b.value]);
-        Ok(X { value, scope, width: a.width })
+        Ok(X { value, scope, ..*a })
     }
 
     fn dropout(&self, x: &X, _: f32) -> Result<X> {
@@ -285,10 +315,18 @@ impl Ops for Emit {
     }
 
     fn pick(&self, x: &X, which: Pick) -> Result<X> {
-        let Pick::First = which;
-        let zero = self.graph.borrow_mut().i64s(&[], &[0]);
-        let value = self.node(&x.scope, "Gather", &[x.value, zero], vec![int("axis", 1)]);
-        Ok(X { value, ..x.clone() })
+        let value = match which {
+            Pick::First => {
+                let zero = self.graph.borrow_mut().i64s(&[], &[0]);
+                self.node(&x.scope, "Gather", &[x.value, zero], vec![int("axis", 1)])
+            }
+            Pick::Last => {
+                let rows = self.list(&[-1, x.width as i64]);
+                let rows = self.plain(&x.scope, "Reshape", &[x.value, rows]); // (B · T, C)
+                self.node(&x.scope, "Gather", &[rows, self.last()], vec![int("axis", 0)])
+            }
+        };
+        Ok(X { value, every: false, ..x.clone() })
     }
 
     fn tap(&self, name: &str, x: X) -> Result<X> {

@@ -4,6 +4,7 @@
 //! row's softmax denominator, and the backward pass computes the weights again from it (Dao et al. 2022,
 //! arXiv:2205.14135). Causal attention computes no key behind a block's last query.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::{D, Device, Result, Tensor};
@@ -16,12 +17,12 @@ use super::linear::Map;
 use super::{simd, wide};
 use crate::data::batch::Spans;
 use crate::eager::tape::{Tape, Value};
-use crate::model::ops::Sees;
+use crate::model::ops::{Pick, Sees};
 
 /// Queries of one block.
 const BLOCK: usize = 64;
 
-/// q, k, v (T, H·D) → (T, H·D), fused.
+/// q, k, v (T, H·D) → (T, H·D), fused; q and the result are (B, H·D) where one token of every sequence asks.
 pub fn attention(
     tape: &Tape,
     q: &Arc<Value>,
@@ -88,35 +89,38 @@ fn map_all(x: &[f32], maps: [&Map; 3]) -> Result<[Buffer; 3]> {
 /// q, k, v (T, H·D) → (T, H·D): inside every span, every token sees every token or those up to itself; in candle's
 /// operations.
 pub fn composite(q: &Tensor, k: &Tensor, v: &Tensor, how: &Attention) -> Result<Tensor> {
-    let Attention { spans, heads, sees, mask } = how;
-    let heads = *heads;
+    let heads = how.heads;
     let (_, width) = q.dims2()?;
+    how.check([q.dims2()?, k.dims2()?, v.dims2()?])?;
     let d = width / heads;
-    let mut outputs = Vec::with_capacity(spans.len());
-    for span in spans.iter().filter(|span| !span.is_empty()) {
-        let (start, n) = (span.start, span.len());
-        let part = |x: &Tensor| x.narrow(0, start, n)?.reshape((n, heads, d))?.transpose(0, 1)?.contiguous();
-        let (q, k, v) = (part(q)?, part(k)?, part(v)?); // (H, T, D)
+    let mut outputs = Vec::with_capacity(how.spans.len());
+    for Asked { span, queries, .. } in how.asked().filter(|asked| !asked.span.is_empty()) {
+        let (m, n) = (queries.len(), span.len());
+        let part = |x: &Tensor, rows: &Range<usize>| {
+            let n = rows.len();
+            x.narrow(0, rows.start, n)?.reshape((n, heads, d))?.transpose(0, 1)?.contiguous()
+        };
+        let (q, k, v) = (part(q, &queries)?, part(k, &span)?, part(v, &span)?); // (H, T, D)
         let mut scores = (wide(&q.matmul(&k.transpose(1, 2)?)?)? / (d as f64).sqrt())?;
-        if *sees == Sees::Causal {
+        if how.sees == Sees::Causal && how.queries.is_none() {
             // a row has its own key at least, so its largest score is finite
             let never = Tensor::full(f32::NEG_INFINITY, scores.shape(), scores.device())?;
             let visible = up_to_itself(n, scores.device())?.broadcast_as(scores.shape())?;
             scores = visible.where_cond(&scores, &never)?;
         }
         let mut weights = candle_nn::ops::softmax(&scores, D::Minus1)?;
-        if let Some(mask) = mask {
-            let mut factors = Vec::with_capacity(heads * n * n);
+        if let Some(mask) = how.mask {
+            let mut factors = Vec::with_capacity(heads * m * n);
             for head in 0..heads {
-                for t in span.clone() {
+                for t in queries.clone() {
                     let row = mask.row((t * heads + head) as u64);
                     factors.extend((0..n as u32).map(|column| row.factor(column)));
                 }
             }
-            let factors = Tensor::from_vec(factors, (heads, n, n), weights.device())?;
+            let factors = Tensor::from_vec(factors, (heads, m, n), weights.device())?;
             weights = (weights * factors)?;
         }
-        outputs.push(weights.to_dtype(v.dtype())?.matmul(&v)?.transpose(0, 1)?.reshape((n, width))?);
+        outputs.push(weights.to_dtype(v.dtype())?.matmul(&v)?.transpose(0, 1)?.reshape((m, width))?);
     }
     Tensor::cat(&outputs, 0)
 }
@@ -134,21 +138,35 @@ pub struct Attention {
     pub spans: Arc<Spans>,
     pub heads: usize,
     pub sees: Sees,
+    /// Which one of every sequence asks, where not all do.
+    pub queries: Option<Pick>,
     pub mask: Option<Mask>,
+}
+
+/// A sequence and its queries.
+struct Asked {
+    /// The sequence's rows of the keys.
+    span: Range<usize>,
+    /// Its rows of the queries.
+    queries: Range<usize>,
+    /// The first of them's place in the sequence.
+    position: usize,
 }
 
 /// One block of queries of one head of one sequence.
 struct Block {
     head: usize,
     /// The sequence's tokens that any of the block's sees: the keys.
-    keys: std::ops::Range<usize>,
-    /// The block's tokens.
-    queries: std::ops::Range<usize>,
+    keys: Range<usize>,
+    /// The block's rows of the queries.
+    queries: Range<usize>,
+    /// How many keys the first of them sees; causal, the next one sees one more.
+    seen: usize,
 }
 
 impl Attention {
     /// A head's (rows, D) part of a (T, C) tensor.
-    fn part<'a>(&self, x: &'a [f32], rows: &std::ops::Range<usize>, width: usize, head: usize) -> Matrix<'a> {
+    fn part<'a>(&self, x: &'a [f32], rows: &Range<usize>, width: usize, head: usize) -> Matrix<'a> {
         let d = width / self.heads;
         Matrix::new(&x[rows.start * width + head * d..], rows.len(), d, width)
     }
@@ -160,7 +178,7 @@ impl Attention {
     unsafe fn part_mut<'a>(
         &self,
         x: Shared,
-        rows: &std::ops::Range<usize>,
+        rows: &Range<usize>,
         width: usize,
         head: usize,
     ) -> MatrixMut<'a> {
@@ -173,22 +191,36 @@ impl Attention {
         self.mask.map(|mask| mask.row((query * self.heads + head) as u64))
     }
 
-    /// How many of these keys, the first of its sequence, a query sees.
-    fn seen(&self, keys: &std::ops::Range<usize>, query: usize) -> usize {
+    /// How many keys the `i`-th query of a block sees.
+    fn seen(&self, block: &Block, i: usize) -> usize {
         match self.sees {
-            Sees::All => keys.len(),
-            Sees::Causal => query + 1 - keys.start,
+            Sees::All => block.seen,
+            Sees::Causal => block.seen + i,
         }
+    }
+
+    fn asked(&self) -> impl Iterator<Item = Asked> + '_ {
+        self.spans.iter().enumerate().map(|(b, span)| match self.queries {
+            None => Asked { queries: span.clone(), position: 0, span },
+            Some(Pick::First) => Asked { queries: b..b + 1, position: 0, span },
+            Some(Pick::Last) => Asked { queries: b..b + 1, position: span.len() - 1, span },
+        })
     }
 
     fn blocks(&self) -> Vec<Block> {
         let mut blocks = Vec::new();
-        for span in self.spans.iter() {
+        for Asked { span, queries, position } in self.asked() {
             for head in 0..self.heads {
-                for start in span.clone().step_by(BLOCK) {
-                    let queries = start..(start + BLOCK).min(span.end);
-                    let keys = span.start..span.start + self.seen(&span, queries.end - 1);
-                    blocks.push(Block { head, keys, queries });
+                for start in queries.clone().step_by(BLOCK) {
+                    let part = start..(start + BLOCK).min(queries.end);
+                    let (seen, most) = match self.sees {
+                        Sees::All => (span.len(), span.len()),
+                        Sees::Causal => {
+                            let before = position + start - queries.start;
+                            (before + 1, before + part.len())
+                        }
+                    };
+                    blocks.push(Block { head, keys: span.start..span.start + most, queries: part, seen });
                 }
             }
         }
@@ -198,36 +230,45 @@ impl Attention {
 
 impl Attention {
     fn check(&self, shapes: [(usize, usize); 3]) -> Result<()> {
-        let (rows, width) = shapes[0];
-        if shapes != [shapes[0]; 3] || rows != self.spans.tokens() || width % self.heads != 0 {
+        let (tokens, width) = (self.spans.tokens(), shapes[0].1);
+        let asking = if self.queries.is_some() { self.spans.len() } else { tokens };
+        if shapes != [(asking, width), (tokens, width), (tokens, width)] || width % self.heads != 0 {
             candle_core::bail!(
-                "attention by {} heads inside {} tokens takes queries, keys and values of one shape, not {shapes:?}",
-                self.heads,
-                self.spans.tokens()
+                "attention by {} heads takes {asking} queries, {tokens} keys and values of one width, not {shapes:?}",
+                self.heads
             );
         }
-        Ok(())
+        match self.queries {
+            Some(_) if self.spans.iter().any(|span| span.is_empty()) => {
+                candle_core::bail!("a sequence without tokens has no token that asks")
+            }
+            Some(Pick::First) if self.sees == Sees::Causal => {
+                candle_core::bail!("a causal model's first token sees nothing but itself")
+            }
+            _ => Ok(()),
+        }
     }
 
-    /// `log_sums` (H, T) receives the logarithm of each row's softmax denominator.
+    /// `log_sums` (H, queries) receives the logarithm of each row's softmax denominator.
     fn forward(&self, [q, k, v]: [&[f32]; 3], width: usize, log_sums: &mut [f32]) -> Buffer {
-        let tokens = q.len() / width;
+        let asking = q.len() / width;
         let scale = 1.0 / ((width / self.heads) as f32).sqrt();
-        let mut y = Buffer::any(tokens * width);
+        let mut y = Buffer::any(q.len());
         let (y_start, sums_start) = (Shared::new(&mut y), Shared::new(log_sums));
-        self.blocks().par_iter().for_each_init(Vec::new, |weights, Block { head, keys, queries }| {
+        self.blocks().par_iter().for_each_init(Vec::new, |weights, block| {
+            let Block { head, keys, queries, .. } = block;
             let (m, n) = (queries.len(), keys.len());
             weights.resize(m * n, 0.0);
             let scores = MatrixMut::new(weights, m, n, n);
             let q = self.part(q, queries, width, *head);
             product(scores, Write::Replace, scale, q, self.part(k, keys, width, *head).transposed());
             // SAFETY: a block's queries and head are its own, in the sums and in y.
-            let sums = unsafe { sums_start.slice(head * tokens + queries.start, m) };
-            for ((row, sum), query) in weights.chunks_exact_mut(n).zip(sums).zip(queries.clone()) {
-                let (row, behind) = row.split_at_mut(self.seen(keys, query));
+            let sums = unsafe { sums_start.slice(head * asking + queries.start, m) };
+            for (i, (row, sum)) in weights.chunks_exact_mut(n).zip(sums).enumerate() {
+                let (row, behind) = row.split_at_mut(self.seen(block, i));
                 behind.fill(0.0);
                 *sum = softmax(row);
-                if let Some(mask) = self.mask_row(query, *head) {
+                if let Some(mask) = self.mask_row(queries.start + i, *head) {
                     multiply(row, mask);
                 }
             }
@@ -247,10 +288,10 @@ impl Attention {
         dys: &[f32],
         width: usize,
     ) -> [Buffer; 3] {
-        let tokens = qs.len() / width;
+        let asking = qs.len() / width;
         let d = width / self.heads;
         let scale = 1.0 / (d as f32).sqrt();
-        let mut gradients = [(); 3].map(|()| Buffer::any(tokens * width));
+        let mut gradients = [qs, ks, vs].map(|x| Buffer::any(x.len()));
         let [dq_start, dk_start, dv_start] = gradients.each_mut().map(|gradient| Shared::new(gradient));
         // a sequence's head is one task: its blocks add to the same dK and dV, in order
         let mut tasks: Vec<Vec<Block>> = Vec::new();
@@ -267,7 +308,8 @@ impl Attention {
             tasks.iter_mut().for_each(|task| task.reverse());
         }
         tasks.par_iter().for_each_init(<(Vec<f32>, Vec<f32>)>::default, |(weights, dweights), task| {
-            for (i, Block { head, keys, queries }) in task.iter().enumerate() {
+            for (i, block) in task.iter().enumerate() {
+                let Block { head, keys, queries, .. } = block;
                 let first = if i == 0 { Write::Replace } else { Write::Add };
                 let (m, n) = (queries.len(), keys.len());
                 weights.resize(m * n, 0.0);
@@ -281,14 +323,14 @@ impl Attention {
                 product(MatrixMut::new(weights, m, n, n), Write::Replace, scale, q, k.transposed());
                 product(MatrixMut::new(dweights, m, n, n), Write::Replace, 1.0, dy, v.transposed());
                 for (i, query) in queries.clone().enumerate() {
-                    let seen = self.seen(keys, query);
+                    let seen = self.seen(block, i);
                     let (row, behind) = weights[i * n..][..n].split_at_mut(seen);
                     let (drow, dbehind) = dweights[i * n..][..n].split_at_mut(seen);
                     behind.fill(0.0);
                     dbehind.fill(0.0);
                     let at = query * width + head * d;
                     let delta = dot(&dys[at..at + d], &ys[at..at + d]);
-                    let log_sum = log_sums[head * tokens + query];
+                    let log_sum = log_sums[head * asking + query];
                     match self.mask_row(query, *head) {
                         None => softmax_backward(row, drow, log_sum, delta),
                         Some(mask) => softmax_backward_masked(row, drow, log_sum, delta, mask),
