@@ -8,6 +8,8 @@ trait Vector: Copy {
     /// Numbers of a vector.
     const LANES: usize;
 
+    /// Asks for the cache line of a place that is about to be used.
+    unsafe fn prefetch(_place: *const f32) {}
     unsafe fn splat(x: f32) -> Self;
     unsafe fn load(from: *const f32) -> Self;
     unsafe fn store(self, to: *mut f32);
@@ -121,6 +123,12 @@ unsafe fn tile<V: Vector, const R: usize, const MAX: usize>(block: &Block, row: 
         let width = 2 * V::LANES;
         let mut lhs = block.lhs.add(row * block.k);
         let mut rhs = block.rhs.add(column / width * block.panel);
+        // the result's lines arrive while the sums grow
+        for r in 0..R {
+            let to = block.result.wrapping_add((row + r) * block.stride + column);
+            V::prefetch(to);
+            V::prefetch(to.wrapping_add(V::LANES));
+        }
         let (mut left, mut right) = ([V::splat(0.0); R], [V::splat(0.0); R]);
         for _ in 0..block.k {
             let columns = [V::load(rhs), V::load(rhs.add(V::LANES))];
@@ -340,6 +348,10 @@ mod x86 {
         const LANES: usize = 16;
 
         #[inline(always)]
+        unsafe fn prefetch(place: *const f32) {
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(place.cast()) }
+        }
+        #[inline(always)]
         unsafe fn splat(x: f32) -> Self {
             unsafe { _mm512_set1_ps(x) }
         }
@@ -416,6 +428,10 @@ mod x86 {
     impl Vector for __m256 {
         const LANES: usize = 8;
 
+        #[inline(always)]
+        unsafe fn prefetch(place: *const f32) {
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(place.cast()) }
+        }
         #[inline(always)]
         unsafe fn splat(x: f32) -> Self {
             unsafe { _mm256_set1_ps(x) }

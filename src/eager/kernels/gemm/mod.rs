@@ -96,7 +96,7 @@ pub enum Write {
 }
 
 /// Numbers of k that are summed in registers: the packed operands of so many stay in the cache.
-const DEPTH: usize = 512;
+const DEPTH: usize = 768;
 
 /// Rows that a task packs and works on, or a few less.
 const HEIGHT: usize = 128;
