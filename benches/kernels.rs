@@ -36,7 +36,7 @@ use tk::eager::kernels::{activation, embedding};
 use tk::eager::tape::{Tape, Value};
 use tk::eager::{Init, Kernels, Params, Weight};
 use tk::model::manifest::manifest;
-use tk::model::ops::{Activation, At, Ids, Ops, Sees};
+use tk::model::ops::{Activation, At, Ids, Layout, Ops, Sees};
 use tk::train::optimizer::{AdamW, Constants, Gradients};
 
 const HEADS: usize = 12;
@@ -104,13 +104,13 @@ impl Bench {
         let operation = |name| Operation::new(name, 2 * t * c * f, &[&[t, c]], &[&[f, c], &[f]]);
         self.compare(
             operation("linear")?,
-            |x, p| linear::composite(&x[0], &p[0], &p[1]),
-            |tape, x, p| linear::linear(tape, &x[0], &Map::new(&p[0], &p[1])?),
+            |x, p| mapped(&x[0], &p[0], &p[1]),
+            |tape, x, p| linear::linear(tape, &x[0], &map(&p[0], &p[1])?),
         )?;
         self.compare(
             operation("linear, GELU")?,
-            |x, p| activation::composite(&linear::composite(&x[0], &p[0], &p[1])?, Activation::Gelu),
-            |tape, x, p| linear::linear_activation(tape, &x[0], &Map::new(&p[0], &p[1])?, Activation::Gelu),
+            |x, p| activation::composite(&mapped(&x[0], &p[0], &p[1])?, Activation::Gelu),
+            |tape, x, p| linear::linear_activation(tape, &x[0], &map(&p[0], &p[1])?, Activation::Gelu),
         )?;
 
         let lengths = (0..t).step_by(SPAN).map(|start| SPAN.min(t - start));
@@ -122,21 +122,21 @@ impl Bench {
             queries: None,
             mask: Some(mask),
         };
-        let (map, bias): (&[usize], &[usize]) = (&[c, c], &[c]);
+        let (matrix, bias): (&[usize], &[usize]) = (&[c, c], &[c]);
         self.compare(
             // three maps, queries by keys, weights by values
             Operation::new(
                 "self-attention",
                 6 * t * c * c + 4 * pairs * c,
                 &[&[t, c]],
-                &[map, bias, map, bias, map, bias],
+                &[matrix, bias, matrix, bias, matrix, bias],
             )?,
             |x, p| {
-                let mapped = |i: usize| linear::composite(&x[0], &p[2 * i], &p[2 * i + 1]);
-                attention::composite(&mapped(0)?, &mapped(1)?, &mapped(2)?, &how)
+                let of = |i: usize| mapped(&x[0], &p[2 * i], &p[2 * i + 1]);
+                attention::composite(&of(0)?, &of(1)?, &of(2)?, &how)
             },
             |tape, x, p| {
-                let maps = [Map::new(&p[0], &p[1])?, Map::new(&p[2], &p[3])?, Map::new(&p[4], &p[5])?];
+                let maps = [map(&p[0], &p[1])?, map(&p[2], &p[3])?, map(&p[4], &p[5])?];
                 attention::self_attention(tape, &x[0], maps.each_ref(), &how)
             },
         )?;
@@ -146,14 +146,14 @@ impl Bench {
                 "linear, residual norm",
                 2 * t * c * c,
                 &[&[t, c], &[t, c]],
-                &[map, bias, bias, bias],
+                &[matrix, bias, bias, bias],
             )?,
             |x, p| {
-                let branch = linear::composite(&x[0], &p[0], &p[1])?;
+                let branch = mapped(&x[0], &p[0], &p[1])?;
                 residual::composite(&branch, Some(mask), &x[1], &p[2], &p[3], EPS.into())
             },
             |tape, x, p| {
-                let branch = Branch::Linear { x: x[0].clone(), map: Map::new(&p[0], &p[1])? };
+                let branch = Branch::Linear { x: x[0].clone(), map: map(&p[0], &p[1])? };
                 Ok(residual_norm(tape, &branch, Some(mask), &x[1], &norm(&p[2], &p[3]))?.1)
             },
         )?;
@@ -165,13 +165,12 @@ impl Bench {
                 &[&[f, c], &[f], &[c, f], bias, bias, bias],
             )?,
             |x, p| {
-                let inner =
-                    activation::composite(&linear::composite(&x[0], &p[0], &p[1])?, Activation::Gelu)?;
-                let branch = linear::composite(&inner, &p[2], &p[3])?;
+                let inner = activation::composite(&mapped(&x[0], &p[0], &p[1])?, Activation::Gelu)?;
+                let branch = mapped(&inner, &p[2], &p[3])?;
                 residual::composite(&branch, Some(mask), &x[0], &p[4], &p[5], EPS.into())
             },
             |tape, x, p| {
-                let (first, second) = (Map::new(&p[0], &p[1])?, Map::new(&p[2], &p[3])?);
+                let (first, second) = (map(&p[0], &p[1])?, map(&p[2], &p[3])?);
                 let branch = Branch::FeedForward { x: x[0].clone(), first, how: Activation::Gelu, second };
                 Ok(residual_norm(tape, &branch, Some(mask), &x[0], &norm(&p[4], &p[5]))?.1)
             },
@@ -438,6 +437,15 @@ fn forget(weight: &Weight) {
     if let Some(gradient) = &weight.gradient {
         gradient.lock().clear();
     }
+}
+
+fn map(weight: &Weight, bias: &Weight) -> candle_core::Result<Map> {
+    Map::new(weight, Some(bias), Layout::OutIn)
+}
+
+/// What [`map`] computes, in candle's operations.
+fn mapped(x: &Tensor, weight: &Weight, bias: &Weight) -> candle_core::Result<Tensor> {
+    linear::composite(x, weight, Some(bias), Layout::OutIn)
 }
 
 fn norm(weight: &Weight, bias: &Weight) -> Norm {

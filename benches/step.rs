@@ -1,7 +1,7 @@
 //! One optimizer step on full-length batches of random tokens, beside the matrix products that it cannot do
 //! without.
 //!
-//!     cargo bench --bench step -- [--model minilm|base] [--repeat N] [--json] [BATCHxLENGTH …]
+//!     cargo bench --bench step -- [--model minilm|base|gpt2] [--repeat N] [--json] [BATCHxLENGTH …]
 
 use std::time::Instant;
 
@@ -11,9 +11,10 @@ use tk::Result;
 use tk::data::batch::Encoding;
 use tk::eager::kernels::gemm::{Matrix, MatrixMut, Write, parallel_product};
 use tk::eager::{Init, Params};
-use tk::model::ModelConfig;
 use tk::model::ops::{Param, Part, Role};
-use tk::task::{Example, Problem, Target, Task, TextClassification};
+use tk::model::{Family, ModelConfig};
+use tk::say::peak_rss_bytes;
+use tk::task::{CausalLm, Example, Next, Problem, Target, Task, TextClassification};
 use tk::train::Settings;
 use tk::train::trainer::Trainer;
 
@@ -35,19 +36,23 @@ fn main() -> Result<()> {
         }
     }
     if shapes.is_empty() {
-        shapes.push(if model == "base" { (8, 128) } else { (32, 128) });
+        shapes.push(match model.as_str() {
+            "gpt2" => (4, 256),
+            "base" => (8, 128),
+            _ => (32, 128),
+        });
     }
     // the thread that waits for the pool would take a core of it
     rayon::scope(|_| shapes.iter().try_for_each(|&shape| report(&model, shape, repeat, as_json)))
 }
 
 fn report(model: &str, (batch, length): (usize, usize), repeat: usize, as_json: bool) -> Result<()> {
-    let (step, products) = measure(model, batch, length, repeat)?;
+    let (step, products, peak) = measure(model, batch, length, repeat)?;
     let tokens = (batch * length) as f64;
     if as_json {
         let line = json!({
             "model": model, "batch": batch, "length": length, "seconds": step,
-            "tokens_per_second": tokens / step, "products_seconds": products,
+            "tokens_per_second": tokens / step, "products_seconds": products, "peak_rss_bytes": peak,
         });
         println!("{line}");
     } else {
@@ -62,12 +67,16 @@ fn report(model: &str, (batch, length): (usize, usize), repeat: usize, as_json: 
     Ok(())
 }
 
-/// The median seconds of a step, and of its bare products.
-fn measure(model: &str, batch: usize, length: usize, repeat: usize) -> Result<(f64, f64)> {
+/// The median seconds of a step, and of its bare products; the process's peak memory after two steps.
+fn measure(model: &str, batch: usize, length: usize, repeat: usize) -> Result<(f64, f64, u64)> {
     let config = ModelConfig::parse(&config(model)?)?;
-    let labels = ["a", "b", "c"].map(str::to_owned).to_vec();
-    let task =
-        Task::TextClassification(TextClassification { problem: Problem::SingleLabelClassification, labels });
+    let task = match config.family {
+        Family::Gpt2(_) => Task::CausalLm(CausalLm::from_config(&config)?),
+        Family::Bert(_) => Task::TextClassification(TextClassification {
+            problem: Problem::SingleLabelClassification,
+            labels: ["a", "b", "c"].map(str::to_owned).to_vec(),
+        }),
+    };
     let manifest = task.params(&config.family)?;
     let params = Params::from_scratch(&manifest, Init { seed: 1, std: 0.02 }, &Device::Cpu)?;
     let settings = Settings::default();
@@ -75,12 +84,21 @@ fn measure(model: &str, batch: usize, length: usize, repeat: usize) -> Result<(f
         .map(|i| {
             let ids = (0..length).map(|t| ((i * length + t) * 7919 % 30_000) as u32).collect();
             let encoding = Encoding { ids, type_ids: vec![0; length], truncated: false };
-            Example { encoding, target: Target::Class(i as u32 % 3) }
+            let target = match task {
+                Task::CausalLm(_) => {
+                    Target::Next(Next { predicted: (0..length).map(|t| t > 0).collect(), bytes: 0 })
+                }
+                Task::TextClassification(_) => Target::Class(i as u32 % 3),
+            };
+            Example { encoding, target }
         })
         .collect();
     let micro_batches: [Vec<&Example>; 1] = [examples.iter().collect()];
-    let mut trainer = Trainer::new(&settings, &config.family, &task, &params, &Device::Cpu, repeat + 1)?;
-    trainer.step(&micro_batches)?; // the first one allocates
+    let mut trainer = Trainer::new(&settings, &config.family, &task, &params, &Device::Cpu, repeat + 2)?;
+    for _ in 0..2 {
+        trainer.step(&micro_batches)?; // the first one allocates
+    }
+    let peak = peak_rss_bytes();
     let mut products = Products::new(&manifest, batch, length);
     products.run();
     let (mut steps, mut bare) = (Vec::new(), Vec::new());
@@ -92,11 +110,12 @@ fn measure(model: &str, batch: usize, length: usize, repeat: usize) -> Result<(f
         products.run();
         bare.push(started.elapsed().as_secs_f64());
     }
-    Ok((median(steps), median(bare)))
+    Ok((median(steps), median(bare), peak))
 }
 
 /// The products of a step: forward, the input's gradient and the weight's gradient of every linear map of the layers.
-/// The last layer's maps but those of keys and values are applied to the tokens that the head looks at.
+/// Of a classifier, the last layer's maps but those of keys and values are applied to the tokens that the head looks
+/// at; a language model's head is a map of all.
 struct Products {
     /// (tokens, out, in)
     shapes: Vec<[usize; 3]>,
@@ -108,15 +127,21 @@ struct Products {
 
 impl Products {
     fn new(manifest: &[Param], batch: usize, length: usize) -> Self {
-        let maps: Vec<&Param> =
-            manifest.iter().filter(|param| param.role == Role::Matrix && param.part == Part::Body).collect();
+        let classifies = manifest.iter().any(|param| param.part == Part::Head);
+        let is_map = |param: &&Param| match param.role {
+            Role::Matrix => param.part == Part::Body,
+            Role::Table => !classifies && param.name.ends_with("wte.weight"), // which is the head, too
+            Role::Bias | Role::Scale => false,
+        };
+        let maps: Vec<&Param> = manifest.iter().filter(is_map).collect();
         let layer = |param: &Param| param.name.split('.').find_map(|part| part.parse::<usize>().ok());
         let last = maps.iter().filter_map(|param| layer(param)).max();
         let shapes: Vec<[usize; 3]> = maps
             .iter()
             .map(|param| {
                 let of_all = ["self.key", "self.value"].iter().any(|name| param.name.contains(name));
-                let tokens = if layer(param) == last && !of_all { batch } else { batch * length };
+                let picked = classifies && layer(param) == last && !of_all;
+                let tokens = if picked { batch } else { batch * length };
                 [tokens, param.shape[0], param.shape[1]]
             })
             .collect();
@@ -154,7 +179,14 @@ fn config(model: &str) -> Result<String> {
     let (width, layers, heads) = match model {
         "minilm" => (384, 6, 12),
         "base" => (768, 12, 12),
-        _ => anyhow::bail!("--model {model}: expected minilm or base"),
+        "gpt2" => {
+            let config = json!({
+                "model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12,
+                "n_head": 12,
+            });
+            return Ok(config.to_string());
+        }
+        _ => anyhow::bail!("--model {model}: expected minilm, base or gpt2"),
     };
     let config = json!({
         "model_type": "bert", "vocab_size": 30522, "hidden_size": width, "num_hidden_layers": layers,

@@ -19,10 +19,9 @@ import onnxruntime
 import torch
 import transformers
 from safetensors import safe_open
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-INPUTS = ["input_ids", "attention_mask", "token_type_ids"]
 BATCH = 16
 
 AWKWARD = [
@@ -74,7 +73,38 @@ def shape_of(value):
     return [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
 
 
-def check_graph(table, directory, graph_file, outputs):
+def tokens_by(*names):
+    return {n: (onnx.TensorProto.INT64, ["batch_size", "sequence_length"]) for n in names}
+
+
+def contract(config):
+    """The inputs and outputs that a graph must have, in their order: name -> (type, shape)."""
+    if config.model_type != "gpt2":
+        inputs = tokens_by("input_ids", "attention_mask", "token_type_ids")
+        return inputs, {"logits": (onnx.TensorProto.FLOAT, ["batch_size", config.num_labels])}
+    if not config.architectures[0].endswith("LMHeadModel"):
+        return tokens_by("input_ids", "attention_mask"), {
+            "logits": (onnx.TensorProto.FLOAT, ["batch_size", config.num_labels])
+        }
+    past, total = "past_sequence_length", "past_sequence_length + sequence_length"
+
+    def caches(name, length):
+        shape = ["batch_size", config.n_head, length, config.n_embd // config.n_head]
+        return {
+            f"{name}.{layer}.{part}": (onnx.TensorProto.FLOAT, shape)
+            for layer in range(config.n_layer)
+            for part in ("key", "value")
+        }
+
+    inputs = tokens_by("input_ids", "attention_mask", "position_ids")
+    inputs["attention_mask"] = (onnx.TensorProto.INT64, ["batch_size", total])
+    logits = {"logits": (onnx.TensorProto.FLOAT, ["batch_size", "sequence_length", config.vocab_size])}
+    return inputs | caches("past_key_values", past), logits | caches("present", total)
+
+
+def check_graph(table, directory, graph_file, config):
+    inputs, outputs = contract(config)
+
     def checker():
         onnx.checker.check_model(str(graph_file), full_check=True)
         table.add("onnx: full checker", "passed", True)
@@ -90,12 +120,11 @@ def check_graph(table, directory, graph_file, outputs):
         graph = onnx.load(graph_file, load_external_data=False).graph
         initial = {i.name for i in graph.initializer}
         found = {v.name: (v.type.tensor_type.elem_type, shape_of(v)) for v in graph.input if v.name not in initial}
-        wanted = {n: (onnx.TensorProto.INT64, ["batch_size", "sequence_length"]) for n in INPUTS}
-        table.add("onnx: inputs", "; ".join(f"{n} {s}" for n, (_, s) in found.items()),
-                  found == wanted and list(found) == INPUTS)  # fmt: skip
+        shown = [f"{n} {s}" for n, (_, s) in found.items()]
+        table.add("onnx: inputs", "; ".join(shown[:4]), list(found.items()) == list(inputs.items()))
         found = {v.name: (v.type.tensor_type.elem_type, shape_of(v)) for v in graph.output}
-        wanted = {"logits": (onnx.TensorProto.FLOAT, ["batch_size", outputs])}
-        table.add("onnx: outputs", "; ".join(f"{n} {s}" for n, (_, s) in found.items()), found == wanted)
+        shown = [f"{n} {s}" for n, (_, s) in found.items()]
+        table.add("onnx: outputs", "; ".join(shown[:2]), list(found.items()) == list(outputs.items()))
 
     def initializers():
         model = onnx.load(graph_file)
@@ -131,7 +160,7 @@ def longest(directory, tokenizer, config):
         found = re.search(r'max[-_]length"?\s*[:=]\s*(\d+)', file.read_text())
         if found:
             return int(found[1])
-    return min(tokenizer.model_max_length, config.max_position_embeddings)
+    return min(tokenizer.model_max_length, config.max_position_embeddings)  # transformers' name for every family
 
 
 def batches(tokenizer, records, max_length, kind):
@@ -148,6 +177,60 @@ def batches(tokenizer, records, max_length, kind):
 def logits_of(tokenizer, records, max_length, model):
     with torch.no_grad():
         return np.concatenate([model(**b).logits.numpy() for b in batches(tokenizer, records, max_length, "pt")])
+
+
+def language_model(table, directory, graph_file, tokenizer, records, new_tokens=32):
+    """Scores and greedy texts of ONNX Runtime and of Optimum against those of transformers."""
+    model, loading = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    model.eval()
+    wrong = {kind: keys for kind, keys in loading.items() if keys}
+    table.add("transformers: loads every weight and no other", str(wrong) if wrong else "all", not wrong)
+    check_graph(table, directory, graph_file, model.config)
+    tokenizer.padding_side = "left"
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or "<|endoftext|>"
+    most = model.config.n_positions - new_tokens
+    texts = [r["text"] for r in records if tokenizer(r["text"])["input_ids"]]
+    groups = [
+        tokenizer(texts[at : at + BATCH], padding=True, truncation=True, max_length=most, return_tensors="pt")
+        for at in range(0, len(texts), BATCH)
+    ]
+    how = dict(max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+
+    def generated(of):
+        with torch.no_grad():
+            return [of.generate(**group, **how)[:, group["input_ids"].shape[1] :] for group in groups]
+
+    def onnx_runtime():
+        session = onnxruntime.InferenceSession(graph_file, providers=["CPUExecutionProvider"])
+        inputs = session.get_inputs()
+        worst = 0.0
+        for group in groups:
+            mask = group["attention_mask"]
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)
+            feeds = dict(input_ids=group["input_ids"], attention_mask=mask, position_ids=positions)
+            with torch.no_grad():
+                truth = model(**feeds).logits.numpy()
+            feeds = {name: tensor.numpy() for name, tensor in feeds.items()}
+            for i in inputs:
+                if i.name.startswith("past_key_values."):
+                    feeds[i.name] = np.zeros((len(mask), i.shape[1], 0, i.shape[3]), np.float32)
+            found = session.run(["logits"], feeds)[0]
+            worst = max(worst, np.abs(found - truth)[mask.numpy() == 1].max())
+        table.add("ONNX Runtime against transformers", f"{len(texts)} texts, largest difference {worst:.1e}",
+                  worst <= 1e-4)  # fmt: skip
+
+    def optimum():
+        from optimum.onnxruntime import ORTModelForCausalLM
+
+        loaded = ORTModelForCausalLM.from_pretrained(
+            str(directory), subfolder="onnx", file_name="model.onnx", local_files_only=True, use_io_binding=False
+        )
+        same = sum((a == b).all(-1).sum().item() for a, b in zip(generated(loaded), generated(model), strict=True))
+        table.add("Optimum's greedy texts are transformers'", f"{same} of {len(texts)}, {new_tokens} new tokens each",
+                  same == len(texts))  # fmt: skip
+
+    table.attempt("ONNX Runtime against transformers", onnx_runtime)
+    table.attempt("Optimum against transformers", optimum)
 
 
 def served(tk, directory, records):
@@ -200,6 +283,10 @@ def main():
         lines = [json.loads(line) for line in options.input.read_text().splitlines() if line.strip()]
         records += lines[: options.limit]
     tokenizer = AutoTokenizer.from_pretrained(directory)
+    if json.loads((directory / "config.json").read_text())["architectures"][0].endswith("LMHeadModel"):
+        table = Table()
+        language_model(table, directory, graph_file, tokenizer, records)
+        sys.exit(1 if table.print() else 0)
     model, loading = AutoModelForSequenceClassification.from_pretrained(directory, output_loading_info=True)
     model.eval()
     max_length = options.max_length or longest(directory, tokenizer, model.config)
@@ -209,7 +296,7 @@ def main():
     table = Table()
     wrong = {kind: keys for kind, keys in loading.items() if keys}
     table.add("transformers: loads every weight and no other", str(wrong) if wrong else "all", not wrong)
-    check_graph(table, directory, graph_file, model.config.num_labels)
+    check_graph(table, directory, graph_file, model.config)
     truth = logits_of(tokenizer, records, max_length, model)
 
     def onnx_runtime():

@@ -99,7 +99,7 @@ impl Weights {
     }
 
     fn make_names_canonical(&mut self) {
-        let prefixed = self.entries.keys().any(|name| name.starts_with("bert."));
+        let prefixed = self.entries.keys().any(|name| BODIES.iter().any(|(body, _)| name.starts_with(body)));
         let entries = std::mem::take(&mut self.entries);
         self.entries =
             entries.into_iter().map(|(name, entry)| (canonical_name(&name, prefixed), entry)).collect();
@@ -257,8 +257,15 @@ fn weight_files(dir: &Path) -> Result<Vec<PathBuf>> {
 }
 
 fn is_buffer(name: &str) -> bool {
-    name.ends_with("embeddings.position_ids") || name.ends_with("embeddings.token_type_ids")
+    // the last two are GPT-2's causal masks
+    ["embeddings.position_ids", "embeddings.token_type_ids", ".attn.bias", ".attn.masked_bias"]
+        .iter()
+        .any(|buffer| name.ends_with(buffer))
 }
+
+/// The prefix of a family's body, and what begins with it: a checkpoint of the bare body has no prefix.
+const BODIES: [(&str, &[&str]); 2] =
+    [("bert.", &["embeddings.", "encoder.", "pooler."]), ("transformer.", &["wte.", "wpe.", "h.", "ln_f."])];
 
 fn canonical_name(name: &str, prefixed: bool) -> String {
     let name = match name.rsplit_once('.') {
@@ -266,8 +273,11 @@ fn canonical_name(name: &str, prefixed: bool) -> String {
         Some((module, "beta")) => format!("{module}.bias"),
         _ => name.to_owned(),
     };
-    let of_bert = ["embeddings.", "encoder.", "pooler."].iter().any(|part| name.starts_with(part));
-    if !prefixed && of_bert { format!("bert.{name}") } else { name }
+    let body = BODIES.iter().find(|(_, parts)| parts.iter().any(|part| name.starts_with(part)));
+    match body {
+        Some((body, _)) if !prefixed => format!("{body}{name}"),
+        _ => name,
+    }
 }
 
 fn as_f32<'a>(view: &TensorView<'a>) -> Cow<'a, [f32]> {
@@ -307,6 +317,9 @@ mod tests {
             ("bert.embeddings.LayerNorm.beta", true, "bert.embeddings.LayerNorm.bias"),
             ("classifier.weight", false, "classifier.weight"),
             ("encoder.layer.0.output.dense.weight", false, "bert.encoder.layer.0.output.dense.weight"),
+            ("h.0.attn.c_attn.weight", false, "transformer.h.0.attn.c_attn.weight"),
+            ("transformer.wte.weight", true, "transformer.wte.weight"),
+            ("score.weight", false, "score.weight"),
         ] {
             assert_eq!(canonical_name(stored, prefixed), canonical);
         }

@@ -38,7 +38,7 @@ impl Saved {
             .map_err(|e| e.context(dir.join("config.json").display().to_string()))?;
         let max_length = config.max_positions().min(model_max_length(dir).unwrap_or(usize::MAX));
         let tokenizer = Tokenizer::open(dir)?;
-        tokenizer.check_fits(config.vocab_size(), Some(config.token_types()))?;
+        tokenizer.check_fits(config.vocab_size(), config.token_types())?;
         let weights = Weights::open(dir)?;
         Ok(Self { dir: dir.to_owned(), config, task, tokenizer, weights, max_length })
     }

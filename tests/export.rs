@@ -40,7 +40,7 @@ fn change_weights(dir: &Path, change: impl Fn(&str, &mut Vec<f32>)) {
 
 #[test]
 fn an_export_is_verified_and_says_what_it_is() {
-    for model in ["tiny-bert-single", "tiny-bert-multi", "tiny-bert-regression"] {
+    for model in ["tiny-bert-single", "tiny-bert-multi", "tiny-bert-regression", "tiny-gpt2-single"] {
         let (_guard, dir) = copy(model);
         let mut expected = names(&dir);
         let out = tk().args(["export", "--json"]).arg(&dir).assert().success();

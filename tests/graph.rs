@@ -12,7 +12,7 @@ use tk::runtime::{Model, OrtSession, Provider, Providers};
 use tk::say::Say;
 use tk::task::Task;
 
-const TINY: [&str; 3] = ["tiny-bert-single", "tiny-bert-multi", "tiny-bert-regression"];
+const TINY: [&str; 4] = ["tiny-bert-single", "tiny-bert-multi", "tiny-bert-regression", "tiny-gpt2-single"];
 
 fn exported(name: &str, opset: i64) -> ModelProto {
     let dir = models(name);

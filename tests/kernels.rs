@@ -17,10 +17,10 @@ use tk::eager::kernels::gradient::Gradient;
 use tk::eager::kernels::layer_norm::Norm;
 use tk::eager::kernels::linear::Map;
 use tk::eager::kernels::residual::{self, Branch, residual_norm};
-use tk::eager::kernels::{activation, attention, dropout, embedding, layer_norm, linear};
+use tk::eager::kernels::{activation, attention, dropout, embedding, layer_norm, linear, split};
 use tk::eager::tape::{Tape, Value};
 use tk::eager::{Init, Kernels, Params, Weight};
-use tk::model::ops::{Activation, At, Ids, Ops, Pick, Sees};
+use tk::model::ops::{Activation, At, Ids, Layout, Ops, Pick, Sees};
 use tk::train::optimizer::{AdamW, Constants, Gradients};
 
 /// Both forms round differently; candle's own GELU gradients use six-digit constants.
@@ -102,7 +102,12 @@ fn with_slot(var: &Var) -> Weight {
 }
 
 fn map(weight: &Weight, bias: &Weight) -> Map {
-    Map::new(weight, bias).unwrap()
+    Map::new(weight, Some(bias), Layout::OutIn).unwrap()
+}
+
+/// What [`map`] computes, in candle's operations.
+fn mapped(x: &Tensor, weight: &Weight, bias: &Weight) -> Result<Tensor> {
+    linear::composite(x, weight, Some(bias), Layout::OutIn)
 }
 
 fn norm(weight: &Weight, bias: &Weight) -> Norm {
@@ -124,13 +129,16 @@ proptest! {
 
     #[test]
     fn linear_is_its_composite(rows in 1usize..300, input in 1usize..90, output in 1usize..200, seed: u64) {
-        let (x, w, b) = (random(seed, &[rows, input]), random(seed ^ 1, &[output, input]), random(seed ^ 2, &[output]));
-        compare(
-            &[x],
-            &[w, b],
-            |t, p| linear::composite(&t[0], &p[0], &p[1]),
-            |tape, t, p| linear::linear(tape, &t[0], &map(&p[0], &p[1])),
-        );
+        for (layout, shape) in [(Layout::OutIn, [output, input]), (Layout::InOut, [input, output])] {
+            for parameters in [vec![random(seed ^ 1, &shape), random(seed ^ 2, &[output])], vec![random(seed ^ 1, &shape)]] {
+                compare(
+                    &[random(seed, &[rows, input])],
+                    &parameters,
+                    |t, p| linear::composite(&t[0], &p[0], p.get(1), layout),
+                    |tape, t, p| linear::linear(tape, &t[0], &Map::new(&p[0], p.get(1), layout)?),
+                );
+            }
+        }
     }
 
     #[test]
@@ -157,7 +165,7 @@ proptest! {
             compare(
                 std::slice::from_ref(&x),
                 &[w.clone(), b.clone()],
-                |t, p| activation::composite(&linear::composite(&t[0], &p[0], &p[1])?, how),
+                |t, p| activation::composite(&mapped(&t[0], &p[0], &p[1])?, how),
                 |tape, t, p| linear::linear_activation(tape, &t[0], &map(&p[0], &p[1]), how),
             );
         }
@@ -188,7 +196,7 @@ proptest! {
             &[r(1, &[rows, inner]), r(2, &[rows, width])],
             &[r(3, &[width]), r(4, &[width]), r(5, &[width, inner]), r(6, &[width])],
             |t, p| {
-                let branch = linear::composite(&t[0], &p[2], &p[3])?;
+                let branch = mapped(&t[0], &p[2], &p[3])?;
                 residual::composite(&branch, mask, &t[1], &p[0], &p[1], 1e-5)
             },
             |tape, t, p| {
@@ -204,8 +212,8 @@ proptest! {
                 r(8, &[width]),
             ],
             |t, p| {
-                let inner = activation::composite(&linear::composite(&t[0], &p[2], &p[3])?, Activation::Gelu)?;
-                let branch = linear::composite(&inner, &p[4], &p[5])?;
+                let inner = activation::composite(&mapped(&t[0], &p[2], &p[3])?, Activation::Gelu)?;
+                let branch = mapped(&inner, &p[4], &p[5])?;
                 let dropped = mask.map(|mask| dropout::composite(&branch, mask)).unwrap_or(Ok(branch))?;
                 let sum = (dropped + &t[0])?;
                 residual::composite(&sum, None, &layer_norm::composite(&sum, &p[0], &p[1], 1e-5)?, &p[0], &p[1], 1e-5)
@@ -246,8 +254,8 @@ proptest! {
                 std::slice::from_ref(&x),
                 &parameters,
                 |t, p| {
-                    let mapped = |w: &Weight, b: &Weight| linear::composite(&t[0], w, b);
-                    let (q, k, v) = (mapped(&p[0], &p[1])?, mapped(&p[2], &key_bias)?, mapped(&p[3], &p[4])?);
+                    let of = |w: &Weight, b: &Weight| mapped(&t[0], w, b);
+                    let (q, k, v) = (of(&p[0], &p[1])?, of(&p[2], &key_bias)?, of(&p[3], &p[4])?);
                     attention::composite(&q, &k, &v, &how)
                 },
                 |tape, t, p| {
@@ -329,6 +337,43 @@ proptest! {
                 &[],
                 |t, _| attention::composite(&t[0], &t[1], &t[2], &how),
                 |tape, t, _| attention::attention(tape, &t[0], &t[1], &t[2], &how),
+            );
+        }
+    }
+
+    #[test]
+    fn attention_over_the_parts_of_one_value_is_its_composite(
+        lengths in prop::collection::vec(2usize..150, 1..4),
+        heads in 1usize..4,
+        d in 1usize..20,
+        p in prop::option::of(0.05f32..0.6),
+        seed: u64,
+    ) {
+        let spans = Arc::new(Spans::of_lengths(lengths));
+        let x = random(seed, &[spans.tokens(), 3 * heads * d]);
+        let mask = p.map(|p| Mask::new(seed, p));
+        for sees in [Sees::All, Sees::Causal] {
+            let how = Attention { spans: spans.clone(), heads, sees, queries: None, mask };
+            compare(
+                std::slice::from_ref(&x),
+                &[],
+                |t, _| {
+                    let part = |i| split::composite(&t[0], i, 3);
+                    attention::composite(&part(0)?, &part(1)?, &part(2)?, &how)
+                },
+                |tape, t, _| attention::attention_of_parts(tape, &t[0], &how),
+            );
+        }
+    }
+
+    #[test]
+    fn a_part_of_the_channels_is_its_composite(rows in 1usize..50, width in 1usize..20, parts in 1usize..5, seed: u64) {
+        for index in 0..parts {
+            compare(
+                &[random(seed, &[rows, parts * width])],
+                &[],
+                |t, _| split::composite(&t[0], index, parts),
+                |tape, t, _| split::split(tape, &t[0], index, parts),
             );
         }
     }

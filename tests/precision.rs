@@ -7,7 +7,7 @@ use common::{gradient, json, models, records_file, relative, tk};
 use tk::checkpoint::Weights;
 use tk::data::batch::{Encoding, Packed};
 use tk::device::Precision;
-use tk::eager::{Eager, Init, Kernels, Mode, Params, tensors};
+use tk::eager::{Eager, Init, Kernels, Mode, Params};
 use tk::model::ModelConfig;
 use tk::task::{Example, Target, Task};
 use tk::train::schedule::Schedule;
@@ -32,7 +32,7 @@ impl Tiny {
         let (params, _) = Params::load(&manifest, &Weights::open(&dir).unwrap(), init, &Device::Cpu).unwrap();
         let json = json(dir.join("reference.json"));
         let ids = |key: &str, i: usize| serde_json::from_value::<Vec<u32>>(json[key][i].clone()).unwrap();
-        let Task::TextClassification(classification) = &task;
+        let classification = task.text_classification("test").unwrap();
         let records = json["records"].as_array().unwrap().iter().enumerate();
         let examples = records
             .map(|(i, record)| Example {
@@ -83,8 +83,8 @@ fn every_gradient_in_bf16_is_near_that_in_fp32() {
     let gradients = |dtype| -> Vec<(String, Vec<f32>)> {
         let eager = Eager::new(&tiny.params, &batch, &Device::Cpu, Mode::Training { key: 3 });
         let eager = eager.with_kernels(Kernels::Composite).with_dtype(dtype);
-        let outputs = tensors(tiny.task.define(&eager, &tiny.config.family).unwrap()).unwrap();
-        let loss = tiny.task.loss(&outputs, &targets, 0.0).unwrap();
+        let outputs = tiny.task.define(&eager, &tiny.config.family).unwrap();
+        let loss = eager.loss(&tiny.task, outputs, &[], &targets, 0.0, 1).unwrap();
         let store = loss.backward().unwrap();
         let of = |name: &str| gradient(&tiny.params, name, &store, Kernels::Composite);
         tiny.params.iter().map(|(param, _)| (param.name.clone(), of(&param.name))).collect()

@@ -8,14 +8,17 @@ use common::{floats, gradient, json, max_abs, models, relative};
 use serde_json::Value;
 use tk::checkpoint::Weights;
 use tk::data::batch::{Encoding, Packed};
-use tk::eager::{Eager, Init, Kernels, Mode, Params, logits, tensors};
+use tk::eager::{Eager, Init, Kernels, Mode, Params, X, logits};
 use tk::model::ModelConfig;
 use tk::model::ops::At;
-use tk::task::{Example, Target, Task};
+use tk::task::{CausalLm, Example, Next, Target, Task};
 use tk::train::plan::Plan;
 use tk::train::{Settings, Trainer};
 
-const MODELS: [&str; 3] = ["tiny-bert-single", "tiny-bert-multi", "tiny-bert-regression"];
+const CLASSIFIERS: [&str; 4] =
+    ["tiny-bert-single", "tiny-bert-multi", "tiny-bert-regression", "tiny-gpt2-single"];
+const MODELS: [&str; 5] =
+    ["tiny-bert-single", "tiny-bert-multi", "tiny-bert-regression", "tiny-gpt2-single", "tiny-gpt2-lm"];
 
 struct Reference {
     config: ModelConfig,
@@ -39,7 +42,6 @@ impl Reference {
         assert!(fit.new.is_empty() && fit.unused.is_empty(), "{name}: {fit:?}");
         let json = json(dir.join("reference.json"));
         let ids = |key: &str, i: usize| serde_json::from_value::<Vec<u32>>(json[key][i].clone()).unwrap();
-        let Task::TextClassification(classification) = &task;
         let examples = json["records"]
             .as_array()
             .unwrap()
@@ -47,7 +49,13 @@ impl Reference {
             .enumerate()
             .map(|(i, record)| Example {
                 encoding: Encoding { ids: ids("ids", i), type_ids: ids("type_ids", i), truncated: false },
-                target: classification.target(&record["label"]).unwrap(),
+                target: match &task {
+                    Task::TextClassification(task) => task.target(&record["label"]).unwrap(),
+                    Task::CausalLm(_) => {
+                        let predicted = (0..ids("ids", i).len()).map(|at| at > 0).collect();
+                        Target::Next(Next { predicted, bytes: 0 })
+                    }
+                },
             })
             .collect();
         Self { config, task, params, examples, json, name }
@@ -64,7 +72,7 @@ fn numbers(value: &Value) -> Vec<f32> {
 
 #[test]
 fn logits_are_those_of_transformers() {
-    for name in MODELS {
+    for name in CLASSIFIERS {
         let r = Reference::load(name);
         let encodings: Vec<Encoding> = r.examples.iter().map(|e| e.encoding.clone()).collect();
         let rows = logits(&r.params, &r.config.family, &r.task, &encodings, &Device::Cpu).unwrap();
@@ -84,9 +92,10 @@ fn loss_and_every_gradient_are_those_of_transformers() {
             let targets: Vec<&Target> = r.examples.iter().map(|e| &e.target).collect();
             let eager =
                 Eager::new(&r.params, &batch, &Device::Cpu, Mode::Training { key: 0 }).with_kernels(kernels);
-            let outputs = tensors(r.task.define(&eager, &r.config.family).unwrap()).unwrap();
-            let n = targets.len() as f64;
-            let loss = (r.task.loss(&outputs, &targets, 0.0).unwrap() / n).unwrap();
+            let outputs = r.task.define(&eager, &r.config.family).unwrap();
+            let encodings: Vec<&Encoding> = r.examples.iter().map(|e| &e.encoding).collect();
+            let losses = targets.iter().map(|target| target.losses()).sum();
+            let loss = eager.loss(&r.task, outputs, &encodings, &targets, 0.0, losses).unwrap();
             let value = loss.to_scalar::<f32>().unwrap();
             let expected = r.json["loss"].as_f64().unwrap() as f32;
             assert!(
@@ -98,7 +107,9 @@ fn loss_and_every_gradient_are_those_of_transformers() {
             let bytes = r.file("gradients.safetensors");
             let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
             assert_eq!(file.len(), r.params.len());
-            let largest = norm(&floats(&file, "bert.embeddings.word_embeddings.weight"));
+            // the first parameter is the table of words
+            let (words, _) = r.params.iter().next().unwrap();
+            let largest = norm(&floats(&file, &words.name));
             for (param, _) in r.params.iter() {
                 let gradient = gradient(&r.params, &param.name, &store, kernels);
                 let expected = floats(&file, &param.name);
@@ -118,15 +129,67 @@ fn norm(values: &[f32]) -> f64 {
     values.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>().sqrt()
 }
 
+/// The scores of every record's next tokens, and the batch of that record alone.
+fn scores(r: &Reference, i: usize, kernels: Kernels) -> (Eager<'_>, X) {
+    let batch = Packed::new([&r.examples[i].encoding]);
+    let eager = Eager::new(&r.params, &batch, &Device::Cpu, Mode::Evaluation).with_kernels(kernels);
+    let scores = r.task.define(&eager, &r.config.family).unwrap().remove(0);
+    (eager, scores)
+}
+
+#[test]
+fn the_scores_of_next_tokens_are_those_of_transformers() {
+    let r = Reference::load("tiny-gpt2-lm");
+    let bytes = r.file("logits.safetensors");
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    assert_eq!(file.len(), r.examples.len());
+    for kernels in [Kernels::Fused, Kernels::Composite] {
+        for i in 0..r.examples.len() {
+            let (_, scores) = scores(&r, i, kernels);
+            let found: Vec<f32> = scores.tensor().unwrap().flatten_all().unwrap().to_vec1().unwrap();
+            let (worst, at) = max_abs(&found, &floats(&file, &i.to_string()));
+            assert!(worst <= 2e-5, "{kernels:?}, record {i}: {worst:e} at {at}");
+        }
+    }
+}
+
+#[test]
+fn losses_of_texts_and_of_completions_are_those_of_transformers() {
+    let r = Reference::load("tiny-gpt2-lm");
+    let expected = numbers(&r.json["losses"]);
+    let loss = |i: usize, first: usize, kernels| -> f32 {
+        let predicted = (0..r.examples[i].encoding.len()).map(|at| at >= first).collect();
+        let target = Target::Next(Next { predicted, bytes: 0 });
+        let (eager, scores) = scores(&r, i, kernels);
+        eager
+            .losses(&scores, &CausalLm::targets(&[&r.examples[i].encoding], &[&target]))
+            .unwrap()
+            .iter()
+            .sum()
+    };
+    for kernels in [Kernels::Fused, Kernels::Composite] {
+        for (i, expected) in expected.iter().enumerate() {
+            let found = loss(i, 1, kernels);
+            assert!((found / expected - 1.0).abs() <= 1e-5, "{kernels:?}, record {i}: {found}, {expected}");
+        }
+        for completion in r.json["completions"].as_array().unwrap() {
+            let number = |key: &str| completion[key].as_u64().unwrap() as usize;
+            let found = loss(number("record"), number("prompt_tokens"), kernels);
+            let expected = completion["loss"].as_f64().unwrap() as f32;
+            assert!((found / expected - 1.0).abs() <= 1e-5, "{kernels:?}, {completion}: {found}");
+        }
+    }
+}
+
 #[test]
 fn label_smoothing_is_pytorchs() {
     let r = Reference::load("tiny-bert-single");
     let batch = Packed::new(r.examples.iter().map(|e| &e.encoding));
     let targets: Vec<&Target> = r.examples.iter().map(|e| &e.target).collect();
     let eager = Eager::new(&r.params, &batch, &Device::Cpu, Mode::Evaluation);
-    let outputs = tensors(r.task.define(&eager, &r.config.family).unwrap()).unwrap();
-    let loss =
-        r.task.loss(&outputs, &targets, 0.1).unwrap().to_scalar::<f32>().unwrap() / targets.len() as f32;
+    let outputs = r.task.define(&eager, &r.config.family).unwrap();
+    let loss = eager.loss(&r.task, outputs, &[], &targets, 0.1, targets.len()).unwrap();
+    let loss = loss.to_scalar::<f32>().unwrap();
     let expected = r.json["loss_smoothed"].as_f64().unwrap() as f32;
     assert!((loss - expected).abs() <= 1e-5, "{loss}, {expected}");
 }
@@ -134,7 +197,7 @@ fn label_smoothing_is_pytorchs() {
 /// One more witness: candle-transformers' BERT, which can't be trained but computes the same.
 #[test]
 fn hidden_states_are_those_of_candle_transformers() {
-    for name in MODELS {
+    for name in MODELS.into_iter().filter(|name| name.contains("bert")) {
         let r = Reference::load(name);
         let text = std::fs::read_to_string(models(name).join("config.json")).unwrap();
         let text = text.replace("gelu_new", "geluapproximate"); // candle-transformers' own name for it

@@ -60,7 +60,7 @@ fn parse(text: &[u8]) -> Vec<Value> {
 
 #[test]
 fn logits_are_transformers_in_the_order_of_the_input() {
-    for name in ["tiny-bert-single", "tiny-bert-multi", "tiny-bert-regression"] {
+    for name in ["tiny-bert-single", "tiny-bert-multi", "tiny-bert-regression", "tiny-gpt2-single"] {
         let bench = Bench::new(name);
         let input = bench.path("in.jsonl");
         records_file(name, 1, &input);

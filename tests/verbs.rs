@@ -16,14 +16,14 @@ use tk::onnx::{CANDLE_OPSET, OPSETS, emit};
 use tk::runtime::providers::{Provider, Providers};
 use tk::runtime::session::{Model, OrtSession};
 use tk::say::Say;
-use tk::task::{Dim, Output};
+use tk::task::{Dim, Form, Output};
 
 /// Outputs in f32 against references that were computed in f64.
 const TOLERANCE: f32 = 3e-6;
 /// The same for gradients, relative to the gradient's norm.
 const GRADIENT_TOLERANCE: f64 = 3e-6;
 
-const CASES: [&str; 18] = [
+const CASES: [&str; 22] = [
     "embed_tokens",
     "embed_types",
     "embed_positions",
@@ -42,6 +42,10 @@ const CASES: [&str; 18] = [
     "pick_last",
     "attention_of_first",
     "attention_causal_of_last",
+    "linear_in_out",
+    "linear_without_bias",
+    "split",
+    "tied",
 ];
 
 /// A case's definition: `x` is looked up in a table of its own, so that its gradient is the table's.
@@ -60,6 +64,19 @@ fn define<O: Ops>(o: &O, case: &Case) -> Result<O::X> {
             let shape = case.shape("f.weight");
             o.linear(At::body("f").linear(shape[1], shape[0]), &x()?)
         }
+        "linear_in_out" => {
+            let shape = case.shape("f.weight");
+            o.linear(At::body("f").conv1d(shape[0], shape[1]), &x()?)
+        }
+        "linear_without_bias" => {
+            let shape = case.shape("f.weight");
+            o.linear(At::body("f").linear(shape[1], shape[0]).without_bias(), &x()?)
+        }
+        "split" => {
+            let parts = o.split(&x()?, 3)?;
+            o.add(&o.add(&parts[1], &parts[2])?, &parts[2])
+        }
+        "tied" => o.linear(table("x").tied(), &x()?),
         "layer_norm" => o.layer_norm(At::body("f").norm(case.shape("f.weight")[0], 1e-12), &x()?),
         name if name.starts_with("attention") => {
             let of = |name| o.embed(table(name), Ids::Tokens);
@@ -239,7 +256,7 @@ fn graph(case: &Case, opset: i64) -> ModelProto {
     let define = |o: &emit::Emit| Ok(vec![define(o, case)?]);
     let output = Output { name: "y", dims };
     let weight = |param: &Param| Ok(weights.f32(&param.name)?.into_owned().into());
-    emit::graph(define, &[output], opset, weight).unwrap()
+    emit::graph(define, &[output], Form::Whole, opset, weight).unwrap()
 }
 
 /// Leaves the padding out of a graph's result, which is packed then.

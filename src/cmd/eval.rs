@@ -5,7 +5,6 @@ use std::time::Instant;
 
 use serde_json::json;
 
-use crate::data::batch::Encoding;
 use crate::eager::Evaluator;
 use crate::runtime::Providers;
 use crate::saved::Saved;
@@ -49,28 +48,29 @@ enum Runtime {
 pub fn run(args: &Args, say: Say) -> Result<()> {
     let saved = Saved::open(&args.dir)?;
     let max_length = saved.checked_max_length(args.max_length)?;
-    let records = examples::read(&args.input, &args.fields)?;
-    let examples = examples::encode(&records, &args.input, &saved.task, &saved.tokenizer, max_length)?;
-    let (encodings, targets): (Vec<Encoding>, Vec<Target>) =
-        examples.into_iter().map(|example| (example.encoding, example.target)).unzip();
+    let examples =
+        examples::load(&args.input, &args.fields, &saved.task, &saved.tokenizer, max_length, false)?;
     let started = Instant::now();
-    let logits = match args.runtime {
-        Runtime::Eager => Evaluator::open(&saved, &device::open(&args.device)?)?.logits(&encodings)?,
+    let metrics = match args.runtime {
+        Runtime::Eager => Evaluator::open(&saved, &device::open(&args.device)?)?.measure(&examples)?,
         Runtime::Onnx => {
+            let task = saved.task.text_classification("eval --runtime onnx")?;
             let graph = served::checked(&saved)?;
             let threads = std::thread::available_parallelism().map_or(1, usize::from);
             let mut pool = Pool::open(&graph, &args.ep, threads, None, saved.tokenizer.pad_id(), say)?;
-            pool.logits(&encodings.iter().collect::<Vec<_>>())?
+            let logits =
+                pool.logits(&examples.iter().map(|example| &example.encoding).collect::<Vec<_>>())?;
+            let targets: Vec<Target> = examples.iter().map(|example| example.target.clone()).collect();
+            task.measure(&logits, &targets)?
         }
     };
     let seconds = started.elapsed().as_secs_f64();
-    let metrics = saved.task.measure(&logits, &targets)?;
     let shown: Vec<String> = metrics.iter().map(|(name, value)| format!("{name} {value:.4}")).collect();
     let human = format!(
         "{}: {} records in {seconds:.1} s; {}",
         args.input.display(),
-        targets.len(),
+        examples.len(),
         shown.join("  ")
     );
-    say.result(human, &json!({"records": targets.len(), "seconds": seconds, "metrics": metrics}))
+    say.result(human, &json!({"records": examples.len(), "seconds": seconds, "metrics": metrics}))
 }

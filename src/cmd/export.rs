@@ -12,6 +12,7 @@ use crate::runtime::{Provider, library};
 use crate::saved::Saved;
 use crate::say::Say;
 use crate::serve::served;
+use crate::task::Form;
 use crate::{Result, bail_unusable, checkpoint, files, unusable};
 
 /// Write a trained model as ONNX, and verify it: ONNX Runtime must give the trained model's logits.
@@ -86,10 +87,14 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     let bytes = |path: &Path| std::fs::metadata(path).map(|file| file.len()).unwrap_or_default();
     let size = bytes(&target) + if external { bytes(&data) } else { 0 };
     let human = format!(
-        "{}: opset {opset}, {:.1} MB, the logits of {} records within {:.1e} of the trained model's",
+        "{}: opset {opset}, {:.1} MB, the logits of {} {} within {:.1e} of the trained model's",
         target.display(),
         size as f64 / 1e6,
         compared.records,
+        match saved.task.form() {
+            Form::Whole => "records",
+            Form::Cached => "tokens, behind a past and without,",
+        },
         compared.max_abs
     );
     manifest["path"] = json!(target);
@@ -104,9 +109,14 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
 /// The logits differ by more than the tolerance, or are not finite.
 fn verify(saved: &Saved, graph: &Path) -> Result<Compared> {
     let encodings = saved.tokenizer.encode_all(&inputs::builtin(saved)?, saved.max_length)?;
-    let subject = Subject { saved, graph, encodings: &encodings };
-    let runtimes = [Runtime::Eager, Runtime::Ort(Provider::Cpu)];
-    let compared = parity::run(&subject, &runtimes, parity::TOLERANCE)?.remove(0);
+    let compared = match saved.task.form() {
+        Form::Whole => {
+            let subject = Subject { saved, graph, encodings: &encodings };
+            let runtimes = [Runtime::Eager, Runtime::Ort(Provider::Cpu)];
+            parity::run(&subject, &runtimes, parity::TOLERANCE)?.remove(0)
+        }
+        Form::Cached => parity::decoding::run(saved, graph, &encodings, parity::TOLERANCE)?,
+    };
     if !compared.pass {
         anyhow::bail!(
             "the exported graph does not give the trained model's logits, so none is left behind:\n{}",

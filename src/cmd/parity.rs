@@ -48,6 +48,7 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
         files::check_place(report)?;
     }
     let saved = Saved::open(&args.dir)?;
+    saved.task.text_classification("parity")?;
     let max_length = saved.checked_max_length(args.max_length)?;
     let (runtimes, lacking) = pick(&args.runtimes)?;
     for (name, why) in &lacking {

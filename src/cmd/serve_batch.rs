@@ -17,7 +17,7 @@ use crate::say::{Say, peak_rss_bytes};
 use crate::serve::output::{Done, Output};
 use crate::serve::window::{Window, Windows};
 use crate::serve::{Pool, served};
-use crate::task::Task;
+use crate::task::TextClassification;
 use crate::task::examples::TextColumns;
 use crate::{Result, bail_unusable, checkpoint};
 
@@ -80,6 +80,7 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     let target = (args.output != "-").then(|| PathBuf::from(&args.output));
     check_streams(args, &source, target.as_deref(), say)?;
     let saved = Saved::open(&args.dir)?;
+    let task = saved.task.text_classification("serve-batch")?.clone();
     let max_length = saved.checked_max_length(args.max_length)?;
     saved.tokenizer.encode("", Some("a pair"), max_length)?; // room for the special tokens
     let model = served::checked(&saved)?;
@@ -114,7 +115,7 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     let mut progress = Progress::new(done, say)?;
     for window in prefetched(windows) {
         let answered = window.and_then(|window| {
-            let lines = answers(&window, &saved.task, &mut pool, args.logits, &mut progress)?;
+            let lines = answers(&window, &task, &mut pool, args.logits, &mut progress)?;
             output.write(&lines)
         });
         if let Err(error) = answered {
@@ -212,7 +213,7 @@ fn prefetched(windows: Windows) -> mpsc::IntoIter<Result<Window>> {
 /// A window's lines.
 fn answers(
     window: &Window,
-    task: &Task,
+    task: &TextClassification,
     pool: &mut Pool,
     with_logits: bool,
     progress: &mut Progress,

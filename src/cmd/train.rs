@@ -1,6 +1,6 @@
 //! `tk train`: a model, labelled records and a regime → a directory with the trained model.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context;
@@ -15,7 +15,7 @@ use crate::eager::{Init, Params};
 use crate::model::ModelConfig;
 use crate::say::{Say, peak_rss_bytes};
 use crate::task::examples::{self, Fields};
-use crate::task::{Example, Metrics, Problem, Task};
+use crate::task::{CausalLm, Example, Metrics, Problem, Task};
 use crate::train::checkpoint::Folder;
 use crate::train::{Outcome, Run, Settings};
 use crate::{Result, bail_unusable, device, files, saved, unusable};
@@ -30,10 +30,10 @@ pub struct Args {
     /// The model to start from: a directory in Hugging Face's layout, or a hub id.
     #[arg(long, value_name = "DIR|ID", alias = "model-name-or-path")]
     model: String,
-    /// Labelled records to learn from: .jsonl, .json, .csv, .tsv or .parquet.
+    /// Records to learn from: .jsonl, .json, .csv, .tsv, .parquet; or .txt, a text a line.
     #[arg(long, value_name = "FILE", alias = "train-file")]
     train: PathBuf,
-    /// Labelled records to measure on; the best evaluation's weights are kept.
+    /// Records to measure on; the best evaluation's weights are kept.
     #[arg(long, value_name = "FILE", alias = "validation-file")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     eval: Option<PathBuf>,
@@ -49,7 +49,8 @@ pub struct Args {
     #[arg(long)]
     #[serde(skip)]
     overwrite: bool,
-    /// Use only the model's config.json and tokenizer; draw all weights anew.
+    /// Use only the model's config.json and tokenizer; draw all weights anew. For causal-lm, where the model has no
+    /// tokenizer, one is trained on the texts.
     #[arg(long)]
     #[serde(default)]
     from_scratch: bool,
@@ -60,6 +61,10 @@ pub struct Args {
     #[arg(long, value_enum)]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     problem_type: Option<Problem>,
+    /// For causal-lm: join all texts and cut them at --max-length, so that tokens also see the text before theirs.
+    #[arg(long)]
+    #[serde(default)]
+    concatenate: bool,
     #[command(flatten)]
     #[serde(flatten)]
     fields: Fields,
@@ -73,6 +78,7 @@ pub struct Args {
 #[serde(rename_all = "kebab-case")]
 enum TaskName {
     TextClassification,
+    CausalLm,
 }
 
 /// What a run is started with and goes on with.
@@ -85,6 +91,7 @@ struct Manifest {
 /// Trains and writes the model.
 pub fn run(args: &Args, say: Say) -> Result<()> {
     args.settings.check()?;
+    args.check_task()?;
     let folder = Folder::of(&args.output);
     check_output(args, &folder)?;
     let device = device::open(&args.device)?;
@@ -121,6 +128,32 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     report(args, &outcome, &say)
 }
 
+impl Args {
+    fn load(&self, path: &Path, task: &Task, tokenizer: &Tokenizer) -> Result<Vec<Example>> {
+        examples::load(path, &self.fields, task, tokenizer, self.settings.max_length, self.concatenate)
+    }
+
+    /// Refuses flags that the task has no use for.
+    fn check_task(&self) -> Result<()> {
+        let of_others: &[(&str, bool)] = match self.task {
+            TaskName::TextClassification => &[
+                ("concatenate", self.concatenate),
+                ("prompt-column", self.fields.prompt_column.is_some()),
+                ("completion-column", self.fields.completion_column.is_some()),
+            ],
+            TaskName::CausalLm => &[
+                ("problem-type", self.problem_type.is_some()),
+                ("label-column", self.fields.label_column.is_some()),
+                ("text-pair-column", self.fields.texts.text_pair_column.is_some()),
+            ],
+        };
+        match of_others.iter().find(|(_, is_set)| *is_set) {
+            Some((flag, _)) => bail_unusable!("--{flag} says nothing to this task"),
+            None => Ok(()),
+        }
+    }
+}
+
 /// Everything that is read and checked before the first file is written.
 struct Prepared {
     model: PathBuf,
@@ -144,24 +177,50 @@ impl Prepared {
         }
         if settings.max_length > config.max_positions() {
             bail_unusable!(
-                "--max-length {} is above the {} rows of the model's position table (max_position_embeddings)",
+                "--max-length {} is above the {} rows of the model's position table",
                 settings.max_length,
                 config.max_positions()
             );
         }
-        let tokenizer = Tokenizer::open(&model)?;
-        tokenizer.check_fits(config.vocab_size(), Some(config.token_types()))?;
-
-        let records = examples::read(&args.train, &args.fields)?;
-        let task = examples::find_task(&records, args.problem_type, &config)
-            .with_context(|| args.train.display().to_string())?;
-        task.deciding_metric(settings.best_metric.as_deref())?;
-        let train = examples::encode(&records, &args.train, &task, &tokenizer, settings.max_length)?;
-        let eval = match &args.eval {
-            Some(path) => {
-                let records = examples::read(path, &args.fields)?;
-                examples::encode(&records, path, &task, &tokenizer, settings.max_length)?
+        let tokenizer = match args.task {
+            TaskName::CausalLm if args.from_scratch && !Tokenizer::is_in(&model) => {
+                let documents = examples::read_documents(&args.train, &args.fields)?;
+                let texts: Vec<&str> = documents
+                    .iter()
+                    .flat_map(|document| document.prompt.iter().chain([&document.text]))
+                    .map(String::as_str)
+                    .collect();
+                let tokenizer = Tokenizer::train(&texts, config.vocab_size())?;
+                if let Some(end) = tokenizer.end() {
+                    config.set_vocabulary(tokenizer.vocab_size(), end);
+                }
+                say.line(format!(
+                    "trained a tokenizer of {} tokens on the texts",
+                    grouped(tokenizer.vocab_size())
+                ));
+                tokenizer
             }
+            _ => Tokenizer::open(&model)?,
+        };
+        tokenizer.check_fits(config.vocab_size(), config.token_types())?;
+
+        let (task, train) = match args.task {
+            TaskName::TextClassification => {
+                let records = examples::read(&args.train, &args.fields)?;
+                let task = examples::find_task(&records, args.problem_type, &config)
+                    .with_context(|| args.train.display().to_string())?;
+                let train = examples::encode(&records, &args.train, &task, &tokenizer, settings.max_length)?;
+                (Task::TextClassification(task), train)
+            }
+            TaskName::CausalLm => {
+                let task = Task::CausalLm(CausalLm::from_config(&config)?);
+                let train = args.load(&args.train, &task, &tokenizer)?;
+                (task, train)
+            }
+        };
+        task.deciding_metric(settings.best_metric.as_deref())?;
+        let eval = match &args.eval {
+            Some(path) => args.load(path, &task, &tokenizer)?,
             None => Vec::new(),
         };
 
@@ -173,7 +232,7 @@ impl Prepared {
             let mut weights = Weights::open(&model)?;
             if Task::from_config(&config).ok().as_ref() != Some(&task) {
                 // a head that was trained for other labels
-                for name in ["classifier.weight", "classifier.bias"] {
+                for name in ["classifier.weight", "classifier.bias", "score.weight"] {
                     if weights.forget(name) {
                         say.line(format!("{name} was trained for other labels and starts anew"));
                     }
@@ -191,7 +250,6 @@ impl Prepared {
     }
 
     fn describe(&self, args: &Args, say: &Say) {
-        let Task::TextClassification(classification) = &self.task;
         say.line(format!(
             "{}: {} parameters; {}",
             self.model.display(),
@@ -216,10 +274,16 @@ impl Prepared {
         let tokens: usize = self.train.iter().map(|example| example.encoding.len()).sum();
         let per_example = tokens as f64 / self.train.len() as f64;
         say.line(format!(
-            "{} training examples of {per_example:.1} tokens, {} to measure on; labels: {}",
+            "{} training examples of {per_example:.1} tokens, {} to measure on{}",
             grouped(self.train.len()),
             grouped(self.eval.len()),
-            classification.labels.join(", ")
+            match &self.task {
+                Task::TextClassification(task) => format!("; labels: {}", task.labels.join(", ")),
+                Task::CausalLm(_) => {
+                    let predicted = self.train.iter().map(|example| example.target.losses()).sum();
+                    format!("; {} tokens are learnt", grouped(predicted))
+                }
+            }
         ));
         for (name, examples) in [("training", &self.train), ("evaluation", &self.eval)] {
             if cut(examples) > 0 {

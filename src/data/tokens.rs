@@ -1,5 +1,7 @@
 //! Texts → token ids, by the tokenizer that stands in the model's directory.
 
+mod byte_level;
+mod trained;
 mod wordpiece;
 
 use std::path::Path;
@@ -30,8 +32,8 @@ pub const FILES: [&str; 8] = [
 /// the batch's, and the length is an argument.
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
-    /// The contents of tokenizer.json where the directory has none and it was built from vocab.txt.
-    built: Option<String>,
+    /// The contents of tokenizer.json where the directory has none, and the file that it was built from.
+    built: Option<(String, &'static str)>,
     hash: String,
     pad_id: u32,
     vocab_size: usize,
@@ -39,7 +41,8 @@ pub struct Tokenizer {
 }
 
 impl Tokenizer {
-    /// Reads `tokenizer.json`, or builds BERT's pipeline from `vocab.txt` as transformers does.
+    /// Reads `tokenizer.json`, or builds BERT's pipeline from `vocab.txt`, or GPT-2's from `vocab.json` and
+    /// `merges.txt`, as transformers does.
     ///
     /// # Errors
     /// Unusable: neither file is there, or one can't be read as a tokenizer.
@@ -53,28 +56,65 @@ impl Tokenizer {
             (std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?, None)
         } else if dir.join("vocab.txt").exists() {
             let json = wordpiece::tokenizer_json(dir, &config, special)?;
-            (json.clone().into_bytes(), Some(json))
+            (json.clone().into_bytes(), Some((json, "vocab.txt")))
+        } else if dir.join("vocab.json").exists() && dir.join("merges.txt").exists() {
+            let json = byte_level::tokenizer_json(dir, &config, special)?;
+            (json.clone().into_bytes(), Some((json, "vocab.json")))
         } else {
             bail_unusable!(
-                "{} has no tokenizer: neither tokenizer.json nor vocab.txt is there",
+                "{} has no tokenizer: neither tokenizer.json nor vocab.txt nor vocab.json with merges.txt is there",
                 dir.display()
             );
         };
-        let mut inner = tokenizers::Tokenizer::from_bytes(&json)
-            .map_err(|error| unusable!("{} can't be read as a tokenizer: {error}", path.display()))?;
+        let side = config.get("truncation_side").and_then(Value::as_str);
+        let tokenizer = Self::of(&json, special("pad_token"), side, built);
+        tokenizer.map_err(|error| unusable!("{} can't be read as a tokenizer: {error:#}", path.display()))
+    }
+
+    /// Whether a directory holds the files of a tokenizer.
+    pub fn is_in(dir: &Path) -> bool {
+        ["tokenizer.json", "vocab.txt", "vocab.json"].iter().any(|name| dir.join(name).exists())
+    }
+
+    /// Trains a byte-level BPE, as GPT-2's, of at most `vocab_size` tokens.
+    ///
+    /// # Errors
+    /// Unusable: a vocabulary that has no room for the 256 bytes and the end of a text.
+    pub fn train<S: AsRef<str> + Send + Sync>(texts: &[S], vocab_size: usize) -> Result<Self> {
+        if vocab_size < 257 {
+            bail_unusable!(
+                "vocab_size {vocab_size} has no room for the 256 bytes and the end of a text: 257 at least"
+            );
+        }
+        let json = trained::tokenizer_json(texts, vocab_size)?;
+        Self::of(json.clone().as_bytes(), None, None, Some((json, "the trained tokenizer")))
+    }
+
+    /// The token that ends a text in GPT-2's vocabulary.
+    pub fn end(&self) -> Option<u32> {
+        self.inner.token_to_id(byte_level::END)
+    }
+
+    fn of(
+        json: &[u8],
+        pad: Option<String>,
+        truncation_side: Option<&str>,
+        built: Option<(String, &'static str)>,
+    ) -> Result<Self> {
+        let mut inner = tokenizers::Tokenizer::from_bytes(json).map_err(|error| anyhow!(error))?;
         let padding = inner.get_padding().map(|padding| padding.pad_id);
         // all-MiniLM-L6-v2's file pads every text to 128 and cuts it there
         inner.with_padding(None);
         inner.with_truncation(None).map_err(|error| anyhow!(error))?;
 
-        let pad = special("pad_token").and_then(|token| inner.token_to_id(&token)).or(padding);
+        let pad = pad.and_then(|token| inner.token_to_id(&token)).or(padding);
         let pad_id = pad.or_else(|| inner.token_to_id("[PAD]")).or_else(|| inner.token_to_id("<pad>"));
         let vocab_size = inner.get_vocab(true).values().max().map_or(0, |&id| id as usize + 1);
-        let direction = match config.get("truncation_side").and_then(Value::as_str) {
+        let direction = match truncation_side {
             Some("left") => TruncationDirection::Left,
             _ => TruncationDirection::Right,
         };
-        let hash = Sha256::digest(&json).iter().map(|byte| format!("{byte:02x}")).collect();
+        let hash = Sha256::digest(json).iter().map(|byte| format!("{byte:02x}")).collect();
         Ok(Self { inner, built, hash, pad_id: pad_id.unwrap_or(0), vocab_size, direction })
     }
 
@@ -125,6 +165,15 @@ impl Tokenizer {
             self.encode(text.as_ref(), pair.as_ref().map(|pair| pair.as_ref()), max_length)
         };
         texts.par_iter().map(encode).collect()
+    }
+
+    /// How many bytes of text a token of a byte-level vocabulary stands for: one a character of its name. A special
+    /// token stands for none.
+    pub fn bytes(&self, id: u32) -> usize {
+        if self.inner.get_added_tokens_decoder().contains_key(&id) {
+            return 0;
+        }
+        self.inner.id_to_token(id).map_or(0, |token| token.chars().count())
     }
 
     /// The id that fills a batch's shorter rows; 0 where the tokenizer has no padding token.
@@ -183,7 +232,7 @@ impl Tokenizer {
                 std::fs::read(from.join(name)).with_context(|| format!("reading {}", from.display()))?;
             files::write(&to.join(name), bytes)?;
         }
-        self.built.as_ref().map_or(Ok(()), |json| files::write(&to.join("tokenizer.json"), json))
+        self.built.as_ref().map_or(Ok(()), |(json, _)| files::write(&to.join("tokenizer.json"), json))
     }
 
     /// The library's tokenizer, without padding and truncation: for offsets and for decoding.
@@ -192,7 +241,7 @@ impl Tokenizer {
     }
 
     fn name(&self) -> &'static str {
-        if self.built.is_some() { "vocab.txt" } else { "tokenizer.json" }
+        self.built.as_ref().map_or("tokenizer.json", |(_, from)| from)
     }
 }
 

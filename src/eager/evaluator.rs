@@ -9,7 +9,7 @@ use crate::Result;
 use crate::data::batch::{Encoding, Packed};
 use crate::model::Family;
 use crate::saved::Saved;
-use crate::task::Task;
+use crate::task::{CausalLm, Example, Metrics, Target, Task};
 
 /// Tokens of one packed batch: enough for the matrix products, little enough for the memory.
 const BATCH_TOKENS: usize = 2048;
@@ -47,6 +47,23 @@ impl Evaluator {
         logits(&self.params, &self.family, &self.task, examples, &self.device)
     }
 
+    /// A language model's scores behind each token of each example: V numbers a token.
+    pub fn scores(&self, examples: &[Encoding]) -> Result<Vec<Vec<Vec<f32>>>> {
+        examples
+            .iter()
+            .map(|example| {
+                let packed = Packed::new([example]);
+                let eager = Eager::new(&self.params, &packed, &self.device, Mode::Evaluation);
+                Ok(tensors(self.task.define(&eager, &self.family)?)?[0].to_vec2()?)
+            })
+            .collect()
+    }
+
+    /// The task's metrics and mean loss over examples.
+    pub fn measure(&self, examples: &[Example]) -> Result<Metrics> {
+        measure(&self.params, &self.family, &self.task, examples, &self.device)
+    }
+
     /// What the definition taps, over one packed batch of all the examples: (T, C), or (B, C) behind `pick`.
     pub fn taps(&self, examples: &[Encoding]) -> Result<Vec<(String, Tensor)>> {
         let eager =
@@ -64,18 +81,8 @@ pub fn logits<E: Borrow<Encoding>>(
     examples: &[E],
     device: &Device,
 ) -> Result<Vec<Vec<f32>>> {
-    // of one length together, so that tasks within a batch are even
-    let mut order: Vec<usize> = (0..examples.len()).collect();
-    order.sort_by_key(|&i| examples[i].borrow().len());
     let mut rows = vec![Vec::new(); examples.len()];
-    let mut rest = &order[..];
-    while !rest.is_empty() {
-        let mut tokens = 0;
-        let fitting = rest.iter().take_while(|&&i| {
-            tokens += examples[i].borrow().len();
-            tokens <= BATCH_TOKENS
-        });
-        let (batch, behind) = rest.split_at(fitting.count().max(1));
+    for batch in batches(examples.iter().map(|example| example.borrow().len())) {
         let packed = Packed::new(batch.iter().map(|&i| examples[i].borrow()));
         let eager = Eager::new(params, &packed, device, Mode::Evaluation);
         let outputs = tensors(task.define(&eager, family)?)?;
@@ -83,7 +90,58 @@ pub fn logits<E: Borrow<Encoding>>(
         for (&i, row) in batch.iter().zip(values) {
             rows[i] = row;
         }
-        rest = behind;
     }
     Ok(rows)
+}
+
+/// The task's metrics and mean loss over examples.
+pub fn measure(
+    params: &Params,
+    family: &Family,
+    task: &Task,
+    examples: &[Example],
+    device: &Device,
+) -> Result<Metrics> {
+    let encodings: Vec<&Encoding> = examples.iter().map(|example| &example.encoding).collect();
+    let targets: Vec<&Target> = examples.iter().map(|example| &example.target).collect();
+    match task {
+        Task::TextClassification(classification) => {
+            let targets: Vec<Target> = targets.into_iter().cloned().collect();
+            classification.measure(&logits(params, family, task, &encodings, device)?, &targets)
+        }
+        Task::CausalLm(_) => {
+            let mut losses = 0.0;
+            for batch in batches(encodings.iter().map(|encoding| encoding.len())) {
+                let encodings: Vec<&Encoding> = batch.iter().map(|&i| encodings[i]).collect();
+                let targets: Vec<&Target> = batch.iter().map(|&i| targets[i]).collect();
+                let packed = Packed::new(encodings.iter().copied());
+                let eager = Eager::new(params, &packed, device, Mode::Evaluation);
+                let scores = task.define(&eager, family)?;
+                let of_rows = eager.losses(&scores[0], &CausalLm::targets(&encodings, &targets))?;
+                losses += of_rows.into_iter().map(f64::from).sum::<f64>();
+            }
+            Ok(CausalLm::measured(losses, &targets))
+        }
+    }
+}
+
+/// Examples of these lengths in batches of at most [`BATCH_TOKENS`], those of one length together, so that tasks
+/// within a batch are even.
+fn batches(lengths: impl Iterator<Item = usize>) -> Vec<Vec<usize>> {
+    let mut order: Vec<(usize, usize)> = lengths.zip(0..).collect();
+    order.sort_unstable();
+    let (mut batches, mut tokens) = (Vec::<Vec<usize>>::new(), 0);
+    for (length, i) in order {
+        match batches.last_mut() {
+            Some(batch) if tokens + length <= BATCH_TOKENS => {
+                tokens += length;
+                batch.push(i);
+            }
+            _ => {
+                tokens = length;
+                batches.push(vec![i]);
+            }
+        }
+    }
+    batches
 }

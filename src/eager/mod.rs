@@ -2,6 +2,7 @@
 
 mod evaluator;
 pub mod kernels;
+mod loss;
 mod params;
 pub mod tape;
 mod x;
@@ -12,7 +13,7 @@ use std::sync::Arc;
 use anyhow::Context;
 use candle_core::{DType, Device, Tensor};
 
-pub use evaluator::{Evaluator, logits};
+pub use evaluator::{Evaluator, logits, measure};
 pub use kernels::{Kernels, Weight};
 pub use params::{Init, Params};
 pub use x::X;
@@ -24,7 +25,7 @@ use kernels::attention::Attention;
 use kernels::dropout::{Mask, mix};
 use kernels::linear::Map;
 use kernels::residual::{Branch, residual_norm};
-use kernels::{activation, attention, dropout, embedding, layer_norm, linear, wide};
+use kernels::{activation, attention, dropout, embedding, layer_norm, linear, split, wide};
 use tape::{Tape, Value};
 use x::{Fused, State};
 
@@ -144,11 +145,15 @@ impl Ops for Eager<'_> {
     }
 
     fn linear(&self, map: Linear, x: &X) -> Result<X> {
-        let (weight, bias) = (self.weight(&map.weight)?, self.weight(&map.bias)?);
+        let weight = self.weight(&map.weight)?;
+        let bias = map.bias.as_ref().map(|bias| self.weight(bias)).transpose()?;
         let x = match x {
-            X::Tensor(x) => X::Tensor(linear::composite(x, &weight, &bias).with_context(|| map.weight.name)?),
+            X::Tensor(x) => {
+                let y = linear::composite(x, &weight, bias.as_ref(), map.layout);
+                X::Tensor(y.with_context(|| map.weight.name)?)
+            }
             X::Fused(x) => {
-                let second = Map::new(&weight, &bias)?;
+                let second = Map::new(&weight, bias.as_ref(), map.layout)?;
                 self.fused(State::Branch(match x.state() {
                     State::Activated { x, map: first, how } => Branch::FeedForward { x, first, how, second },
                     _ => Branch::Linear { x: x.value()?, map: second },
@@ -156,6 +161,17 @@ impl Ops for Eager<'_> {
             }
         };
         Ok(x)
+    }
+
+    fn split(&self, x: &X, parts: usize) -> Result<Vec<X>> {
+        (0..parts)
+            .map(|index| {
+                Ok(match x {
+                    X::Tensor(x) => X::Tensor(split::composite(x, index, parts)?),
+                    X::Fused(whole) => self.fused(State::Part { whole: whole.clone(), index, parts }),
+                })
+            })
+            .collect()
     }
 
     fn layer_norm(&self, norm: Norm, x: &X) -> Result<X> {
@@ -194,6 +210,13 @@ impl Ops for Eager<'_> {
                 State::Branch(Branch::Linear { x: x_v, map: v }),
             ] if Arc::ptr_eq(&x, &x_k) && Arc::ptr_eq(&x, &x_v) => {
                 attention::self_attention(&self.tape, &x, [&q, &k, &v], &how)?
+            }
+            [
+                State::Part { whole, index: 0, parts: 3 },
+                State::Part { whole: of_k, index: 1, parts: 3 },
+                State::Part { whole: of_v, index: 2, parts: 3 },
+            ] if whole.is(&of_k) && whole.is(&of_v) => {
+                attention::attention_of_parts(&self.tape, &whole.value()?, &how)?
             }
             _ => attention::attention(&self.tape, &q.value()?, &k.value()?, &v.value()?, &how)?,
         };

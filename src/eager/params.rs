@@ -138,7 +138,7 @@ fn variable(values: Vec<f32>, shape: &[usize], device: &Device) -> Result<Var> {
 }
 
 /// How new parameters are drawn: as transformers' models do, matrices and tables from N(0, std²), biases 0,
-/// layer norms' scales 1. Each parameter has a stream of its own, so one more changes no other.
+/// layer norms' scales 1; GPT-2's maps into the residual stream with less. Each parameter has a stream of its own, so one more changes no other.
 #[derive(Clone, Copy, Debug)]
 pub struct Init {
     pub seed: u64,
@@ -158,7 +158,8 @@ impl Init {
                     .bytes()
                     .fold(self.seed, |hash, byte| super::kernels::dropout::mix(hash ^ u64::from(byte)));
                 let mut rng = ChaCha8Rng::seed_from_u64(stream);
-                (0..n).map(|_| (normal(&mut rng) * self.std) as f32).collect()
+                let std = self.std / (param.summands as f64).sqrt();
+                (0..n).map(|_| (normal(&mut rng) * std) as f32).collect()
             }
         }
     }

@@ -126,10 +126,35 @@ impl Tape {
         if !self.recording {
             return Tensor::from_slice(&value.numbers, (value.rows(), value.width), &Device::Cpu);
         }
+        self.result(Pass { tape: self.clone(), value: value.clone() })
+    }
+}
+
+impl Tape {
+    /// Takes the gradient of a result; walks back when it is the last.
+    fn arrived(&self, value: &Arc<Value>, gradient: Buffer) -> Result<()> {
+        let mut state = self.state();
+        state.gradients.push((value.clone(), gradient));
+        if state.gradients.len() == state.results {
+            let gradients = std::mem::take(&mut state.gradients);
+            drop(state);
+            self.backward(gradients)?;
+        }
+        Ok(())
+    }
+
+    /// A loss that was computed from a value, whose gradient came with it, as a scalar tensor of candle's.
+    pub fn loss(self: &Arc<Self>, value: &Arc<Value>, loss: f32, gradient: Vec<f32>) -> Result<Tensor> {
+        let (tape, value) = (self.clone(), value.clone());
+        self.result(Loss { tape, value, loss, gradient })
+    }
+
+    /// Puts an operation of candle's at the end of the tape.
+    fn result(&self, operation: impl CustomOp1 + Send + Sync + 'static) -> Result<Tensor> {
         self.state().results += 1;
         // candle's tape begins at a variable
         let start = Var::from_tensor(&Tensor::zeros(1, DType::F32, &Device::Cpu)?)?;
-        start.as_tensor().apply_op1(Pass { tape: self.clone(), value: value.clone() })
+        start.as_tensor().apply_op1(operation)
     }
 }
 
@@ -150,14 +175,36 @@ impl CustomOp1 for Pass {
 
     fn bwd(&self, _: &Tensor, _: &Tensor, gradient: &Tensor) -> Result<Option<Tensor>> {
         let gradient = Buffer::of(&Numbers::of(&gradient.contiguous()?)?);
-        let mut state = self.tape.state();
-        state.gradients.push((self.value.clone(), gradient));
-        if state.gradients.len() == state.results {
-            let gradients = std::mem::take(&mut state.gradients);
-            drop(state);
-            self.tape.backward(gradients)?;
-        }
+        self.tape.arrived(&self.value, gradient)?;
         // nothing reads the start's gradient, and a variable needs none
+        Ok(None)
+    }
+}
+
+/// A loss at the end of the tape, as candle sees it.
+struct Loss {
+    tape: Arc<Tape>,
+    value: Arc<Value>,
+    loss: f32,
+    gradient: Vec<f32>,
+}
+
+impl CustomOp1 for Loss {
+    fn name(&self) -> &'static str {
+        "loss"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        stored(vec![self.loss], ())
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, factor: &Tensor) -> Result<Option<Tensor>> {
+        let factor = factor.to_scalar::<f32>()?;
+        let mut gradient = Buffer::of(&self.gradient);
+        if factor != 1.0 {
+            gradient.iter_mut().for_each(|gradient| *gradient *= factor);
+        }
+        self.tape.arrived(&self.value, gradient)?;
         Ok(None)
     }
 }

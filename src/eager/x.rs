@@ -10,6 +10,7 @@ use candle_core::{Device, Result, Tensor};
 use super::kernels::dropout::{Mask, dropout};
 use super::kernels::linear::{Map, linear, linear_activation};
 use super::kernels::residual::{Branch, residual};
+use super::kernels::split::split;
 use super::tape::{Tape, Value};
 use crate::model::ops::Activation;
 
@@ -66,6 +67,12 @@ pub(super) enum State {
         branch: Branch,
         mask: Mask,
     },
+    /// One of equal parts of a whole's channels.
+    Part {
+        whole: Fused,
+        index: usize,
+        parts: usize,
+    },
     /// `x + dropout(branch)`
     Sum {
         branch: Branch,
@@ -83,6 +90,11 @@ impl Fused {
         self.state.borrow().clone()
     }
 
+    /// Whether this is the very same activation.
+    pub(super) fn is(&self, other: &Self) -> bool {
+        Rc::ptr_eq(&self.state, &other.state)
+    }
+
     /// Notes what has been computed.
     pub(super) fn is_now(&self, value: Arc<Value>) {
         *self.state.borrow_mut() = State::Branch(Branch::Ready(value));
@@ -94,6 +106,7 @@ impl Fused {
             State::Branch(branch) => self.computed(branch)?,
             State::Activated { x, map, how } => linear_activation(&self.tape, &x, &map, how)?,
             State::Dropped { branch, mask } => dropout(&self.tape, &self.computed(branch)?, mask),
+            State::Part { whole, index, parts } => split(&self.tape, &whole.value()?, index, parts)?,
             State::Sum { branch, mask, x } => residual(&self.tape, &branch, mask, &x)?,
         };
         self.is_now(value.clone());

@@ -22,6 +22,7 @@ pub struct ModelConfig {
 #[derive(Clone, Debug)]
 pub enum Family {
     Bert(BertConfig),
+    Gpt2(Gpt2Config),
 }
 
 /// What [`crate::model::bert`] needs. Field names and defaults are `transformers.BertConfig`'s.
@@ -50,6 +51,37 @@ pub struct BertConfig {
     pub initializer_range: f64,
 }
 
+/// What [`crate::model::gpt2`] needs. Field names and defaults are `transformers.GPT2Config`'s.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Gpt2Config {
+    pub vocab_size: usize,
+    pub n_positions: usize,
+    pub n_embd: usize,
+    pub n_layer: usize,
+    pub n_head: usize,
+    /// The width inside a feed-forward layer; four times `n_embd` where it is absent.
+    #[serde(default)]
+    pub n_inner: Option<usize>,
+    #[serde(default = "gelu_new", deserialize_with = "activation_function")]
+    pub activation_function: Activation,
+    #[serde(default = "tenth")]
+    pub resid_pdrop: f32,
+    #[serde(default = "tenth")]
+    pub embd_pdrop: f32,
+    #[serde(default = "tenth")]
+    pub attn_pdrop: f32,
+    #[serde(default = "gpt2_eps")]
+    pub layer_norm_epsilon: f64,
+    #[serde(default = "fiftieth")]
+    pub initializer_range: f64,
+}
+
+fn gelu_new() -> Activation {
+    Activation::GeluTanh
+}
+fn gpt2_eps() -> f64 {
+    1e-5
+}
 fn two() -> usize {
     2
 }
@@ -79,11 +111,22 @@ const ACTIVATIONS: [(&str, Activation); 8] = [
 ];
 
 fn activation<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Activation, D::Error> {
+    activation_of("hidden_act", deserializer)
+}
+
+fn activation_function<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Activation, D::Error> {
+    activation_of("activation_function", deserializer)
+}
+
+fn activation_of<'de, D: serde::Deserializer<'de>>(
+    field: &str,
+    deserializer: D,
+) -> Result<Activation, D::Error> {
     let name = String::deserialize(deserializer)?;
     ACTIVATIONS.iter().find(|(known, _)| *known == name).map(|&(_, is)| is).ok_or_else(|| {
         let known: Vec<&str> = ACTIVATIONS.iter().map(|&(known, _)| known).collect();
         serde::de::Error::custom(format!(
-            "hidden_act is \"{name}\", which tk does not know; it knows {}",
+            "{field} is \"{name}\", which tk does not know; it knows {}",
             known.join(", ")
         ))
     })
@@ -111,43 +154,73 @@ impl ModelConfig {
             serde_json::from_str(text).map_err(|e| unusable!("not a JSON object: {e}"))?;
         let family = match raw.get("model_type").and_then(Value::as_str) {
             Some("bert") => Family::Bert(BertConfig::checked(&raw)?),
-            Some(other) => bail_unusable!("model_type is \"{other}\"; tk runs bert"),
-            None => bail_unusable!("model_type is missing; tk runs bert"),
+            Some("gpt2") => Family::Gpt2(Gpt2Config::checked(&raw)?),
+            Some(other) => bail_unusable!("model_type is \"{other}\"; tk runs bert and gpt2"),
+            None => bail_unusable!("model_type is missing; tk runs bert and gpt2"),
         };
         Ok(Self { family, raw })
     }
 
     /// Sets every dropout probability of the model, in the architecture and in what is saved.
     pub fn set_dropout(&mut self, p: f32) {
-        let Family::Bert(c) = &mut self.family;
-        (c.hidden_dropout_prob, c.attention_probs_dropout_prob, c.classifier_dropout) = (p, p, Some(p));
-        for key in ["hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"] {
+        let keys = match &mut self.family {
+            Family::Bert(c) => {
+                (c.hidden_dropout_prob, c.attention_probs_dropout_prob, c.classifier_dropout) =
+                    (p, p, Some(p));
+                ["hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"]
+            }
+            Family::Gpt2(c) => {
+                (c.resid_pdrop, c.embd_pdrop, c.attn_pdrop) = (p, p, p);
+                ["resid_pdrop", "embd_pdrop", "attn_pdrop"]
+            }
+        };
+        for key in keys {
             self.raw.insert(key.to_owned(), p.into());
+        }
+    }
+
+    /// Takes a vocabulary of another size, whose texts begin and end with the token `end`.
+    pub fn set_vocabulary(&mut self, size: usize, end: u32) {
+        match &mut self.family {
+            Family::Bert(c) => c.vocab_size = size,
+            Family::Gpt2(c) => c.vocab_size = size,
+        }
+        self.raw.insert("vocab_size".to_owned(), size.into());
+        for key in ["bos_token_id", "eos_token_id"] {
+            self.raw.insert(key.to_owned(), end.into());
         }
     }
 
     /// The number of rows of the position table: no sequence may be longer.
     pub fn max_positions(&self) -> usize {
-        let Family::Bert(c) = &self.family;
-        c.max_position_embeddings
+        match &self.family {
+            Family::Bert(c) => c.max_position_embeddings,
+            Family::Gpt2(c) => c.n_positions,
+        }
     }
 
     /// The number of rows of the token table: every token id must be smaller.
     pub fn vocab_size(&self) -> usize {
-        let Family::Bert(c) = &self.family;
-        c.vocab_size
+        match &self.family {
+            Family::Bert(c) => c.vocab_size,
+            Family::Gpt2(c) => c.vocab_size,
+        }
     }
 
-    /// How many kinds of token types there are: a pair of texts needs two.
-    pub fn token_types(&self) -> usize {
-        let Family::Bert(c) = &self.family;
-        c.type_vocab_size
+    /// How many kinds of token types there are: a pair of texts needs two. None where the model reads no types.
+    pub fn token_types(&self) -> Option<usize> {
+        match &self.family {
+            Family::Bert(c) => Some(c.type_vocab_size),
+            Family::Gpt2(_) => None,
+        }
     }
 
     /// The standard deviation that new weights are drawn with.
     pub fn initializer_range(&self) -> f64 {
-        let Family::Bert(c) = &self.family;
-        c.initializer_range
+        match &self.family {
+            Family::Bert(c) => c.initializer_range,
+            Family::Gpt2(c) => c.initializer_range,
+        }
     }
 }
 
@@ -156,33 +229,25 @@ impl BertConfig {
         let config: Self =
             serde_json::from_value(Value::Object(raw.clone())).map_err(|e| unusable!("{e}"))?;
         let mut wrong = Vec::new();
-        for (field, value) in [
-            ("vocab_size", config.vocab_size),
-            ("hidden_size", config.hidden_size),
-            ("num_attention_heads", config.num_attention_heads),
-            ("intermediate_size", config.intermediate_size),
-            ("max_position_embeddings", config.max_position_embeddings),
-            ("type_vocab_size", config.type_vocab_size),
-        ] {
-            if value == 0 {
-                wrong.push(format!("{field} is 0"));
-            }
-        }
-        if config.num_attention_heads != 0 && !config.hidden_size.is_multiple_of(config.num_attention_heads) {
-            wrong.push(format!(
-                "hidden_size {} is not a multiple of num_attention_heads {}",
-                config.hidden_size, config.num_attention_heads
-            ));
-        }
-        for (field, p) in [
-            ("hidden_dropout_prob", config.hidden_dropout_prob),
-            ("attention_probs_dropout_prob", config.attention_probs_dropout_prob),
-            ("classifier_dropout", config.classifier_dropout.unwrap_or(0.0)),
-        ] {
-            if !(0.0..1.0).contains(&p) {
-                wrong.push(format!("{field} is {p}, expected a probability in [0, 1)"));
-            }
-        }
+        check_sizes(
+            &mut wrong,
+            &[
+                ("hidden_size", config.hidden_size),
+                ("num_attention_heads", config.num_attention_heads),
+                ("vocab_size", config.vocab_size),
+                ("intermediate_size", config.intermediate_size),
+                ("max_position_embeddings", config.max_position_embeddings),
+                ("type_vocab_size", config.type_vocab_size),
+            ],
+        );
+        check_probabilities(
+            &mut wrong,
+            &[
+                ("hidden_dropout_prob", config.hidden_dropout_prob),
+                ("attention_probs_dropout_prob", config.attention_probs_dropout_prob),
+                ("classifier_dropout", config.classifier_dropout.unwrap_or(0.0)),
+            ],
+        );
         if let Some(kind) = raw.get("position_embedding_type").and_then(Value::as_str)
             && kind != "absolute"
         {
@@ -197,5 +262,70 @@ impl BertConfig {
             bail_unusable!("{}", wrong.join("; "));
         }
         Ok(config)
+    }
+}
+
+impl Gpt2Config {
+    /// The width inside a feed-forward layer.
+    pub fn inner(&self) -> usize {
+        self.n_inner.unwrap_or(4 * self.n_embd)
+    }
+
+    fn checked(raw: &Map<String, Value>) -> Result<Self> {
+        let config: Self =
+            serde_json::from_value(Value::Object(raw.clone())).map_err(|e| unusable!("{e}"))?;
+        let mut wrong = Vec::new();
+        check_sizes(
+            &mut wrong,
+            &[
+                ("n_embd", config.n_embd),
+                ("n_head", config.n_head),
+                ("vocab_size", config.vocab_size),
+                ("n_inner", config.inner()),
+                ("n_positions", config.n_positions),
+            ],
+        );
+        check_probabilities(
+            &mut wrong,
+            &[
+                ("resid_pdrop", config.resid_pdrop),
+                ("embd_pdrop", config.embd_pdrop),
+                ("attn_pdrop", config.attn_pdrop),
+            ],
+        );
+        for (field, is, why) in [
+            ("scale_attn_weights", false, "tk scales attention scores by the root of a head's width"),
+            ("tie_word_embeddings", false, "tk's head shares the weight of the word embeddings"),
+            ("scale_attn_by_inverse_layer_idx", true, "tk scales the attention of every layer alike"),
+            ("add_cross_attention", true, "tk runs GPT-2 as a decoder alone"),
+        ] {
+            if raw.get(field).and_then(Value::as_bool) == Some(is) {
+                wrong.push(format!("{field} is {is}; {why}"));
+            }
+        }
+        if !wrong.is_empty() {
+            bail_unusable!("{}", wrong.join("; "));
+        }
+        Ok(config)
+    }
+}
+
+/// Notes sizes that are zero. The first two are the model's width and its number of heads.
+fn check_sizes(wrong: &mut Vec<String>, sizes: &[(&str, usize)]) {
+    wrong.extend(sizes.iter().filter(|(_, size)| *size == 0).map(|(field, _)| format!("{field} is 0")));
+    if let [(width_field, width), (heads_field, heads), ..] = sizes
+        && *heads != 0
+        && !width.is_multiple_of(*heads)
+    {
+        wrong.push(format!("{width_field} {width} is not a multiple of {heads_field} {heads}"));
+    }
+}
+
+/// Notes what is no probability of a dropout.
+fn check_probabilities(wrong: &mut Vec<String>, probabilities: &[(&str, f32)]) {
+    for (field, p) in probabilities {
+        if !(0.0..1.0).contains(p) {
+            wrong.push(format!("{field} is {p}, expected a probability in [0, 1)"));
+        }
     }
 }

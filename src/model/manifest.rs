@@ -48,7 +48,11 @@ impl Ops for Manifest {
     }
 
     fn linear(&self, map: Linear, _: &()) -> Result<()> {
-        self.note([map.weight, map.bias])
+        self.note([map.weight].into_iter().chain(map.bias))
+    }
+
+    fn split(&self, _: &(), parts: usize) -> Result<Vec<()>> {
+        Ok(vec![(); parts])
     }
 
     fn layer_norm(&self, norm: Norm, _: &()) -> Result<()> {

@@ -3,6 +3,7 @@
 
 pub mod bert;
 pub mod config;
+pub mod gpt2;
 pub mod heads;
 pub mod manifest;
 pub mod ops;

@@ -61,6 +61,9 @@ pub struct Param {
     pub shape: Vec<usize>,
     pub role: Role,
     pub part: Part,
+    /// How many maps of this kind add to one residual stream: it is drawn with a standard deviation that is smaller
+    /// by the square root (Radford et al. 2019, GPT-2). 1 for all others.
+    pub summands: usize,
 }
 
 impl Param {
@@ -76,11 +79,49 @@ pub struct Table {
     pub weight: Param,
 }
 
-/// `y = x · Wᵀ + b` with W of shape (out, in), as `torch.nn.Linear` stores it.
+impl Table {
+    /// The map to scores of its rows by the same weight: a tied head, (C) → (rows), without a bias.
+    pub fn tied(&self) -> Linear {
+        Linear { weight: self.weight.clone(), bias: None, layout: Layout::OutIn }
+    }
+}
+
+/// How a linear map's matrix is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layout {
+    /// (out, in), as in `torch.nn.Linear`: `y = x · Wᵀ + b`.
+    OutIn,
+    /// (in, out), as in `transformers`' `Conv1D`: `y = x · W + b`.
+    InOut,
+}
+
+/// A linear map, with a bias or without.
 #[derive(Clone, Debug)]
 pub struct Linear {
     pub weight: Param,
-    pub bias: Param,
+    pub bias: Option<Param>,
+    pub layout: Layout,
+}
+
+impl Linear {
+    /// The channels that come out.
+    pub fn output(&self) -> usize {
+        match self.layout {
+            Layout::OutIn => self.weight.shape[0],
+            Layout::InOut => self.weight.shape[1],
+        }
+    }
+
+    /// The same map without a bias.
+    pub fn without_bias(self) -> Self {
+        Self { bias: None, ..self }
+    }
+
+    /// One of so many maps that add to one residual stream; see [`Param::summands`].
+    pub fn one_of(mut self, summands: usize) -> Self {
+        self.weight.summands = summands;
+        self
+    }
 }
 
 /// Layer normalisation over the last axis (Ba et al. 2016, arXiv:1607.06450), biased variance.
@@ -118,7 +159,13 @@ impl At {
     }
 
     fn param(&self, leaf: &str, shape: &[usize], role: Role) -> Param {
-        Param { name: format!("{}.{leaf}", self.prefix), shape: shape.to_vec(), role, part: self.part }
+        Param {
+            name: format!("{}.{leaf}", self.prefix),
+            shape: shape.to_vec(),
+            role,
+            part: self.part,
+            summands: 1,
+        }
     }
 
     /// The embedding table that stands here.
@@ -130,7 +177,17 @@ impl At {
     pub fn linear(&self, input: usize, output: usize) -> Linear {
         Linear {
             weight: self.param("weight", &[output, input], Role::Matrix),
-            bias: self.param("bias", &[output], Role::Bias),
+            bias: Some(self.param("bias", &[output], Role::Bias)),
+            layout: Layout::OutIn,
+        }
+    }
+
+    /// The `Conv1D` of `transformers` that stands here: a linear map whose matrix is stored (in, out).
+    pub fn conv1d(&self, input: usize, output: usize) -> Linear {
+        Linear {
+            weight: self.param("weight", &[input, output], Role::Matrix),
+            layout: Layout::InOut,
+            ..self.linear(input, output)
         }
     }
 
@@ -208,6 +265,9 @@ pub trait Ops {
 
     /// Applies a linear map to the last axis: (…, in) → (…, out).
     fn linear(&self, map: Linear, x: &Self::X) -> Result<Self::X>;
+
+    /// Cuts the last axis into equal parts: (…, n · C) → n times (…, C).
+    fn split(&self, x: &Self::X, parts: usize) -> Result<Vec<Self::X>>;
 
     /// Normalises the last axis.
     fn layer_norm(&self, norm: Norm, x: &Self::X) -> Result<Self::X>;

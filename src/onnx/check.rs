@@ -69,9 +69,9 @@ fn findings(model: &ModelProto, graph: &GraphProto) -> Vec<String> {
         }
         for output in node.output.iter().filter(|output| !output.is_empty()) {
             note(&mut known, &mut wrong, output, &node.name);
-            if !used.contains(output.as_str()) {
-                wrong.push(format!("{output} of {} is not used", node.name));
-            }
+        }
+        if !node.output.iter().any(|output| used.contains(output.as_str())) {
+            wrong.push(format!("{} of {} is not used", node.output.join(", "), node.name));
         }
     }
     for output in &graph.output {

@@ -7,13 +7,13 @@
 use std::borrow::Cow;
 use std::cell::RefCell;
 
-use super::graph::{Graph, Value, float, int, ints, string};
+use super::graph::{Graph, Outlet, Value, float, int, ints, string};
 use super::proto::tensor_proto::DataType;
 use super::proto::{ModelProto, OperatorSetIdProto};
 use super::{check, checked_opset};
 use crate::Result;
-use crate::model::ops::{Activation, Attend, Ids, Linear, Norm, Ops, Param, Pick, Sees, Table};
-use crate::task::Output;
+use crate::model::ops::{Activation, Attend, Ids, Layout, Linear, Norm, Ops, Param, Pick, Sees, Table};
+use crate::task::{Dim, Form, Output};
 
 /// What a masked score becomes: the lowest f32. Finite, so a row without any key stays finite too.
 const MASKED: f32 = f32::MIN;
@@ -22,6 +22,9 @@ const MASKED: f32 = f32::MIN;
 pub struct Emit {
     graph: RefCell<Graph>,
     opset: i64,
+    form: Form,
+    /// The keys and values that go out, two for each attention met so far.
+    presents: RefCell<Vec<Outlet>>,
 }
 
 /// A value of the graph.
@@ -37,18 +40,19 @@ pub struct X {
 }
 
 /// A definition as a checked model: (batch_size, sequence_length) inputs, the given outputs, one weight for
-/// each parameter. The same definition and weights give the same bytes.
+/// each parameter, and what the form adds to them. The same definition and weights give the same bytes.
 ///
 /// # Errors
 /// An opset that tk does not write; a weight that is missing, of another size, or not finite.
 pub fn graph<'w>(
     define: impl FnOnce(&Emit) -> Result<Vec<X>>,
     outputs: &[Output],
+    form: Form,
     opset: i64,
     weights: impl Fn(&Param) -> Result<Cow<'w, [f32]>>,
 ) -> Result<ModelProto> {
     let opset = checked_opset(opset)?;
-    let emit = Emit { graph: RefCell::default(), opset };
+    let emit = Emit { graph: RefCell::default(), opset, form, presents: RefCell::default() };
     let results = define(&emit)?;
     anyhow::ensure!(
         results.len() == outputs.len(),
@@ -56,7 +60,14 @@ pub fn graph<'w>(
         results.len(),
         outputs.len()
     );
-    let results: Vec<_> = outputs.iter().zip(results.iter().map(|x| x.value)).collect();
+    let outlet = |(output, x): (&Output, &X)| Outlet {
+        name: output.name.to_owned(),
+        kind: DataType::Float,
+        dims: output.dims.clone(),
+        value: x.value,
+    };
+    let mut results: Vec<Outlet> = outputs.iter().zip(&results).map(outlet).collect();
+    results.extend(emit.presents.take());
     let model = ModelProto {
         ir_version: ir_version(opset),
         opset_import: vec![OperatorSetIdProto { domain: String::new(), version: opset }],
@@ -120,8 +131,9 @@ impl Emit {
 
     /// (B, 1, 1, T), true for a token.
     fn keep(&self) -> Value {
+        let seen = self.seen();
         self.graph.borrow_mut().shared("keep", |g| {
-            let mask = g.input("attention_mask");
+            let mask = g.input_of("attention_mask", DataType::Int64, &[Dim::Batch, seen]);
             let mask = g.node("attention_mask", "Cast", &[mask], vec![int("to", DataType::Bool as i64)]);
             // one axis at a time: candle-onnx 0.11.1 puts several in the wrong order
             let axis = g.i64s(&[1], &[1]);
@@ -130,15 +142,55 @@ impl Emit {
         })
     }
 
-    /// (B, 1, T, T), true for a key that is a token and not behind the query.
+    /// The keys that a query may see: as many as there are tokens, or those of the past before them.
+    fn seen(&self) -> Dim {
+        match self.form {
+            Form::Whole => Dim::Sequence,
+            Form::Cached => Dim::Total,
+        }
+    }
+
+    /// (B, 1, T, T), true for a key that is a token and not behind the query; (B, 1, T, P + T) behind a past.
     fn keep_causal(&self) -> Value {
-        let (keep, (range, _)) = (self.keep(), self.range());
+        let (keep, (range, shape)) = (self.keep(), self.range());
+        let form = self.form;
         self.graph.borrow_mut().shared("keep_causal", |g| {
             let axis = g.i64s(&[1], &[1]);
-            let queries = g.node("causal_mask", "Unsqueeze", &[range, axis], Vec::new()); // (T, 1)
-            let causal = g.node("causal_mask", "LessOrEqual", &[range, queries], Vec::new()); // (T, T)
+            let (keys, queries) = match form {
+                Form::Whole => (range, range),
+                Form::Cached => {
+                    let (zero, one) = (g.i64s(&[], &[0]), g.i64s(&[], &[1]));
+                    let mask = g.input("attention_mask"); // declared by `keep`
+                    let seen = g.node("causal_mask", "Shape", &[mask], Vec::new());
+                    let total = g.node("causal_mask", "Gather", &[seen, one], vec![int("axis", 0)]);
+                    let length = g.node("causal_mask", "Gather", &[shape, one], vec![int("axis", 0)]);
+                    let past = g.node("causal_mask", "Sub", &[total, length], Vec::new());
+                    let keys = g.node("causal_mask", "Range", &[zero, total, one], Vec::new());
+                    (keys, g.node("causal_mask", "Add", &[range, past], Vec::new()))
+                }
+            };
+            let queries = g.node("causal_mask", "Unsqueeze", &[queries, axis], Vec::new()); // (T, 1)
+            let causal = g.node("causal_mask", "LessOrEqual", &[keys, queries], Vec::new()); // (T, P + T)
             g.node("causal_mask", "And", &[keep, causal], Vec::new())
         })
+    }
+
+    /// Keys or values of the past and of x, (B, H, P + T, D), which also go out.
+    fn appended(&self, layer: usize, what: &str, x: &X, heads: usize) -> Result<Value> {
+        let now = self.split_heads(x, heads, &[0, 2, 1, 3]); // (B, H, T, D)
+        let dims = |length| vec![Dim::Batch, Dim::Of(heads), length, Dim::Of(x.width / heads)];
+        let past = format!("past_key_values.{layer}.{what}");
+        let past = self.graph.borrow_mut().input_of(&past, DataType::Float, &dims(Dim::Past));
+        let all = self.node(&x.scope, "Concat", &[past, now], vec![int("axis", 2)]);
+        let name = format!("present.{layer}.{what}");
+        let value = self.graph.borrow_mut().rename(all, &name)?;
+        self.presents.borrow_mut().push(Outlet {
+            name,
+            kind: DataType::Float,
+            dims: dims(Dim::Total),
+            value,
+        });
+        Ok(value)
     }
 
     /// 0, 1, 2 … for one sequence, (T), and the shape of the batch, (B, T).
@@ -230,7 +282,10 @@ impl Ops for Emit {
         let ids = match ids {
             Ids::Tokens => self.graph.borrow_mut().input("input_ids"),
             Ids::TokenTypes => self.graph.borrow_mut().input("token_type_ids"),
-            Ids::Positions => self.positions(),
+            Ids::Positions => match self.form {
+                Form::Whole => self.positions(),
+                Form::Cached => self.graph.borrow_mut().input("position_ids"),
+            },
         };
         let value = self.node(&scope, "Gather", &[table, ids], vec![int("axis", 0)]);
         Ok(X { value, scope, width, every: true })
@@ -238,12 +293,25 @@ impl Ops for Emit {
 
     fn linear(&self, map: Linear, x: &X) -> Result<X> {
         let scope = module(&map.weight.name).to_owned();
-        let width = map.weight.shape[0];
-        let weight = self.param(&map.weight)?;
-        let weight = self.transpose(&scope, weight, &[1, 0]);
-        let product = self.plain(&scope, "MatMul", &[x.value, weight]);
-        let value = self.plain(&scope, "Add", &[product, self.param(&map.bias)?]);
+        let width = map.output();
+        let mut weight = self.param(&map.weight)?;
+        if map.layout == Layout::OutIn {
+            weight = self.transpose(&scope, weight, &[1, 0]);
+        }
+        let mut value = self.plain(&scope, "MatMul", &[x.value, weight]);
+        if let Some(bias) = &map.bias {
+            value = self.plain(&scope, "Add", &[value, self.param(bias)?]);
+        }
         Ok(X { value, scope, width, every: x.every })
+    }
+
+    fn split(&self, x: &X, parts: usize) -> Result<Vec<X>> {
+        anyhow::ensure!(x.width.is_multiple_of(parts), "{} channels are cut into {parts} parts", x.width);
+        let width = x.width / parts;
+        let widths = self.list(&vec![width as i64; parts]);
+        let how = vec![int("axis", -1)];
+        let values = self.graph.borrow_mut().node_of(&x.scope, "Split", &[x.value, widths], how, parts);
+        Ok(values.into_iter().map(|value| X { value, width, ..x.clone() }).collect())
     }
 
     fn layer_norm(&self, norm: Norm, x: &X) -> Result<X> {
@@ -262,8 +330,21 @@ impl Ops for Emit {
     fn attention(&self, q: &X, k: &X, v: &X, how: Attend) -> Result<X> {
         let at = common(&q.scope, &k.scope).to_owned();
         let q_heads = self.split_heads(q, how.heads, &[0, 2, 1, 3]); // (B, H, T, D)
-        let k_heads = self.split_heads(k, how.heads, &[0, 2, 3, 1]); // (B, H, D, T)
-        let v_heads = self.split_heads(v, how.heads, &[0, 2, 1, 3]); // (B, H, T, D)
+        let (k_heads, v_heads) = match (self.form, how.sees) {
+            (Form::Whole, _) => (
+                self.split_heads(k, how.heads, &[0, 2, 3, 1]), // (B, H, D, T)
+                self.split_heads(v, how.heads, &[0, 2, 1, 3]), // (B, H, T, D)
+            ),
+            (Form::Cached, Sees::Causal) => {
+                let layer = self.presents.borrow().len() / 2;
+                let keys = self.appended(layer, "key", k, how.heads)?;
+                let values = self.appended(layer, "value", v, how.heads)?;
+                (self.transpose(&k.scope, keys, &[0, 1, 3, 2]), values)
+            }
+            (Form::Cached, Sees::All) => {
+                anyhow::bail!("tokens that see those behind them can't go on from a past")
+            }
+        };
         let scale = 1.0 / ((q.width / how.heads) as f64).sqrt();
         let scores = self.plain(&at, "MatMul", &[q_heads, k_heads]); // (B, H, T, T)
         let scores = self.plain(&at, "Mul", &[scores, self.f32(scale as f32)]);
@@ -319,6 +400,9 @@ impl Ops for Emit {
             Pick::First => {
                 let zero = self.graph.borrow_mut().i64s(&[], &[0]);
                 self.node(&x.scope, "Gather", &[x.value, zero], vec![int("axis", 1)])
+            }
+            Pick::Last if self.form == Form::Cached => {
+                anyhow::bail!("the last token of a sequence is not looked for behind a past")
             }
             Pick::Last => {
                 let rows = self.list(&[-1, x.width as i64]);

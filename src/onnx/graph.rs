@@ -13,14 +13,29 @@ use super::proto::{
 };
 use crate::checkpoint::f32_bytes;
 use crate::model::ops::Param;
-use crate::task::{Dim, Output};
+use crate::task::Dim;
 use crate::{Result, bail_unusable};
 
 /// A value's number. Values are named when the graph is finished, so that a tap can still rename one.
 pub(super) type Value = usize;
 
-/// The inputs that an encoder's graph may have, in their order: (batch_size, sequence_length), int64.
-pub const INPUTS: [&str; 3] = ["input_ids", "attention_mask", "token_type_ids"];
+/// The inputs of tokens that a graph may have, in their order, int64. Others follow as they were declared.
+pub const INPUTS: [&str; 4] = ["input_ids", "attention_mask", "token_type_ids", "position_ids"];
+
+/// A graph's input or output.
+#[derive(Clone)]
+pub(super) struct Outlet {
+    pub name: String,
+    pub kind: DataType,
+    pub dims: Vec<Dim>,
+    pub value: Value,
+}
+
+impl Outlet {
+    fn info(&self) -> ValueInfoProto {
+        value_info(&self.name, self.kind, &self.dims)
+    }
+}
 
 #[derive(Default)]
 pub(super) struct Graph {
@@ -30,7 +45,7 @@ pub(super) struct Graph {
     fixed: BTreeSet<Value>,
     nodes: Vec<Node>,
     node_names: BTreeMap<String, usize>,
-    inputs: BTreeMap<&'static str, Value>,
+    inputs: Vec<Outlet>,
     params: Vec<(Param, Value)>,
     constants: Vec<(TensorProto, Value)>,
     /// What is computed once for the whole graph, e.g. the mask.
@@ -41,7 +56,7 @@ struct Node {
     op: &'static str,
     name: String,
     inputs: Vec<Value>,
-    output: Value,
+    outputs: Vec<Value>,
     attributes: Vec<AttributeProto>,
 }
 
@@ -65,24 +80,43 @@ impl Graph {
         inputs: &[Value],
         attributes: Vec<AttributeProto>,
     ) -> Value {
+        self.node_of(scope, op, inputs, attributes, 1)[0]
+    }
+
+    /// The same with several outputs.
+    pub fn node_of(
+        &mut self,
+        scope: &str,
+        op: &'static str,
+        inputs: &[Value],
+        attributes: Vec<AttributeProto>,
+        outputs: usize,
+    ) -> Vec<Value> {
         let mut name = format!("{scope}/{op}");
         let seen = self.node_names.entry(name.clone()).or_default();
         if *seen > 0 {
             name = format!("{name}_{seen}");
         }
         *seen += 1;
-        let output = self.value(name.clone());
-        self.nodes.push(Node { op, name, inputs: inputs.to_vec(), output, attributes });
-        output
+        let first = self.value(name.clone());
+        let outputs: Vec<Value> =
+            std::iter::once(first).chain((1..outputs).map(|i| self.value(format!("{name}:{i}")))).collect();
+        self.nodes.push(Node { op, name, inputs: inputs.to_vec(), outputs: outputs.clone(), attributes });
+        outputs
     }
 
-    /// One of [`INPUTS`], declared by its first use.
-    pub fn input(&mut self, name: &'static str) -> Value {
-        if let Some(&value) = self.inputs.get(name) {
-            return value;
+    /// One of [`INPUTS`], (B, T), declared by its first use.
+    pub fn input(&mut self, name: &str) -> Value {
+        self.input_of(name, DataType::Int64, &[Dim::Batch, Dim::Sequence])
+    }
+
+    /// An input, declared by its first use.
+    pub fn input_of(&mut self, name: &str, kind: DataType, dims: &[Dim]) -> Value {
+        if let Some(known) = self.inputs.iter().find(|known| known.name == name) {
+            return known.value;
         }
         let value = self.fixed_value(name);
-        self.inputs.insert(name, value);
+        self.inputs.push(Outlet { name: name.to_owned(), kind, dims: dims.to_vec(), value });
         value
     }
 
@@ -152,17 +186,19 @@ impl Graph {
     /// Settles the names, fetches the weights and writes the graph out.
     pub fn finish<'w>(
         mut self,
-        outputs: &[(&Output, Value)],
+        outputs: &[Outlet],
         weights: impl Fn(&Param) -> Result<std::borrow::Cow<'w, [f32]>>,
     ) -> Result<GraphProto> {
         let mut graph = GraphProto { name: "tk".to_owned(), ..Default::default() };
-        for (output, value) in outputs {
-            self.rename(*value, output.name)?;
-            graph.output.push(value_info(output.name, DataType::Float, &output.dims));
+        for output in outputs {
+            if self.names[output.value] != output.name {
+                self.rename(output.value, &output.name)?;
+            }
+            graph.output.push(output.info());
         }
-        for name in INPUTS.into_iter().filter(|name| self.inputs.contains_key(name)) {
-            graph.input.push(value_info(name, DataType::Int64, &[Dim::Batch, Dim::Sequence]));
-        }
+        let place = |input: &Outlet| INPUTS.iter().position(|name| *name == input.name);
+        self.inputs.sort_by_key(|input| place(input).unwrap_or(INPUTS.len()));
+        graph.input = self.inputs.iter().map(Outlet::info).collect();
         for (param, _) in &self.params {
             let values = weights(param).with_context(|| param.name.clone())?;
             if values.len() != param.numel() {
@@ -190,7 +226,7 @@ impl Graph {
                 op_type: node.op.to_owned(),
                 name: node.name,
                 input: node.inputs.iter().map(|&value| self.names[value].clone()).collect(),
-                output: vec![self.names[node.output].clone()],
+                output: node.outputs.iter().map(|&value| self.names[value].clone()).collect(),
                 attribute: node.attributes,
                 ..Default::default()
             })
@@ -252,6 +288,8 @@ pub(super) fn value_info(name: &str, kind: DataType, dims: &[Dim]) -> ValueInfoP
             let value = match dim {
                 Dim::Batch => dimension::Value::DimParam("batch_size".to_owned()),
                 Dim::Sequence => dimension::Value::DimParam("sequence_length".to_owned()),
+                Dim::Past => dimension::Value::DimParam("past_sequence_length".to_owned()),
+                Dim::Total => dimension::Value::DimParam("past_sequence_length + sequence_length".to_owned()),
                 Dim::Of(n) => dimension::Value::DimValue(*n as i64),
             };
             Dimension { value: Some(value), ..Default::default() }

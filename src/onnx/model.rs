@@ -26,6 +26,7 @@ pub fn build(
     let mut model = emit::graph(
         |o| task.define(o, &config.family),
         &task.outputs(),
+        task.form(),
         opset,
         |param| weights.f32(&param.name),
     )?;

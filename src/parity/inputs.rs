@@ -59,7 +59,7 @@ pub fn builtin(saved: &Saved) -> Result<Vec<Text>> {
     let (specials, with_one) = (length("")?, length("the")?);
     let most = saved.max_length.saturating_sub(specials) / with_one.saturating_sub(specials).max(1);
 
-    let pairs = saved.config.token_types() > 1;
+    let pairs = saved.config.token_types().is_some_and(|types| types > 1);
     let mut texts: Vec<Text> = TEXTS.iter().map(|&text| (text.to_owned(), None)).collect();
     texts.extend((1..=12).map(|n| (words(n), None)));
     if pairs {
@@ -81,5 +81,12 @@ pub fn builtin(saved: &Saved) -> Result<Vec<Text>> {
             (words(most), Some(words(most))),
         ]);
     }
-    Ok(texts)
+    // GPT-2 adds no special tokens, so an empty text has nothing that could be computed
+    let mut kept = Vec::with_capacity(texts.len());
+    for (text, pair) in texts {
+        if !saved.tokenizer.encode(&text, pair.as_deref(), usize::MAX)?.is_empty() {
+            kept.push((text, pair));
+        }
+    }
+    Ok(kept)
 }

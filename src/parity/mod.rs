@@ -2,6 +2,7 @@
 
 pub mod candle;
 pub mod compare;
+pub mod decoding;
 pub mod difference;
 pub mod inputs;
 pub mod report;

@@ -1,11 +1,13 @@
 //! ONNX Runtime: finding its library, choosing an execution provider, running a model. The only place that
 //! says `ort::`.
 
+pub mod decoder;
 pub mod library;
 pub mod probe;
 pub mod providers;
 pub mod session;
 
+pub use decoder::Decoder;
 pub use library::Library;
 pub use providers::{Provider, Providers};
 pub use session::{Model, OrtSession};

@@ -108,6 +108,14 @@ impl OrtSession {
         Ok(Self { session, provider })
     }
 
+    pub(super) fn inner(&self) -> &Session {
+        &self.session
+    }
+
+    pub(super) fn inner_mut(&mut self) -> &mut Session {
+        &mut self.session
+    }
+
     /// What runs the model.
     pub fn provider(&self) -> Provider {
         self.provider

@@ -99,7 +99,10 @@ impl Windows {
         let encode = |(key, text): (Key, Result<(String, Option<String>), BadRow>)| {
             let encoding = text.map_err(|bad| bad.to_string()).and_then(|(text, pair)| {
                 let encoding = self.tokenizer.encode(&text, pair.as_deref(), self.max_length);
-                encoding.map_err(|error| format!("{error:#}"))
+                match encoding {
+                    Ok(encoding) if encoding.is_empty() => Err("the text has no tokens".to_owned()),
+                    encoding => encoding.map_err(|error| format!("{error:#}")),
+                }
             });
             Entry { key, encoding }
         };

@@ -5,6 +5,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::causal_lm::Document;
 use super::{Example, Problem, Task, TextClassification};
 use crate::Result;
 use crate::data::batch::Encoding;
@@ -52,6 +53,14 @@ pub struct Fields {
     #[arg(long, value_name = "NAME", help_heading = "Records")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub label_column: Option<String>,
+    /// The column of what stands before a completion [default: prompt].
+    #[arg(long, value_name = "NAME", help_heading = "Records")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt_column: Option<String>,
+    /// The column of what is learnt behind a prompt [default: completion].
+    #[arg(long, value_name = "NAME", help_heading = "Records")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub completion_column: Option<String>,
 }
 
 /// A record before the labels are known: its place, its texts, its label.
@@ -75,10 +84,61 @@ pub fn read(path: &Path, fields: &Fields) -> Result<Vec<Labelled>> {
     })
 }
 
+/// Reads every text, or every prompt with its completion, of a file.
+///
+/// # Errors
+/// As [`read`].
+pub fn read_documents(path: &Path, fields: &Fields) -> Result<Vec<Document>> {
+    let columns = Columns::default()
+        .with("text", fields.texts.text_column.clone())
+        .with("prompt", fields.prompt_column.clone())
+        .with("completion", fields.completion_column.clone());
+    records::read_examples(path, None, |row| {
+        let prompt = row.optional_text(&columns, "prompt")?.map(str::to_owned);
+        let name = if prompt.is_some() { "completion" } else { "text" };
+        Ok(Document { line: row.line, prompt, text: row.text(&columns, name)?.to_owned() })
+    })
+}
+
+/// Reads a file as examples of a task; `concatenate` as in [`CausalLm::concatenated`].
+///
+/// # Errors
+/// As [`read`] and [`encode`].
+pub fn load(
+    path: &Path,
+    fields: &Fields,
+    task: &Task,
+    tokenizer: &Tokenizer,
+    max_length: usize,
+    concatenate: bool,
+) -> Result<Vec<Example>> {
+    match task {
+        Task::TextClassification(classification) => {
+            encode(&read(path, fields)?, path, classification, tokenizer, max_length)
+        }
+        Task::CausalLm(lm) => {
+            let documents = read_documents(path, fields)?;
+            let examples = if concatenate {
+                lm.concatenated(&documents, tokenizer, max_length)?
+            } else {
+                lm.examples(&documents, tokenizer, max_length)?
+            };
+            if examples.is_empty() {
+                crate::bail_unusable!("{}: no text has a token that could be predicted", path.display());
+            }
+            Ok(examples)
+        }
+    }
+}
+
 /// Finds the task in the labels of the training data.
-pub fn find_task(records: &[Labelled], problem: Option<Problem>, config: &ModelConfig) -> Result<Task> {
+pub fn find_task(
+    records: &[Labelled],
+    problem: Option<Problem>,
+    config: &ModelConfig,
+) -> Result<TextClassification> {
     let labels: Vec<&Value> = records.iter().map(|record| &record.label).collect();
-    Ok(Task::TextClassification(TextClassification::from_labels(&labels, problem, config)?))
+    TextClassification::from_labels(&labels, problem, config)
 }
 
 /// Encodes records and reads their labels.
@@ -88,28 +148,41 @@ pub fn find_task(records: &[Labelled], problem: Option<Problem>, config: &ModelC
 pub fn encode(
     records: &[Labelled],
     path: &Path,
-    task: &Task,
+    classification: &TextClassification,
     tokenizer: &Tokenizer,
     max_length: usize,
 ) -> Result<Vec<Example>> {
-    let Task::TextClassification(classification) = task;
     let (mut targets, mut wrong) = (Vec::with_capacity(records.len()), Vec::new());
     for record in records {
         match classification.target(&record.label) {
             Ok(target) => targets.push(target),
-            Err(error) => wrong.push(format!("  {}:{}: {error}", path.display(), record.line)),
+            Err(error) => wrong.push((record.line, error.to_string())),
         }
     }
-    if !wrong.is_empty() {
-        let more = wrong.len().saturating_sub(10);
-        wrong.truncate(10);
-        if more > 0 {
-            wrong.push(format!("  and {more} more"));
-        }
-        crate::bail_unusable!("{}: labels that can't be used:\n{}", path.display(), wrong.join("\n"));
-    }
+    refuse(path, "labels that can't be used", wrong)?;
     let texts: Vec<(&str, Option<&str>)> =
         records.iter().map(|record| (record.text.as_str(), record.pair.as_deref())).collect();
     let encodings: Vec<Encoding> = tokenizer.encode_all(&texts, max_length)?;
+    let empty = records.iter().zip(&encodings).filter(|(_, encoding)| encoding.is_empty());
+    refuse(
+        path,
+        "texts without tokens",
+        empty.map(|(record, _)| (record.line, "the text is empty".to_owned())),
+    )?;
     Ok(encodings.into_iter().zip(targets).map(|(encoding, target)| Example { encoding, target }).collect())
+}
+
+/// Lists the first records that can't be used, if there are any.
+fn refuse(path: &Path, what: &str, wrong: impl IntoIterator<Item = (usize, String)>) -> Result<()> {
+    let mut lines: Vec<String> =
+        wrong.into_iter().map(|(line, why)| format!("  {}:{line}: {why}", path.display())).collect();
+    if lines.is_empty() {
+        return Ok(());
+    }
+    let more = lines.len().saturating_sub(10);
+    lines.truncate(10);
+    if more > 0 {
+        lines.push(format!("  and {more} more"));
+    }
+    crate::bail_unusable!("{}: {what}:\n{}", path.display(), lines.join("\n"));
 }

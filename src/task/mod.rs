@@ -1,25 +1,48 @@
 //! Tasks: each owns its head, loss, metrics, graph contract and record shapes in one file here.
 //! Training, export, parity and serving read them from [`Task`].
 
+pub mod causal_lm;
 pub mod examples;
 mod metrics;
 pub mod text_classification;
 
 use std::collections::BTreeMap;
 
-use candle_core::Tensor;
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use crate::data::batch::Encoding;
 use crate::model::ops::{Ops, Param};
 use crate::model::{Family, ModelConfig, manifest};
 use crate::{Result, bail_unusable};
-pub use text_classification::{Problem, Target, TextClassification};
+pub use causal_lm::{CausalLm, Next};
+pub use text_classification::{Problem, TextClassification};
 
 /// What a model is trained for and serves.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Task {
     TextClassification(TextClassification),
+    CausalLm(CausalLm),
+}
+
+/// What an example ought to give.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Target {
+    Class(u32),
+    /// Label ids, ascending.
+    Classes(Vec<u32>),
+    Number(f32),
+    /// The next tokens.
+    Next(Next),
+}
+
+impl Target {
+    /// How many losses it has: a step's loss is their mean.
+    pub fn losses(&self) -> usize {
+        match self {
+            Self::Next(next) => next.count(),
+            Self::Class(_) | Self::Classes(_) | Self::Number(_) => 1,
+        }
+    }
 }
 
 /// An example that is learnt from, or measured on.
@@ -27,6 +50,17 @@ pub enum Task {
 pub struct Example {
     pub encoding: Encoding,
     pub target: Target,
+}
+
+/// Whether a graph goes on from tokens that it has read before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// It reads whole sequences.
+    Whole,
+    /// Keys and values of earlier tokens come in as `past_key_values.{layer}.key` and `.value`, and those of all go
+    /// out as `present.{layer}.key` and `.value`, (B, H, T, D) each; positions are an input. What Optimum calls
+    /// `text-generation-with-past`.
+    Cached,
 }
 
 /// The name and the symbolic shape of a graph's output.
@@ -43,6 +77,10 @@ pub enum Dim {
     Batch,
     /// Symbolic, `sequence_length`.
     Sequence,
+    /// Symbolic, `past_sequence_length`: tokens whose keys and values come in.
+    Past,
+    /// Symbolic, `past_sequence_length + sequence_length`.
+    Total,
     Of(usize),
 }
 
@@ -61,9 +99,10 @@ impl Task {
             Some(name) if name.ends_with("ForSequenceClassification") => {
                 Ok(Self::TextClassification(TextClassification::from_config(config)?))
             }
+            Some(name) if name.ends_with("LMHeadModel") => Ok(Self::CausalLm(CausalLm::from_config(config)?)),
             Some(name) => bail_unusable!(
                 "architectures is [\"{name}\"], which is no trained task of tk's \
-                 (BertForSequenceClassification is): fine-tune it first with `tk train`"
+                 (BertForSequenceClassification and GPT2LMHeadModel are): fine-tune it first with `tk train`"
             ),
             None => {
                 bail_unusable!("architectures is missing, so the task is unknown: fine-tune with `tk train`")
@@ -75,6 +114,7 @@ impl Task {
     pub fn name(&self) -> &'static str {
         match self {
             Self::TextClassification(_) => "text-classification",
+            Self::CausalLm(_) => "causal-lm",
         }
     }
 
@@ -82,6 +122,15 @@ impl Task {
     pub fn define<O: Ops>(&self, o: &O, family: &Family) -> Result<Vec<O::X>> {
         match self {
             Self::TextClassification(task) => Ok(vec![task.define(o, family)?]),
+            Self::CausalLm(task) => Ok(vec![task.define(o, family)?]),
+        }
+    }
+
+    /// What a graph of the task takes and gives beside its tokens.
+    pub fn form(&self) -> Form {
+        match self {
+            Self::TextClassification(_) => Form::Whole,
+            Self::CausalLm(_) => Form::Cached,
         }
     }
 
@@ -94,6 +143,7 @@ impl Task {
     pub fn outputs(&self) -> Vec<Output> {
         match self {
             Self::TextClassification(task) => task.outputs(),
+            Self::CausalLm(task) => task.outputs(),
         }
     }
 
@@ -101,27 +151,21 @@ impl Task {
     pub fn write_config(&self, config: &mut ModelConfig) {
         match self {
             Self::TextClassification(task) => task.write_config(config),
+            Self::CausalLm(task) => task.write_config(config),
         }
     }
 
-    /// The sum over the examples of a batch of their losses.
-    pub fn loss(&self, outputs: &[Tensor], targets: &[&Target], label_smoothing: f64) -> Result<Tensor> {
+    /// The text classification that a command which knows no other task works with.
+    ///
+    /// # Errors
+    /// Names the command and the task.
+    pub fn text_classification(&self, command: &str) -> Result<&TextClassification> {
         match self {
-            Self::TextClassification(task) => task.loss(&outputs[0], targets, label_smoothing),
-        }
-    }
-
-    /// A prediction as a record's fields, from one example's logits.
-    pub fn prediction(&self, logits: &[f32], with_logits: bool) -> Map<String, Value> {
-        match self {
-            Self::TextClassification(task) => task.prediction(logits, with_logits),
-        }
-    }
-
-    /// The task's metrics over a whole evaluation set, and the mean `loss`.
-    pub fn measure(&self, logits: &[Vec<f32>], targets: &[Target]) -> Result<Metrics> {
-        match self {
-            Self::TextClassification(task) => task.measure(logits, targets),
+            Self::TextClassification(task) => Ok(task),
+            other => bail_unusable!(
+                "tk {command} works with text-classification; this is a {} model, which tk trains, evaluates and exports",
+                other.name()
+            ),
         }
     }
 
@@ -133,11 +177,12 @@ impl Task {
     pub fn deciding_metric(&self, asked: Option<&str>) -> Result<(String, bool)> {
         let (own, known) = match self {
             Self::TextClassification(task) => task.metrics(),
+            Self::CausalLm(_) => ("loss", causal_lm::METRICS),
         };
         let name = asked.unwrap_or(own);
         if name != "loss" && !known.contains(&name) {
             bail_unusable!("--best-metric {name}: {} has loss, {}", self.name(), known.join(", "));
         }
-        Ok((name.to_owned(), !["loss", "mse", "mae"].contains(&name)))
+        Ok((name.to_owned(), !["loss", "mse", "mae", "perplexity", "bits_per_byte"].contains(&name)))
     }
 }

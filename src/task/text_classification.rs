@@ -4,7 +4,7 @@ use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use super::{Dim, Metrics, Output, metrics};
+use super::{Dim, Metrics, Output, Target, metrics};
 use crate::model::ops::Ops;
 use crate::model::{Family, ModelConfig, heads};
 use crate::{Result, bail_unusable, unusable};
@@ -38,15 +38,6 @@ impl Problem {
             Self::Regression => "regression",
         }
     }
-}
-
-/// What an example ought to give.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Target {
-    Class(u32),
-    /// Label ids, ascending.
-    Classes(Vec<u32>),
-    Number(f32),
 }
 
 /// The score above which a label of several is predicted: a logit above 0.
@@ -170,6 +161,7 @@ impl TextClassification {
     pub(super) fn write_config(&self, config: &mut ModelConfig) {
         let family = match config.family {
             Family::Bert(_) => "Bert",
+            Family::Gpt2(_) => "GPT2",
         };
         let id2label: Map<String, Value> =
             self.labels.iter().enumerate().map(|(id, name)| (id.to_string(), json!(name))).collect();
@@ -181,11 +173,16 @@ impl TextClassification {
         raw.insert("id2label".to_owned(), Value::Object(id2label));
         raw.insert("label2id".to_owned(), Value::Object(label2id));
         raw.remove("num_labels"); // transformers derives it from id2label
+        if matches!(config.family, Family::Gpt2(_)) && raw.get("pad_token_id").is_none_or(Value::is_null) {
+            // transformers finds the last token of a padded row by it
+            let end = raw.get("eos_token_id").cloned().unwrap_or_else(|| json!(50_256));
+            raw.insert("pad_token_id".to_owned(), end);
+        }
     }
 
     /// The sum over the examples. A mean over the labels of an example with several, as in
     /// `torch.nn.BCEWithLogitsLoss`; label smoothing as in `torch.nn.CrossEntropyLoss`.
-    pub(super) fn loss(&self, logits: &Tensor, targets: &[&Target], label_smoothing: f64) -> Result<Tensor> {
+    pub fn loss(&self, logits: &Tensor, targets: &[&Target], label_smoothing: f64) -> Result<Tensor> {
         let (rows, width) = logits.dims2()?;
         let wanted = self.matrix(targets, label_smoothing as f32);
         let wanted = Tensor::from_vec(wanted, (rows, width), logits.device())?.to_dtype(logits.dtype())?;
@@ -216,12 +213,14 @@ impl TextClassification {
                 }
                 Target::Classes(ids) => ids.iter().for_each(|&id| row[id as usize] = 1.0),
                 Target::Number(number) => row[0] = *number,
+                Target::Next(_) => {} // of another task
             }
         }
         matrix
     }
 
-    pub(super) fn prediction(&self, logits: &[f32], with_logits: bool) -> Map<String, Value> {
+    /// A prediction as a record's fields, from one example's logits.
+    pub fn prediction(&self, logits: &[f32], with_logits: bool) -> Map<String, Value> {
         let mut record = Map::new();
         let scores = self.scores(logits);
         let by_label = || -> Map<String, Value> {
@@ -278,7 +277,8 @@ impl TextClassification {
         }
     }
 
-    pub(super) fn measure(&self, logits: &[Vec<f32>], targets: &[Target]) -> Result<Metrics> {
+    /// The metrics over a whole evaluation set, and the mean `loss`.
+    pub fn measure(&self, logits: &[Vec<f32>], targets: &[Target]) -> Result<Metrics> {
         let width = self.labels.len();
         let matrix = Tensor::from_vec(logits.concat(), (logits.len(), width), &Device::Cpu)?;
         let targets_by_ref: Vec<&Target> = targets.iter().collect();
@@ -308,7 +308,7 @@ impl TextClassification {
                     .map(|target| match target {
                         Target::Class(id) => vec![*id],
                         Target::Classes(ids) => ids.clone(),
-                        Target::Number(_) => Vec::new(),
+                        Target::Number(_) | Target::Next(_) => Vec::new(),
                     })
                     .collect();
                 match self.problem {

@@ -9,6 +9,6 @@ pub mod schedule;
 pub mod settings;
 pub mod trainer;
 
-pub use run::{Outcome, Run, evaluate};
+pub use run::{Outcome, Run};
 pub use settings::Settings;
 pub use trainer::Trainer;

@@ -13,11 +13,10 @@ use super::log::Log;
 use super::plan::Plan;
 use super::trainer::{Step, Trainer};
 use crate::Result;
-use crate::data::batch::Encoding;
-use crate::eager::{Params, logits};
+use crate::eager::{Params, measure};
 use crate::model::Family;
 use crate::say::Say;
-use crate::task::{Example, Metrics, Target, Task};
+use crate::task::{Example, Metrics, Task};
 
 /// All that a run needs.
 pub struct Run<'a> {
@@ -143,7 +142,7 @@ impl Run<'_> {
     }
 
     fn evaluate(&self, log: &mut Log, bar: &ProgressBar, progress: &mut Progress, plan: &Plan) -> Result<()> {
-        let metrics = evaluate(self.params, self.family, self.task, self.eval, self.device)?;
+        let metrics = measure(self.params, self.family, self.task, self.eval, self.device)?;
         let (name, more_is_better) = self.task.deciding_metric(self.settings.best_metric.as_deref())?;
         let value = |metrics: &Metrics| metrics.get(&name).copied().unwrap_or(f64::NAN);
         let is_better = progress.best.as_ref().is_none_or(|best| {
@@ -168,17 +167,4 @@ impl Run<'_> {
         }
         Ok(())
     }
-}
-
-/// The task's metrics and mean loss over examples.
-pub fn evaluate(
-    params: &Params,
-    family: &Family,
-    task: &Task,
-    examples: &[Example],
-    device: &Device,
-) -> Result<Metrics> {
-    let encodings: Vec<&Encoding> = examples.iter().map(|example| &example.encoding).collect();
-    let targets: Vec<Target> = examples.iter().map(|example| example.target.clone()).collect();
-    task.measure(&logits(params, family, task, &encodings, device)?, &targets)
 }

@@ -6,10 +6,10 @@ use super::Settings;
 use super::optimizer::{AdamW, Constants, Gradients, clip_factor};
 use super::schedule::warmup_steps;
 use crate::Result;
-use crate::data::batch::Packed;
+use crate::data::batch::{Encoding, Packed};
 use crate::eager::kernels::dropout::mix;
 use crate::eager::kernels::gradient::Rows;
-use crate::eager::{Eager, Kernels, Mode, Params, tensors};
+use crate::eager::{Eager, Kernels, Mode, Params};
 use crate::model::Family;
 use crate::task::{Example, Target, Task};
 
@@ -29,7 +29,7 @@ pub struct Trainer<'a> {
 /// What a step did.
 #[derive(Clone, Copy, Debug)]
 pub struct Step {
-    /// The mean loss of the step's examples, before its update.
+    /// The mean loss of the step's examples, or of their predicted tokens, before its update.
     pub loss: f64,
     pub learning_rate: f64,
     /// The gradients' norm before clipping.
@@ -78,10 +78,10 @@ impl<'a> Trainer<'a> {
             Kernels::Fused => Gradients::Slots,
             Kernels::Composite => Gradients::Tensors(Vec::new()),
         };
-        let examples = micro_batches.iter().map(Vec::len).sum();
+        let losses = micro_batches.iter().flatten().map(|example| example.target.losses()).sum();
         for (part, micro_batch) in micro_batches.iter().enumerate() {
             let key = mix(mix(self.settings.seed ^ mix(number as u64)) ^ part as u64);
-            loss += self.backward(micro_batch, examples, key, &mut gradients)?;
+            loss += self.backward(micro_batch, losses, key, &mut gradients)?;
             tokens += micro_batch.iter().map(|example| example.encoding.len()).sum::<usize>();
         }
         let grad_norm = gradients.global_norm(self.params)?;
@@ -101,16 +101,18 @@ impl<'a> Trainer<'a> {
         Ok(Step { loss, learning_rate, grad_norm, tokens })
     }
 
-    /// Adds a micro-batch's gradients up; returns its share of the mean loss of `of` examples.
+    /// Adds a micro-batch's gradients up; returns its share of the mean of `of` losses.
     fn backward(&self, examples: &[&Example], of: usize, key: u64, gradients: &mut Gradients) -> Result<f64> {
-        let batch = Packed::new(examples.iter().map(|example| &example.encoding));
+        let encodings: Vec<&Encoding> = examples.iter().map(|example| &example.encoding).collect();
+        let batch = Packed::new(encodings.iter().copied());
         let targets: Vec<&Target> = examples.iter().map(|example| &example.target).collect();
         let eager = Eager::new(self.params, &batch, self.device, Mode::Training { key })
             .with_kernels(self.kernels)
             .with_dtype(self.settings.precision.dtype());
         let eager = if self.settings.checkpoint_activations { eager.with_recomputation() } else { eager };
-        let outputs = tensors(self.task.define(&eager, self.family)?)?;
-        let loss = (self.task.loss(&outputs, &targets, self.settings.label_smoothing)? / of as f64)?;
+        let outputs = self.task.define(&eager, self.family)?;
+        let smoothing = self.settings.label_smoothing;
+        let loss = eager.loss(self.task, outputs, &encodings, &targets, smoothing, of)?;
         let value = f64::from(loss.to_scalar::<f32>()?);
         let mut store = loss.backward()?;
         let mut missing = Vec::new();

@@ -65,10 +65,51 @@ fn a_tokenizer_built_from_vocab_txt_is_the_one_transformers_saves() {
     let saved: Value =
         serde_json::from_slice(&std::fs::read(model("tiny-bert-single").join("tokenizer.json")).unwrap())
             .unwrap();
-    assert_eq!(serde_json::from_str::<Value>(tokenizer.built.as_ref().unwrap()).unwrap(), saved);
+    assert_eq!(serde_json::from_str::<Value>(&tokenizer.built.as_ref().unwrap().0).unwrap(), saved);
     for name in MODELS {
         assert_encodes_as_transformers(&tokenizer, name);
     }
+}
+
+#[test]
+fn a_tokenizer_built_from_vocab_json_is_the_one_transformers_saves() {
+    let name = "tiny-gpt2-single";
+    let saved = Tokenizer::open(&model(name)).unwrap();
+    assert_encodes_as_transformers(&saved, name);
+    let files = ["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"];
+    let dir = tempfile::tempdir().unwrap();
+    for file in files {
+        std::fs::copy(model(name).join(file), dir.path().join(file)).unwrap();
+    }
+    let built = Tokenizer::open(dir.path()).unwrap();
+    assert_encodes_as_transformers(&built, name);
+    assert_eq!(saved.pad_id(), built.pad_id());
+    let texts = ["a\u{303}<|endoftext|> 你好👋🏽\n\n  x", "", " ", "don't 12345"];
+    for text in texts {
+        let ids = |tokenizer: &Tokenizer| tokenizer.encode(text, None, 999).unwrap().ids;
+        assert_eq!(ids(&built), ids(&saved));
+        assert_eq!(built.inner().decode(&ids(&built), false).unwrap(), text);
+    }
+}
+
+#[test]
+fn a_trained_tokenizer_gives_every_text_back_and_is_the_same_every_time() {
+    let texts: Vec<String> =
+        (0..200).map(|i| format!("the same words again and again, text {}", i % 7)).collect();
+    let (tokenizer, again) = (Tokenizer::train(&texts, 300).unwrap(), Tokenizer::train(&texts, 300).unwrap());
+    assert_eq!(tokenizer.hash(), again.hash());
+    assert!((258..=300).contains(&tokenizer.vocab_size()));
+    let ids = tokenizer.encode("the same words", None, 99).unwrap().ids;
+    assert!(ids.len() <= 5, "merges were learnt: {ids:?}");
+    for text in ["the same words", "never seen: 你好👋🏽\r\n\t", "naïve"] {
+        let ids = tokenizer.encode(text, None, 999).unwrap().ids;
+        assert_eq!(tokenizer.inner().decode(&ids, false).unwrap(), text);
+        assert_eq!(ids.iter().map(|&id| tokenizer.bytes(id)).sum::<usize>(), text.len());
+    }
+    let end = tokenizer.end().unwrap();
+    assert_eq!(tokenizer.encode("a<|endoftext|>", None, 9).unwrap().ids.last(), Some(&end));
+    assert_eq!(tokenizer.bytes(end), 0);
+    assert!(Tokenizer::train(&texts, 200).is_err());
 }
 
 #[test]
@@ -179,7 +220,10 @@ fn what_is_missing_or_broken_is_named() {
         assert_eq!(crate::error::exit_code(&error), 2, "{error:#}");
         format!("{error:#}").replace(&dir.path().display().to_string(), "DIR")
     };
-    assert_eq!(error(&[], &[]), "DIR has no tokenizer: neither tokenizer.json nor vocab.txt is there");
+    assert_eq!(
+        error(&[], &[]),
+        "DIR has no tokenizer: neither tokenizer.json nor vocab.txt nor vocab.json with merges.txt is there"
+    );
     assert!(
         error(&[], &[("tokenizer.json", "{}")])
             .starts_with("DIR/tokenizer.json can't be read as a tokenizer: ")

@@ -12,8 +12,8 @@ use rayon::prelude::*;
 
 use super::buffer::Buffer;
 use super::dropout::{Mask, Row};
-use super::gemm::{Matrix, MatrixMut, Packed, Shared, Write, product, row_blocks};
-use super::linear::Map;
+use super::gemm::{Matrix, MatrixMut, Shared, Write, product, row_blocks};
+use super::linear::{Input, Map};
 use super::{simd, wide};
 use crate::data::batch::Spans;
 use crate::eager::tape::{Tape, Value};
@@ -33,12 +33,28 @@ pub fn attention(
     let width = q.width;
     how.check([q, k, v].map(|x| (x.rows(), x.width)))?;
     let mut log_sums = Buffer::any(q.rows() * how.heads);
-    let y = how.forward([q, k, v].map(|x| &x.numbers[..]), width, &mut log_sums);
+    let y = how.forward([q, k, v].map(|x| Columns::all(&x.numbers, width)), width, &mut log_sums);
     let (how, inputs) = (how.clone(), [q, k, v].map(Arc::clone));
     Ok(tape.push_with_result(y, width, move |y, dy, flow| {
-        let inputs_numbers = inputs.each_ref().map(|x| &x.numbers[..]);
-        let gradients = how.backward(inputs_numbers, &y.numbers, &log_sums, &dy, width);
+        let gradients = how.backward_of_all(inputs.each_ref().map(|x| &x.numbers[..]), &y, &log_sums, &dy);
         inputs.iter().zip(gradients).for_each(|(x, gradient)| flow.give(x, gradient));
+        Ok(())
+    }))
+}
+
+/// The same where q, k and v are the three parts of one value, (T, 3·H·D), as one linear map gives them.
+pub fn attention_of_parts(tape: &Tape, x: &Arc<Value>, how: &Attention) -> Result<Arc<Value>> {
+    let width = x.width / 3;
+    how.check([(x.rows(), width); 3])?;
+    let mut log_sums = Buffer::any(x.rows() * how.heads);
+    let y = how.forward(Columns::parts(&x.numbers, width), width, &mut log_sums);
+    let (how, x) = (how.clone(), x.clone());
+    Ok(tape.push_with_result(y, width, move |y, dy, flow| {
+        let mut dx = Buffer::any(x.numbers.len());
+        let start = Shared::new(&mut dx);
+        let gradients = [0, 1, 2].map(|i| ColumnsMut { x: start, at: i * width, stride: 3 * width });
+        how.backward(Columns::parts(&x.numbers, width), &y, &log_sums, &dy, gradients);
+        flow.give(&x, dx);
         Ok(())
     }))
 }
@@ -50,7 +66,7 @@ pub fn self_attention(tape: &Tape, x: &Arc<Value>, maps: [&Map; 3], how: &Attent
     how.check(maps.map(|map| (rows, map.output)))?;
     let mapped = map_all(&x.numbers, maps)?;
     let mut log_sums = Buffer::any(rows * how.heads);
-    let y = how.forward(mapped.each_ref().map(|x| &x[..]), width, &mut log_sums);
+    let y = how.forward(mapped.each_ref().map(|x| Columns::all(x, width)), width, &mut log_sums);
     let kept = tape.keeps().then_some(mapped);
     let (how, x, maps) = (how.clone(), x.clone(), maps.map(Map::clone));
     Ok(tape.push_with_result(y, width, move |y, dy, flow| {
@@ -58,12 +74,12 @@ pub fn self_attention(tape: &Tape, x: &Arc<Value>, maps: [&Map; 3], how: &Attent
             Some(mapped) => mapped,
             None => map_all(&x.numbers, maps.each_ref())?,
         };
-        let gradients = how.backward(mapped.each_ref().map(|x| &x[..]), &y.numbers, &log_sums, &dy, width);
+        let gradients = how.backward_of_all(mapped.each_ref().map(|x| &x[..]), &y, &log_sums, &dy);
         drop(mapped);
-        let packed = Packed::new(maps[0].rows(&x.numbers));
+        let input = Input::new(&x.numbers);
         for (map, dy) in maps.iter().zip(&gradients) {
             flow.add(&x, |dx, write| map.backward_input(dx, write, dy))?;
-            map.backward_weights(&packed, dy);
+            map.backward_weights(&input, dy);
         }
         Ok(())
     }))
@@ -80,7 +96,7 @@ fn map_all(x: &[f32], maps: [&Map; 3]) -> Result<[Buffer; 3]> {
         for (i, start) in starts.iter().enumerate() {
             // SAFETY: blocks of rows do not overlap, and the buffers outlive the loop.
             let y = unsafe { start.slice(rows.start * width, rows.len() * width) };
-            maps[i].block(&packed[i], &biases[i], y, x, rows.clone());
+            maps[i].block(&packed[i], biases[i].as_deref(), y, x, rows.clone());
         }
     });
     Ok(mapped)
@@ -164,29 +180,54 @@ struct Block {
     seen: usize,
 }
 
-impl Attention {
-    /// A head's (rows, D) part of a (T, C) tensor.
-    fn part<'a>(&self, x: &'a [f32], rows: &Range<usize>, width: usize, head: usize) -> Matrix<'a> {
-        let d = width / self.heads;
-        Matrix::new(&x[rows.start * width + head * d..], rows.len(), d, width)
+/// Queries, keys or values: columns of a row-major matrix, from `at` on.
+#[derive(Clone, Copy)]
+struct Columns<'a> {
+    x: &'a [f32],
+    at: usize,
+    stride: usize,
+}
+
+impl<'a> Columns<'a> {
+    fn all(x: &'a [f32], width: usize) -> Self {
+        Self { x, at: 0, stride: width }
     }
 
-    /// The same part of a tensor that is written.
+    fn parts(x: &'a [f32], width: usize) -> [Self; 3] {
+        [0, 1, 2].map(|i| Self { x, at: i * width, stride: 3 * width })
+    }
+
+    fn rows(&self) -> usize {
+        self.x.len() / self.stride
+    }
+
+    /// A head's (rows, D).
+    fn head(&self, rows: &Range<usize>, head: usize, d: usize) -> Matrix<'a> {
+        Matrix::new(&self.x[rows.start * self.stride + self.at + head * d..], rows.len(), d, self.stride)
+    }
+}
+
+/// The same of a matrix that is written.
+#[derive(Clone, Copy)]
+struct ColumnsMut {
+    x: Shared,
+    at: usize,
+    stride: usize,
+}
+
+impl ColumnsMut {
+    /// A head's (rows, D).
     ///
     /// # Safety
-    /// `x` points to a (T, C) tensor that outlives the result; no other task touches this part of it.
-    unsafe fn part_mut<'a>(
-        &self,
-        x: Shared,
-        rows: &Range<usize>,
-        width: usize,
-        head: usize,
-    ) -> MatrixMut<'a> {
-        let d = width / self.heads;
-        // SAFETY: the part lies inside the tensor; the rest is the caller's promise.
-        unsafe { MatrixMut::raw(x.get().add(rows.start * width + head * d), rows.len(), d, width) }
+    /// The matrix outlives the result; no other task touches this part of it.
+    unsafe fn head<'a>(&self, rows: &Range<usize>, head: usize, d: usize) -> MatrixMut<'a> {
+        let start = rows.start * self.stride + self.at + head * d;
+        // SAFETY: the part lies inside the matrix; the rest is the caller's promise.
+        unsafe { MatrixMut::raw(self.x.get().add(start), rows.len(), d, self.stride) }
     }
+}
 
+impl Attention {
     fn mask_row(&self, query: usize, head: usize) -> Option<Row> {
         self.mask.map(|mask| mask.row((query * self.heads + head) as u64))
     }
@@ -250,18 +291,19 @@ impl Attention {
     }
 
     /// `log_sums` (H, queries) receives the logarithm of each row's softmax denominator.
-    fn forward(&self, [q, k, v]: [&[f32]; 3], width: usize, log_sums: &mut [f32]) -> Buffer {
-        let asking = q.len() / width;
-        let scale = 1.0 / ((width / self.heads) as f32).sqrt();
-        let mut y = Buffer::any(q.len());
-        let (y_start, sums_start) = (Shared::new(&mut y), Shared::new(log_sums));
+    fn forward(&self, [q, k, v]: [Columns; 3], width: usize, log_sums: &mut [f32]) -> Buffer {
+        let (asking, d) = (q.rows(), width / self.heads);
+        let scale = 1.0 / (d as f32).sqrt();
+        let mut y = Buffer::any(asking * width);
+        let y_columns = ColumnsMut { x: Shared::new(&mut y), at: 0, stride: width };
+        let sums_start = Shared::new(log_sums);
         self.blocks().par_iter().for_each_init(Vec::new, |weights, block| {
             let Block { head, keys, queries, .. } = block;
             let (m, n) = (queries.len(), keys.len());
             weights.resize(m * n, 0.0);
             let scores = MatrixMut::new(weights, m, n, n);
-            let q = self.part(q, queries, width, *head);
-            product(scores, Write::Replace, scale, q, self.part(k, keys, width, *head).transposed());
+            let (q, k) = (q.head(queries, *head, d), k.head(keys, *head, d));
+            product(scores, Write::Replace, scale, q, k.transposed());
             // SAFETY: a block's queries and head are its own, in the sums and in y.
             let sums = unsafe { sums_start.slice(head * asking + queries.start, m) };
             for (i, (row, sum)) in weights.chunks_exact_mut(n).zip(sums).enumerate() {
@@ -273,26 +315,36 @@ impl Attention {
                 }
             }
             // SAFETY: as above.
-            let y = unsafe { self.part_mut(y_start, queries, width, *head) };
-            product(y, Write::Replace, 1.0, Matrix::new(weights, m, n, n), self.part(v, keys, width, *head));
+            let y = unsafe { y_columns.head(queries, *head, d) };
+            product(y, Write::Replace, 1.0, Matrix::new(weights, m, n, n), v.head(keys, *head, d));
         });
         y
     }
 
-    /// dq, dk and dv.
+    /// dq, dk and dv of queries, keys and values of their own.
+    fn backward_of_all(&self, inputs: [&[f32]; 3], y: &Value, log_sums: &[f32], dy: &[f32]) -> [Buffer; 3] {
+        let mut gradients = inputs.map(|x| Buffer::any(x.len()));
+        let places = gradients.each_mut().map(|gradient| {
+            let x = Shared::new(gradient);
+            ColumnsMut { x, at: 0, stride: y.width }
+        });
+        self.backward(inputs.map(|x| Columns::all(x, y.width)), y, log_sums, dy, places);
+        gradients
+    }
+
+    /// Writes dq, dk and dv, whose places outlive the call and are nobody else's.
     fn backward(
         &self,
-        [qs, ks, vs]: [&[f32]; 3],
-        ys: &[f32],
+        [qs, ks, vs]: [Columns; 3],
+        y: &Value,
         log_sums: &[f32],
-        dys: &[f32],
-        width: usize,
-    ) -> [Buffer; 3] {
-        let asking = qs.len() / width;
+        dy: &[f32],
+        [dqs, dks, dvs]: [ColumnsMut; 3],
+    ) {
+        let (asking, width) = (qs.rows(), y.width);
         let d = width / self.heads;
         let scale = 1.0 / (d as f32).sqrt();
-        let mut gradients = [qs, ks, vs].map(|x| Buffer::any(x.len()));
-        let [dq_start, dk_start, dv_start] = gradients.each_mut().map(|gradient| Shared::new(gradient));
+        let (ys, dys) = (Columns::all(&y.numbers, width), Columns::all(dy, width));
         // a sequence's head is one task: its blocks add to the same dK and dV, in order
         let mut tasks: Vec<Vec<Block>> = Vec::new();
         for block in self.blocks() {
@@ -314,12 +366,8 @@ impl Attention {
                 let (m, n) = (queries.len(), keys.len());
                 weights.resize(m * n, 0.0);
                 dweights.resize(m * n, 0.0);
-                let (q, k, v) = (
-                    self.part(qs, queries, width, *head),
-                    self.part(ks, keys, width, *head),
-                    self.part(vs, keys, width, *head),
-                );
-                let dy = self.part(dys, queries, width, *head);
+                let (q, dy) = (qs.head(queries, *head, d), dys.head(queries, *head, d));
+                let (k, v) = (ks.head(keys, *head, d), vs.head(keys, *head, d));
                 product(MatrixMut::new(weights, m, n, n), Write::Replace, scale, q, k.transposed());
                 product(MatrixMut::new(dweights, m, n, n), Write::Replace, 1.0, dy, v.transposed());
                 for (i, query) in queries.clone().enumerate() {
@@ -329,7 +377,7 @@ impl Attention {
                     behind.fill(0.0);
                     dbehind.fill(0.0);
                     let at = query * width + head * d;
-                    let delta = dot(&dys[at..at + d], &ys[at..at + d]);
+                    let delta = dot(&dys.x[at..at + d], &ys.x[at..at + d]);
                     let log_sum = log_sums[head * asking + query];
                     match self.mask_row(query, *head) {
                         None => softmax_backward(row, drow, log_sum, delta),
@@ -339,18 +387,12 @@ impl Attention {
                 let (p, ds) = (Matrix::new(weights, m, n, n), Matrix::new(dweights, m, n, n));
                 // SAFETY: this sequence and head belong to this task alone.
                 unsafe {
-                    let (dq, dk, dv) = (
-                        self.part_mut(dq_start, queries, width, *head),
-                        self.part_mut(dk_start, keys, width, *head),
-                        self.part_mut(dv_start, keys, width, *head),
-                    );
-                    product(dq, Write::Replace, scale, ds, k);
-                    product(dk, first, scale, ds.transposed(), q);
-                    product(dv, first, 1.0, p.transposed(), dy);
+                    product(dqs.head(queries, *head, d), Write::Replace, scale, ds, k);
+                    product(dks.head(keys, *head, d), first, scale, ds.transposed(), q);
+                    product(dvs.head(keys, *head, d), first, 1.0, p.transposed(), dy);
                 }
             }
         });
-        gradients
     }
 }
 

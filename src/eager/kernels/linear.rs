@@ -1,20 +1,28 @@
-//! `y = x · Wᵀ + b`, with a non-linearity behind it or without; the backward pass gives dx, dW and db.
+//! `y = x · Wᵀ + b` or `x · W + b`, with a non-linearity behind it or without; the backward pass gives dx, dW and db.
 
+use std::cell::OnceCell;
 use std::sync::Arc;
 
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
 use super::buffer::Buffer;
-use super::gemm::{Matrix, MatrixMut, Packed, Shared, Write, row_blocks, share};
+use super::gemm::{Matrix, MatrixMut, Packed, Shared, Write, parallel_product, row_blocks, share};
 use super::{Numbers, Weight, activation, simd, wide};
 use crate::eager::tape::{Tape, Value};
-use crate::model::ops::Activation;
+use crate::model::ops::{Activation, Layout};
 
-/// x (R, in), weight (out, in), bias (out) → (R, out), in candle's operations.
-pub fn composite(x: &Tensor, weight: &Weight, bias: &Weight) -> Result<Tensor> {
-    let y = x.matmul(&weight.values.to_dtype(x.dtype())?.t()?)?;
-    wide(&y)?.broadcast_add(&bias.values)?.to_dtype(x.dtype())
+/// x (R, in), weight as `layout` says, bias (out) → (R, out), in candle's operations.
+pub fn composite(x: &Tensor, weight: &Weight, bias: Option<&Weight>, layout: Layout) -> Result<Tensor> {
+    let w = weight.values.to_dtype(x.dtype())?;
+    let y = match layout {
+        Layout::OutIn => x.matmul(&w.t()?)?,
+        Layout::InOut => x.matmul(&w)?,
+    };
+    match bias {
+        Some(bias) => wide(&y)?.broadcast_add(&bias.values)?.to_dtype(x.dtype()),
+        None => Ok(y),
+    }
 }
 
 /// The same, fused.
@@ -24,7 +32,7 @@ pub fn linear(tape: &Tape, x: &Arc<Value>, map: &Map) -> Result<Arc<Value>> {
     map.forward(&x.numbers, &mut y)?;
     let (x, map) = (x.clone(), map.clone());
     Ok(tape.push(y, map.output, move |dy, flow| {
-        map.backward_weights(&Packed::new(map.rows(&x.numbers)), &dy);
+        map.backward_weights(&Input::new(&x.numbers), &dy);
         flow.add(&x, |dx, write| map.backward_input(dx, write, &dy))
     }))
 }
@@ -37,7 +45,7 @@ pub fn linear_activation(tape: &Tape, x: &Arc<Value>, map: &Map, how: Activation
     Ok(tape.push(y, map.output, move |mut dy, flow| {
         activation::backward(how, &mut dy, &z);
         drop(z);
-        map.backward_weights(&Packed::new(map.rows(&x.numbers)), &dy);
+        map.backward_weights(&Input::new(&x.numbers), &dy);
         flow.add(&x, |dx, write| map.backward_input(dx, write, &dy))
     }))
 }
@@ -51,7 +59,7 @@ pub(super) fn inner_values(x: &Value, map: &Map, how: Activation) -> Result<[Buf
         let (at, n) = (rows.start * map.output, rows.len() * map.output);
         // SAFETY: blocks of rows do not overlap, and the buffers outlive the loop.
         let [z, y] = starts.map(|start| unsafe { start.slice(at, n) });
-        map.block(&weight, &bias, z, &x.numbers, rows);
+        map.block(&weight, bias.as_deref(), z, &x.numbers, rows);
         activation::forward(how, y, z);
     });
     Ok(values)
@@ -61,19 +69,51 @@ pub(super) fn inner_values(x: &Value, map: &Map, how: Activation) -> Result<[Buf
 #[derive(Clone)]
 pub struct Map {
     weight: Weight,
-    bias: Weight,
+    bias: Option<Weight>,
+    layout: Layout,
     pub input: usize,
     pub output: usize,
 }
 
+/// What maps were applied to, (R, in); the backward passes of all of them pack it once.
+pub(super) struct Input<'a> {
+    x: &'a [f32],
+    packed: OnceCell<Packed>,
+}
+
+impl<'a> Input<'a> {
+    pub(super) fn new(x: &'a [f32]) -> Self {
+        Self { x, packed: OnceCell::new() }
+    }
+}
+
 impl Map {
-    /// weight (out, in), bias (out).
-    pub fn new(weight: &Weight, bias: &Weight) -> Result<Self> {
-        let (output, input) = weight.values.dims2()?;
-        if bias.values.dims1()? != output {
+    /// weight (out, in) or (in, out), bias (out).
+    pub fn new(weight: &Weight, bias: Option<&Weight>, layout: Layout) -> Result<Self> {
+        let (rows, columns) = weight.values.dims2()?;
+        let (input, output) = match layout {
+            Layout::OutIn => (columns, rows),
+            Layout::InOut => (rows, columns),
+        };
+        if let Some(bias) = bias
+            && bias.values.dims1()? != output
+        {
             candle_core::bail!("a bias of {} for a map to {output} channels", bias.values.dims1()?);
         }
-        Ok(Self { weight: weight.clone(), bias: bias.clone(), input, output })
+        Ok(Self { weight: weight.clone(), bias: bias.cloned(), layout, input, output })
+    }
+
+    /// The weight as a matrix (in, out), however it is stored.
+    fn matrix<'a>(&self, w: &'a [f32]) -> Matrix<'a> {
+        match self.layout {
+            Layout::OutIn => Matrix::new(w, self.output, self.input, self.input).transposed(),
+            Layout::InOut => Matrix::new(w, self.input, self.output, self.output),
+        }
+    }
+
+    /// Weight and bias where the weight is stored (out, in).
+    pub(in crate::eager) fn out_in(&self) -> Option<(&Weight, Option<&Weight>)> {
+        (self.layout == Layout::OutIn).then_some((&self.weight, self.bias.as_ref()))
     }
 
     /// Whether it can be applied to so many channels.
@@ -89,53 +129,58 @@ impl Map {
         Matrix::new(x, x.len() / self.input, self.input, self.input)
     }
 
-    /// Wᵀ, packed for the forward pass.
+    /// The weight, packed for the forward pass.
     pub(super) fn packed(&self) -> Result<Packed> {
-        let w = Numbers::of(&self.weight.values)?;
-        Ok(Packed::new(Matrix::new(&w, self.output, self.input, self.input).transposed()))
+        Ok(Packed::new(self.matrix(&Numbers::of(&self.weight.values)?)))
     }
 
-    /// W, packed for the gradient of the input.
+    /// The weight, packed for the gradient of the input.
     pub(super) fn packed_backward(&self) -> Result<Packed> {
-        let w = Numbers::of(&self.weight.values)?;
-        Ok(Packed::new(Matrix::new(&w, self.output, self.input, self.input)))
+        Ok(Packed::new(self.matrix(&Numbers::of(&self.weight.values)?).transposed()))
     }
 
-    pub(super) fn bias(&self) -> Result<Buffer> {
-        Ok(Buffer::of(&Numbers::of(&self.bias.values)?))
+    pub(super) fn bias(&self) -> Result<Option<Buffer>> {
+        self.bias.as_ref().map(|bias| Ok(Buffer::of(&Numbers::of(&bias.values)?))).transpose()
     }
 
     /// `y = x · Wᵀ + b` for some rows of x, in this thread.
     pub(super) fn block(
         &self,
         weight: &Packed,
-        bias: &[f32],
+        bias: Option<&[f32]>,
         y: &mut [f32],
         x: &[f32],
         rows: std::ops::Range<usize>,
     ) {
         let dst = MatrixMut::new(y, rows.len(), self.output, self.output);
-        weight.product(dst, Write::Replace, 1.0, Some(bias), self.rows(x).rows(rows));
+        weight.product(dst, Write::Replace, 1.0, bias, self.rows(x).rows(rows));
     }
 
     /// `y = x · Wᵀ + b`, on all threads.
     pub(super) fn forward(&self, x: &[f32], y: &mut [f32]) -> Result<()> {
         let dst = MatrixMut::new(y, x.len() / self.input, self.output, self.output);
-        self.packed()?.parallel_product(dst, Write::Replace, Some(&self.bias()?), self.rows(x));
+        self.packed()?.parallel_product(dst, Write::Replace, self.bias()?.as_deref(), self.rows(x));
         Ok(())
     }
 
-    /// Adds the gradients of weight and bias up; x is packed as the right operand of `dyᵀ · x`.
-    pub(super) fn backward_weights(&self, x: &Packed, dy: &[f32]) {
+    /// Adds the gradients of weight, `dyᵀ · x` or `xᵀ · dy`, and bias up.
+    pub(super) fn backward_weights(&self, x: &Input, dy: &[f32]) {
         let rows = dy.len() / self.output;
         if let Some(gradient) = &self.weight.gradient {
             let dy = Matrix::new(dy, rows, self.output, self.output);
-            gradient.add(|dw, write| {
-                let dst = MatrixMut::new(dw, self.output, self.input, self.input);
-                x.parallel_product(dst, write, None, dy.transposed());
+            gradient.add(|dw, write| match self.layout {
+                Layout::OutIn => {
+                    let x = x.packed.get_or_init(|| Packed::new(self.rows(x.x)));
+                    let dst = MatrixMut::new(dw, self.output, self.input, self.input);
+                    x.parallel_product(dst, write, None, dy.transposed());
+                }
+                Layout::InOut => {
+                    let dst = MatrixMut::new(dw, self.input, self.output, self.output);
+                    parallel_product(dst, write, self.rows(x.x).transposed(), dy);
+                }
             });
         }
-        if let Some(gradient) = &self.bias.gradient {
+        if let Some(gradient) = self.bias.as_ref().and_then(|bias| bias.gradient.as_ref()) {
             gradient.add_values(&column_sums(dy, self.output));
         }
     }

@@ -17,6 +17,7 @@ pub mod layer_norm;
 pub mod linear;
 pub mod residual;
 pub mod simd;
+pub mod split;
 
 use std::ops::Deref;
 use std::sync::Arc;

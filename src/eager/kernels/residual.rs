@@ -11,7 +11,7 @@ use super::buffer::Buffer;
 use super::dropout::{self, Mask};
 use super::gemm::{Matrix, MatrixMut, Packed, Shared, Write, row_blocks};
 use super::layer_norm::{self, Norm};
-use super::linear::{Map, inner_values};
+use super::linear::{Input, Map, inner_values};
 use super::{CHUNK, Weight, add_here, wide};
 use crate::eager::tape::{Flow, Tape, Value};
 use crate::model::ops::Activation;
@@ -109,7 +109,7 @@ fn compute(
 struct Work<'a> {
     branch: &'a Branch,
     /// The maps' packed weights and their biases.
-    maps: Vec<(Packed, Buffer)>,
+    maps: Vec<(Packed, Option<Buffer>)>,
     /// A feed-forward branch's inner values: before the non-linearity, and behind it.
     kept: Option<[Buffer; 2]>,
     places: Option<[Shared; 2]>,
@@ -156,7 +156,7 @@ impl<'a> Work<'a> {
             }
             Branch::Linear { x, map } => {
                 let (weight, bias) = &self.maps[0];
-                map.block(weight, bias, to, &x.numbers, rows);
+                map.block(weight, bias.as_deref(), to, &x.numbers, rows);
             }
             Branch::FeedForward { x, first, how, second } => {
                 let n = rows.len() * first.output;
@@ -170,9 +170,9 @@ impl<'a> Work<'a> {
                     }
                 };
                 let [(weight, bias), (second_weight, second_bias)] = &self.maps[..] else { return };
-                first.block(weight, bias, z, &x.numbers, rows.clone());
+                first.block(weight, bias.as_deref(), z, &x.numbers, rows.clone());
                 activation::forward(*how, y, z);
-                second.block(second_weight, second_bias, to, y, 0..rows.len());
+                second.block(second_weight, second_bias.as_deref(), to, y, 0..rows.len());
             }
         }
     }
@@ -198,7 +198,7 @@ fn backward(
         Branch::Ready(value) => flow.give(value, dbranch),
         Branch::Linear { x, map } => {
             flow.add(x, |dx, write| map.backward_input(dx, write, &dbranch))?;
-            map.backward_weights(&Packed::new(map.rows(&x.numbers)), &dbranch);
+            map.backward_weights(&Input::new(&x.numbers), &dbranch);
         }
         Branch::FeedForward { x, first, how, second } => {
             let [z, y] = match kept {
@@ -223,8 +223,8 @@ fn backward(
                 });
                 Ok(())
             })?;
-            second.backward_weights(&Packed::new(second.rows(&y)), &dbranch);
-            first.backward_weights(&Packed::new(first.rows(&x.numbers)), &dz);
+            second.backward_weights(&Input::new(&y), &dbranch);
+            first.backward_weights(&Input::new(&x.numbers), &dz);
         }
     }
     Ok(())

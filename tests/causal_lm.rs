@@ -1,0 +1,214 @@
+//! `tk train --task causal-lm` and `tk eval`, the real binary: a small GPT-2 from nothing but a configuration and
+//! texts, and the tiny one of `transformers` on prompts and completions.
+
+mod common;
+
+use std::path::{Path, PathBuf};
+
+use common::{copy_dir, json, models, tk};
+use serde_json::{Value, json};
+use tk::runtime::decoder::{Decoder, Tokens};
+use tk::runtime::{Provider, Providers};
+use tk::say::Say;
+
+struct Bench {
+    dir: tempfile::TempDir,
+}
+
+impl Bench {
+    /// A configuration without tokenizer and weights, and texts of few words.
+    fn new() -> Self {
+        let bench = Self { dir: tempfile::tempdir().unwrap() };
+        let config = json!({
+            "model_type": "gpt2", "vocab_size": 320, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4,
+        });
+        std::fs::create_dir(bench.path("model")).unwrap();
+        std::fs::write(bench.path("model/config.json"), config.to_string()).unwrap();
+        let words = ["one", "two", "three", "four", "five", "six", "seven"];
+        let text = |i: usize| (0..12).map(|j| words[(i + j) % words.len()]).collect::<Vec<_>>().join(" ");
+        let lines =
+            |n: usize| (0..n).map(|i| json!({"text": text(i)}).to_string() + "\n").collect::<String>();
+        std::fs::write(bench.path("train.jsonl"), lines(140)).unwrap();
+        std::fs::write(bench.path("eval.jsonl"), lines(7)).unwrap();
+        bench
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn train(&self, output: &str, more: &[&str]) -> assert_cmd::assert::Assert {
+        let mut tk = tk();
+        tk.args(["train", "--task", "causal-lm", "--max-length", "48", "--batch-size", "8", "--json"]);
+        tk.args(["--learning-rate", "3e-3", "--epochs", "8"]);
+        tk.arg("--model").arg(self.path("model")).arg("--output").arg(self.path(output));
+        tk.arg("--train").arg(self.path("train.jsonl")).args(more).assert()
+    }
+
+    fn eval(&self, model: &Path, input: &str) -> Value {
+        let assert = tk().arg("eval").arg(model).arg("--input").arg(self.path(input)).arg("--json").assert();
+        serde_json::from_slice(&assert.success().get_output().stdout).unwrap()
+    }
+}
+
+fn stderr(assert: &assert_cmd::assert::Assert) -> String {
+    String::from_utf8_lossy(&assert.get_output().stderr).into_owned()
+}
+
+#[test]
+fn a_model_from_scratch_learns_its_texts_and_is_saved_whole() {
+    let bench = Bench::new();
+    let eval = bench.path("eval.jsonl").display().to_string();
+    let assert = bench.train("out", &["--from-scratch", "--eval", &eval]).success();
+    let result: Value = serde_json::from_slice(&assert.get_output().stdout).unwrap();
+    let metric = |name: &str| result["eval"][name].as_f64().unwrap();
+    assert!(metric("perplexity") < 2.0, "{result}"); // of a text of seven words in a row
+    assert!((metric("loss").exp() / metric("perplexity") - 1.0).abs() < 1e-9);
+    assert!(metric("bits_per_byte") < 0.5, "{result}");
+
+    let out = bench.path("out");
+    assert_eq!(bench.eval(&out, "eval.jsonl")["metrics"], result["eval"]);
+    let (config, tokenizer) = (json(out.join("config.json")), json(out.join("tokenizer.json")));
+    assert_eq!(config["architectures"], json!(["GPT2LMHeadModel"]));
+    let vocabulary = tokenizer["model"]["vocab"].as_object().unwrap();
+    assert_eq!(config["vocab_size"], vocabulary.len());
+    assert_eq!(config["eos_token_id"], vocabulary["<|endoftext|>"]);
+    let bytes = std::fs::read(out.join("model.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    assert_eq!(file.tensor("transformer.wte.weight").unwrap().shape(), [vocabulary.len(), 32]);
+    assert!(
+        file.names().iter().all(|name| name.starts_with("transformer.")),
+        "the head is the table of words"
+    );
+}
+
+#[test]
+fn a_run_repeats_bit_for_bit_with_its_tokenizer() {
+    let bench = Bench::new();
+    for output in ["a", "b"] {
+        bench.train(output, &["--from-scratch", "--max-steps", "5"]).success();
+    }
+    for file in ["tokenizer.json", "model.safetensors"] {
+        let read = |output: &str| std::fs::read(bench.path(output).join(file)).unwrap();
+        assert!(read("a") == read("b"), "{file}");
+    }
+}
+
+#[test]
+fn only_completions_are_learnt_and_measured() {
+    let bench = Bench::new();
+    copy_dir(&models("tiny-gpt2-lm"), &bench.path("model"));
+    let record =
+        |text: &str| json!({"prompt": "a prompt of some words:", "completion": text}).to_string() + "\n";
+    let both = json!({"text": "a prompt of some words: yes"}).to_string() + "\n";
+    std::fs::write(bench.path("train.jsonl"), record(" yes").repeat(20)).unwrap();
+    std::fs::write(bench.path("yes.jsonl"), record(" yes")).unwrap();
+    std::fs::write(bench.path("text.jsonl"), both).unwrap();
+
+    let before = bench.eval(&bench.path("model"), "yes.jsonl")["metrics"]["loss"].as_f64().unwrap();
+    let assert = bench.train("out", &[]).success();
+    assert!(stderr(&assert).contains("all from the checkpoint"), "{}", stderr(&assert));
+    let after = bench.eval(&bench.path("out"), "yes.jsonl")["metrics"]["loss"].as_f64().unwrap();
+    let text_after = bench.eval(&bench.path("out"), "text.jsonl")["metrics"]["loss"].as_f64().unwrap();
+    assert!(after < 0.2 * before, "{before} → {after}");
+    assert!(text_after > 2.0 * after, "the prompt was not learnt: {text_after}");
+}
+
+#[test]
+fn what_does_not_fit_is_refused_by_name_before_anything_is_written() {
+    let bench = Bench::new();
+    let bert = models("tiny-bert-single").display().to_string();
+    for (more, expected) in [
+        (vec!["--model", &bert], "needs a model that predicts the next token (model_type gpt2)"),
+        (vec!["--from-scratch", "--label-column", "x"], "--label-column says nothing to this task"),
+        (
+            vec!["--from-scratch", "--best-metric", "accuracy"],
+            "causal-lm has loss, bits_per_byte, perplexity",
+        ),
+        (vec!["--from-scratch", "--max-length", "65"], "above the 64 rows of the model's position table"),
+        (vec![], "has no tokenizer"),
+    ] {
+        let mut tk = tk();
+        tk.args(["train", "--task", "causal-lm", "--output"]).arg(bench.path("out"));
+        tk.arg("--train").arg(bench.path("train.jsonl"));
+        if !more.contains(&"--model") {
+            tk.arg("--model").arg(bench.path("model"));
+        }
+        if !more.contains(&"--max-length") {
+            tk.args(["--max-length", "32"]);
+        }
+        let assert = tk.args(&more).assert().code(2);
+        assert!(stderr(&assert).contains(expected), "{more:?}: {}", stderr(&assert));
+        assert!(!bench.path("out").exists());
+    }
+    std::fs::write(bench.path("train.jsonl"), "{\"text\": \"fine\"}\n{\"prompt\": \"no completion\"}\n")
+        .unwrap();
+    let assert = bench.train("out", &["--from-scratch"]).code(2);
+    assert!(stderr(&assert).contains("train.jsonl:2") && stderr(&assert).contains("completion"));
+    std::fs::write(bench.path("train.jsonl"), "{\"text\": \"\"}\n").unwrap();
+    let assert = bench.train("out", &["--from-scratch"]).code(2);
+    assert!(stderr(&assert).contains("no text has a token"), "{}", stderr(&assert));
+}
+
+/// The graph is held against candle with and without a past, and padded, before it is left there.
+#[test]
+fn an_export_goes_on_from_a_past_as_optimum_names_it() {
+    let dir = tempfile::tempdir().unwrap();
+    copy_dir(&models("tiny-gpt2-lm"), dir.path());
+    for opset in ["14", "18", "21"] {
+        let assert = tk().args(["export", "--json", "--opset", opset]).arg(dir.path()).assert().success();
+        let result: Value = serde_json::from_slice(&assert.get_output().stdout).unwrap();
+        assert!(result["max_abs"].as_f64().unwrap() < 2e-5, "{result}");
+        assert!(result["records"].as_u64().unwrap() > 100, "{result}");
+    }
+    let graph = tk::onnx::write::load(&dir.path().join("onnx/model.onnx")).unwrap().graph.unwrap();
+    let names = |values: &[tk::onnx::proto::ValueInfoProto]| -> Vec<String> {
+        values.iter().map(|value| value.name.clone()).collect()
+    };
+    let caches = |name: &str| {
+        (0..2).flat_map(|i| ["key", "value"].map(|part| format!("{name}.{i}.{part}"))).collect::<Vec<_>>()
+    };
+    let inputs = ["input_ids", "attention_mask", "position_ids"].map(str::to_owned).to_vec();
+    assert_eq!(names(&graph.input), [inputs, caches("past_key_values")].concat());
+    assert_eq!(names(&graph.output), [vec!["logits".to_owned()], caches("present")].concat());
+}
+
+/// What transformers generates, greedily, from the graph and its past alone.
+#[test]
+fn greedy_tokens_are_those_of_transformers() {
+    let dir = tempfile::tempdir().unwrap();
+    copy_dir(&models("tiny-gpt2-lm"), dir.path());
+    tk().args(["export", "--quiet"]).arg(dir.path()).assert().success();
+    let reference = json(models("tiny-gpt2-lm").join("reference.json"));
+    let list = |key: &str| -> Vec<Vec<i64>> { serde_json::from_value(reference[key].clone()).unwrap() };
+    let providers = Providers::only(Provider::Cpu);
+    let graph = dir.path().join("onnx/model.onnx");
+    let mut decoder = Decoder::open(&graph, &providers, 1, Say { quiet: true, ..Say::default() }).unwrap();
+    for (prompt, expected) in list("prompts").into_iter().zip(list("generate")) {
+        decoder.forget();
+        let (mut all, mut read) = (prompt.clone(), 0);
+        while all.len() < prompt.len() + expected.len() {
+            let (mask, positions) = (vec![1; all.len()], (read as i64..all.len() as i64).collect::<Vec<_>>());
+            let tokens = Tokens { rows: 1, ids: &all[read..], mask: &mask, positions: &positions };
+            let scores = decoder.read(tokens).unwrap();
+            read = all.len();
+            let last = scores.values.chunks_exact(scores.shape[2]).next_back().unwrap();
+            let best = (0..last.len()).fold(0, |best, i| if last[i] > last[best] { i } else { best });
+            all.push(best as i64);
+        }
+        assert_eq!(all[prompt.len()..], expected);
+    }
+}
+
+#[test]
+fn commands_that_know_no_language_model_say_so() {
+    let model = models("tiny-gpt2-lm");
+    let dir = tempfile::tempdir().unwrap();
+    copy_dir(&model, dir.path());
+    let input = model.join("reference.json").display().to_string();
+    for (command, more) in [("parity", vec![]), ("serve-batch", vec!["--input", &input, "--output", "-"])] {
+        let assert = tk().arg(command).arg(dir.path()).args(more).assert().code(2);
+        let said = stderr(&assert);
+        assert!(said.contains(&format!("tk {command} works with text-classification")), "{said}");
+    }
+}
