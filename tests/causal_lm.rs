@@ -173,6 +173,29 @@ fn an_export_goes_on_from_a_past_as_optimum_names_it() {
     assert_eq!(names(&graph.output), [vec!["logits".to_owned()], caches("present")].concat());
 }
 
+#[test]
+fn parity_compares_every_text_that_it_is_given() {
+    let dir = tempfile::tempdir().unwrap();
+    copy_dir(&models("tiny-gpt2-lm"), dir.path());
+    let texts = dir.path().join("texts.jsonl");
+    // nine of them, the last of one token, which has nothing behind a past
+    let line = |text: &str| json!({"text": text}).to_string() + "\n";
+    std::fs::write(&texts, (1..9).map(|n| line(&"x ".repeat(4 * n))).collect::<String>() + &line("x"))
+        .unwrap();
+    let parity = |more: &[&str]| tk().args(["parity", "--json"]).arg(dir.path()).args(more).assert();
+    for (more, least) in [(vec![], 100), (vec!["--input", texts.to_str().unwrap()], 3 * 8 * 8)] {
+        let assert = parity(&more).success();
+        let result: Value = serde_json::from_slice(&assert.get_output().stdout).unwrap();
+        let runtime = &result["runtimes"][0];
+        assert_eq!((&runtime["name"], &runtime["compared_with"]), (&json!("ort-cpu"), &json!("eager")));
+        assert!(runtime["records"].as_u64().unwrap() >= least && result["pass"] == true, "{result}");
+    }
+    let assert = parity(&["--tolerance", "0"]).code(1);
+    assert!(stderr(&assert).contains("ort-cpu differ from eager"), "{}", stderr(&assert));
+    let assert = parity(&["--runtimes", "eager,candle-onnx"]).code(2);
+    assert!(stderr(&assert).contains("candle-onnx is handed no past"), "{}", stderr(&assert));
+}
+
 /// What transformers generates, greedily, from the graph and its past alone.
 #[test]
 fn greedy_tokens_are_those_of_transformers() {
@@ -205,10 +228,14 @@ fn commands_that_know_no_language_model_say_so() {
     let model = models("tiny-gpt2-lm");
     let dir = tempfile::tempdir().unwrap();
     copy_dir(&model, dir.path());
-    let input = model.join("reference.json").display().to_string();
-    for (command, more) in [("parity", vec![]), ("serve-batch", vec!["--input", &input, "--output", "-"])] {
-        let assert = tk().arg(command).arg(dir.path()).args(more).assert().code(2);
+    std::fs::write(dir.path().join("texts.jsonl"), "{\"text\": \"some text\"}\n").unwrap();
+    let input = dir.path().join("texts.jsonl").display().to_string();
+    for more in [vec!["serve-batch", "--output", "-"], vec!["eval", "--runtime", "onnx"]] {
+        let assert = tk().args(&more).arg(dir.path()).args(["--input", &input]).assert().code(2);
         let said = stderr(&assert);
-        assert!(said.contains(&format!("tk {command} works with text-classification")), "{said}");
+        assert!(
+            said.contains(&format!("tk {}", more[0])) && said.contains("works with text-classification"),
+            "{said}"
+        );
     }
 }

@@ -1,16 +1,19 @@
 //! `tk parity`: a trained model and records → how far its runtimes are apart.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use anyhow::Context;
 use serde_json::json;
 
+use crate::data::batch::Encoding;
 use crate::data::records;
 use crate::onnx::{DEFAULT_OPSET, model, write};
 use crate::parity::inputs::{self, Text};
-use crate::parity::{self, Runtime, Subject, report};
+use crate::parity::{self, Compared, Runtime, Subject, decoding, report};
 use crate::saved::Saved;
 use crate::say::Say;
 use crate::serve::served;
+use crate::task::Form;
 use crate::task::examples::TextColumns;
 use crate::{Result, bail_unusable, files};
 
@@ -48,9 +51,8 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
         files::check_place(report)?;
     }
     let saved = Saved::open(&args.dir)?;
-    saved.task.text_classification("parity")?;
     let max_length = saved.checked_max_length(args.max_length)?;
-    let (runtimes, lacking) = pick(&args.runtimes)?;
+    let (runtimes, lacking) = pick(&args.runtimes, saved.task.form())?;
     for (name, why) in &lacking {
         say.line(format!("{name} is not on this machine: {why}"));
     }
@@ -74,8 +76,16 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
         path
     };
 
-    let subject = Subject { saved: &saved, graph: &graph, encodings: &encodings };
-    let compared = parity::run(&subject, &runtimes, args.tolerance)?;
+    let compared = match saved.task.form() {
+        Form::Whole => {
+            let subject = Subject { saved: &saved, graph: &graph, encodings: &encodings };
+            parity::run(&subject, &runtimes, args.tolerance)?
+        }
+        Form::Cached => {
+            let texts = if args.input.is_some() { encodings } else { decoding::few(&encodings) };
+            of_language_model(&saved, &graph, &texts, &runtimes, args.tolerance)?
+        }
+    };
     let pass = compared.iter().all(|c| c.pass);
     if let Some(path) = &args.report {
         files::write(path, report::html(&args.dir.display().to_string(), &compared, &lacking))?;
@@ -97,14 +107,41 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     Ok(())
 }
 
+/// Holds a language model's graph against candle on each of the runtimes.
+fn of_language_model(
+    saved: &Saved,
+    graph: &Path,
+    encodings: &[Encoding],
+    runtimes: &[Runtime],
+    tolerance: f32,
+) -> Result<Vec<Compared>> {
+    let (reference, others) = runtimes.split_first().context("no runtime to compare")?;
+    if *reference != Runtime::Eager {
+        bail_unusable!("a language model is compared with eager: name it among --runtimes");
+    }
+    others
+        .iter()
+        .map(|runtime| match runtime {
+            Runtime::Ort(provider) => decoding::run(saved, graph, encodings, *provider, tolerance),
+            other => bail_unusable!(
+                "{} is handed no past: compare a language model on eager and ort-cpu",
+                other.name()
+            ),
+        })
+        .collect()
+}
+
 /// The runtimes to compare, the reference first, and what this machine lacks of the default ones.
 type Picked = (Vec<Runtime>, Vec<(&'static str, String)>);
 
-fn pick(asked: &[Runtime]) -> Result<Picked> {
+fn pick(asked: &[Runtime], form: Form) -> Result<Picked> {
     let mut lacking = Vec::new();
     let mut runtimes = Vec::new();
     if asked.is_empty() {
         for runtime in Runtime::ALL {
+            if (runtime, form) == (Runtime::CandleOnnx, Form::Cached) {
+                continue; // tk hands it no past
+            }
             match runtime.available() {
                 Ok(()) => runtimes.push(runtime),
                 Err(why) => lacking.push((runtime.name(), format!("{why:#}"))),

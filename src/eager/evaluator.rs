@@ -48,11 +48,11 @@ impl Evaluator {
     }
 
     /// A language model's scores behind each token of each example: V numbers a token.
-    pub fn scores(&self, examples: &[Encoding]) -> Result<Vec<Vec<Vec<f32>>>> {
+    pub fn scores(&self, examples: &[&Encoding]) -> Result<Vec<Vec<Vec<f32>>>> {
         examples
             .iter()
             .map(|example| {
-                let packed = Packed::new([example]);
+                let packed = Packed::new([*example]);
                 let eager = Eager::new(&self.params, &packed, &self.device, Mode::Evaluation);
                 Ok(tensors(self.task.define(&eager, &self.family)?)?[0].to_vec2()?)
             })

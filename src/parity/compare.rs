@@ -56,6 +56,23 @@ impl Compared {
     }
 }
 
+impl Compared {
+    /// Both comparisons of the same runtimes as one.
+    pub fn with(self, other: &Self) -> Self {
+        let records = self.records + other.records;
+        let agreeing =
+            self.argmax_agreement * self.records as f64 + other.argmax_agreement * other.records as f64;
+        Self {
+            max_abs: worse(self.max_abs, other.max_abs),
+            max_rel: worse(self.max_rel, other.max_rel),
+            argmax_agreement: agreeing / records.max(1) as f64,
+            records,
+            pass: self.pass && other.pass,
+            ..self
+        }
+    }
+}
+
 /// The largest |a − b|; not a number where one is not finite, or where the lengths differ.
 pub(super) fn distance(wanted: &[f32], found: &[f32]) -> f32 {
     if wanted.len() != found.len() {
@@ -96,6 +113,14 @@ mod tests {
         let off = compare(&[1.0, 2.0], &[1.5, 1.0]);
         assert!(!off.pass);
         assert_eq!((off.max_abs, off.max_rel, off.argmax_agreement), (1.0, 0.5, 0.0));
+    }
+
+    #[test]
+    fn two_comparisons_are_as_good_as_the_worse_one() {
+        let (same, off) = (compare(&[1.0, 2.0], &[1.0, 2.0]), compare(&[1.0, 2.0], &[1.5, 1.0]));
+        let both = same.with(&off);
+        assert_eq!((both.max_abs, both.records, both.argmax_agreement, both.pass), (1.0, 2, 0.5, false));
+        assert!(off.with(&compare(&[1.0], &[f32::NAN])).max_abs.is_nan());
     }
 
     #[test]

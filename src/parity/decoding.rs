@@ -4,56 +4,73 @@
 use std::path::Path;
 
 use super::{Compared, Runtime};
-use crate::Result;
 use crate::data::batch::Encoding;
 use crate::eager::Evaluator;
 use crate::runtime::decoder::Tokens;
 use crate::runtime::{Decoder, Provider, Providers};
 use crate::saved::Saved;
 use crate::say::Say;
+use crate::{Result, unusable};
 
-/// How many texts are read, and how many tokens of each: their scores are all held at once.
-const TEXTS: usize = 8;
-const LENGTH: usize = 16;
+/// Texts whose scores are held at once, and that are padded together.
+const TOGETHER: usize = 4;
+
+/// The first tokens of a few texts: enough to find what is wired wrongly, little enough for every export.
+pub fn few(encodings: &[Encoding]) -> Vec<Encoding> {
+    let cut = |encoding: &Encoding| Encoding {
+        ids: encoding.ids.iter().copied().take(16).collect(),
+        ..encoding.clone()
+    };
+    encodings.iter().filter(|encoding| encoding.len() > 1).take(8).map(cut).collect()
+}
 
 /// Compares the scores behind every token, by every way.
 ///
 /// # Errors
-/// A runtime can't be had or fails.
-pub fn run(saved: &Saved, graph: &Path, encodings: &[Encoding], tolerance: f32) -> Result<Compared> {
-    let texts: Vec<Encoding> = encodings
-        .iter()
-        .filter(|encoding| encoding.len() > 1)
-        .take(TEXTS)
-        .map(|encoding| {
-            let ids = encoding.ids[..encoding.len().min(LENGTH)].to_vec();
-            Encoding { type_ids: vec![0; ids.len()], ids, truncated: false }
-        })
-        .collect();
-    let expected = Evaluator::open(saved, &candle_core::Device::Cpu)?.scores(&texts)?;
+/// Unusable: no text has two tokens. A runtime can't be had or fails.
+pub fn run(
+    saved: &Saved,
+    graph: &Path,
+    encodings: &[Encoding],
+    provider: Provider,
+    tolerance: f32,
+) -> Result<Compared> {
+    let evaluator = Evaluator::open(saved, &candle_core::Device::Cpu)?;
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let mut decoder = Decoder::open(graph, &Providers::only(Provider::Cpu), threads, Say::default())?;
-
-    let mut found = Vec::new();
-    for text in &texts {
-        decoder.forget();
-        found.extend(read(&mut decoder, &[text], 0, text.len())?.remove(0));
+    let mut decoder = Decoder::open(graph, &Providers::only(provider), threads, Say::default())?;
+    let texts: Vec<&Encoding> = encodings.iter().filter(|encoding| encoding.len() > 1).collect();
+    let mut all: Option<Compared> = None;
+    for texts in texts.chunks(TOGETHER) {
+        let expected = evaluator.scores(texts)?.concat();
+        for found in read_in_every_way(&mut decoder, texts)? {
+            let compared =
+                Compared::new(Runtime::Ort(provider), Runtime::Eager, &expected, &found, tolerance);
+            all = Some(match all {
+                Some(all) => all.with(&compared),
+                None => compared,
+            });
+        }
     }
-    for text in &texts {
+    all.ok_or_else(|| unusable!("no text has two tokens, so there is nothing that could be compared"))
+}
+
+/// The rows of scores of all texts, for each way.
+fn read_in_every_way(decoder: &mut Decoder, texts: &[&Encoding]) -> Result<[Vec<Vec<f32>>; 3]> {
+    let mut found = [(); 3].map(|()| Vec::new());
+    for text in texts {
+        decoder.forget();
+        found[0].extend(read(decoder, &[text], 0, text.len())?.concat());
         decoder.forget();
         let half = text.len() / 2;
-        found.extend(read(&mut decoder, &[text], 0, half)?.remove(0));
+        found[1].extend(read(decoder, &[text], 0, half)?.concat());
         for at in half..text.len() {
-            found.extend(read(&mut decoder, &[text], at, at + 1)?.remove(0));
+            found[1].extend(read(decoder, &[text], at, at + 1)?.concat());
         }
     }
     decoder.forget();
-    let together: Vec<&Encoding> = texts.iter().collect();
-    let width = together.iter().map(|text| text.len()).max().unwrap_or(0);
-    found.extend(read(&mut decoder, &together, 0, width)?.into_iter().flatten());
-
-    let wanted: Vec<Vec<f32>> = [&expected; 3].into_iter().flatten().flatten().cloned().collect();
-    Ok(Compared::new(Runtime::Ort(Provider::Cpu), Runtime::Eager, &wanted, &found, tolerance))
+    let width = texts.iter().map(|text| text.len()).max().unwrap_or(0);
+    found[2] = read(decoder, texts, 0, width)?.concat();
+    Ok(found)
 }
 
 /// Reads the columns from `start` to `end` of texts that are padded on the left to one width; each text's rows of
