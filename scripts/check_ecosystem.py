@@ -287,6 +287,7 @@ def main():
         table = Table()
         language_model(table, directory, graph_file, tokenizer, records)
         sys.exit(1 if table.print() else 0)
+    records = [r for r in records if tokenizer(r["text"])["input_ids"]]  # GPT-2 has no token for an empty text
     model, loading = AutoModelForSequenceClassification.from_pretrained(directory, output_loading_info=True)
     model.eval()
     max_length = options.max_length or longest(directory, tokenizer, model.config)

@@ -61,14 +61,17 @@ impl Saved {
 }
 
 /// Writes the length that a model was trained with into its `tokenizer_config.json`, so that transformers and tk cut
-/// texts where training did.
-pub fn set_model_max_length(dir: &Path, max_length: usize) -> Result<()> {
+/// texts where training did; and, where the tokenizer has none, the token that pads, so that transformers can batch.
+pub fn finish_tokenizer_config(dir: &Path, max_length: usize, pad_token: Option<&str>) -> Result<()> {
     let path = dir.join("tokenizer_config.json");
     let mut config: Map<String, Value> = match std::fs::read_to_string(&path) {
         Ok(text) => serde_json::from_str(&text).map_err(|e| unusable!("{}: {e}", path.display()))?,
         Err(_) => Map::new(),
     };
     config.insert("model_max_length".to_owned(), max_length.into());
+    if let Some(token) = pad_token {
+        config.entry("pad_token").or_insert_with(|| token.into());
+    }
     files::write(&path, serde_json::to_string_pretty(&config)? + "\n")
 }
 

@@ -67,7 +67,7 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     let seconds = started.elapsed().as_secs_f64();
     let shown: Vec<String> = metrics.iter().map(|(name, value)| format!("{name} {value:.4}")).collect();
     let human = format!(
-        "{}: {} records in {seconds:.1} s; {}",
+        "{}: {} examples in {seconds:.1} s; {}",
         args.input.display(),
         examples.len(),
         shown.join("  ")

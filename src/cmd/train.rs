@@ -12,7 +12,7 @@ use crate::checkpoint::{Weights, file_hash};
 use crate::data::hub;
 use crate::data::tokens::{self, Tokenizer};
 use crate::eager::{Init, Params};
-use crate::model::ModelConfig;
+use crate::model::{Family, ModelConfig};
 use crate::say::{Say, peak_rss_bytes};
 use crate::task::examples::{self, Fields};
 use crate::task::{CausalLm, Example, Metrics, Problem, Task};
@@ -407,7 +407,12 @@ fn write_model(args: &Args, prepared: &Prepared) -> Result<()> {
         std::fs::remove_dir_all(&onnx).with_context(|| onnx.display().to_string())?;
     }
     prepared.tokenizer.save(&prepared.model, output)?;
-    saved::set_model_max_length(output, args.settings.max_length)?;
+    let pads = match prepared.config.family {
+        Family::Bert(_) => None, // has a token of its own for it
+        Family::Gpt2(_) => prepared.config.raw.get("eos_token_id").and_then(serde_json::Value::as_u64),
+    };
+    let pad_token = pads.and_then(|id| prepared.tokenizer.inner().id_to_token(id as u32));
+    saved::finish_tokenizer_config(output, args.settings.max_length, pad_token.as_deref())?;
     files::write(&output.join("config.json"), serde_json::to_string_pretty(&prepared.config.raw)? + "\n")?;
     prepared.params.save(&output.join("model.safetensors"))
 }
