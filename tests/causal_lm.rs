@@ -5,7 +5,7 @@ mod common;
 
 use std::path::{Path, PathBuf};
 
-use common::{copy_dir, json, models, tk};
+use common::{copy_dir, json, models, records_file, tk};
 use serde_json::{Value, json};
 use tk::runtime::decoder::{Decoder, Tokens};
 use tk::runtime::{Provider, Providers};
@@ -148,6 +148,37 @@ fn what_does_not_fit_is_refused_by_name_before_anything_is_written() {
     std::fs::write(bench.path("train.jsonl"), "{\"text\": \"\"}\n").unwrap();
     let assert = bench.train("out", &["--from-scratch"]).code(2);
     assert!(stderr(&assert).contains("no text has a token"), "{}", stderr(&assert));
+}
+
+#[test]
+fn a_language_model_becomes_a_classifier_that_transformers_can_batch() {
+    let bench = Bench::new();
+    copy_dir(&models("tiny-gpt2-lm"), &bench.path("model"));
+    // as a tokenizer without a padding token is, GPT-2's own
+    let tokenizer = bench.path("model/tokenizer_config.json");
+    let mut config = json(tokenizer.clone());
+    config.as_object_mut().unwrap().remove("pad_token");
+    std::fs::write(&tokenizer, config.to_string()).unwrap();
+    let path = bench.path("model/config.json");
+    let mut config = json(path.clone());
+    config.as_object_mut().unwrap().remove("pad_token_id");
+    std::fs::write(&path, config.to_string()).unwrap();
+    records_file("tiny-gpt2-single", 2, &bench.path("train.jsonl"));
+    let mut tk = tk();
+    tk.args(["train", "--task", "text-classification", "--max-length", "48", "--max-steps", "3"]);
+    tk.arg("--model").arg(bench.path("model")).arg("--train").arg(bench.path("train.jsonl"));
+    let assert = tk.arg("--output").arg(bench.path("out")).assert().success();
+    assert!(stderr(&assert).contains("score.weight drawn anew"), "{}", stderr(&assert));
+    let config = json(bench.path("out/config.json"));
+    assert_eq!(config["architectures"], json!(["GPT2ForSequenceClassification"]));
+    assert_eq!((&config["pad_token_id"], &config["eos_token_id"]), (&json!(406), &json!(406)));
+    assert_eq!(json(bench.path("out/tokenizer_config.json"))["pad_token"], "<|endoftext|>");
+
+    std::fs::write(bench.path("train.jsonl"), "{\"text\": \"\", \"label\": \"negative\"}\n").unwrap();
+    let mut tk = common::tk();
+    tk.arg("eval").arg(bench.path("out")).arg("--input").arg(bench.path("train.jsonl"));
+    let assert = tk.assert().code(2);
+    assert!(stderr(&assert).contains("train.jsonl:1: the text is empty"), "{}", stderr(&assert));
 }
 
 /// The graph is held against candle with and without a past, and padded, before it is left there.

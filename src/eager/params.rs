@@ -171,3 +171,21 @@ fn normal(rng: &mut ChaCha8Rng) -> f64 {
     let (a, b) = (uniform(rng.next_u64()), uniform(rng.next_u64()));
     (-2.0 * a.ln()).sqrt() * (std::f64::consts::TAU * b).cos()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::ops::At;
+
+    #[test]
+    fn maps_into_the_residual_stream_are_drawn_smaller() {
+        let init = Init { seed: 1, std: 0.02 };
+        let spread = |summands: usize| {
+            let weight = At::body("x").conv1d(100, 100).one_of(summands).weight;
+            let values = init.draw(&weight);
+            (values.iter().map(|x| x * x).sum::<f32>() / values.len() as f32).sqrt()
+        };
+        assert!((spread(1) / 0.02 - 1.0).abs() < 0.03);
+        assert!((spread(24) * 24f32.sqrt() / 0.02 - 1.0).abs() < 0.03);
+    }
+}
