@@ -141,6 +141,25 @@ fn what_does_not_fit_is_refused_by_name_before_anything_is_written() {
         assert!(stderr(&assert).contains(expected), "{more:?}: {}", stderr(&assert));
         assert!(!bench.path("out").exists());
     }
+    std::fs::create_dir(bench.path("other")).unwrap();
+    for (fields, expected) in [
+        (
+            json!({"n_embd": 30, "resid_pdrop": 1.0}),
+            "n_embd 30 is not a multiple of n_head 4; resid_pdrop is 1, expected a probability",
+        ),
+        (json!({"scale_attn_weights": false}), "scale_attn_weights is false"),
+        (json!({"tie_word_embeddings": false}), "tie_word_embeddings is false"),
+        (json!({"activation_function": "mish"}), "activation_function is \"mish\""),
+    ] {
+        let mut config = json(bench.path("model/config.json"));
+        config.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+        std::fs::write(bench.path("other/config.json"), config.to_string()).unwrap();
+        let mut tk = tk();
+        tk.args(["train", "--task", "causal-lm", "--from-scratch", "--max-length", "32", "--output"]);
+        tk.arg(bench.path("out")).arg("--train").arg(bench.path("train.jsonl")).arg("--model");
+        let assert = tk.arg(bench.path("other")).assert().code(2);
+        assert!(stderr(&assert).contains(expected), "{}", stderr(&assert));
+    }
     std::fs::write(bench.path("train.jsonl"), "{\"text\": \"fine\"}\n{\"prompt\": \"no completion\"}\n")
         .unwrap();
     let assert = bench.train("out", &["--from-scratch"]).code(2);

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use anyhow::Context;
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use crate::model::ops::Activation;
@@ -153,8 +154,8 @@ impl ModelConfig {
         let raw: Map<String, Value> =
             serde_json::from_str(text).map_err(|e| unusable!("not a JSON object: {e}"))?;
         let family = match raw.get("model_type").and_then(Value::as_str) {
-            Some("bert") => Family::Bert(BertConfig::checked(&raw)?),
-            Some("gpt2") => Family::Gpt2(Gpt2Config::checked(&raw)?),
+            Some("bert") => Family::Bert(checked(&raw, BertConfig::wrong)?),
+            Some("gpt2") => Family::Gpt2(checked(&raw, Gpt2Config::wrong)?),
             Some(other) => bail_unusable!("model_type is \"{other}\"; tk runs bert and gpt2"),
             None => bail_unusable!("model_type is missing; tk runs bert and gpt2"),
         };
@@ -224,28 +225,40 @@ impl ModelConfig {
     }
 }
 
+/// Reads a family's fields and says all that is wrong with them at once.
+fn checked<C: DeserializeOwned>(
+    raw: &Map<String, Value>,
+    wrong: impl Fn(&C, &Map<String, Value>) -> Vec<String>,
+) -> Result<C> {
+    let config = serde_json::from_value(Value::Object(raw.clone())).map_err(|e| unusable!("{e}"))?;
+    let wrong = wrong(&config, raw);
+    if !wrong.is_empty() {
+        bail_unusable!("{}", wrong.join("; "));
+    }
+    Ok(config)
+}
+
 impl BertConfig {
-    fn checked(raw: &Map<String, Value>) -> Result<Self> {
-        let config: Self =
-            serde_json::from_value(Value::Object(raw.clone())).map_err(|e| unusable!("{e}"))?;
+    /// What tk can't run of it.
+    fn wrong(&self, raw: &Map<String, Value>) -> Vec<String> {
         let mut wrong = Vec::new();
         check_sizes(
             &mut wrong,
             &[
-                ("hidden_size", config.hidden_size),
-                ("num_attention_heads", config.num_attention_heads),
-                ("vocab_size", config.vocab_size),
-                ("intermediate_size", config.intermediate_size),
-                ("max_position_embeddings", config.max_position_embeddings),
-                ("type_vocab_size", config.type_vocab_size),
+                ("hidden_size", self.hidden_size),
+                ("num_attention_heads", self.num_attention_heads),
+                ("vocab_size", self.vocab_size),
+                ("intermediate_size", self.intermediate_size),
+                ("max_position_embeddings", self.max_position_embeddings),
+                ("type_vocab_size", self.type_vocab_size),
             ],
         );
         check_probabilities(
             &mut wrong,
             &[
-                ("hidden_dropout_prob", config.hidden_dropout_prob),
-                ("attention_probs_dropout_prob", config.attention_probs_dropout_prob),
-                ("classifier_dropout", config.classifier_dropout.unwrap_or(0.0)),
+                ("hidden_dropout_prob", self.hidden_dropout_prob),
+                ("attention_probs_dropout_prob", self.attention_probs_dropout_prob),
+                ("classifier_dropout", self.classifier_dropout.unwrap_or(0.0)),
             ],
         );
         if let Some(kind) = raw.get("position_embedding_type").and_then(Value::as_str)
@@ -258,10 +271,7 @@ impl BertConfig {
                 wrong.push(format!("{field} is true; tk runs BERT as an encoder"));
             }
         }
-        if !wrong.is_empty() {
-            bail_unusable!("{}", wrong.join("; "));
-        }
-        Ok(config)
+        wrong
     }
 }
 
@@ -271,31 +281,29 @@ impl Gpt2Config {
         self.n_inner.unwrap_or(4 * self.n_embd)
     }
 
-    fn checked(raw: &Map<String, Value>) -> Result<Self> {
-        let config: Self =
-            serde_json::from_value(Value::Object(raw.clone())).map_err(|e| unusable!("{e}"))?;
+    /// What tk can't run of it.
+    fn wrong(&self, raw: &Map<String, Value>) -> Vec<String> {
         let mut wrong = Vec::new();
         check_sizes(
             &mut wrong,
             &[
-                ("n_embd", config.n_embd),
-                ("n_head", config.n_head),
-                ("vocab_size", config.vocab_size),
-                ("n_inner", config.inner()),
-                ("n_positions", config.n_positions),
+                ("n_embd", self.n_embd),
+                ("n_head", self.n_head),
+                ("vocab_size", self.vocab_size),
+                ("n_inner", self.inner()),
+                ("n_positions", self.n_positions),
             ],
         );
         check_probabilities(
             &mut wrong,
             &[
-                ("resid_pdrop", config.resid_pdrop),
-                ("embd_pdrop", config.embd_pdrop),
-                ("attn_pdrop", config.attn_pdrop),
+                ("resid_pdrop", self.resid_pdrop),
+                ("embd_pdrop", self.embd_pdrop),
+                ("attn_pdrop", self.attn_pdrop),
             ],
         );
         for (field, is, why) in [
             ("scale_attn_weights", false, "tk scales attention scores by the root of a head's width"),
-            ("tie_word_embeddings", false, "tk's head shares the weight of the word embeddings"),
             ("scale_attn_by_inverse_layer_idx", true, "tk scales the attention of every layer alike"),
             ("add_cross_attention", true, "tk runs GPT-2 as a decoder alone"),
         ] {
@@ -303,10 +311,7 @@ impl Gpt2Config {
                 wrong.push(format!("{field} is {is}; {why}"));
             }
         }
-        if !wrong.is_empty() {
-            bail_unusable!("{}", wrong.join("; "));
-        }
-        Ok(config)
+        wrong
     }
 }
 

@@ -1,13 +1,13 @@
 //! Causal language modelling: every token of a text from those before it.
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{Dim, Example, Metrics, Output, Target};
 use crate::data::batch::Encoding;
 use crate::data::tokens::Tokenizer;
 use crate::model::ops::Ops;
 use crate::model::{Family, ModelConfig, heads, manifest};
-use crate::{Result, unusable};
+use crate::{Result, bail_unusable, unusable};
 
 /// A model of the next token.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -53,8 +53,13 @@ impl CausalLm {
     /// The family predicts no next token, or no token of the model's ends a text.
     pub fn from_config(config: &ModelConfig) -> Result<Self> {
         manifest::manifest(|o| heads::causal_lm(o, &config.family).map(drop))?;
+        if config.raw.get("tie_word_embeddings").and_then(Value::as_bool) == Some(false) {
+            bail_unusable!(
+                "tie_word_embeddings is false; tk's head shares the weight of the word embeddings"
+            );
+        }
         let vocabulary = config.vocab_size();
-        let end = config.raw.get("eos_token_id").and_then(serde_json::Value::as_u64).unwrap_or(50_256);
+        let end = config.raw.get("eos_token_id").and_then(Value::as_u64).unwrap_or(50_256);
         if end as usize >= vocabulary {
             return Err(unusable!(
                 "eos_token_id is {end}, the token that ends a text, and vocab_size is {vocabulary}: set it in config.json"

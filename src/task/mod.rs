@@ -163,7 +163,7 @@ impl Task {
         match self {
             Self::TextClassification(task) => Ok(task),
             other => bail_unusable!(
-                "tk {command} works with text-classification; this is a {} model, which tk trains, evaluates and exports",
+                "tk {command} works with text-classification; this is a {} model, which tk trains, evaluates, exports and compares",
                 other.name()
             ),
         }
