@@ -288,6 +288,22 @@ mod tests {
     }
 
     #[test]
+    fn what_is_done_to_a_loss_reaches_its_gradient() {
+        let tape = Arc::new(Tape::new(true));
+        let (seen, x) = (Arc::new(Mutex::new(Vec::new())), tape.leaf(Buffer::of(&[2.0, 4.0]), 2));
+        let (kept, behind) = (seen.clone(), x.clone());
+        let y = tape.push(Buffer::of(&x.numbers), 2, move |dy, flow| {
+            kept.lock().unwrap().push(dy.to_vec());
+            flow.give(&behind, dy);
+            Ok(())
+        });
+        let loss = tape.loss(&y, 5.0, vec![1.0, -1.0]).unwrap();
+        assert_eq!(loss.to_scalar::<f32>().unwrap(), 5.0);
+        (loss * 3.0).unwrap().backward().unwrap();
+        assert_eq!(*seen.lock().unwrap(), [vec![3.0, -3.0]]);
+    }
+
+    #[test]
     fn a_tape_that_does_not_record_keeps_nothing() {
         let tape = Tape::new(false);
         let x = tape.leaf(Buffer::of(&[1.0]), 1);
