@@ -93,7 +93,7 @@ fn every_gradient_in_bf16_is_near_that_in_fp32() {
         let is = |part: &str| name.contains(part);
         // the worst by dropout's key is 0.03 to 0.04; the gradient of what a query or a key is made of is a
         // difference of nearly equal sums
-        let tolerance = if is("self.query") || is("self.key") { 0.08 } else { 0.05 };
+        let tolerance = if is("self.query") || is("self.key") { 0.06 } else { 0.05 };
         // softmax cancels what a bias adds to every key: its gradient is rounding alone
         if !is("self.key.bias") {
             let error = relative(bf16, fp32);
