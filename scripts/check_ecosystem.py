@@ -179,12 +179,16 @@ def logits_of(tokenizer, records, max_length, model):
         return np.concatenate([model(**b).logits.numpy() for b in batches(tokenizer, records, max_length, "pt")])
 
 
-def language_model(table, directory, graph_file, tokenizer, records, new_tokens=32):
-    """Scores and greedy texts of ONNX Runtime and of Optimum against those of transformers."""
-    model, loading = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
-    model.eval()
+def loaded(table, kind, directory):
+    model, loading = kind.from_pretrained(directory, output_loading_info=True)
     wrong = {kind: keys for kind, keys in loading.items() if keys}
     table.add("transformers: loads every weight and no other", str(wrong) if wrong else "all", not wrong)
+    return model.eval()
+
+
+def language_model(table, directory, graph_file, tokenizer, records, new_tokens=32):
+    """Scores and greedy texts of ONNX Runtime and of Optimum against those of transformers."""
+    model = loaded(table, AutoModelForCausalLM, directory)
     check_graph(table, directory, graph_file, model.config)
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or "<|endoftext|>"
@@ -222,10 +226,10 @@ def language_model(table, directory, graph_file, tokenizer, records, new_tokens=
     def optimum():
         from optimum.onnxruntime import ORTModelForCausalLM
 
-        loaded = ORTModelForCausalLM.from_pretrained(
+        served = ORTModelForCausalLM.from_pretrained(
             str(directory), subfolder="onnx", file_name="model.onnx", local_files_only=True, use_io_binding=False
         )
-        same = sum((a == b).all(-1).sum().item() for a, b in zip(generated(loaded), generated(model), strict=True))
+        same = sum((a == b).all(-1).sum().item() for a, b in zip(generated(served), generated(model), strict=True))
         table.add("Optimum's greedy texts are transformers'", f"{same} of {len(texts)}, {new_tokens} new tokens each",
                   same == len(texts))  # fmt: skip
 
@@ -283,20 +287,16 @@ def main():
         lines = [json.loads(line) for line in options.input.read_text().splitlines() if line.strip()]
         records += lines[: options.limit]
     tokenizer = AutoTokenizer.from_pretrained(directory)
+    table = Table()
     if json.loads((directory / "config.json").read_text())["architectures"][0].endswith("LMHeadModel"):
-        table = Table()
         language_model(table, directory, graph_file, tokenizer, records)
         sys.exit(1 if table.print() else 0)
     records = [r for r in records if tokenizer(r["text"])["input_ids"]]  # GPT-2 has no token for an empty text
-    model, loading = AutoModelForSequenceClassification.from_pretrained(directory, output_loading_info=True)
-    model.eval()
+    model = loaded(table, AutoModelForSequenceClassification, directory)
     max_length = options.max_length or longest(directory, tokenizer, model.config)
     print(f"onnx {onnx.__version__}, ONNX Runtime {onnxruntime.__version__}, torch {torch.__version__}, "
           f"transformers {transformers.__version__}; {len(records)} texts, at most {max_length} tokens each")  # fmt: skip
 
-    table = Table()
-    wrong = {kind: keys for kind, keys in loading.items() if keys}
-    table.add("transformers: loads every weight and no other", str(wrong) if wrong else "all", not wrong)
     check_graph(table, directory, graph_file, model.config)
     truth = logits_of(tokenizer, records, max_length, model)
 

@@ -60,7 +60,7 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
             let mut pool = Pool::open(&graph, &args.ep, threads, None, saved.tokenizer.pad_id(), say)?;
             let logits =
                 pool.logits(&examples.iter().map(|example| &example.encoding).collect::<Vec<_>>())?;
-            let targets: Vec<Target> = examples.iter().map(|example| example.target.clone()).collect();
+            let targets: Vec<&Target> = examples.iter().map(|example| &example.target).collect();
             task.measure(&logits, &targets)?
         }
     };

@@ -182,9 +182,12 @@ impl Prepared {
                 config.max_positions()
             );
         }
-        let tokenizer = match args.task {
-            TaskName::CausalLm if args.from_scratch && !Tokenizer::is_in(&model) => {
-                let documents = examples::read_documents(&args.train, &args.fields)?;
+        let documents = match args.task {
+            TaskName::TextClassification => None,
+            TaskName::CausalLm => Some(examples::read_documents(&args.train, &args.fields)?),
+        };
+        let tokenizer = match &documents {
+            Some(documents) if args.from_scratch && !Tokenizer::is_in(&model) => {
                 let texts: Vec<&str> = documents
                     .iter()
                     .flat_map(|document| document.prompt.iter().chain([&document.text]))
@@ -204,18 +207,20 @@ impl Prepared {
         };
         tokenizer.check_fits(config.vocab_size(), config.token_types())?;
 
-        let (task, train) = match args.task {
-            TaskName::TextClassification => {
+        let (task, train) = match &documents {
+            None => {
                 let records = examples::read(&args.train, &args.fields)?;
                 let task = examples::find_task(&records, args.problem_type, &config)
                     .with_context(|| args.train.display().to_string())?;
                 let train = examples::encode(&records, &args.train, &task, &tokenizer, settings.max_length)?;
                 (Task::TextClassification(task), train)
             }
-            TaskName::CausalLm => {
-                let task = Task::CausalLm(CausalLm::from_config(&config)?);
-                let train = args.load(&args.train, &task, &tokenizer)?;
-                (task, train)
+            Some(documents) => {
+                let lm = CausalLm::from_config(&config)?;
+                let (length, concatenate) = (settings.max_length, args.concatenate);
+                let train =
+                    examples::of_documents(documents, &args.train, &lm, &tokenizer, length, concatenate)?;
+                (Task::CausalLm(lm), train)
             }
         };
         task.deciding_metric(settings.best_metric.as_deref())?;

@@ -106,7 +106,6 @@ pub fn measure(
     let targets: Vec<&Target> = examples.iter().map(|example| &example.target).collect();
     match task {
         Task::TextClassification(classification) => {
-            let targets: Vec<Target> = targets.into_iter().cloned().collect();
             classification.measure(&logits(params, family, task, &encodings, device)?, &targets)
         }
         Task::CausalLm(_) => {

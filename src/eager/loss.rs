@@ -1,9 +1,13 @@
 //! A task's loss over a batch: what training walks back from, and what evaluation measures.
 
+use std::sync::Arc;
+
 use candle_core::{D, DType, Tensor};
 
 use super::kernels::cross_entropy::{composite_losses, linear_cross_entropy, linear_losses};
+use super::kernels::linear::Map;
 use super::kernels::residual::Branch;
+use super::tape::Value;
 use super::x::{State, X};
 use super::{Eager, Mode, tensors};
 use crate::Result;
@@ -42,8 +46,7 @@ impl Eager<'_> {
         smoothing: f32,
         scale: f32,
     ) -> Result<Tensor> {
-        if let (X::Fused(fused), Mode::Training { .. }) = (scores, self.mode)
-            && let State::Branch(Branch::Linear { x, map }) = fused.state()
+        if let (Some((x, map)), Mode::Training { .. }) = (not_computed(scores), self.mode)
             && let Some((weight, bias)) = map.out_in()
         {
             let (sum, dx) = linear_cross_entropy(&x.numbers, weight, bias, targets, smoothing, scale)?;
@@ -55,12 +58,22 @@ impl Eager<'_> {
 
     /// Each row's loss, 0 where it has no target, without gradients.
     pub fn losses(&self, scores: &X, targets: &[Option<u32>]) -> Result<Vec<f32>> {
-        if let X::Fused(fused) = scores
-            && let State::Branch(Branch::Linear { x, map }) = fused.state()
+        if let Some((x, map)) = not_computed(scores)
             && let Some((weight, bias)) = map.out_in()
         {
             return Ok(linear_losses(&x.numbers, weight, bias, targets, 0.0)?);
         }
         Ok(composite_losses(&scores.tensor()?.to_dtype(DType::F32)?, targets, 0.0)?.to_vec1()?)
+    }
+}
+
+/// The linear map that scores still wait for, and what it is applied to.
+fn not_computed(scores: &X) -> Option<(Arc<Value>, Map)> {
+    match scores {
+        X::Fused(fused) => match fused.state() {
+            State::Branch(Branch::Linear { x, map }) => Some((x, map)),
+            _ => None,
+        },
+        X::Tensor(_) => None,
     }
 }

@@ -89,6 +89,13 @@ fn ir_version(opset: i64) -> i64 {
     }
 }
 
+/// The shape of the batch, (B, T), its length, T, and 0, 1, 2 … for one sequence, (T).
+struct Tokens {
+    shape: Value,
+    length: Value,
+    range: Value,
+}
+
 impl Emit {
     fn node(
         &self,
@@ -152,7 +159,7 @@ impl Emit {
 
     /// (B, 1, T, T), true for a key that is a token and not behind the query; (B, 1, T, P + T) behind a past.
     fn keep_causal(&self) -> Value {
-        let (keep, (range, shape)) = (self.keep(), self.range());
+        let (keep, Tokens { length, range, .. }) = (self.keep(), self.tokens());
         let form = self.form;
         self.graph.borrow_mut().shared("keep_causal", |g| {
             let axis = g.i64s(&[1], &[1]);
@@ -163,7 +170,6 @@ impl Emit {
                     let mask = g.input("attention_mask"); // declared by `keep`
                     let seen = g.node("causal_mask", "Shape", &[mask], Vec::new());
                     let total = g.node("causal_mask", "Gather", &[seen, one], vec![int("axis", 0)]);
-                    let length = g.node("causal_mask", "Gather", &[shape, one], vec![int("axis", 0)]);
                     let past = g.node("causal_mask", "Sub", &[total, length], Vec::new());
                     let keys = g.node("causal_mask", "Range", &[zero, total, one], Vec::new());
                     (keys, g.node("causal_mask", "Add", &[range, past], Vec::new()))
@@ -193,45 +199,43 @@ impl Emit {
         Ok(value)
     }
 
-    /// 0, 1, 2 … for one sequence, (T), and the shape of the batch, (B, T).
-    fn range(&self) -> (Value, Value) {
+    /// What is known of the tokens that a graph is given.
+    fn tokens(&self) -> Tokens {
         let mut graph = self.graph.borrow_mut();
         let shape = graph.shared("shape", |g| {
             let ids = g.input("input_ids");
             g.node("position_ids", "Shape", &[ids], Vec::new())
         });
-        let range = graph.shared("range", |g| {
-            let (zero, one) = (g.i64s(&[], &[0]), g.i64s(&[], &[1]));
-            let length = g.node("position_ids", "Gather", &[shape, one], vec![int("axis", 0)]);
-            g.node("position_ids", "Range", &[zero, length, one], Vec::new())
-        });
-        (range, shape)
+        let (zero, one) = (graph.i64s(&[], &[0]), graph.i64s(&[], &[1]));
+        let length =
+            graph.shared("length", |g| g.node("position_ids", "Gather", &[shape, one], vec![int("axis", 0)]));
+        let range =
+            graph.shared("range", |g| g.node("position_ids", "Range", &[zero, length, one], Vec::new()));
+        Tokens { shape, length, range }
     }
 
     /// 0, 1, 2 … for every sequence: (B, T).
     fn positions(&self) -> Value {
-        let (range, shape) = self.range();
+        let Tokens { range, shape, .. } = self.tokens();
         let mut graph = self.graph.borrow_mut();
         graph.shared("positions", |g| g.node("position_ids", "Expand", &[range, shape], Vec::new()))
     }
 
     /// Where the last token of every sequence stands among all of the batch's, (B). Padding may stand on either side.
     fn last(&self) -> Value {
-        let (range, shape) = self.range();
-        let opset = self.opset;
+        let (Tokens { shape, length, range }, opset) = (self.tokens(), self.opset);
         self.graph.borrow_mut().shared("last", |g| {
             let (zero, one) = (g.i64s(&[], &[0]), g.i64s(&[], &[1]));
             let mask = g.input("attention_mask");
             let places = g.node("last_token", "Mul", &[mask, range], Vec::new());
-            let axes = if opset >= 18 { None } else { Some(ints("axes", &[1])) };
-            let mut inputs = vec![places];
-            if axes.is_none() {
-                inputs.push(g.i64s(&[1], &[1]));
-            }
-            let how = axes.into_iter().chain([int("keepdims", 0)]).collect();
-            let place = g.node("last_token", "ReduceMax", &inputs, how);
+            let drop = int("keepdims", 0);
+            let place = if opset >= 18 {
+                let axis = g.i64s(&[1], &[1]);
+                g.node("last_token", "ReduceMax", &[places, axis], vec![drop])
+            } else {
+                g.node("last_token", "ReduceMax", &[places], vec![ints("axes", &[1]), drop])
+            };
             let rows = g.node("last_token", "Gather", &[shape, zero], vec![int("axis", 0)]);
-            let length = g.node("last_token", "Gather", &[shape, one], vec![int("axis", 0)]);
             let rows = g.node("last_token", "Range", &[zero, rows, one], Vec::new());
             let starts = g.node("last_token", "Mul", &[rows, length], Vec::new());
             g.node("last_token", "Add", &[starts, place], Vec::new())

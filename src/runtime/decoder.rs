@@ -49,7 +49,7 @@ impl Decoder {
     pub fn open(model: &Path, providers: &Providers, threads: usize, say: Say) -> Result<Self> {
         let session = OrtSession::open(Model::File(model), providers, threads, say)?;
         let mut caches = Vec::new();
-        for input in session.inner().inputs() {
+        for input in session.session.inputs() {
             let Some(layer) = input.name().strip_prefix("past_key_values.") else { continue };
             let shape = input.dtype().tensor_shape().map(|shape| shape.to_vec()).unwrap_or_default();
             let (past, present) = (input.name().to_owned(), format!("present.{layer}"));
@@ -95,7 +95,7 @@ impl Decoder {
         for (cache, past) in self.caches.iter().zip(self.past.drain(..)) {
             inputs.push((cache.past.as_str().into(), past.into()));
         }
-        let mut outputs = self.session.inner_mut().run(inputs).context("reading tokens")?;
+        let mut outputs = self.session.session.run(inputs).context("reading tokens")?;
         for cache in &self.caches {
             let present = outputs.remove(&cache.present);
             self.past.push(present.with_context(|| format!("the graph gives no {}", cache.present))?);

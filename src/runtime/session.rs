@@ -26,7 +26,7 @@ pub enum Model<'m> {
 
 /// A loaded model. One run at a time: for more, open more.
 pub struct OrtSession {
-    session: Session,
+    pub(super) session: Session,
     provider: Provider,
 }
 
@@ -106,14 +106,6 @@ impl OrtSession {
         })?;
         provider.prove(&session).with_context(ask)?;
         Ok(Self { session, provider })
-    }
-
-    pub(super) fn inner(&self) -> &Session {
-        &self.session
-    }
-
-    pub(super) fn inner_mut(&mut self) -> &mut Session {
-        &mut self.session
     }
 
     /// What runs the model.

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::causal_lm::Document;
-use super::{Example, Problem, Task, TextClassification};
+use super::{CausalLm, Example, Problem, Task, TextClassification};
 use crate::Result;
 use crate::data::batch::Encoding;
 use crate::data::records::{self, BadRow, Columns, Row};
@@ -117,18 +117,32 @@ pub fn load(
             encode(&read(path, fields)?, path, classification, tokenizer, max_length)
         }
         Task::CausalLm(lm) => {
-            let documents = read_documents(path, fields)?;
-            let examples = if concatenate {
-                lm.concatenated(&documents, tokenizer, max_length)?
-            } else {
-                lm.examples(&documents, tokenizer, max_length)?
-            };
-            if examples.is_empty() {
-                crate::bail_unusable!("{}: no text has a token that could be predicted", path.display());
-            }
-            Ok(examples)
+            of_documents(&read_documents(path, fields)?, path, lm, tokenizer, max_length, concatenate)
         }
     }
+}
+
+/// Documents that were read from `path` as examples.
+///
+/// # Errors
+/// Unusable: none has a token that could be predicted.
+pub fn of_documents(
+    documents: &[Document],
+    path: &Path,
+    lm: &CausalLm,
+    tokenizer: &Tokenizer,
+    max_length: usize,
+    concatenate: bool,
+) -> Result<Vec<Example>> {
+    let examples = if concatenate {
+        lm.concatenated(documents, tokenizer, max_length)?
+    } else {
+        lm.examples(documents, tokenizer, max_length)?
+    };
+    if examples.is_empty() {
+        crate::bail_unusable!("{}: no text has a token that could be predicted", path.display());
+    }
+    Ok(examples)
 }
 
 /// Finds the task in the labels of the training data.

@@ -278,17 +278,16 @@ impl TextClassification {
     }
 
     /// The metrics over a whole evaluation set, and the mean `loss`.
-    pub fn measure(&self, logits: &[Vec<f32>], targets: &[Target]) -> Result<Metrics> {
+    pub fn measure(&self, logits: &[Vec<f32>], targets: &[&Target]) -> Result<Metrics> {
         let width = self.labels.len();
         let matrix = Tensor::from_vec(logits.concat(), (logits.len(), width), &Device::Cpu)?;
-        let targets_by_ref: Vec<&Target> = targets.iter().collect();
-        let loss = self.loss(&matrix.to_dtype(DType::F64)?, &targets_by_ref, 0.0)?.to_scalar::<f32>()?;
+        let loss = self.loss(&matrix.to_dtype(DType::F64)?, targets, 0.0)?.to_scalar::<f32>()?;
         let mut metrics = self.compare(logits, targets);
         metrics.insert("loss".to_owned(), f64::from(loss) / logits.len() as f64);
         Ok(metrics)
     }
 
-    fn compare(&self, logits: &[Vec<f32>], targets: &[Target]) -> Metrics {
+    fn compare(&self, logits: &[Vec<f32>], targets: &[&Target]) -> Metrics {
         match self.problem {
             Problem::Regression => {
                 let predicted: Vec<f64> = logits.iter().map(|row| f64::from(row[0])).collect();

@@ -42,7 +42,10 @@ pub(super) fn tokenizer_json(
         })
         .collect();
     let prefix = config.get("add_prefix_space").and_then(Value::as_bool).unwrap_or(false);
-    let byte_level = |prefix: bool, trim: bool| json!({"type": "ByteLevel", "add_prefix_space": prefix, "trim_offsets": trim, "use_regex": true});
+    let byte_level = |prefix: bool, trim: bool| {
+        let kind = "ByteLevel";
+        json!({"type": kind, "add_prefix_space": prefix, "trim_offsets": trim, "use_regex": true})
+    };
     let tokenizer = json!({
         "version": "1.0",
         "truncation": null,
