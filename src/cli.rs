@@ -46,7 +46,8 @@ pub enum Command {
     Eval(cmd::eval::Args),
     Export(cmd::export::Args),
     Parity(cmd::parity::Args),
-    ServeBatch(cmd::serve_batch::Args),
+    Generate(Box<cmd::generate::Args>),
+    ServeBatch(Box<cmd::serve_batch::Args>),
     Doctor(cmd::doctor::Args),
     Completions(cmd::completions::Args),
 }
@@ -181,6 +182,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Eval(args) => cmd::eval::run(&args, say),
         Command::Export(args) => cmd::export::run(&args, say),
         Command::Parity(args) => cmd::parity::run(&args, say),
+        Command::Generate(args) => cmd::generate::run(&args, say),
         Command::ServeBatch(args) => cmd::serve_batch::run(&args, say),
         Command::Doctor(args) => cmd::doctor::run(&args, say),
         Command::Completions(args) => cmd::completions::run(&args),

@@ -8,6 +8,7 @@ pub mod device;
 pub mod eager;
 pub mod error;
 pub mod files;
+pub mod generate;
 pub mod model;
 pub mod onnx;
 pub mod parity;

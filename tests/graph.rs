@@ -7,7 +7,7 @@ use prost::Message;
 use tk::checkpoint::Weights;
 use tk::data::batch::{Encoding, Padded};
 use tk::model::ModelConfig;
-use tk::onnx::{OPSETS, dump, model, proto::ModelProto, write};
+use tk::onnx::{Kind, OPSETS, dump, model, proto::ModelProto, write};
 use tk::runtime::{Model, OrtSession, Provider, Providers};
 use tk::say::Say;
 use tk::task::Task;
@@ -18,7 +18,8 @@ fn exported(name: &str, opset: i64) -> ModelProto {
     let dir = models(name);
     let config = ModelConfig::read(&dir).unwrap();
     let task = Task::from_config(&config).unwrap();
-    model::build(&config, &task, &Weights::open(&dir).unwrap(), "tokenizer", opset).unwrap()
+    model::build(&config, &task, &Weights::open(&dir).unwrap(), "tokenizer", Kind::fp32(task.form(), opset))
+        .unwrap()
 }
 
 fn open(model: Model) -> OrtSession {
@@ -102,7 +103,8 @@ fn an_opset_that_tk_does_not_write_is_refused_by_name() {
     let dir = models("tiny-bert-single");
     let config = ModelConfig::read(&dir).unwrap();
     let task = Task::from_config(&config).unwrap();
-    let error = model::build(&config, &task, &Weights::open(&dir).unwrap(), "", 22).unwrap_err();
+    let error = model::build(&config, &task, &Weights::open(&dir).unwrap(), "", Kind::fp32(task.form(), 22))
+        .unwrap_err();
     assert_eq!(error.to_string(), "opset 22: tk writes the opsets 13 to 21 (default 18)");
     assert_eq!(tk::error::exit_code(&error), 2);
 }
@@ -211,7 +213,9 @@ fn weights_that_diverged_are_not_exported() {
 
     let config = ModelConfig::read(dir.path()).unwrap();
     let task = Task::from_config(&config).unwrap();
-    let error = model::build(&config, &task, &Weights::open(dir.path()).unwrap(), "", 18).unwrap_err();
+    let error =
+        model::build(&config, &task, &Weights::open(dir.path()).unwrap(), "", Kind::fp32(task.form(), 18))
+            .unwrap_err();
     assert!(error.to_string().contains("classifier.bias"), "{error}");
     assert_eq!(tk::error::exit_code(&error), 2);
 }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use common::{copy_dir, json, max_abs, models, records_file, tk};
 use serde_json::{Value, json};
-use tk::onnx::{model, write};
+use tk::onnx::{Kind, model, write};
 use tk::saved::Saved;
 
 /// An exported model in a folder with room for inputs and outputs.
@@ -296,8 +296,14 @@ fn a_graph_that_is_missing_stale_or_broken_is_not_served() {
 fn logits_that_are_not_finite_are_errors_of_their_records() {
     let bench = Bench::new("tiny-bert-single");
     let saved = Saved::open(&bench.model()).unwrap();
-    let mut graph =
-        model::build(&saved.config, &saved.task, &saved.weights, saved.tokenizer.hash(), 18).unwrap();
+    let mut graph = model::build(
+        &saved.config,
+        &saved.task,
+        &saved.weights,
+        saved.tokenizer.hash(),
+        Kind::fp32(saved.task.form(), 18),
+    )
+    .unwrap();
     // a word that was broken after the export
     let initializers = &mut graph.graph.as_mut().unwrap().initializer;
     let table = initializers.iter_mut().find(|t| t.name == "bert.embeddings.word_embeddings.weight").unwrap();

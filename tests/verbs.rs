@@ -12,7 +12,7 @@ use tk::eager::{Eager, Init, Kernels, Mode, Params};
 use tk::model::manifest::manifest;
 use tk::model::ops::{Activation, At, Attend, Ids, Ops, Param, Pick, Sees};
 use tk::onnx::proto::ModelProto;
-use tk::onnx::{CANDLE_OPSET, OPSETS, emit};
+use tk::onnx::{CANDLE_OPSET, Kind, OPSETS, emit};
 use tk::runtime::providers::{Provider, Providers};
 use tk::runtime::session::{Model, OrtSession};
 use tk::say::Say;
@@ -256,7 +256,7 @@ fn graph(case: &Case, opset: i64) -> ModelProto {
     let define = |o: &emit::Emit| Ok(vec![define(o, case)?]);
     let output = Output { name: "y", dims };
     let weight = |param: &Param| Ok(weights.f32(&param.name)?.into_owned().into());
-    emit::graph(define, &[output], Form::Whole, opset, weight).unwrap()
+    emit::graph(define, &[output], Kind::fp32(Form::Whole, opset), weight).unwrap()
 }
 
 /// Leaves the padding out of a graph's result, which is packed then.

@@ -5,14 +5,16 @@ use std::time::Instant;
 
 use serde_json::json;
 
+use crate::data::batch::Encoding;
 use crate::eager::Evaluator;
-use crate::runtime::Providers;
+use crate::onnx::Precision;
+use crate::runtime::{Providers, Slots};
 use crate::saved::Saved;
 use crate::say::Say;
 use crate::serve::{Pool, served};
-use crate::task::Target;
 use crate::task::examples::{self, Fields};
-use crate::{Result, device};
+use crate::task::{Form, Target, Task};
+use crate::{Result, bail_unusable, device, generate};
 
 /// Measure a trained model on labelled records.
 #[derive(Debug, clap::Args)]
@@ -34,6 +36,9 @@ pub struct Args {
     /// What ONNX Runtime runs on: auto, or a list of cpu, cuda and tensorrt in order of preference.
     #[arg(long, default_value = "auto", value_name = "LIST")]
     ep: Providers,
+    /// Which of a language model's exported graphs ONNX Runtime runs.
+    #[arg(long, value_enum, default_value_t)]
+    precision: Precision,
     #[command(flatten)]
     fields: Fields,
 }
@@ -47,6 +52,10 @@ enum Runtime {
 /// Measures and prints.
 pub fn run(args: &Args, say: Say) -> Result<()> {
     let saved = Saved::open(&args.dir)?;
+    let in_blocks = args.precision != Precision::Fp32;
+    if in_blocks && (args.runtime == Runtime::Eager || saved.task.form() == Form::Whole) {
+        bail_unusable!("--precision {} is for language models and --runtime onnx", args.precision);
+    }
     let max_length = saved.checked_max_length(args.max_length)?;
     let examples =
         examples::load(&args.input, &args.fields, &saved.task, &saved.tokenizer, max_length, false)?;
@@ -54,14 +63,23 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     let metrics = match args.runtime {
         Runtime::Eager => Evaluator::open(&saved, &device::open(&args.device)?)?.measure(&examples)?,
         Runtime::Onnx => {
-            let task = saved.task.text_classification("eval --runtime onnx")?;
-            let graph = served::checked(&saved)?;
             let threads = std::thread::available_parallelism().map_or(1, usize::from);
-            let mut pool = Pool::open(&graph, &args.ep, threads, None, saved.tokenizer.pad_id(), say)?;
-            let logits =
-                pool.logits(&examples.iter().map(|example| &example.encoding).collect::<Vec<_>>())?;
-            let targets: Vec<&Target> = examples.iter().map(|example| &example.target).collect();
-            task.measure(&logits, &targets)?
+            match &saved.task {
+                Task::TextClassification(task) => {
+                    let graph = served::checked(&saved)?;
+                    let mut pool =
+                        Pool::open(&graph, &args.ep, threads, None, saved.tokenizer.pad_id(), say)?;
+                    let encodings: Vec<&Encoding> =
+                        examples.iter().map(|example| &example.encoding).collect();
+                    let targets: Vec<&Target> = examples.iter().map(|example| &example.target).collect();
+                    task.measure(&pool.logits(&encodings)?, &targets)?
+                }
+                Task::CausalLm(_) => {
+                    super::generation::on_cpu(&args.ep)?;
+                    let graph = served::checked_generating(&saved, args.precision)?;
+                    generate::measure(&mut Slots::open(&graph, threads, say)?, &examples)?
+                }
+            }
         }
     };
     let seconds = started.elapsed().as_secs_f64();

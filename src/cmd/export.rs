@@ -3,113 +3,265 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use serde_json::json;
+use serde_json::{Map, Value, json};
 
+use crate::eager::Evaluator;
+use crate::onnx::proto::ModelProto;
 use crate::onnx::write::{self, Scratch};
-use crate::onnx::{DEFAULT_OPSET, checked_opset, model};
+use crate::onnx::{DEFAULT_OPSET, Kind, Precision, checked_opset, model};
 use crate::parity::{self, Compared, Runtime, Subject, decoding, inputs, report};
-use crate::runtime::{Provider, library};
+use crate::runtime::{Provider, Slots, library};
 use crate::saved::Saved;
 use crate::say::Say;
 use crate::serve::served;
 use crate::task::Form;
-use crate::{Result, bail_unusable, checkpoint, files, unusable};
+use crate::task::causal_lm::Document;
+use crate::task::examples::{self, Fields};
+use crate::{Result, bail_unusable, checkpoint, files, generate, unusable};
+
+/// The graph that every runtime reads.
+const MODEL: &str = "model.onnx";
+/// The graph that tk generates with.
+const GENERATE: &str = "generate.onnx";
 
 /// Write a trained model as ONNX, and verify it: ONNX Runtime must give the trained model's logits.
+///
+/// A language model becomes two graphs of one set of weights: model.onnx with past_key_values, which the ecosystem
+/// reads, and generate.onnx, which tk generates with.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// The trained model's directory; DIR/onnx/ is written.
     dir: PathBuf,
-    /// The numbers that the graph computes in.
-    #[arg(long, value_enum, default_value_t = Precision::Fp32)]
+    /// The numbers that the matrices are stored in; q8 and q4 are for language models, as generate_q8.onnx and
+    /// generate_q4.onnx.
+    #[arg(long, value_enum, default_value_t)]
     precision: Precision,
-    /// The version of ONNX's operators: 13 to 21.
+    /// The version of ONNX's operators in model.onnx: 13 to 21.
     #[arg(long, value_name = "N", default_value_t = DEFAULT_OPSET)]
     opset: i64,
-    /// Write the weights beside the graph, into model.onnx_data; always done above 1.9 GB.
+    /// Write the weights beside the graph, into model.onnx_data; always done for a language model, whose two graphs
+    /// share them, and above 1.9 GB.
     #[arg(long)]
     external_data: bool,
+    /// Texts to measure q8 and q4 on, as records for `tk eval` [default: a few built-in pages of English].
+    #[arg(long, value_name = "FILE")]
+    input: Option<PathBuf>,
+    /// By how much q8 and q4 may raise the perplexity, as a share of it; more is an error.
+    #[arg(long, value_name = "X", default_value_t = 0.1)]
+    max_perplexity_increase: f64,
+    #[command(flatten)]
+    fields: Fields,
 }
 
-/// What a graph computes in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum Precision {
-    Fp32,
-}
-
-/// Builds, writes under a temporary name, verifies, and only then puts the graph in place.
+/// Builds, writes under a temporary name, verifies, and only then puts the graphs in place.
 pub fn run(args: &Args, say: Say) -> Result<()> {
-    let opset = checked_opset(args.opset)?;
-    let Precision::Fp32 = args.precision;
+    checked_opset(args.opset)?;
     let saved = Saved::open(&args.dir)?;
+    check_usage(args, &saved)?;
     library::library()?; // nothing is written that can't be verified
     let target = served::path(&args.dir);
     let folder = target.parent().context("the graph has no folder")?;
     if folder.exists() && !folder.is_dir() {
         bail_unusable!("{} is no directory, and the graph belongs there: move it away", folder.display());
     }
-
-    let graph = model::build(&saved.config, &saved.task, &saved.weights, saved.tokenizer.hash(), opset)?;
-    let weights_sha256 = model::metadata(&graph, "weights_sha256").unwrap_or_default().to_owned();
     let scratch =
         Scratch::new(&args.dir).map_err(|e| unusable!("{}: can't write: {e:#}", args.dir.display()))?;
-    let written = scratch.path().join("model.onnx");
-    let external = write::save(graph, &written, args.external_data)?;
-    say.detail(format!("verifying {}", written.display()));
-    let compared = verify(&saved, &written)?;
+    let place = Place { saved: &saved, folder, scratch: scratch.path(), say };
+    if args.precision == Precision::Fp32 { as_trained(args, &place) } else { in_blocks(args, &place) }
+}
 
-    std::fs::create_dir_all(folder).map_err(|e| unusable!("{}: {e}", folder.display()))?;
+fn check_usage(args: &Args, saved: &Saved) -> Result<()> {
+    let language_model = saved.task.form() == Form::Cached;
+    if args.precision != Precision::Fp32 && !language_model {
+        bail_unusable!(
+            "--precision {} is for language models; this is a {} model, which is exported in fp32",
+            args.precision,
+            saved.task.name()
+        );
+    }
+    if args.precision == Precision::Fp32 && args.input.is_some() {
+        bail_unusable!(
+            "--input is what q8 and q4 are measured on: give --precision q8 or q4, or leave it out"
+        );
+    }
+    if args.max_perplexity_increase.is_nan() || args.max_perplexity_increase < 0.0 {
+        bail_unusable!(
+            "--max-perplexity-increase {}: expected a number from 0 upwards",
+            args.max_perplexity_increase
+        );
+    }
+    Ok(())
+}
+
+/// What an export works with.
+struct Place<'a> {
+    saved: &'a Saved,
+    /// DIR/onnx
+    folder: &'a Path,
+    /// Where files lie until they are verified.
+    scratch: &'a Path,
+    say: Say,
+}
+
+impl Place<'_> {
+    fn build(&self, kind: Kind) -> Result<ModelProto> {
+        let Saved { config, task, weights, tokenizer, .. } = self.saved;
+        model::build(config, task, weights, tokenizer.hash(), kind)
+    }
+
+    /// What a manifest says of a file that is in place.
+    fn entry(&self, file: &str, kind: Kind) -> Result<Map<String, Value>> {
+        let path = self.folder.join(file);
+        let entry = json!({
+            "file": file,
+            "sha256": checkpoint::file_hash(&path)?,
+            "weights_sha256": write::metadata(&path)?.get("weights_sha256"),
+            "opset": kind.opset,
+            "precision": kind.precision.name(),
+            "tk_version": env!("CARGO_PKG_VERSION"),
+        });
+        let Value::Object(entry) = entry else { anyhow::bail!("an entry is an object") };
+        Ok(entry)
+    }
+
+    fn bytes(&self, file: &str) -> u64 {
+        std::fs::metadata(self.folder.join(file)).map(|file| file.len()).unwrap_or_default()
+    }
+
+    fn manifest(&self) -> PathBuf {
+        self.folder.join("manifest.json")
+    }
+}
+
+/// The graphs in fp32.
+fn as_trained(args: &Args, place: &Place) -> Result<()> {
+    let form = place.saved.task.form();
+    let kind = Kind::fp32(form, args.opset);
+    let (target, written) = (place.folder.join(MODEL), place.scratch.join(MODEL));
+    let external = write::save(place.build(kind)?, &written, args.external_data || form == Form::Cached)?;
+    place.say.detail(format!("verifying {}", written.display()));
+    let mut compared = vec![verify(place.saved, &written, form)?];
+    let generating = served::generating(&place.saved.dir, Precision::Fp32);
+    let generated = place.scratch.join(GENERATE);
+    if form == Form::Cached {
+        write::save_sharing(place.build(Kind::in_place(Precision::Fp32))?, &generated, &written)?;
+        place.say.detail(format!("verifying {}", generated.display()));
+        compared.push(verify(place.saved, &generated, Form::InPlace)?);
+    }
+
+    std::fs::create_dir_all(place.folder).map_err(|e| unusable!("{}: {e}", place.folder.display()))?;
     let data = write::data_path(&target);
     if external {
         // a graph that was killed here has no weights, never another export's
         remove(&target)?;
-        std::fs::rename(write::data_path(&written), &data).with_context(|| data.display().to_string())?;
+        remove(&generating)?;
+        rename(&write::data_path(&written), &data)?;
     }
-    std::fs::rename(&written, &target).with_context(|| target.display().to_string())?;
+    rename(&written, &target)?;
+    if form == Form::Cached {
+        rename(&generated, &generating)?;
+    }
     if !external {
         remove(&data)?;
     }
-    let mut manifest = json!({
-        "file": "model.onnx",
-        "sha256": checkpoint::file_hash(&target)?,
-        "weights_sha256": weights_sha256,
-        "opset": opset,
-        "precision": "fp32",
-        "max_abs": compared.max_abs,
-        "tk_version": env!("CARGO_PKG_VERSION"),
-    });
+    let mut manifest = place.entry(MODEL, kind)?;
+    manifest.insert("max_abs".to_owned(), json!(compared[0].max_abs));
+    let mut size = place.bytes(MODEL);
     if external {
-        manifest["data_file"] = json!("model.onnx_data");
-        manifest["data_sha256"] = json!(checkpoint::file_hash(&data)?);
+        manifest.insert("data_file".to_owned(), json!("model.onnx_data"));
+        manifest.insert("data_sha256".to_owned(), json!(checkpoint::file_hash(&data)?));
+        size += place.bytes("model.onnx_data");
     }
-    files::write(&folder.join("manifest.json"), format!("{manifest:#}\n"))?;
+    let mut also = String::new();
+    if let Some(in_place) = compared.get(1) {
+        let mut entry = place.entry(GENERATE, Kind::in_place(Precision::Fp32))?;
+        entry.insert("max_abs".to_owned(), json!(in_place.max_abs));
+        manifest.insert("generate".to_owned(), json!({"fp32": entry}));
+        also = format!(
+            "\n{}: the same weights, the logits of {} tokens within {:.1e}",
+            generating.display(),
+            in_place.records,
+            in_place.max_abs
+        );
+    }
+    files::write(&place.manifest(), format!("{:#}\n", Value::Object(manifest.clone())))?;
 
-    let bytes = |path: &Path| std::fs::metadata(path).map(|file| file.len()).unwrap_or_default();
-    let size = bytes(&target) + if external { bytes(&data) } else { 0 };
     let human = format!(
-        "{}: opset {opset}, {:.1} MB, the logits of {} {} within {:.1e} of the trained model's",
+        "{}: opset {}, {:.1} MB, the logits of {} {} within {:.1e} of the trained model's{also}",
         target.display(),
+        args.opset,
         size as f64 / 1e6,
-        compared.records,
-        match saved.task.form() {
-            Form::Whole => "records",
-            Form::Cached => "tokens, behind a past and without,",
-        },
-        compared.max_abs
+        compared[0].records,
+        if form == Form::Whole { "records" } else { "tokens, behind a past and without," },
+        compared[0].max_abs
     );
-    manifest["path"] = json!(target);
-    manifest["bytes"] = json!(size);
-    manifest["records"] = json!(compared.records);
-    say.result(human, &manifest)
+    manifest.insert("path".to_owned(), json!(target));
+    manifest.insert("bytes".to_owned(), json!(size));
+    manifest.insert("records".to_owned(), json!(compared[0].records));
+    place.say.result(human, &manifest)
+}
+
+/// A language model's graph with its matrices in blocks of few bits, held against the trained model's perplexity.
+fn in_blocks(args: &Args, place: &Place) -> Result<()> {
+    let (saved, precision) = (place.saved, args.precision);
+    let lm = saved.task.causal_lm("export --precision")?;
+    let (tokenizer, longest) = (&saved.tokenizer, saved.max_length);
+    let examples = match &args.input {
+        Some(input) => examples::load(input, &args.fields, &saved.task, tokenizer, longest, false)?,
+        None => lm.examples(&Document::of_texts(generate::english()), tokenizer, longest)?,
+    };
+    let kind = Kind::in_place(precision);
+    let target = served::generating(&saved.dir, precision);
+    let file = target.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let written = place.scratch.join(&file);
+    let external = write::save(place.build(kind)?, &written, false)?;
+    place.say.detail(format!("measuring {}", written.display()));
+    let before = Evaluator::open(saved, &candle_core::Device::Cpu)?.measure(&examples)?["perplexity"];
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut slots = Slots::open(&written, threads, place.say)?;
+    let after = generate::measure(&mut slots, &examples)?["perplexity"];
+    drop(slots);
+    let increase = after / before - 1.0;
+    let found =
+        format!("perplexity {before:.3} in fp32, {after:.3} in {precision}: {:+.2} %", increase * 100.0);
+    // not a number is too much as well
+    if increase.is_nan() || increase > args.max_perplexity_increase {
+        anyhow::bail!(
+            "{found}; more than --max-perplexity-increase {} allows, so no {file} is written",
+            args.max_perplexity_increase
+        );
+    }
+
+    std::fs::create_dir_all(place.folder).map_err(|e| unusable!("{}: {e}", place.folder.display()))?;
+    if external {
+        remove(&target)?;
+        rename(&write::data_path(&written), &write::data_path(&target))?;
+    }
+    rename(&written, &target)?;
+    let mut entry = place.entry(&file, kind)?;
+    entry.insert("perplexity_fp32".to_owned(), json!(before));
+    entry.insert("perplexity".to_owned(), json!(after));
+    let mut manifest: Value = match std::fs::read(place.manifest()) {
+        Ok(bytes) => serde_json::from_slice(&bytes)
+            .map_err(|e| unusable!("{}: {e}: delete it", place.manifest().display()))?,
+        Err(_) => json!({}),
+    };
+    manifest["generate"][precision.name()] = Value::Object(entry.clone());
+    files::write(&place.manifest(), format!("{manifest:#}\n"))?;
+    let bytes = place.bytes(&file) + if external { place.bytes(&format!("{file}_data")) } else { 0 };
+    entry.insert("path".to_owned(), json!(target));
+    entry.insert("bytes".to_owned(), json!(bytes));
+    entry.insert("records".to_owned(), json!(examples.len()));
+    place.say.result(format!("{}: {:.1} MB, {found}", target.display(), bytes as f64 / 1e6), &entry)
 }
 
 /// Runs the built-in records through candle and through the written file.
 ///
 /// # Errors
 /// The logits differ by more than the tolerance, or are not finite.
-fn verify(saved: &Saved, graph: &Path) -> Result<Compared> {
+fn verify(saved: &Saved, graph: &Path, form: Form) -> Result<Compared> {
     let encodings = saved.tokenizer.encode_all(&inputs::builtin(saved)?, saved.max_length)?;
-    let compared = match saved.task.form() {
+    let compared = match form {
         Form::Whole => {
             let subject = Subject { saved, graph, encodings: &encodings };
             let runtimes = [Runtime::Eager, Runtime::Ort(Provider::Cpu)];
@@ -119,6 +271,7 @@ fn verify(saved: &Saved, graph: &Path) -> Result<Compared> {
             let texts = decoding::few(&encodings);
             decoding::run(saved, graph, &texts, Provider::Cpu, parity::TOLERANCE)?
         }
+        Form::InPlace => decoding::in_place(saved, graph, &decoding::few(&encodings), parity::TOLERANCE)?,
     };
     if !compared.pass {
         anyhow::bail!(
@@ -127,6 +280,10 @@ fn verify(saved: &Saved, graph: &Path) -> Result<Compared> {
         );
     }
     Ok(compared)
+}
+
+fn rename(from: &Path, to: &Path) -> Result<()> {
+    std::fs::rename(from, to).with_context(|| to.display().to_string())
 }
 
 fn remove(path: &Path) -> Result<()> {

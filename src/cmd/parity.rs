@@ -7,9 +7,10 @@ use serde_json::json;
 
 use crate::data::batch::Encoding;
 use crate::data::records;
-use crate::onnx::{DEFAULT_OPSET, model, write};
+use crate::onnx::{DEFAULT_OPSET, Kind, Precision, model, write};
 use crate::parity::inputs::{self, Text};
 use crate::parity::{self, Compared, Runtime, Subject, decoding, report};
+use crate::runtime::Provider;
 use crate::saved::Saved;
 use crate::say::Say;
 use crate::serve::served;
@@ -58,32 +59,39 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     }
     let encodings = saved.tokenizer.encode_all(&texts(args, &saved)?, max_length)?;
 
-    let scratch; // keeps the unwritten graph until the comparison is over
-    let graph = served::path(&args.dir);
-    let graph = if graph.exists() {
-        served::check_fresh(&saved, &graph)?;
-        graph
-    } else {
+    let scratch = write::Scratch::new(&std::env::temp_dir())?; // for graphs that are not there
+    let graph = |path: PathBuf, kind: Kind| -> Result<PathBuf> {
+        if path.exists() {
+            served::check_fresh(&saved, &path)?;
+            return Ok(path);
+        }
         say.line(format!(
             "{} is not there; comparing the graph that `tk export` would write",
-            graph.display()
+            path.display()
         ));
-        scratch = write::Scratch::new(&std::env::temp_dir())?;
-        let path = scratch.path().join("model.onnx");
         let hash = saved.tokenizer.hash();
-        let model = model::build(&saved.config, &saved.task, &saved.weights, hash, DEFAULT_OPSET)?;
+        let model = model::build(&saved.config, &saved.task, &saved.weights, hash, kind)?;
+        let path = scratch.path().join(path.file_name().unwrap_or_default());
         write::save(model, &path, false)?;
-        path
+        Ok(path)
     };
+    let form = saved.task.form();
+    let model = graph(served::path(&args.dir), Kind::fp32(form, DEFAULT_OPSET))?;
 
-    let compared = match saved.task.form() {
+    let compared = match form {
         Form::Whole => {
-            let subject = Subject { saved: &saved, graph: &graph, encodings: &encodings };
+            let subject = Subject { saved: &saved, graph: &model, encodings: &encodings };
             parity::run(&subject, &runtimes, args.tolerance)?
         }
-        Form::Cached => {
+        Form::Cached | Form::InPlace => {
             let texts = if args.input.is_some() { encodings } else { decoding::few(&encodings) };
-            of_language_model(&saved, &graph, &texts, &runtimes, args.tolerance)?
+            let mut compared = of_language_model(&saved, &model, &texts, &runtimes, args.tolerance)?;
+            if runtimes.contains(&Runtime::Ort(Provider::Cpu)) {
+                let generating = served::generating(&args.dir, Precision::Fp32);
+                let generating = graph(generating, Kind::in_place(Precision::Fp32))?;
+                compared.push(decoding::in_place(&saved, &generating, &texts, args.tolerance)?);
+            }
+            compared
         }
     };
     let pass = compared.iter().all(|c| c.pass);

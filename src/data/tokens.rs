@@ -30,6 +30,7 @@ pub const FILES: [&str; 8] = [
 
 /// A model's tokenizer. Padding and truncation that its file asks for are not applied: padding is
 /// the batch's, and the length is an argument.
+#[derive(Clone)]
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     /// The contents of tokenizer.json where the directory has none, and the file that it was built from.

@@ -22,16 +22,16 @@ pub fn sequence_classification<O: Ops>(o: &O, family: &Family, labels: usize) ->
     }
 }
 
-/// A row of scores of the next token for every token, (T, V): `transformers`' `…LMHeadModel`. The head is the table of
-/// words.
+/// A row of scores of the next token for every token, (T, V), or for one token of every sequence alone: `transformers`'
+/// `…LMHeadModel`. The head is the table of words.
 ///
 /// # Errors
 /// The family predicts no next token.
-pub fn causal_lm<O: Ops>(o: &O, family: &Family) -> Result<O::X> {
+pub fn causal_lm<O: Ops>(o: &O, family: &Family, wanted: Option<Pick>) -> Result<O::X> {
     match family {
         Family::Gpt2(c) => {
             let at = At::body("transformer");
-            let x = gpt2(o, &at, c, None)?;
+            let x = gpt2(o, &at, c, wanted)?;
             o.linear(words(&at, c).tied(), &x)
         }
         Family::Bert(_) => bail_unusable!(

@@ -7,10 +7,13 @@
 use std::borrow::Cow;
 use std::cell::RefCell;
 
-use super::graph::{Graph, Outlet, Value, float, int, ints, string};
+use anyhow::Context;
+
+use super::blocks::{BLOCK, Blocks};
+use super::graph::{ABSENT, Graph, OWN_DOMAIN, Outlet, Value, float, int, ints, string};
 use super::proto::tensor_proto::DataType;
 use super::proto::{ModelProto, OperatorSetIdProto};
-use super::{check, checked_opset};
+use super::{Kind, check, checked_opset, fuse};
 use crate::Result;
 use crate::model::ops::{Activation, Attend, Ids, Layout, Linear, Norm, Ops, Param, Pick, Sees, Table};
 use crate::task::{Dim, Form, Output};
@@ -21,8 +24,7 @@ const MASKED: f32 = f32::MIN;
 /// Writes the nodes that the verbs stand for.
 pub struct Emit {
     graph: RefCell<Graph>,
-    opset: i64,
-    form: Form,
+    kind: Kind,
     /// The keys and values that go out, two for each attention met so far.
     presents: RefCell<Vec<Outlet>>,
 }
@@ -47,12 +49,11 @@ pub struct X {
 pub fn graph<'w>(
     define: impl FnOnce(&Emit) -> Result<Vec<X>>,
     outputs: &[Output],
-    form: Form,
-    opset: i64,
+    kind: Kind,
     weights: impl Fn(&Param) -> Result<Cow<'w, [f32]>>,
 ) -> Result<ModelProto> {
-    let opset = checked_opset(opset)?;
-    let emit = Emit { graph: RefCell::default(), opset, form, presents: RefCell::default() };
+    let opset = checked_opset(kind.opset)?;
+    let emit = Emit { graph: RefCell::default(), kind, presents: RefCell::default() };
     let results = define(&emit)?;
     anyhow::ensure!(
         results.len() == outputs.len(),
@@ -68,12 +69,18 @@ pub fn graph<'w>(
     };
     let mut results: Vec<Outlet> = outputs.iter().zip(&results).map(outlet).collect();
     results.extend(emit.presents.take());
+    let mut graph = emit.graph.into_inner();
+    let mut operators = vec![OperatorSetIdProto { domain: String::new(), version: opset }];
+    if kind.form == Form::InPlace {
+        fuse::fuse(&mut graph);
+        operators.push(OperatorSetIdProto { domain: OWN_DOMAIN.to_owned(), version: 1 });
+    }
     let model = ModelProto {
         ir_version: ir_version(opset),
-        opset_import: vec![OperatorSetIdProto { domain: String::new(), version: opset }],
+        opset_import: operators,
         producer_name: "tk".to_owned(),
         producer_version: env!("CARGO_PKG_VERSION").to_owned(),
-        graph: Some(emit.graph.into_inner().finish(&results, weights)?),
+        graph: Some(graph.finish(&results, weights)?),
         ..Default::default()
     };
     check::check(&model)?;
@@ -151,8 +158,8 @@ impl Emit {
 
     /// The keys that a query may see: as many as there are tokens, or those of the past before them.
     fn seen(&self) -> Dim {
-        match self.form {
-            Form::Whole => Dim::Sequence,
+        match self.kind.form {
+            Form::Whole | Form::InPlace => Dim::Sequence,
             Form::Cached => Dim::Total,
         }
     }
@@ -160,11 +167,11 @@ impl Emit {
     /// (B, 1, T, T), true for a key that is a token and not behind the query; (B, 1, T, P + T) behind a past.
     fn keep_causal(&self) -> Value {
         let (keep, Tokens { length, range, .. }) = (self.keep(), self.tokens());
-        let form = self.form;
+        let form = self.kind.form;
         self.graph.borrow_mut().shared("keep_causal", |g| {
             let axis = g.i64s(&[1], &[1]);
             let (keys, queries) = match form {
-                Form::Whole => (range, range),
+                Form::Whole | Form::InPlace => (range, range),
                 Form::Cached => {
                     let (zero, one) = (g.i64s(&[], &[0]), g.i64s(&[], &[1]));
                     let mask = g.input("attention_mask"); // declared by `keep`
@@ -199,6 +206,82 @@ impl Emit {
         Ok(value)
     }
 
+    /// The columns of x, (B, T, C), whose scores are asked for, (B, L, C).
+    fn asked(&self, scope: &str, x: Value) -> Value {
+        let at = self.graph.borrow_mut().input_of("logits_at", DataType::Int64, &[Dim::Asked]);
+        self.node(scope, "Gather", &[x, at], vec![int("axis", 1)])
+    }
+
+    /// Attention that writes keys and values into their buffers, and reads them there. Where not all tokens ask, all
+    /// the same go through it, and what was asked for is taken from the result.
+    fn attention_in_place(&self, at: &str, [q, k, v]: [&X; 3], how: Attend) -> Result<Value> {
+        anyhow::ensure!(
+            how.sees == Sees::Causal && how.queries != Some(Pick::First),
+            "only tokens that see none behind them can go on from a past"
+        );
+        let mut graph = self.graph.borrow_mut();
+        let packed = packed(&graph, [q, k, v].map(|x| x.value), how.queries.is_some());
+        let packed = packed.with_context(|| format!("{at}: q, k and v are not the parts of one value"))?;
+        let (layer, d) = (self.presents.borrow().len() / 2, k.width / how.heads);
+        let dims = [Dim::Batch, Dim::Of(how.heads), Dim::Capacity, Dim::Of(d)];
+        let mut past = |what| {
+            let name = format!("past_key_values.{layer}.{what}");
+            graph.input_of(&name, DataType::Float, &dims)
+        };
+        let (keys, values) = (past("key"), past("value"));
+        let lengths = graph.input_of("seqlens_k", DataType::Int32, &[Dim::Batch]);
+        let longest = graph.input_of("total_sequence_length", DataType::Int32, &[Dim::Of(1)]);
+        let inputs = [packed, ABSENT, ABSENT, keys, values, lengths, longest];
+        let heads = how.heads as i64;
+        let attributes = vec![int("kv_num_heads", heads), int("num_heads", heads)];
+        let results = graph.node_of(at, "GroupQueryAttention", &inputs, attributes, 3);
+        for (what, &value) in ["key", "value"].into_iter().zip(&results[1..]) {
+            let name = format!("present.{layer}.{what}");
+            let value = graph.rename(value, &name)?;
+            let outlet = Outlet { name, kind: DataType::Float, dims: dims.to_vec(), value };
+            self.presents.borrow_mut().push(outlet);
+        }
+        drop(graph);
+        Ok(match how.queries {
+            None => results[0],
+            Some(_) => self.asked(at, results[0]),
+        })
+    }
+
+    /// x · W + b with W in blocks.
+    fn product_with_blocks(&self, scope: &str, map: &Linear, bits: u32, x: &X) -> Result<Value> {
+        let blocks = Blocks { rows: map.output(), columns: x.width, bits, layout: map.layout };
+        let (numbers, scales) = self.graph.borrow_mut().in_blocks(&map.weight, blocks)?;
+        let mut inputs = vec![x.value, numbers, scales];
+        if let Some(bias) = &map.bias {
+            inputs.extend([ABSENT, ABSENT, self.param(bias)?]); // without zero points and order of groups
+        }
+        let attributes = vec![
+            int("K", blocks.columns as i64),
+            int("N", blocks.rows as i64),
+            int("accuracy_level", 4), // activations in 8 bits, blockwise
+            int("bits", i64::from(bits)),
+            int("block_size", BLOCK as i64),
+        ];
+        Ok(self.node(scope, "MatMulNBits", &inputs, attributes))
+    }
+
+    /// Rows of a table in blocks, which may be a head's matrix too.
+    fn rows_of_blocks(&self, scope: &str, table: &Table, bits: u32, ids: Value) -> Result<Value> {
+        let [rows, columns] = table.weight.shape[..] else { anyhow::bail!("a table has two dimensions") };
+        let blocks = Blocks { rows, columns, bits, layout: Layout::OutIn };
+        let (numbers, scales) = self.graph.borrow_mut().in_blocks(&table.weight, blocks)?;
+        let shape = self.list(&[rows as i64, -1]);
+        let numbers = self.plain(scope, "Reshape", &[numbers, shape]); // folded when the graph is loaded
+        let attributes = vec![
+            int("bits", i64::from(bits)),
+            int("block_size", BLOCK as i64),
+            int("gather_axis", 0),
+            int("quantize_axis", 1),
+        ];
+        Ok(self.node(scope, "GatherBlockQuantized", &[numbers, ids, scales], attributes))
+    }
+
     /// What is known of the tokens that a graph is given.
     fn tokens(&self) -> Tokens {
         let mut graph = self.graph.borrow_mut();
@@ -223,7 +306,7 @@ impl Emit {
 
     /// Where the last token of every sequence stands among all of the batch's, (B). Padding may stand on either side.
     fn last(&self) -> Value {
-        let (Tokens { shape, length, range }, opset) = (self.tokens(), self.opset);
+        let (Tokens { shape, length, range }, opset) = (self.tokens(), self.kind.opset);
         self.graph.borrow_mut().shared("last", |g| {
             let (zero, one) = (g.i64s(&[], &[0]), g.i64s(&[], &[1]));
             let mask = g.input("attention_mask");
@@ -282,22 +365,32 @@ impl Ops for Emit {
     fn embed(&self, table: Table, ids: Ids) -> Result<X> {
         let scope = module(&table.weight.name).to_owned();
         let width = table.weight.shape[1];
-        let table = self.param(&table.weight)?;
+        let bits = self.kind.precision.bits(table.weight.role).filter(|_| ids == Ids::Tokens);
         let ids = match ids {
             Ids::Tokens => self.graph.borrow_mut().input("input_ids"),
             Ids::TokenTypes => self.graph.borrow_mut().input("token_type_ids"),
-            Ids::Positions => match self.form {
+            Ids::Positions => match self.kind.form {
                 Form::Whole => self.positions(),
-                Form::Cached => self.graph.borrow_mut().input("position_ids"),
+                Form::Cached | Form::InPlace => self.graph.borrow_mut().input("position_ids"),
             },
         };
-        let value = self.node(&scope, "Gather", &[table, ids], vec![int("axis", 0)]);
+        let value = match bits {
+            None => {
+                let table = self.param(&table.weight)?;
+                self.node(&scope, "Gather", &[table, ids], vec![int("axis", 0)])
+            }
+            Some(bits) => self.rows_of_blocks(&scope, &table, bits, ids)?,
+        };
         Ok(X { value, scope, width, every: true })
     }
 
     fn linear(&self, map: Linear, x: &X) -> Result<X> {
         let scope = module(&map.weight.name).to_owned();
         let width = map.output();
+        if let Some(bits) = self.kind.precision.bits(map.weight.role) {
+            let value = self.product_with_blocks(&scope, &map, bits, x)?;
+            return Ok(X { value, scope, width, every: x.every });
+        }
         let mut weight = self.param(&map.weight)?;
         if map.layout == Layout::OutIn {
             weight = self.transpose(&scope, weight, &[1, 0]);
@@ -322,7 +415,7 @@ impl Ops for Emit {
         let scope = module(&norm.weight.name).to_owned();
         let (scale, shift) = (self.param(&norm.weight)?, self.param(&norm.bias)?);
         let eps = norm.eps as f32;
-        let value = if self.opset >= 17 {
+        let value = if self.kind.opset >= 17 {
             let how = vec![int("axis", -1), float("epsilon", eps)];
             self.node(&scope, "LayerNormalization", &[x.value, scale, shift], how)
         } else {
@@ -333,9 +426,13 @@ impl Ops for Emit {
 
     fn attention(&self, q: &X, k: &X, v: &X, how: Attend) -> Result<X> {
         let at = common(&q.scope, &k.scope).to_owned();
+        if self.kind.form == Form::InPlace {
+            let value = self.attention_in_place(&at, [q, k, v], how)?;
+            return Ok(X { value, scope: at, width: v.width, every: true });
+        }
         let q_heads = self.split_heads(q, how.heads, &[0, 2, 1, 3]); // (B, H, T, D)
-        let (k_heads, v_heads) = match (self.form, how.sees) {
-            (Form::Whole, _) => (
+        let (k_heads, v_heads) = match (self.kind.form, how.sees) {
+            (Form::Whole | Form::InPlace, _) => (
                 self.split_heads(k, how.heads, &[0, 2, 3, 1]), // (B, H, D, T)
                 self.split_heads(v, how.heads, &[0, 2, 1, 3]), // (B, H, T, D)
             ),
@@ -372,9 +469,9 @@ impl Ops for Emit {
     fn activate(&self, x: &X, how: Activation) -> Result<X> {
         let at = &x.scope;
         let value = match how {
-            Activation::Gelu if self.opset >= 20 => self.plain(at, "Gelu", &[x.value]),
+            Activation::Gelu if self.kind.opset >= 20 => self.plain(at, "Gelu", &[x.value]),
             Activation::Gelu => self.gelu_from_erf(at, x.value),
-            Activation::GeluTanh if self.opset >= 20 => {
+            Activation::GeluTanh if self.kind.opset >= 20 => {
                 self.node(at, "Gelu", &[x.value], vec![string("approximate", "tanh")])
             }
             Activation::GeluTanh => self.gelu_from_tanh(at, x.value),
@@ -405,7 +502,11 @@ impl Ops for Emit {
                 let zero = self.graph.borrow_mut().i64s(&[], &[0]);
                 self.node(&x.scope, "Gather", &[x.value, zero], vec![int("axis", 1)])
             }
-            Pick::Last if self.form == Form::Cached => {
+            Pick::Last if self.kind.form == Form::InPlace => {
+                let value = self.asked(&x.scope, x.value);
+                return Ok(X { value, ..x.clone() });
+            }
+            Pick::Last if self.kind.form == Form::Cached => {
                 anyhow::bail!("the last token of a sequence is not looked for behind a past")
             }
             Pick::Last => {
@@ -421,6 +522,20 @@ impl Ops for Emit {
         let value = self.graph.borrow_mut().rename(x.value, name)?;
         Ok(X { value, ..x })
     }
+}
+
+/// The value whose three parts are q, k and v; of q the asked columns where not all ask.
+fn packed(graph: &Graph, [q, k, v]: [Value; 3], some: bool) -> Option<Value> {
+    let q = if some { graph.maker(q)?.0.inputs[0] } else { q };
+    let mut whole = None;
+    for (part, value) in [q, k, v].into_iter().enumerate() {
+        let (node, output) = graph.maker(value)?;
+        if node.op != "Split" || output != part || whole.is_some_and(|whole| whole != node.inputs[0]) {
+            return None;
+        }
+        whole = Some(node.inputs[0]);
+    }
+    whole
 }
 
 /// `a.b.weight` → `a.b`; a name without dots stays.

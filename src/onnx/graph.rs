@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::Context;
 
+use super::blocks::Blocks;
 use super::proto::attribute_proto::AttributeType;
 use super::proto::tensor_proto::DataType;
 use super::proto::tensor_shape_proto::{Dimension, dimension};
@@ -18,6 +19,16 @@ use crate::{Result, bail_unusable};
 
 /// A value's number. Values are named when the graph is finished, so that a tap can still rename one.
 pub(super) type Value = usize;
+
+/// In the place of an input that is left out, or an output that nobody reads.
+pub(super) const ABSENT: Value = Value::MAX;
+
+/// The operators that are ONNX Runtime's own.
+const OWN: [&str; 5] =
+    ["FastGelu", "GatherBlockQuantized", "GroupQueryAttention", "MatMulNBits", "SkipLayerNormalization"];
+
+/// Their domain.
+pub(super) const OWN_DOMAIN: &str = "com.microsoft";
 
 /// The inputs of tokens that a graph may have, in their order, int64. Others follow as they were declared.
 pub const INPUTS: [&str; 4] = ["input_ids", "attention_mask", "token_type_ids", "position_ids"];
@@ -47,17 +58,26 @@ pub(super) struct Graph {
     node_names: BTreeMap<String, usize>,
     inputs: Vec<Outlet>,
     params: Vec<(Param, Value)>,
+    blocks: Vec<InBlocks>,
     constants: Vec<(TensorProto, Value)>,
     /// What is computed once for the whole graph, e.g. the mask.
     shared: BTreeMap<&'static str, Value>,
 }
 
-struct Node {
-    op: &'static str,
+/// A weight that is stored in blocks, and the values of its numbers and its scales.
+struct InBlocks {
+    param: Param,
+    blocks: Blocks,
+    numbers: Value,
+    scales: Value,
+}
+
+pub(super) struct Node {
+    pub op: &'static str,
     name: String,
-    inputs: Vec<Value>,
-    outputs: Vec<Value>,
-    attributes: Vec<AttributeProto>,
+    pub inputs: Vec<Value>,
+    pub outputs: Vec<Value>,
+    pub attributes: Vec<AttributeProto>,
 }
 
 impl Graph {
@@ -137,6 +157,51 @@ impl Graph {
         Ok(value)
     }
 
+    /// A weight in blocks: its numbers and its scales, declared by their first use.
+    pub fn in_blocks(&mut self, param: &Param, blocks: Blocks) -> Result<(Value, Value)> {
+        if let Some(known) = self.blocks.iter().find(|known| known.param.name == param.name) {
+            anyhow::ensure!(known.blocks == blocks, "{} is cut into blocks in two ways", param.name);
+            return Ok((known.numbers, known.scales));
+        }
+        let numbers = self.fixed_value(&format!("{}_q{}", param.name, blocks.bits));
+        let scales = self.fixed_value(&format!("{}_scales", param.name));
+        self.blocks.push(InBlocks { param: param.clone(), blocks, numbers, scales });
+        Ok((numbers, scales))
+    }
+
+    /// The node that makes a value, and which of its outputs it is.
+    pub fn maker(&self, value: Value) -> Option<(&Node, usize)> {
+        self.nodes.iter().rev().find_map(|node| {
+            node.outputs.iter().position(|&output| output == value).map(|index| (node, index))
+        })
+    }
+
+    /// Whether a value is a weight with one dimension.
+    pub fn is_vector(&self, value: Value) -> bool {
+        self.params.iter().any(|(param, known)| *known == value && param.shape.len() == 1)
+    }
+
+    /// The nodes, to be rewritten.
+    pub fn nodes_mut(&mut self) -> &mut Vec<Node> {
+        &mut self.nodes
+    }
+
+    /// Leaves out the nodes, weights and constants that no output depends on.
+    fn prune(&mut self, outputs: &[Outlet]) {
+        let mut used: BTreeSet<Value> = outputs.iter().map(|output| output.value).collect();
+        let mut kept: Vec<Node> = Vec::with_capacity(self.nodes.len());
+        for node in std::mem::take(&mut self.nodes).into_iter().rev() {
+            if node.outputs.iter().any(|output| used.contains(output)) {
+                used.extend(&node.inputs);
+                kept.push(node);
+            }
+        }
+        kept.reverse();
+        self.nodes = kept;
+        self.params.retain(|(_, value)| used.contains(value));
+        self.constants.retain(|(_, value)| used.contains(value));
+    }
+
     /// An integer constant of the given shape: `[]` for a scalar, `[n]` for a list.
     pub fn i64s(&mut self, dims: &[i64], values: &[i64]) -> Value {
         let bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect();
@@ -190,6 +255,7 @@ impl Graph {
         weights: impl Fn(&Param) -> Result<std::borrow::Cow<'w, [f32]>>,
     ) -> Result<GraphProto> {
         let mut graph = GraphProto { name: "tk".to_owned(), ..Default::default() };
+        self.prune(outputs);
         for output in outputs {
             if self.names[output.value] != output.name {
                 self.rename(output.value, &output.name)?;
@@ -199,7 +265,7 @@ impl Graph {
         let place = |input: &Outlet| INPUTS.iter().position(|name| *name == input.name);
         self.inputs.sort_by_key(|input| place(input).unwrap_or(INPUTS.len()));
         graph.input = self.inputs.iter().map(Outlet::info).collect();
-        for (param, _) in &self.params {
+        let weights = |param: &Param| {
             let values = weights(param).with_context(|| param.name.clone())?;
             if values.len() != param.numel() {
                 bail_unusable!(
@@ -210,23 +276,44 @@ impl Graph {
                     param.numel()
                 );
             }
-            graph.initializer.push(TensorProto {
-                name: param.name.clone(),
-                data_type: DataType::Float as i32,
-                dims: param.shape.iter().map(|&n| n as i64).collect(),
-                raw_data: f32_bytes(&values).into_owned(),
-                ..Default::default()
-            });
+            Ok(values)
+        };
+        let tensor = |name: &str, kind: DataType, dims: &[usize], raw_data: Vec<u8>| TensorProto {
+            name: name.to_owned(),
+            data_type: kind as i32,
+            dims: dims.iter().map(|&n| n as i64).collect(),
+            raw_data,
+            ..Default::default()
+        };
+        for (param, _) in &self.params {
+            let values = f32_bytes(&weights(param)?).into_owned();
+            graph.initializer.push(tensor(&param.name, DataType::Float, &param.shape, values));
+        }
+        for InBlocks { param, blocks, numbers, scales } in &self.blocks {
+            let values = weights(param)?;
+            if values.iter().any(|x| !x.is_finite()) {
+                bail_unusable!(
+                    "{} is not finite, so no graph is written; the training run diverged",
+                    param.name
+                );
+            }
+            let packed = blocks.pack(&values);
+            let dims = [blocks.rows, blocks.of_row(), blocks.bytes()];
+            graph.initializer.push(tensor(&self.names[*numbers], DataType::Uint8, &dims, packed.numbers));
+            let values = f32_bytes(&packed.scales).into_owned();
+            graph.initializer.push(tensor(&self.names[*scales], DataType::Float, &dims[..2], values));
         }
         graph.initializer.extend(self.constants.into_iter().map(|(tensor, _)| tensor));
+        let name = |&value: &Value| if value == ABSENT { String::new() } else { self.names[value].clone() };
         graph.node = self
             .nodes
             .into_iter()
             .map(|node| NodeProto {
                 op_type: node.op.to_owned(),
+                domain: if OWN.contains(&node.op) { OWN_DOMAIN.to_owned() } else { String::new() },
                 name: node.name,
-                input: node.inputs.iter().map(|&value| self.names[value].clone()).collect(),
-                output: node.outputs.iter().map(|&value| self.names[value].clone()).collect(),
+                input: node.inputs.iter().map(name).collect(),
+                output: node.outputs.iter().map(name).collect(),
                 attribute: node.attributes,
                 ..Default::default()
             })
@@ -290,6 +377,8 @@ pub(super) fn value_info(name: &str, kind: DataType, dims: &[Dim]) -> ValueInfoP
                 Dim::Sequence => dimension::Value::DimParam("sequence_length".to_owned()),
                 Dim::Past => dimension::Value::DimParam("past_sequence_length".to_owned()),
                 Dim::Total => dimension::Value::DimParam("past_sequence_length + sequence_length".to_owned()),
+                Dim::Capacity => dimension::Value::DimParam("capacity".to_owned()),
+                Dim::Asked => dimension::Value::DimParam("asked".to_owned()),
                 Dim::Of(n) => dimension::Value::DimValue(*n as i64),
             };
             Dimension { value: Some(value), ..Default::default() }

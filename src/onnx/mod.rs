@@ -1,8 +1,10 @@
 //! ONNX: the interpreter that writes graphs, and their check, their files and their text.
 
+pub mod blocks;
 pub mod check;
 pub mod dump;
 pub mod emit;
+mod fuse;
 mod graph;
 pub mod model;
 pub mod write;
@@ -10,7 +12,30 @@ pub mod write;
 /// The protobuf messages of ONNX, as candle-onnx generates them.
 pub use candle_onnx::onnx as proto;
 
+pub use blocks::Precision;
+
+use crate::task::Form;
 use crate::{Result, bail_unusable};
+
+/// What kind of graph is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Kind {
+    pub form: Form,
+    pub opset: i64,
+    pub precision: Precision,
+}
+
+impl Kind {
+    /// A graph in fp32.
+    pub fn fp32(form: Form, opset: i64) -> Self {
+        Self { form, opset, precision: Precision::Fp32 }
+    }
+
+    /// A graph that ONNX Runtime alone reads, with its own operators.
+    pub fn in_place(precision: Precision) -> Self {
+        Self { form: Form::InPlace, opset: IN_PLACE_OPSET, precision }
+    }
+}
 
 /// The opsets that tk writes; what serves them must know at least that opset of `ai.onnx`.
 pub const OPSETS: std::ops::RangeInclusive<i64> = 13..=21;
@@ -20,6 +45,9 @@ pub const DEFAULT_OPSET: i64 = 18;
 
 /// The opset that candle-onnx's evaluator can run: layer norms and GELUs stand there as primitives.
 pub const CANDLE_OPSET: i64 = 14;
+
+/// The opset of graphs with ONNX Runtime's own operators.
+const IN_PLACE_OPSET: i64 = 21;
 
 /// Refuses an opset that tk does not write.
 pub fn checked_opset(opset: i64) -> Result<i64> {

@@ -4,11 +4,11 @@ use serde_json::Value;
 
 use super::proto::tensor_proto::DataType;
 use super::proto::{ModelProto, StringStringEntryProto};
-use super::{emit, graph};
+use super::{Kind, emit, graph};
 use crate::checkpoint::{self, Weights};
 use crate::model::ModelConfig;
 use crate::model::ops::Param;
-use crate::task::Task;
+use crate::task::{Form, Task};
 use crate::{Result, unusable};
 
 /// Builds the graph of a trained model, with its metadata.
@@ -20,14 +20,19 @@ pub fn build(
     task: &Task,
     weights: &Weights,
     tokenizer_sha256: &str,
-    opset: i64,
+    kind: Kind,
 ) -> Result<ModelProto> {
     let params = trained(config, task, weights)?;
     let mut model = emit::graph(
-        |o| task.define(o, &config.family),
-        &task.outputs(),
-        task.form(),
-        opset,
+        |o| {
+            if kind.form == Form::InPlace {
+                task.generate(o, &config.family)
+            } else {
+                task.define(o, &config.family)
+            }
+        },
+        &task.outputs(kind.form),
+        kind,
         |param| weights.f32(&param.name),
     )?;
     let mut about = vec![

@@ -37,6 +37,27 @@ pub fn save(mut model: ModelProto, path: &Path, external: bool) -> Result<bool> 
     Ok(external)
 }
 
+/// Writes `model` to `path` with the large weights of `other`, a model in the same folder whose weights stand in a file
+/// of their own.
+///
+/// # Errors
+/// A large weight is none of the other's.
+pub fn save_sharing(mut model: ModelProto, path: &Path, other: &Path) -> Result<()> {
+    let other = decode(other)?;
+    let known: BTreeMap<&str, &TensorProto> =
+        other.graph.iter().flat_map(|graph| &graph.initializer).map(|t| (t.name.as_str(), t)).collect();
+    for tensor in model.graph.iter_mut().flat_map(|graph| &mut graph.initializer) {
+        if tensor.raw_data.len() < SMALLEST_EXTERNAL {
+            continue;
+        }
+        let shared = known.get(tensor.name.as_str());
+        let shared = shared.filter(|shared| shared.dims == tensor.dims && !shared.external_data.is_empty());
+        *tensor =
+            (*shared.with_context(|| format!("{} is not among the shared weights", tensor.name))?).clone();
+    }
+    files::write(path, model.encode_to_vec())
+}
+
 /// Where the weights of the model at `path` stand if they are in a file of their own.
 pub fn data_path(path: &Path) -> PathBuf {
     let mut name = path.as_os_str().to_owned();

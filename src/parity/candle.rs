@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::Result;
 use crate::data::batch::Padded;
-use crate::onnx::{CANDLE_OPSET, model, proto::ModelProto};
+use crate::onnx::{CANDLE_OPSET, Kind, model, proto::ModelProto};
 use crate::runtime::session::Values;
 use crate::saved::Saved;
 
@@ -21,7 +21,13 @@ impl Evaluated {
     /// The graph of a trained model, with intermediate values as outputs behind its own.
     pub fn of(saved: &Saved, taps: &[String]) -> Result<Self> {
         // the evaluator does not read the tokenizer's hash
-        let model = model::build(&saved.config, &saved.task, &saved.weights, "", CANDLE_OPSET)?;
+        let model = model::build(
+            &saved.config,
+            &saved.task,
+            &saved.weights,
+            "",
+            Kind::fp32(saved.task.form(), CANDLE_OPSET),
+        )?;
         let model = model::with_outputs(model, taps);
         let outputs = model.graph.iter().flat_map(|graph| &graph.output).map(|output| output.name.clone());
         Ok(Self { outputs: outputs.collect(), model })

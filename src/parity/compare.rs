@@ -88,7 +88,8 @@ fn worse(a: f32, b: f32) -> f32 {
     if a.is_nan() || b.is_nan() { f32::NAN } else { a.max(b) }
 }
 
-fn argmax(row: &[f32]) -> usize {
+/// The first of the largest.
+pub(super) fn argmax(row: &[f32]) -> usize {
     (0..row.len()).fold(0, |best, i| if row[i] > row[best] { i } else { best })
 }
 

@@ -1,12 +1,14 @@
-//! A language model's graph against candle, the same texts read in three ways: whole; half of it and then token by
-//! token behind the past; and several together, padded on the left.
+//! A language model's graphs against candle, the same texts read in three ways: whole; half of it and then token by
+//! token behind the past; and several together, padded on the left or at lengths of their own.
 
 use std::path::Path;
 
+use super::compare::argmax;
 use super::{Compared, Runtime};
 use crate::data::batch::Encoding;
 use crate::eager::Evaluator;
 use crate::runtime::decoder::Tokens;
+use crate::runtime::slots::{Reading, Slots};
 use crate::runtime::{Decoder, Provider, Providers};
 use crate::saved::Saved;
 use crate::say::Say;
@@ -14,6 +16,9 @@ use crate::{Result, unusable};
 
 /// Texts whose scores are held at once, and that are padded together.
 const TOGETHER: usize = 4;
+
+/// Tokens that a text is gone on with.
+const CONTINUED: usize = 256;
 
 /// The first tokens of a few texts: enough to find what is wired wrongly, little enough for every export.
 pub fn few(encodings: &[Encoding]) -> Vec<Encoding> {
@@ -24,7 +29,7 @@ pub fn few(encodings: &[Encoding]) -> Vec<Encoding> {
     encodings.iter().filter(|encoding| encoding.len() > 1).take(8).map(cut).collect()
 }
 
-/// Compares the scores behind every token, by every way.
+/// Compares the scores behind every token, by every way, in a graph of [`crate::task::Form::Cached`].
 ///
 /// # Errors
 /// Unusable: no text has two tokens. A runtime can't be had or fails.
@@ -35,16 +40,56 @@ pub fn run(
     provider: Provider,
     tolerance: f32,
 ) -> Result<Compared> {
-    let evaluator = Evaluator::open(saved, &candle_core::Device::Cpu)?;
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let mut decoder = Decoder::open(graph, &Providers::only(provider), threads, Say::default())?;
+    let runtime = Runtime::Ort(provider);
+    compare(saved, encodings, |texts, expected| {
+        let ways = read_in_every_way(&mut decoder, texts)?;
+        let compared =
+            |found: &Vec<Vec<f32>>| Compared::new(runtime, Runtime::Eager, expected, found, tolerance);
+        Ok(ways.iter().map(compared).collect())
+    })
+}
+
+/// The same for a graph of [`crate::task::Form::InPlace`], whose rows stand at lengths of their own; and every fourth
+/// text goes on by the most likely tokens, up to 256 of them: each must be what candle finds in the whole.
+///
+/// # Errors
+/// As [`run`].
+pub fn in_place(saved: &Saved, graph: &Path, encodings: &[Encoding], tolerance: f32) -> Result<Compared> {
+    let evaluator = Evaluator::open(saved, &candle_core::Device::Cpu)?;
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut slots = Slots::open(graph, threads, Say::default())?;
+    slots.resize(TOGETHER, saved.config.max_positions());
+    let new = |expected: &[Vec<f32>], found: &[Vec<f32>]| {
+        let runtime = Runtime::Ort(Provider::Cpu);
+        Compared { name: IN_PLACE, ..Compared::new(runtime, Runtime::Eager, expected, found, tolerance) }
+    };
+    compare(saved, encodings, |texts, expected| {
+        let ways = read_slots_in_every_way(&mut slots, texts)?;
+        let mut compared: Vec<Compared> = ways.iter().map(|found| new(expected, found)).collect();
+        for text in texts.iter().take(1) {
+            let (whole, found) = continued(&mut slots, text, saved.config.max_positions())?;
+            let first = text.len() - 1;
+            compared.push(new(&evaluator.scores(&[&whole])?.concat()[first..whole.len() - 1], &found));
+        }
+        Ok(compared)
+    })
+}
+
+/// What a graph that generates is called in a table.
+const IN_PLACE: &str = "ort-cpu-in-place";
+
+fn compare(
+    saved: &Saved,
+    encodings: &[Encoding],
+    mut by_every_way: impl FnMut(&[&Encoding], &[Vec<f32>]) -> Result<Vec<Compared>>,
+) -> Result<Compared> {
+    let evaluator = Evaluator::open(saved, &candle_core::Device::Cpu)?;
     let texts: Vec<&Encoding> = encodings.iter().filter(|encoding| encoding.len() > 1).collect();
     let mut all: Option<Compared> = None;
     for texts in texts.chunks(TOGETHER) {
-        let expected = evaluator.scores(texts)?.concat();
-        for found in read_in_every_way(&mut decoder, texts)? {
-            let compared =
-                Compared::new(Runtime::Ort(provider), Runtime::Eager, &expected, &found, tolerance);
+        for compared in by_every_way(texts, &evaluator.scores(texts)?.concat())? {
             all = Some(match all {
                 Some(all) => all.with(&compared),
                 None => compared,
@@ -52,6 +97,74 @@ pub fn run(
         }
     }
     all.ok_or_else(|| unusable!("no text has two tokens, so there is nothing that could be compared"))
+}
+
+/// A text and the most likely tokens behind it, and the scores of each of these.
+fn continued(slots: &mut Slots, text: &Encoding, room: usize) -> Result<(Encoding, Vec<Vec<f32>>)> {
+    let (mut whole, mut found) = (text.clone(), Vec::new());
+    let mut unread = 0;
+    while found.len() < CONTINUED && whole.len() < room {
+        let ids: Vec<i64> = whole.ids[unread..].iter().map(|&id| i64::from(id)).collect();
+        let asked = [ids.len() as i64 - 1];
+        let scores = slots.read(Reading { slots: &(0..1), ids: &ids, lengths: &[unread], asked: &asked })?;
+        unread = whole.len();
+        whole.ids.push(argmax(scores) as u32);
+        whole.type_ids.push(0);
+        found.push(scores.to_vec());
+    }
+    Ok((whole, found))
+}
+
+/// The rows of scores of all texts: each read whole; half of each and then token by token; the same with all of them
+/// side by side.
+fn read_slots_in_every_way(slots: &mut Slots, texts: &[&Encoding]) -> Result<[Vec<Vec<f32>>; 3]> {
+    let width = slots.vocabulary();
+    let mut found = [(); 3].map(|()| Vec::new());
+    let rows = |scores: &[f32]| scores.chunks_exact(width).map(<[f32]>::to_vec).collect::<Vec<_>>();
+    for text in texts {
+        slots.read_whole(&text.ids, |_, scores| {
+            found[0].extend(rows(scores));
+            Ok(())
+        })?;
+        let half = text.len() / 2;
+        slots.read_whole(&text.ids[..half], |_, scores| {
+            found[1].extend(rows(scores));
+            Ok(())
+        })?;
+        for at in half..text.len() {
+            let ids = [i64::from(text.ids[at])];
+            found[1].extend(rows(slots.read(Reading {
+                slots: &(0..1),
+                ids: &ids,
+                lengths: &[at],
+                asked: &[0],
+            })?));
+        }
+    }
+    // the one with the most left to read first, so that those that still read are the first slots
+    let mut order: Vec<usize> = (0..texts.len()).collect();
+    order.sort_by_key(|&i| std::cmp::Reverse(texts[i].len().div_ceil(2)));
+    let mut of_texts = vec![Vec::new(); texts.len()];
+    for (slot, &i) in order.iter().enumerate() {
+        let half: Vec<i64> = texts[i].ids[..texts[i].len() / 2].iter().map(|&id| i64::from(id)).collect();
+        let asked: Vec<i64> = (0..half.len() as i64).collect();
+        let reading = Reading { slots: &(slot..slot + 1), ids: &half, lengths: &[0], asked: &asked };
+        of_texts[i].extend(rows(slots.read(reading)?));
+    }
+    loop {
+        let left = order.iter().take_while(|&&i| of_texts[i].len() < texts[i].len()).count();
+        if left == 0 {
+            break;
+        }
+        let lengths: Vec<usize> = order[..left].iter().map(|&i| of_texts[i].len()).collect();
+        let ids: Vec<i64> =
+            order[..left].iter().zip(&lengths).map(|(&i, &at)| i64::from(texts[i].ids[at])).collect();
+        let scores =
+            rows(slots.read(Reading { slots: &(0..left), ids: &ids, lengths: &lengths, asked: &[0] })?);
+        order[..left].iter().zip(scores).for_each(|(&i, row)| of_texts[i].push(row));
+    }
+    found[2] = of_texts.concat();
+    Ok(found)
 }
 
 /// The rows of scores of all texts, for each way.

@@ -6,8 +6,10 @@ pub mod library;
 pub mod probe;
 pub mod providers;
 pub mod session;
+pub mod slots;
 
 pub use decoder::Decoder;
 pub use library::Library;
 pub use providers::{Provider, Providers};
 pub use session::{Model, OrtSession};
+pub use slots::Slots;

@@ -8,7 +8,7 @@ use super::{Model, OrtSession, Provider, Providers};
 use crate::Result;
 use crate::data::batch::{Encoding, Padded};
 use crate::model::ops::{At, Ids, Ops};
-use crate::onnx::{DEFAULT_OPSET, emit};
+use crate::onnx::{DEFAULT_OPSET, Kind, emit};
 use crate::say::Say;
 use crate::task::{Dim, Form, Output};
 
@@ -24,8 +24,7 @@ pub fn probe(provider: Provider) -> Result<()> {
             Ok(vec![o.linear(At::body("f").linear(4, 2), &x)?])
         },
         &outputs,
-        Form::Whole,
-        DEFAULT_OPSET,
+        Kind::fp32(Form::Whole, DEFAULT_OPSET),
         // x: 0 1 2 3 / 4 5 6 7; f: the same as two rows; its bias: 0 1
         |param| Ok(Cow::Owned((0..param.numel()).map(|i| i as f32).collect())),
     )?;

@@ -30,6 +30,15 @@ pub struct OrtSession {
     provider: Provider,
 }
 
+/// How a session's threads wait for work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Waiting {
+    /// Several sessions share the cores: a waiting thread must not burn one.
+    Sleeps,
+    /// A session alone, whose runs are many and short.
+    Spins,
+}
+
 /// One output of a run.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Values {
@@ -46,6 +55,18 @@ impl OrtSession {
     /// # Errors
     /// Unusable: no ONNX Runtime, no such model, or none of the providers; says why for each.
     pub fn open(model: Model<'_>, providers: &Providers, threads: usize, say: Say) -> Result<Self> {
+        Self::open_waiting(model, providers, threads, Waiting::Sleeps, say)
+    }
+
+    /// The same, where threads wait as asked.
+    pub(super) fn open_waiting(
+        model: Model<'_>,
+        providers: &Providers,
+        threads: usize,
+        waiting: Waiting,
+        say: Say,
+    ) -> Result<Self> {
+        let open_on = |provider| Self::open_on(provider, model, threads, waiting);
         let library = library::library()?;
         match providers {
             Providers::Auto if !Provider::Cuda.compiled_in()? => {
@@ -53,22 +74,22 @@ impl OrtSession {
                     "provider: cpu, because {} is built without CUDA",
                     library.path.file_name().unwrap_or_default().display()
                 ));
-                Self::open_on(Provider::Cpu, model, threads)
+                open_on(Provider::Cpu)
             }
-            Providers::Auto => match Self::open_on(Provider::Cuda, model, threads) {
+            Providers::Auto => match open_on(Provider::Cuda) {
                 Ok(session) => {
                     say.line("provider: cuda, because this machine has it");
                     Ok(session)
                 }
                 Err(why) => {
                     say.line(format!("provider: cpu, because {why:#}"));
-                    Self::open_on(Provider::Cpu, model, threads)
+                    open_on(Provider::Cpu)
                 }
             },
             Providers::Ordered(list) => {
                 let mut refused = Vec::new();
                 for &provider in list {
-                    match Self::open_on(provider, model, threads) {
+                    match open_on(provider) {
                         Ok(session) => {
                             if !refused.is_empty() {
                                 say.line(format!(
@@ -88,12 +109,12 @@ impl OrtSession {
         }
     }
 
-    fn open_on(provider: Provider, model: Model<'_>, threads: usize) -> Result<Self> {
+    fn open_on(provider: Provider, model: Model<'_>, threads: usize, waiting: Waiting) -> Result<Self> {
         let place = match model {
             Model::File(path) => path.display().to_string(),
             Model::Bytes(_) => "the graph".to_owned(),
         };
-        let builder = options(library::environment()?, threads)?;
+        let builder = options(library::environment()?, threads, waiting)?;
         let ask = || format!("provider {}", provider.name());
         let mut builder = provider.register(builder).with_context(ask)?;
         let session = match model {
@@ -157,13 +178,12 @@ impl OrtSession {
 }
 
 /// The options that every session has.
-fn options(environment: &Environment, threads: usize) -> ort::Result<SessionBuilder> {
+fn options(environment: &Environment, threads: usize, waiting: Waiting) -> ort::Result<SessionBuilder> {
     Ok(Session::builder(environment)?
         // with this ort would let plug-in providers in that nobody asked for
         .with_auto_device(AutoDevicePolicy::PreferCPU)?
         .with_intra_threads(threads)?
-        // several sessions share the cores; a waiting thread must not burn one
-        .with_intra_op_spinning(false)?
+        .with_intra_op_spinning(waiting == Waiting::Spins)?
         // batches differ in shape, and a plan for each shape would be kept
         .with_memory_pattern(false)?
         .with_config_entry("session.record_ep_graph_assignment_info", "1")?)

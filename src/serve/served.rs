@@ -2,13 +2,39 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::onnx::model;
+use crate::onnx::{Precision, model};
 use crate::saved::Saved;
 use crate::{Result, bail_unusable};
 
 /// Where `tk export` writes the graph of a model directory.
 pub fn path(dir: &Path) -> PathBuf {
     dir.join("onnx").join("model.onnx")
+}
+
+/// Where it writes the graph that generates.
+pub fn generating(dir: &Path, precision: Precision) -> PathBuf {
+    dir.join("onnx").join(match precision {
+        Precision::Fp32 => "generate.onnx".to_owned(),
+        other => format!("generate_{other}.onnx"),
+    })
+}
+
+/// The exported graph that generates, held against the weights beside it.
+///
+/// # Errors
+/// As [`checked`].
+pub fn checked_generating(saved: &Saved, precision: Precision) -> Result<PathBuf> {
+    let path = generating(&saved.dir, precision);
+    if !path.is_file() {
+        bail_unusable!(
+            "{} is not there: run `tk export {}{}` first",
+            path.display(),
+            saved.dir.display(),
+            if precision == Precision::Fp32 { String::new() } else { format!(" --precision {precision}") }
+        );
+    }
+    check_fresh(saved, &path)?;
+    Ok(path)
 }
 
 /// The exported graph of a trained model, held against the weights beside it.

@@ -1,23 +1,24 @@
-//! Records in windows of a fixed number, tokenized: the unit that is batched, answered and resumed at.
+//! Records in windows of a fixed number, tokenized: the unit that is answered and resumed at.
 
 use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 
-use crate::data::batch::Encoding;
 use crate::data::records::{BadRow, Columns, Row, Rows};
-use crate::data::tokens::Tokenizer;
 use crate::{Result, unusable};
 
 /// Consecutive records.
-pub struct Window {
-    pub entries: Vec<Entry>,
+pub struct Window<T> {
+    pub entries: Vec<Entry<T>>,
 }
 
-/// One record: what to answer under, and its tokens or what is wrong with it.
-pub struct Entry {
+/// One record: what to answer under, and what was made of it or what is wrong with it.
+pub struct Entry<T> {
     pub key: Key,
-    pub encoding: Result<Encoding, String>,
+    pub item: Result<T, String>,
 }
+
+/// Makes of a record what is computed on.
+pub type Make<T> = Box<dyn Fn(&Row) -> Result<T, BadRow> + Send + Sync>;
 
 /// What an answer is found by.
 #[derive(Clone, Debug, PartialEq)]
@@ -40,13 +41,13 @@ impl Key {
 }
 
 /// Reads windows from a stream of records.
-pub struct Windows {
+pub struct Windows<T> {
     pub rows: Rows,
     /// The source's name, for errors.
     pub source: String,
+    /// Where the id stands.
     pub columns: Columns,
-    pub tokenizer: Tokenizer,
-    pub max_length: usize,
+    pub make: Make<T>,
     /// Records of a window.
     pub size: usize,
     /// Whether the first record that can't be used ends the reading.
@@ -55,7 +56,7 @@ pub struct Windows {
     pub read: usize,
 }
 
-impl Windows {
+impl<T: Send> Windows<T> {
     /// Passes over records that were answered before.
     ///
     /// # Errors
@@ -78,48 +79,39 @@ impl Windows {
     }
 
     /// The next window; none at the end.
-    fn window(&mut self) -> Result<Option<Window>> {
-        let mut texts = Vec::with_capacity(self.size);
-        while texts.len() < self.size {
+    fn window(&mut self) -> Result<Option<Window<T>>> {
+        let mut rows = Vec::with_capacity(self.size);
+        while rows.len() < self.size {
             let Some(row) = self.rows.next() else { break };
-            let (id, text) = match row? {
-                Ok(mut row) => (row.take(&self.columns, "id"), self.text(&row)),
-                Err(bad) => (None, Err(bad)),
-            };
-            if let (true, Err(bad)) = (self.strict, &text) {
-                return Err(unusable!("{}:{}: {}", self.source, bad.line, bad.message));
+            let mut row = row?;
+            if let (true, Err(bad)) = (self.strict, &row) {
+                return Err(self.refused(bad));
             }
-            let key = id.map_or(Key::Index(self.read), Key::Id);
-            texts.push((key, text));
+            let id = row.as_mut().ok().and_then(|row| row.take(&self.columns, "id"));
+            rows.push((id.map_or(Key::Index(self.read), Key::Id), row));
             self.read += 1;
         }
-        if texts.is_empty() {
+        if rows.is_empty() {
             return Ok(None);
         }
-        let encode = |(key, text): (Key, Result<(String, Option<String>), BadRow>)| {
-            let encoding = text.map_err(|bad| bad.to_string()).and_then(|(text, pair)| {
-                let encoding = self.tokenizer.encode(&text, pair.as_deref(), self.max_length);
-                match encoding {
-                    Ok(encoding) if encoding.is_empty() => Err("the text has no tokens".to_owned()),
-                    encoding => encoding.map_err(|error| format!("{error:#}")),
-                }
-            });
-            Entry { key, encoding }
+        let made: Vec<(Key, Result<T, BadRow>)> =
+            rows.into_par_iter().map(|(key, row)| (key, row.and_then(|row| (self.make)(&row)))).collect();
+        let entry = |(key, item): (Key, Result<T, BadRow>)| match item {
+            Err(bad) if self.strict => Err(self.refused(&bad)),
+            item => Ok(Entry { key, item: item.map_err(|bad| bad.to_string()) }),
         };
-        let entries = texts.into_par_iter().map(encode).collect();
-        Ok(Some(Window { entries }))
+        Ok(Some(Window { entries: made.into_iter().map(entry).collect::<Result<_>>()? }))
     }
 
-    fn text(&self, row: &Row) -> Result<(String, Option<String>), BadRow> {
-        let pair = row.optional_text(&self.columns, "text_pair")?;
-        Ok((row.text(&self.columns, "text")?.to_owned(), pair.map(str::to_owned)))
+    fn refused(&self, bad: &BadRow) -> anyhow::Error {
+        unusable!("{}:{}: {}", self.source, bad.line, bad.message)
     }
 }
 
 /// An error is that the source can't be read on, or that a record can't be used and that is strict; nothing behind
 /// it counts.
-impl Iterator for Windows {
-    type Item = Result<Window>;
+impl<T: Send> Iterator for Windows<T> {
+    type Item = Result<Window<T>>;
 
     fn next(&mut self) -> Option<Self::Item> {
         self.window().transpose()

@@ -2,10 +2,10 @@
 
 use serde_json::{Value, json};
 
-use super::{Dim, Example, Metrics, Output, Target};
+use super::{Dim, Example, Form, Metrics, Output, Target};
 use crate::data::batch::Encoding;
 use crate::data::tokens::Tokenizer;
-use crate::model::ops::Ops;
+use crate::model::ops::{Ops, Pick};
 use crate::model::{Family, ModelConfig, heads, manifest};
 use crate::{Result, bail_unusable, unusable};
 
@@ -46,13 +46,21 @@ pub struct Document {
     pub text: String,
 }
 
+impl Document {
+    /// Texts, each to be learnt from its second token on.
+    pub fn of_texts<'t>(texts: impl IntoIterator<Item = &'t str>) -> Vec<Self> {
+        let document = |(i, text): (usize, &str)| Self { line: i + 1, prompt: None, text: text.to_owned() };
+        texts.into_iter().enumerate().map(document).collect()
+    }
+}
+
 impl CausalLm {
     /// What the model predicts, and where it ends.
     ///
     /// # Errors
     /// The family predicts no next token, or no token of the model's ends a text.
     pub fn from_config(config: &ModelConfig) -> Result<Self> {
-        manifest::manifest(|o| heads::causal_lm(o, &config.family).map(drop))?;
+        manifest::manifest(|o| heads::causal_lm(o, &config.family, None).map(drop))?;
         if config.raw.get("tie_word_embeddings").and_then(Value::as_bool) == Some(false) {
             bail_unusable!(
                 "tie_word_embeddings is false; tk's head shares the weight of the word embeddings"
@@ -69,11 +77,16 @@ impl CausalLm {
     }
 
     pub(super) fn define<O: Ops>(&self, o: &O, family: &Family) -> Result<O::X> {
-        heads::causal_lm(o, family)
+        heads::causal_lm(o, family, None)
     }
 
-    pub(super) fn outputs(&self) -> Vec<Output> {
-        vec![Output { name: "logits", dims: vec![Dim::Batch, Dim::Sequence, Dim::Of(self.vocabulary)] }]
+    pub(super) fn generate<O: Ops>(&self, o: &O, family: &Family) -> Result<O::X> {
+        heads::causal_lm(o, family, Some(Pick::Last))
+    }
+
+    pub(super) fn outputs(&self, form: Form) -> Vec<Output> {
+        let tokens = if form == Form::InPlace { Dim::Asked } else { Dim::Sequence };
+        vec![Output { name: "logits", dims: vec![Dim::Batch, tokens, Dim::Of(self.vocabulary)] }]
     }
 
     pub(super) fn write_config(&self, config: &mut ModelConfig) {

@@ -61,6 +61,11 @@ pub enum Form {
     /// out as `present.{layer}.key` and `.value`, (B, H, T, D) each; positions are an input. What Optimum calls
     /// `text-generation-with-past`.
     Cached,
+    /// Keys and values stand in buffers of a capacity that is not yet used up, (B, H, capacity, D): new ones are
+    /// written into them in place, each row at its own length, and the same buffers go in as `past_key_values…` and
+    /// out as `present…`. Scores are given for the tokens at the columns `logits_at` alone. ONNX Runtime's own
+    /// operators; what tk generates with.
+    InPlace,
 }
 
 /// The name and the symbolic shape of a graph's output.
@@ -81,6 +86,10 @@ pub enum Dim {
     Past,
     /// Symbolic, `past_sequence_length + sequence_length`.
     Total,
+    /// Symbolic, `capacity`: tokens that a buffer has room for.
+    Capacity,
+    /// Symbolic, `asked`: tokens whose scores are asked for.
+    Asked,
     Of(usize),
 }
 
@@ -126,6 +135,17 @@ impl Task {
         }
     }
 
+    /// The same for the last token of every sequence alone: what a graph that generates computes.
+    ///
+    /// # Errors
+    /// The task's model generates nothing.
+    pub fn generate<O: Ops>(&self, o: &O, family: &Family) -> Result<Vec<O::X>> {
+        match self {
+            Self::TextClassification(_) => bail_unusable!("a {} model generates no text", self.name()),
+            Self::CausalLm(task) => Ok(vec![task.generate(o, family)?]),
+        }
+    }
+
     /// What a graph of the task takes and gives beside its tokens.
     pub fn form(&self) -> Form {
         match self {
@@ -139,11 +159,11 @@ impl Task {
         manifest::manifest(|o| self.define(o, family).map(drop))
     }
 
-    /// The graph's outputs.
-    pub fn outputs(&self) -> Vec<Output> {
+    /// The outputs of a graph of this form.
+    pub fn outputs(&self, form: Form) -> Vec<Output> {
         match self {
             Self::TextClassification(task) => task.outputs(),
-            Self::CausalLm(task) => task.outputs(),
+            Self::CausalLm(task) => task.outputs(form),
         }
     }
 
@@ -166,6 +186,17 @@ impl Task {
                 "tk {command} works with text-classification; this is a {} model, which tk trains, evaluates, exports and compares",
                 other.name()
             ),
+        }
+    }
+
+    /// The language model that a command which generates works with.
+    ///
+    /// # Errors
+    /// Names the command and the task.
+    pub fn causal_lm(&self, command: &str) -> Result<&CausalLm> {
+        match self {
+            Self::CausalLm(task) => Ok(task),
+            other => bail_unusable!("tk {command} works with causal-lm; this is a {} model", other.name()),
         }
     }
 

@@ -1,0 +1,115 @@
+//! The flags of commands that generate.
+
+use anyhow::Context;
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+
+use crate::generate::{Generated, Limits, Settings};
+use crate::runtime::{Provider, Providers};
+use crate::{Result, bail_unusable};
+
+/// How texts are generated; a record's fields of these names go before. Without any of temperature, top-k, top-p and
+/// min-p the most likely token is taken.
+#[derive(Clone, Debug, Default, PartialEq, clap::Args, Serialize)]
+pub struct Flags {
+    /// New tokens of a text at most [default: 128].
+    #[arg(long, value_name = "N", help_heading = "Generation")]
+    max_new_tokens: Option<usize>,
+    /// Below 1 likely tokens become likelier; 0 takes the most likely one.
+    #[arg(long, value_name = "X", help_heading = "Generation")]
+    temperature: Option<f32>,
+    /// Draw from the K most likely tokens.
+    #[arg(long, value_name = "K", help_heading = "Generation")]
+    top_k: Option<usize>,
+    /// Draw from the most likely tokens that together have this probability.
+    #[arg(long, value_name = "P", help_heading = "Generation")]
+    top_p: Option<f32>,
+    /// Draw from tokens of this share of the most likely one's probability.
+    #[arg(long, value_name = "P", help_heading = "Generation")]
+    min_p: Option<f32>,
+    /// Above 1 tokens that stand there already become less likely.
+    #[arg(long, value_name = "X", help_heading = "Generation")]
+    repetition_penalty: Option<f32>,
+    /// Beams of a beam search.
+    #[arg(long, value_name = "N", help_heading = "Generation")]
+    num_beams: Option<usize>,
+    /// Above 0 a beam search favours long texts, below 0 short ones [default: 1].
+    #[arg(long, value_name = "X", help_heading = "Generation")]
+    length_penalty: Option<f32>,
+    /// Texts for a prompt, by sampling or beams.
+    #[arg(long, value_name = "N", help_heading = "Generation")]
+    num_return_sequences: Option<usize>,
+    /// A text ends before this; may be given several times.
+    #[arg(long, value_name = "TEXT", help_heading = "Generation")]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    stop: Vec<String>,
+    /// The same seed draws the same tokens [default: 42].
+    #[arg(long, value_name = "N", help_heading = "Generation")]
+    seed: Option<u64>,
+    /// Cut the front of a prompt that leaves no room for new tokens, which is an error otherwise.
+    #[arg(long, help_heading = "Generation")]
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    truncate_prompt: bool,
+    /// Texts that are generated side by side [default: 32].
+    #[arg(long, value_name = "N", help_heading = "Generation", value_parser = clap::value_parser!(u32).range(1..))]
+    slots: Option<u32>,
+    /// Megabytes that the keys and values of these texts may take [default: 2048].
+    #[arg(long, value_name = "MB", help_heading = "Generation", value_parser = clap::value_parser!(u32).range(1..))]
+    cache_mb: Option<u32>,
+}
+
+/// A text as a record.
+pub fn fields(generated: &Generated) -> Map<String, Value> {
+    Map::from_iter([
+        ("text".to_owned(), json!(generated.text)),
+        ("tokens".to_owned(), json!(generated.ids.len())),
+        ("finish_reason".to_owned(), json!(generated.finish.name())),
+    ])
+}
+
+/// Refuses a provider that does not generate.
+pub fn on_cpu(providers: &Providers) -> Result<()> {
+    match providers {
+        Providers::Auto => Ok(()),
+        Providers::Ordered(list) if list.contains(&Provider::Cpu) && list.len() == 1 => Ok(()),
+        Providers::Ordered(_) => bail_unusable!(
+            "--ep: texts are generated on the cpu alone; ONNX Runtime's attention over a cache has no fp32 kernel elsewhere"
+        ),
+    }
+}
+
+impl Flags {
+    /// What was given, by the names of [`Settings`].
+    pub fn given(&self) -> Result<Map<String, Value>> {
+        let Value::Object(mut given) = serde_json::to_value(self)? else {
+            anyhow::bail!("flags are an object")
+        };
+        given.retain(|_, value| !value.is_null());
+        Ok(given)
+    }
+
+    /// The flag of one that was given, in its long form.
+    pub fn first(&self) -> Result<Option<String>> {
+        Ok(self.given()?.keys().next().map(|name| format!("--{}", name.replace('_', "-"))))
+    }
+
+    /// How texts are generated where a record says nothing.
+    ///
+    /// # Errors
+    /// As [`Settings::with`].
+    pub fn settings(&self) -> Result<Settings> {
+        Settings::default().with(&self.given()?)
+    }
+
+    /// What an engine may use.
+    pub fn limits(&self) -> Result<Limits> {
+        let cache_bytes = self.cache_mb.unwrap_or(2048) as usize;
+        let cache_bytes = cache_bytes.checked_mul(1 << 20).context("--cache-mb is too large")?;
+        Ok(Limits { slots: self.slots.unwrap_or(32) as usize, cache_bytes })
+    }
+
+    /// Whether the front of a long prompt is cut.
+    pub fn truncates(&self) -> bool {
+        self.truncate_prompt
+    }
+}

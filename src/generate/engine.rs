@@ -1,0 +1,411 @@
+//! Many prompts through the slots of one cache: a slot that is done takes the next prompt at once.
+
+use rayon::prelude::*;
+use tokenizers::Tokenizer;
+
+use super::beams::Beams;
+use super::sampler::Sampler;
+use super::settings::Settings;
+use super::text::TextStream;
+use crate::Result;
+use crate::runtime::Slots;
+use crate::runtime::slots::Reading;
+
+/// Tokens of prompts that are read before the other slots go on: they wait no longer than for this.
+const PART: usize = 256;
+
+/// Steps in which the slots' room grows, in tokens.
+const STEP: usize = 128;
+
+/// Tokens that two prompts must share for the second to copy what the first has read.
+const WORTH_COPYING: usize = 16;
+
+/// A prompt, and how it is to be gone on with.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Request {
+    /// At least one token, fewer than the model has positions.
+    pub prompt: Vec<u32>,
+    pub settings: Settings,
+}
+
+/// What stands behind a prompt.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Generated {
+    pub text: String,
+    /// The new tokens, without the one that ends a text.
+    pub ids: Vec<u32>,
+    pub finish: Finish,
+}
+
+/// Why a text ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Finish {
+    /// By the token that ends a text, or a stop text.
+    Stop,
+    /// By `max_new_tokens`, or the model's positions.
+    Length,
+}
+
+impl Finish {
+    /// The name that servers give it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Length => "length",
+        }
+    }
+}
+
+/// News of a text under way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct News<'a> {
+    /// The request's place.
+    pub request: usize,
+    /// Which of its texts.
+    pub sequence: usize,
+    /// New tokens.
+    pub tokens: usize,
+    /// Text that will stand: never part of a character, nor of what may become a stop text. Often empty.
+    pub text: &'a str,
+}
+
+/// What an engine may use.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// The most texts that are generated side by side.
+    pub slots: usize,
+    /// The most bytes that the cache may take.
+    pub cache_bytes: usize,
+}
+
+/// A model that generates.
+pub struct Engine<'t> {
+    slots: Slots,
+    tokenizer: &'t Tokenizer,
+    end: u32,
+    positions: usize,
+    limits: Limits,
+}
+
+/// A text under way in a slot.
+struct Line<'t> {
+    request: usize,
+    sequence: usize,
+    /// The prompt and what was generated.
+    ids: Vec<u32>,
+    prompt: usize,
+    /// How many tokens it may have.
+    most: usize,
+    sampler: Sampler,
+    stream: TextStream<'t>,
+}
+
+/// A slot of the cache.
+#[derive(Default)]
+struct Slot<'t> {
+    line: Option<Line<'t>>,
+    /// The tokens that it has read; those of the last line stay until they are written over.
+    read: Vec<u32>,
+}
+
+impl Slot<'_> {
+    /// Whether its line reads its prompt, or has none to read any more.
+    fn reads(&self) -> bool {
+        self.line.as_ref().is_some_and(|line| self.read.len() < line.prompt)
+    }
+
+    fn writes(&self) -> bool {
+        self.line.is_some() && !self.reads()
+    }
+}
+
+/// What a run has made so far, and whom to tell.
+struct Results<'a> {
+    /// For each request its texts.
+    texts: Vec<Vec<Option<Generated>>>,
+    tell: &'a mut dyn FnMut(News) -> Result<()>,
+}
+
+impl<'t> Engine<'t> {
+    /// Generates with a graph; `end` is the token that ends a text.
+    pub fn new(slots: Slots, tokenizer: &'t Tokenizer, end: u32, positions: usize, limits: Limits) -> Self {
+        Self { slots, tokenizer, end, positions, limits }
+    }
+
+    /// The tokens of the longest text, with its prompt.
+    fn most(&self, request: &Request) -> usize {
+        self.positions.min(request.prompt.len() + request.settings.max_new_tokens)
+    }
+
+    /// Whether the cache may grow as large as a request asks for.
+    pub fn fits(&self, request: &Request) -> bool {
+        self.bytes(request) <= self.limits.cache_bytes
+    }
+
+    /// The bytes of cache that a request takes at most.
+    fn bytes(&self, request: &Request) -> usize {
+        let tokens = self.most(request).next_multiple_of(STEP).min(self.positions);
+        request.settings.num_beams * tokens * self.slots.token_bytes()
+    }
+
+    /// Generates for every request, and gives for each its texts, as many as it asked for. `tell` hears of every
+    /// token. Who stands beside whom, and so the last bits of a result, depends on the requests and the limits alone.
+    ///
+    /// # Errors
+    /// A prompt is empty, too long for the model or for the cache; a run of the model or `tell` fails.
+    pub fn run(
+        &mut self,
+        requests: &[Request],
+        tell: &mut dyn FnMut(News) -> Result<()>,
+    ) -> Result<Vec<Vec<Generated>>> {
+        for request in requests {
+            anyhow::ensure!(
+                (1..self.positions).contains(&request.prompt.len()),
+                "a prompt of {} tokens, the model has {} positions",
+                request.prompt.len(),
+                self.positions
+            );
+            anyhow::ensure!(self.fits(request), "a prompt's cache is too large");
+        }
+        let texts =
+            requests.iter().map(|request| vec![None; request.settings.num_return_sequences]).collect();
+        let mut results = Results { texts, tell };
+        let (searched, sampled): (Vec<usize>, Vec<usize>) =
+            (0..requests.len()).partition(|&i| requests[i].settings.num_beams > 1);
+        self.sample(requests, &sampled, &mut results)?;
+        for i in searched {
+            self.search(&requests[i], i, &mut results)?;
+        }
+        let all = results.texts.into_iter().map(|texts| texts.into_iter().flatten().collect());
+        Ok(all.collect())
+    }
+
+    /// Token by token, all slots at once.
+    fn sample(&mut self, requests: &[Request], places: &[usize], results: &mut Results) -> Result<()> {
+        let Some(largest) = places.iter().map(|&i| self.bytes(&requests[i])).max() else { return Ok(()) };
+        // the longest first, so that the last ones end together
+        let mut waiting: Vec<(usize, usize)> = places
+            .iter()
+            .flat_map(|&i| (0..requests[i].settings.num_return_sequences).map(move |sequence| (i, sequence)))
+            .collect();
+        waiting.sort_by_key(|&(i, sequence)| {
+            (
+                requests[i].settings.max_new_tokens,
+                requests[i].prompt.len(),
+                usize::MAX - i,
+                usize::MAX - sequence,
+            )
+        });
+        let count = self.limits.slots.min(waiting.len()).min(self.limits.cache_bytes / largest);
+        self.slots.resize(0, 0); // what another run has left would decide what is copied
+        self.slots.resize(count, STEP.min(self.positions));
+        let mut slots: Vec<Slot> = (0..count).map(|_| Slot::default()).collect();
+        loop {
+            self.read_prompts(&mut slots, &mut waiting, requests, results)?;
+            if waiting.is_empty() {
+                self.close_gaps(&mut slots);
+            }
+            let rows = slots.iter().rposition(Slot::writes).map_or(0, |last| last + 1);
+            if rows == 0 {
+                return Ok(()); // nobody writes, so all prompts were read
+            }
+            self.write(&mut slots[..rows], results)?;
+        }
+    }
+
+    /// Fills empty slots and reads prompts: as many as there are while nobody waits for it.
+    fn read_prompts(
+        &mut self,
+        slots: &mut [Slot<'t>],
+        waiting: &mut Vec<(usize, usize)>,
+        requests: &[Request],
+        results: &mut Results,
+    ) -> Result<()> {
+        let mut left = if slots.iter().any(Slot::writes) { PART } else { usize::MAX };
+        for place in 0..slots.len() {
+            // a text may be over with its first token
+            while left > 0 && (slots[place].reads() || (slots[place].line.is_none() && !waiting.is_empty())) {
+                if slots[place].line.is_none()
+                    && let Some((request, sequence)) = waiting.pop()
+                {
+                    let line = self.line(&requests[request], request, sequence)?;
+                    self.take_over(slots, place, &line.ids);
+                    slots[place].line = Some(line);
+                }
+                let slot = &mut slots[place];
+                let Some(line) = &mut slot.line else { break };
+                let start = slot.read.len();
+                let part = &line.ids[start..line.prompt.min(start + PART.min(left))];
+                left -= part.len();
+                let ids: Vec<i64> = part.iter().map(|&id| i64::from(id)).collect();
+                slot.read.extend_from_slice(part);
+                self.make_room(start + ids.len());
+                let asked = [ids.len() as i64 - 1];
+                let reading =
+                    Reading { slots: &(place..place + 1), ids: &ids, lengths: &[start], asked: &asked };
+                let scores = self.slots.read(reading)?;
+                if slot.read.len() == line.prompt {
+                    let id = line.sampler.next(scores, &line.ids);
+                    self.add(slot, id, results)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn line(&self, request: &Request, place: usize, sequence: usize) -> Result<Line<'t>> {
+        Ok(Line {
+            request: place,
+            sequence,
+            ids: request.prompt.clone(),
+            prompt: request.prompt.len(),
+            most: self.most(request),
+            sampler: Sampler::new(&request.settings, sequence as u64),
+            stream: TextStream::new(self.tokenizer, &request.settings.stop)?,
+        })
+    }
+
+    /// Copies what another slot has read of the same prompt. The last token is read again, for its scores.
+    fn take_over(&mut self, slots: &mut [Slot], place: usize, prompt: &[u32]) {
+        let shared = |slot: &Slot| {
+            let pairs = slot.read.iter().zip(&prompt[..prompt.len() - 1]);
+            pairs.take_while(|(a, b)| a == b).count()
+        };
+        let best = (0..slots.len()).max_by_key(|&i| (shared(&slots[i]), i == place)).unwrap_or(place);
+        let common = shared(&slots[best]);
+        let kept = if common < WORTH_COPYING { 0 } else { common };
+        if best != place && kept > 0 {
+            self.slots.copy(&[(best, place)], 0..kept);
+        }
+        slots[place].read = prompt[..kept].to_vec();
+    }
+
+    /// Moves the last slots' texts to empty ones, so that no row is computed for nobody.
+    fn close_gaps(&mut self, slots: &mut [Slot]) {
+        while let (Some(empty), Some(last)) = (
+            slots.iter().position(|slot| slot.line.is_none()),
+            slots.iter().rposition(|slot| slot.line.is_some()),
+        ) && empty < last
+        {
+            self.slots.copy(&[(last, empty)], 0..slots[last].read.len());
+            slots[empty].read = slots[last].read.clone();
+            slots[empty].line = slots[last].line.take();
+        }
+    }
+
+    fn make_room(&mut self, tokens: usize) {
+        if tokens > self.slots.capacity() {
+            self.slots.resize(self.slots.slots(), tokens.next_multiple_of(STEP).min(self.positions));
+        }
+    }
+
+    /// One token for each slot that writes. The others' rows are computed for nobody, behind what they have read.
+    fn write(&mut self, slots: &mut [Slot<'t>], results: &mut Results) -> Result<()> {
+        for slot in slots.iter_mut().filter(|slot| slot.line.is_none()) {
+            if slot.read.len() == self.positions {
+                slot.read.clear();
+            }
+        }
+        let lengths: Vec<usize> = slots.iter().map(|slot| slot.read.len()).collect();
+        self.make_room(lengths.iter().max().map_or(0, |longest| longest + 1));
+        let last = |slot: &Slot| match &slot.line {
+            Some(line) if slot.writes() => line.ids.last().map_or(0, |&id| i64::from(id)),
+            _ => 0,
+        };
+        let ids: Vec<i64> = slots.iter().map(last).collect();
+        let reading = Reading { slots: &(0..slots.len()), ids: &ids, lengths: &lengths, asked: &[0] };
+        let width = self.slots.vocabulary();
+        let scores = self.slots.read(reading)?;
+        let chosen: Vec<Option<u32>> = slots
+            .par_iter_mut()
+            .zip(scores.par_chunks_exact_mut(width))
+            .map(|(slot, scores)| {
+                let writes = slot.writes();
+                let line = slot.line.as_mut().filter(|_| writes)?;
+                slot.read.extend(line.ids.last());
+                Some(line.sampler.next(scores, &line.ids))
+            })
+            .collect();
+        for (slot, id) in slots.iter_mut().zip(chosen) {
+            if let Some(id) = id {
+                self.add(slot, id, results)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds a token to a slot's text, which may be over with it.
+    fn add(&self, slot: &mut Slot<'t>, id: u32, results: &mut Results) -> Result<()> {
+        let Some(line) = &mut slot.line else { return Ok(()) };
+        let ended = id == self.end;
+        let mut finish = ended.then_some(Finish::Stop);
+        if !ended {
+            line.ids.push(id);
+            let piece = line.stream.push(id);
+            if piece.stopped {
+                finish = Some(Finish::Stop);
+            } else if line.ids.len() == line.most {
+                finish = Some(Finish::Length);
+            }
+            results.tell(line.request, line.sequence, 1, &piece.text)?;
+        }
+        if let (Some(finish), Some(line)) = (finish, slot.line.take_if(|_| finish.is_some())) {
+            let mut text = line.stream.text().to_owned();
+            let rest = line.stream.finish();
+            results.tell(line.request, line.sequence, 0, &rest)?;
+            text.push_str(&rest);
+            let generated = Generated { text, ids: line.ids[line.prompt..].to_vec(), finish };
+            results.texts[line.request][line.sequence] = Some(generated);
+        }
+        Ok(())
+    }
+
+    /// The best sequences of a beam search: a slot a beam.
+    fn search(&mut self, request: &Request, place: usize, results: &mut Results) -> Result<()> {
+        let Request { prompt, settings } = request;
+        self.slots.resize(0, 0);
+        self.slots.resize(settings.num_beams, self.positions.min(prompt.len().next_multiple_of(STEP)));
+        let mut beams = Beams::new(prompt, settings, self.end, self.most(request));
+        let mut step = None;
+        for (i, part) in prompt.chunks(PART).enumerate() {
+            let ids: Vec<i64> = part.iter().map(|&id| i64::from(id)).collect();
+            let asked = [ids.len() as i64 - 1];
+            let reading = Reading { slots: &(0..1), ids: &ids, lengths: &[i * PART], asked: &asked };
+            let scores = self.slots.read(reading)?;
+            if (i + 1) * PART >= prompt.len() {
+                step = Some(beams.step(scores)?);
+            }
+        }
+        let copies: Vec<(usize, usize)> = (1..settings.num_beams).map(|to| (0, to)).collect();
+        self.slots.copy(&copies, 0..prompt.len());
+        let mut length = prompt.len();
+        while let Some(next) = step.take_if(|step| !step.done) {
+            // what stands in front of the beams is the same in all slots
+            let moved: Vec<(usize, usize)> =
+                next.from.iter().copied().enumerate().map(|(to, from)| (from, to)).collect();
+            let moved: Vec<(usize, usize)> = moved.into_iter().filter(|(from, to)| from != to).collect();
+            self.slots.copy(&moved, prompt.len()..length);
+            self.make_room(length + 1);
+            let ids: Vec<i64> = next.tokens.iter().map(|&id| i64::from(id)).collect();
+            let lengths = vec![length; ids.len()];
+            let reading = Reading { slots: &(0..ids.len()), ids: &ids, lengths: &lengths, asked: &[0] };
+            step = Some(beams.step(self.slots.read(reading)?)?);
+            length += 1;
+        }
+        for (sequence, best) in beams.best().into_iter().enumerate() {
+            let mut stream = TextStream::new(self.tokenizer, &[])?;
+            let mut text: String = best.ids.iter().map(|&id| stream.push(id).text).collect();
+            text.push_str(&stream.finish());
+            results.tell(place, sequence, best.ids.len(), &text)?;
+            let finish = if best.ended { Finish::Stop } else { Finish::Length };
+            results.texts[place][sequence] = Some(Generated { text, ids: best.ids, finish });
+        }
+        Ok(())
+    }
+}
+
+impl Results<'_> {
+    fn tell(&mut self, request: usize, sequence: usize, tokens: usize, text: &str) -> Result<()> {
+        (self.tell)(News { request, sequence, tokens, text })
+    }
+}

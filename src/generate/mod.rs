@@ -1,0 +1,12 @@
+//! Generation: prompts in, texts out, through ONNX Runtime.
+
+pub mod beams;
+pub mod engine;
+mod measure;
+pub mod sampler;
+pub mod settings;
+pub mod text;
+
+pub use engine::{Engine, Finish, Generated, Limits, News, Request};
+pub use measure::{english, measure};
+pub use settings::Settings;
