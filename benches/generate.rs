@@ -1,7 +1,9 @@
-//! Reading prompts of random tokens and generating behind them, greedily, through an exported graph.
+//! Reading prompts and generating behind them, greedily, through an exported graph.
 //!
-//!     cargo bench --bench generate -- MODEL [--batch 1,8,32] [--prompt N] [--new N] [--precision fp32|q8|q4]
-//!         [--capacity N] [--repeat N] [--json]
+//!     cargo bench --bench generate -- MODEL [--batch 1,8,32] [--prompt N | --prompts FILE] [--new N]
+//!         [--precision fp32|q8|q4] [--capacity N] [--repeat N] [--json]
+//!
+//! FILE is a JSON list of prompts of one length, each a list of ids; without it they are made up.
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -20,14 +22,15 @@ struct Run {
     prefill: f64,
     /// Seconds of the steps behind the first token.
     decode: f64,
-    tokens: Vec<i64>,
+    /// Each slot's new tokens.
+    tokens: Vec<Vec<i64>>,
 }
 
 fn main() -> Result<()> {
     tk::process::prepare();
     let (mut model, mut batches) = (None, vec![1, 8, 32]);
     let (mut prompt, mut new, mut capacity, mut repeat) = (64, 48, 256, 3);
-    let (mut precision, mut as_json) = (Precision::Fp32, false);
+    let (mut precision, mut as_json, mut prompts) = (Precision::Fp32, false, None);
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
         let mut value = || arguments.next().unwrap_or_default();
@@ -36,6 +39,7 @@ fn main() -> Result<()> {
             "--json" => as_json = true,
             "--batch" => batches = value().split(',').map(str::parse).collect::<Result<_, _>>()?,
             "--prompt" => prompt = value().parse()?,
+            "--prompts" => prompts = Some(value()),
             "--new" => new = value().parse()?,
             "--capacity" => capacity = value().parse()?,
             "--repeat" => repeat = value().parse()?,
@@ -48,11 +52,16 @@ fn main() -> Result<()> {
     };
     let threads = rayon::current_num_threads();
     let mut slots = Slots::open(&served::generating(&model, precision), threads, Say::default())?;
+    let prompts: Vec<Vec<i64>> = match prompts {
+        Some(file) => serde_json::from_slice(&std::fs::read(file)?)?,
+        None => made_up(batches.iter().copied().max().unwrap_or(1), prompt, slots.vocabulary()),
+    };
+    let bytes = weights(&model, precision)?;
     for batch in batches {
         slots.resize(0, 0);
         slots.resize(batch, capacity);
-        run(&mut slots, prompt, 4)?;
-        let mut runs = (0..repeat).map(|_| run(&mut slots, prompt, new)).collect::<Result<Vec<_>>>()?;
+        run(&mut slots, &prompts, 4)?;
+        let mut runs = (0..repeat).map(|_| run(&mut slots, &prompts, new)).collect::<Result<Vec<_>>>()?;
         let mut median = |seconds: fn(&Run) -> f64| {
             runs.sort_by(|a, b| seconds(a).total_cmp(&seconds(b)));
             seconds(&runs[runs.len() / 2])
@@ -62,7 +71,7 @@ fn main() -> Result<()> {
         if as_json {
             let line = json!({
                 "batch": batch, "precision": precision.name(), "prefill_seconds": prefill,
-                "decode_tokens_per_second": rate, "tokens": runs[0].tokens,
+                "decode_tokens_per_second": rate, "bytes_per_step": bytes, "tokens": runs[0].tokens,
             });
             println!("{line}");
         } else {
@@ -73,26 +82,43 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// Reads a prompt in each slot, and goes on in all of them together. Gives the first slot's tokens.
-fn run(slots: &mut Slots, prompt: usize, new: usize) -> Result<Run> {
+/// Prompts of so many tokens.
+fn made_up(count: usize, length: usize, vocabulary: usize) -> Vec<Vec<i64>> {
+    let id = |slot: usize, i: usize| ((i * 7919 + slot * 104_729 + 1) % (vocabulary - 1)) as i64;
+    (0..count).map(|slot| (0..length).map(|i| id(slot, i)).collect()).collect()
+}
+
+/// The bytes of weights that a step reads: all but the positions', of which it reads a row.
+fn weights(model: &std::path::Path, precision: Precision) -> Result<u64> {
+    let file = match precision {
+        Precision::Fp32 => served::path(model).with_extension("onnx_data"),
+        _ => served::generating(model, precision),
+    };
+    let config: serde_json::Value = serde_json::from_slice(&std::fs::read(model.join("config.json"))?)?;
+    let number = |name: &str| config[name].as_u64().unwrap_or_default();
+    Ok(std::fs::metadata(file)?.len() - 4 * number("n_positions") * number("n_embd"))
+}
+
+/// Reads a prompt in each slot, and goes on in all of them together.
+fn run(slots: &mut Slots, prompts: &[Vec<i64>], new: usize) -> Result<Run> {
     let (rows, width) = (slots.slots(), slots.vocabulary());
+    anyhow::ensure!(prompts.len() >= rows, "{} prompts for {rows} slots", prompts.len());
     let likeliest =
         |row: &[f32]| (0..row.len()).fold(0, |best, i| if row[i] > row[best] { i } else { best }) as i64;
     let started = Instant::now();
     let mut ids = Vec::new();
-    for slot in 0..rows {
-        let prompt: Vec<i64> =
-            (0..prompt).map(|i| ((i * 7919 + slot * 104_729 + 1) % (width - 1)) as i64).collect();
+    for (slot, prompt) in prompts.iter().take(rows).enumerate() {
         let asked = [prompt.len() as i64 - 1];
-        let reading = Reading { slots: &(slot..slot + 1), ids: &prompt, lengths: &[0], asked: &asked };
+        let reading = Reading { slots: &(slot..slot + 1), ids: prompt, lengths: &[0], asked: &asked };
         ids.push(likeliest(slots.read(reading)?));
     }
     let prefill = started.elapsed().as_secs_f64();
-    let (mut lengths, mut tokens) = (vec![prompt; rows], vec![ids[0]]);
+    let mut lengths: Vec<usize> = prompts.iter().take(rows).map(Vec::len).collect();
+    let mut tokens: Vec<Vec<i64>> = ids.iter().map(|&id| vec![id]).collect();
     for _ in 1..new {
         let reading = Reading { slots: &(0..rows), ids: &ids, lengths: &lengths, asked: &[0] };
         ids = slots.read(reading)?.chunks_exact(width).map(likeliest).collect();
-        tokens.push(ids[0]);
+        tokens.iter_mut().zip(&ids).for_each(|(tokens, &id)| tokens.push(id));
         lengths.iter_mut().for_each(|length| *length += 1);
     }
     Ok(Run { prefill, decode: started.elapsed().as_secs_f64() - prefill, tokens })

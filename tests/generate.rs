@@ -283,15 +283,19 @@ fn matrices_in_blocks_are_measured_and_refused_above_the_limit() {
         assert_eq!(found[0]["tokens"], 128 - 1);
     }
     assert!(sizes[1] < sizes[0]);
+    let refused = export("q4", &["--block-size", "48"]).code(2);
+    assert!(stderr(&refused).contains("expected 32, 64, 128 or 256"), "{}", stderr(&refused));
     let text = bench.dir.path().join("text.jsonl");
     std::fs::write(&text, json!({"text": "I love this film, it is great!"}).to_string()).unwrap();
     let out = export("q8", &["--input", text.to_str().unwrap()]).success();
     let other: Value = serde_json::from_slice(&out.get_output().stdout).unwrap();
     assert_eq!(other["records"], 1);
     std::fs::remove_file(bench.dir.path().join("onnx/generate_q4.onnx")).unwrap();
-    let refused = export("q4", &["--max-perplexity-increase", "0.001"]).code(1);
+    std::fs::write(&text, json!({"text": "a b c d e f g"}).to_string()).unwrap();
+    let refused =
+        export("q4", &["--max-perplexity-increase", "0.01", "--input", text.to_str().unwrap()]).code(1);
     let said = stderr(&refused);
-    assert!(said.contains("more than --max-perplexity-increase 0.001 allows"), "{said}");
+    assert!(said.contains("more than --max-perplexity-increase 0.01 allows"), "{said}");
     assert!(!bench.dir.path().join("onnx/generate_q4.onnx").exists());
 }
 

@@ -8,7 +8,9 @@ use serde_json::{Map, Value, json};
 use crate::eager::Evaluator;
 use crate::onnx::proto::ModelProto;
 use crate::onnx::write::{self, Scratch};
-use crate::onnx::{DEFAULT_OPSET, Kind, Precision, checked_opset, model};
+use crate::onnx::{
+    DEFAULT_BLOCK, DEFAULT_OPSET, Kind, LARGEST_BLOCK, LEAST_BLOCK, Precision, checked_opset, model,
+};
 use crate::parity::{self, Compared, Runtime, Subject, decoding, inputs, report};
 use crate::runtime::{Provider, Slots, library};
 use crate::saved::Saved;
@@ -46,6 +48,10 @@ pub struct Args {
     /// Texts to measure q8 and q4 on, as records for `tk eval` [default: a few built-in pages of English].
     #[arg(long, value_name = "FILE")]
     input: Option<PathBuf>,
+    /// Numbers of q8's and q4's matrices that share a scale: 32, 64, 128 or 256. Larger blocks are faster, smaller
+    /// ones closer to what was trained.
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_BLOCK)]
+    block_size: usize,
     /// By how much q8 and q4 may raise the perplexity, as a share of it; more is an error.
     #[arg(long, value_name = "X", default_value_t = 0.1)]
     max_perplexity_increase: f64,
@@ -83,6 +89,12 @@ fn check_usage(args: &Args, saved: &Saved) -> Result<()> {
         bail_unusable!(
             "--input is what q8 and q4 are measured on: give --precision q8 or q4, or leave it out"
         );
+    }
+    if !args.block_size.is_power_of_two() || !(LEAST_BLOCK..=LARGEST_BLOCK).contains(&args.block_size) {
+        bail_unusable!("--block-size {}: expected 32, 64, 128 or 256", args.block_size);
+    }
+    if args.precision == Precision::Fp32 && args.block_size != DEFAULT_BLOCK {
+        bail_unusable!("--block-size is for q8 and q4: give --precision q8 or q4, or leave it out");
     }
     if args.max_perplexity_increase.is_nan() || args.max_perplexity_increase < 0.0 {
         bail_unusable!(
@@ -210,7 +222,7 @@ fn in_blocks(args: &Args, place: &Place) -> Result<()> {
         Some(input) => examples::load(input, &args.fields, &saved.task, tokenizer, longest, false)?,
         None => lm.examples(&Document::of_texts(generate::english()), tokenizer, longest)?,
     };
-    let kind = Kind::in_place(precision);
+    let kind = Kind { block: args.block_size, ..Kind::in_place(precision) };
     let target = served::generating(&saved.dir, precision);
     let file = target.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let written = place.scratch.join(&file);
@@ -227,7 +239,8 @@ fn in_blocks(args: &Args, place: &Place) -> Result<()> {
     // not a number is too much as well
     if increase.is_nan() || increase > args.max_perplexity_increase {
         anyhow::bail!(
-            "{found}; more than --max-perplexity-increase {} allows, so no {file} is written",
+            "{found}; more than --max-perplexity-increase {} allows, so no {file} is written: allow more, or try a \
+             smaller --block-size or q8",
             args.max_perplexity_increase
         );
     }
@@ -239,6 +252,7 @@ fn in_blocks(args: &Args, place: &Place) -> Result<()> {
     }
     rename(&written, &target)?;
     let mut entry = place.entry(&file, kind)?;
+    entry.insert("block_size".to_owned(), json!(args.block_size));
     entry.insert("perplexity_fp32".to_owned(), json!(before));
     entry.insert("perplexity".to_owned(), json!(after));
     let mut manifest: Value = match std::fs::read(place.manifest()) {

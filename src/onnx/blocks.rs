@@ -1,13 +1,18 @@
-//! Matrices in blocks of few bits, as ONNX Runtime's `MatMulNBits` reads them: 32 numbers share a scale.
+//! Matrices in blocks of few bits, as ONNX Runtime's `MatMulNBits` reads them: the numbers of a block share a scale.
 
 use std::fmt;
 
 use rayon::prelude::*;
 
-use crate::model::ops::{Layout, Role};
+use crate::model::ops::Layout;
 
-/// Numbers of a block: consecutive inputs of one output.
-pub const BLOCK: usize = 32;
+/// Numbers of a block, consecutive inputs of one output: what the field's quantizers take. Larger blocks are read
+/// faster (ONNX Runtime keeps two fp32 numbers a block), smaller ones round less.
+pub const DEFAULT_BLOCK: usize = 128;
+/// The smallest block.
+pub const LEAST_BLOCK: usize = 32;
+/// The largest block.
+pub const LARGEST_BLOCK: usize = 256;
 
 /// The numbers that a graph's matrices are stored in. Biases, norms and positions stay in fp32.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -15,9 +20,9 @@ pub enum Precision {
     /// As they were trained.
     #[default]
     Fp32,
-    /// 8 bits in blocks of 32.
+    /// 8 bits in blocks that share a scale.
     Q8,
-    /// 4 bits in blocks of 32; the table of words, which is the head too, 8 bits.
+    /// 4 bits in blocks that share a scale.
     Q4,
 }
 
@@ -32,11 +37,10 @@ impl Precision {
     }
 
     /// The bits of a matrix' numbers, where it is stored in blocks.
-    pub(super) fn bits(self, role: Role) -> Option<u32> {
+    pub(super) fn bits(self) -> Option<u32> {
         match self {
             Self::Fp32 => None,
             Self::Q8 => Some(8),
-            Self::Q4 if role == Role::Table => Some(8),
             Self::Q4 => Some(4),
         }
     }
@@ -56,27 +60,29 @@ pub(super) struct Blocks {
     /// K: inputs.
     pub columns: usize,
     pub bits: u32,
+    /// Numbers of a block; a power of two.
+    pub size: usize,
     /// How the matrix is stored before.
     pub layout: Layout,
 }
 
 /// A matrix in blocks: element = (number − 2^(bits − 1)) · scale.
 pub(super) struct Packed {
-    /// (N, blocks, 32 · bits / 8): numbers along K, the first in the low bits.
+    /// (N, blocks, size · bits / 8): numbers along K, the first in the low bits.
     pub numbers: Vec<u8>,
     /// (N, blocks)
     pub scales: Vec<f32>,
 }
 
 impl Blocks {
-    /// Blocks of a row.
+    /// Blocks of a row; the last is filled up with zeros.
     pub fn of_row(&self) -> usize {
-        self.columns.div_ceil(BLOCK)
+        self.columns.div_ceil(self.size)
     }
 
     /// Bytes of a block.
     pub fn bytes(&self) -> usize {
-        BLOCK * self.bits as usize / 8
+        self.size * self.bits as usize / 8
     }
 
     /// Rounds a matrix. Of several scales each block takes the one with the least squared error.
@@ -86,24 +92,25 @@ impl Blocks {
         let mut scales = vec![0.0; self.rows * of_row];
         let rows = numbers.par_chunks_exact_mut(of_row * bytes).zip(scales.par_chunks_exact_mut(of_row));
         rows.enumerate().for_each(|(n, (numbers, scales))| {
-            for (b, (numbers, scale)) in numbers.chunks_exact_mut(bytes).zip(scales).enumerate() {
-                let mut block = [0.0; BLOCK];
-                let columns = b * BLOCK..self.columns.min((b + 1) * BLOCK);
-                for (x, k) in block.iter_mut().zip(columns) {
-                    *x = match self.layout {
-                        Layout::OutIn => values[n * self.columns + k],
-                        Layout::InOut => values[k * self.rows + n],
-                    };
-                }
-                let rounded;
-                (*scale, rounded) = if self.bits == 4 { four_bits(&block) } else { eight_bits(&block) };
+            let mut row = vec![0.0; of_row * self.size];
+            for (k, x) in row[..self.columns].iter_mut().enumerate() {
+                *x = match self.layout {
+                    Layout::OutIn => values[n * self.columns + k],
+                    Layout::InOut => values[k * self.rows + n],
+                };
+            }
+            let mut rounded = vec![0; self.size];
+            let blocks = row.chunks_exact(self.size).zip(numbers.chunks_exact_mut(bytes)).zip(scales);
+            for ((block, numbers), scale) in blocks {
                 if self.bits == 4 {
+                    *scale = four_bits(block, &mut rounded);
                     for (byte, pair) in numbers.iter_mut().zip(rounded.as_chunks().0) {
                         let [low, high] = pair.map(|q| (q + 8) as u8);
                         *byte = low | high << 4;
                     }
                 } else {
-                    for (byte, q) in numbers.iter_mut().zip(rounded) {
+                    *scale = eight_bits(block, &mut rounded);
+                    for (byte, &q) in numbers.iter_mut().zip(&rounded) {
                         *byte = (i16::from(q) + 128) as u8;
                     }
                 }
@@ -113,39 +120,47 @@ impl Blocks {
     }
 }
 
-/// −127 … 127 times the scale.
-fn eight_bits(block: &[f32; BLOCK]) -> (f32, [i8; BLOCK]) {
+/// Rounds to −127 … 127 times the scale.
+fn eight_bits(block: &[f32], rounded: &mut [i8]) -> f32 {
     let scale = largest(block) / 127.0;
     let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
-    (scale, block.map(|x| (x * inverse).round_ties_even() as i8))
+    for (q, x) in rounded.iter_mut().zip(block) {
+        *q = (x * inverse).round_ties_even() as i8;
+    }
+    scale
 }
 
-/// −8 … 7 times the scale, which may be negative: the larger side of a lopsided block then has eight steps.
-fn four_bits(block: &[f32; BLOCK]) -> (f32, [i8; BLOCK]) {
+/// Rounds to −8 … 7 times the scale, which may be negative: the larger side of a lopsided block then has eight steps.
+fn four_bits(block: &[f32], rounded: &mut [i8]) -> f32 {
     let largest = largest(block);
     if largest == 0.0 {
-        return (0.0, [0; BLOCK]);
+        rounded.fill(0);
+        return 0.0;
     }
-    let mut best = (f32::INFINITY, 0.0, [0.0; BLOCK]);
+    let round = |x: f32, inverse: f32| (x * inverse).round_ties_even().clamp(-8.0, 7.0);
+    let (mut least, mut best) = (f32::INFINITY, (0.0, 0.0));
     for steps in [-9.0, -8.5, -8.0, -7.5, -7.0, -6.5, 6.5, 7.0, 7.5, 8.0, 8.5, 9.0] {
         let inverse = steps / largest;
-        let rounded = block.map(|x| (x * inverse).round_ties_even().clamp(-8.0, 7.0));
         // the scale that fits these numbers best: Σ x·q / Σ q²
         let (mut product, mut square) = (0.0, 0.0);
-        for (x, q) in block.iter().zip(rounded) {
+        for &x in block {
+            let q = round(x, inverse);
             product += x * q;
             square += q * q;
         }
         let scale = product / square; // the largest number is not rounded to 0
-        let error = block.iter().zip(rounded).map(|(x, q)| (x - q * scale) * (x - q * scale)).sum::<f32>();
-        if error < best.0 {
-            best = (error, scale, rounded);
+        let error = block.iter().map(|&x| (x - round(x, inverse) * scale).powi(2)).sum::<f32>();
+        if error < least {
+            (least, best) = (error, (inverse, scale));
         }
     }
-    (best.1, best.2.map(|q| q as i8))
+    for (q, &x) in rounded.iter_mut().zip(block) {
+        *q = round(x, best.0) as i8;
+    }
+    best.1
 }
 
-fn largest(block: &[f32; BLOCK]) -> f32 {
+fn largest(block: &[f32]) -> f32 {
     block.iter().fold(0.0, |largest: f32, x| largest.max(x.abs()))
 }
 
@@ -160,10 +175,11 @@ mod tests {
         } else {
             packed.numbers.iter().map(|&q| f32::from(q) - 128.0).collect()
         };
-        let rows =
-            numbers.chunks_exact(blocks.of_row() * BLOCK).zip(packed.scales.chunks_exact(blocks.of_row()));
+        let rows = numbers
+            .chunks_exact(blocks.of_row() * blocks.size)
+            .zip(packed.scales.chunks_exact(blocks.of_row()));
         rows.flat_map(|(row, scales)| {
-            let all = row.iter().enumerate().map(|(k, q)| q * scales[k / BLOCK]);
+            let all = row.iter().enumerate().map(|(k, q)| q * scales[k / blocks.size]);
             all.take(blocks.columns).collect::<Vec<_>>()
         })
         .collect()
@@ -176,24 +192,27 @@ mod tests {
         let out_in: Vec<f32> = (0..rows).flat_map(|n| (0..columns).map(move |k| value(n, k))).collect();
         let in_out: Vec<f32> = (0..columns).flat_map(|k| (0..rows).map(move |n| value(n, k))).collect();
         for (bits, most) in [(8, 0.7 / 127.0 / 2.0), (4, 0.05)] {
-            let blocks = Blocks { rows, columns, bits, layout: Layout::OutIn };
-            let packed = blocks.pack(&out_in);
-            let other = Blocks { layout: Layout::InOut, ..blocks }.pack(&in_out);
-            assert_eq!((&packed.numbers, &packed.scales), (&other.numbers, &other.scales));
-            let again = unpacked(blocks, &packed);
-            let error = again.iter().zip(&out_in).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-            assert!(error <= most + 1e-6, "{bits} bits: {error}");
+            for size in [32, 64] {
+                let blocks = Blocks { rows, columns, bits, size, layout: Layout::OutIn };
+                let packed = blocks.pack(&out_in);
+                let other = Blocks { layout: Layout::InOut, ..blocks }.pack(&in_out);
+                assert_eq!((&packed.numbers, &packed.scales), (&other.numbers, &other.scales));
+                let again = unpacked(blocks, &packed);
+                let error = again.iter().zip(&out_in).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+                assert!(error <= most + 1e-6, "{bits} bits in blocks of {size}: {error}");
+            }
         }
     }
 
     #[test]
     fn what_four_bits_hold_exactly_stays_exact() {
-        let block: [f32; BLOCK] = std::array::from_fn(|i| (i as f32 % 16.0 - 8.0) * 0.25);
+        let block: [f32; 32] = std::array::from_fn(|i| (i as f32 % 16.0 - 8.0) * 0.25);
+        let mut rounded = [0; 32];
         for sign in [1.0, -1.0] {
-            let (scale, rounded) = four_bits(&block.map(|x| x * sign));
+            let scale = four_bits(&block.map(|x| x * sign), &mut rounded);
             let again = rounded.map(|q| f32::from(q) * scale);
             assert_eq!(again, block.map(|x| x * sign));
         }
-        assert_eq!(four_bits(&[0.0; BLOCK]), (0.0, [0; BLOCK]));
+        assert_eq!((four_bits(&[0.0; 32], &mut rounded), rounded), (0.0, [0; 32]));
     }
 }

@@ -9,7 +9,7 @@ use std::cell::RefCell;
 
 use anyhow::Context;
 
-use super::blocks::{BLOCK, Blocks};
+use super::blocks::{Blocks, LEAST_BLOCK};
 use super::graph::{ABSENT, Graph, OWN_DOMAIN, Outlet, Value, float, int, ints, string};
 use super::proto::tensor_proto::DataType;
 use super::proto::{ModelProto, OperatorSetIdProto};
@@ -248,9 +248,19 @@ impl Emit {
         })
     }
 
+    /// How a matrix is cut: into blocks of the size that was asked for, or the largest smaller one (32 at least)
+    /// that fills a row.
+    fn cut(&self, rows: usize, columns: usize, bits: u32, layout: Layout) -> Blocks {
+        let mut size = self.kind.block;
+        while columns % size != 0 && size > LEAST_BLOCK {
+            size /= 2;
+        }
+        Blocks { rows, columns, bits, size, layout }
+    }
+
     /// x · W + b with W in blocks.
     fn product_with_blocks(&self, scope: &str, map: &Linear, bits: u32, x: &X) -> Result<Value> {
-        let blocks = Blocks { rows: map.output(), columns: x.width, bits, layout: map.layout };
+        let blocks = self.cut(map.output(), x.width, bits, map.layout);
         let (numbers, scales) = self.graph.borrow_mut().in_blocks(&map.weight, blocks)?;
         let mut inputs = vec![x.value, numbers, scales];
         if let Some(bias) = &map.bias {
@@ -261,7 +271,7 @@ impl Emit {
             int("N", blocks.rows as i64),
             int("accuracy_level", 4), // activations in 8 bits, blockwise
             int("bits", i64::from(bits)),
-            int("block_size", BLOCK as i64),
+            int("block_size", blocks.size as i64),
         ];
         Ok(self.node(scope, "MatMulNBits", &inputs, attributes))
     }
@@ -269,13 +279,20 @@ impl Emit {
     /// Rows of a table in blocks, which may be a head's matrix too.
     fn rows_of_blocks(&self, scope: &str, table: &Table, bits: u32, ids: Value) -> Result<Value> {
         let [rows, columns] = table.weight.shape[..] else { anyhow::bail!("a table has two dimensions") };
-        let blocks = Blocks { rows, columns, bits, layout: Layout::OutIn };
+        let blocks = self.cut(rows, columns, bits, Layout::OutIn);
+        anyhow::ensure!(
+            columns % blocks.size == 0,
+            "{}: a width of {columns} is not a multiple of {}, so its rows can't be stored in blocks: leave \
+             --precision out",
+            table.weight.name,
+            blocks.size
+        );
         let (numbers, scales) = self.graph.borrow_mut().in_blocks(&table.weight, blocks)?;
         let shape = self.list(&[rows as i64, -1]);
         let numbers = self.plain(scope, "Reshape", &[numbers, shape]); // folded when the graph is loaded
         let attributes = vec![
             int("bits", i64::from(bits)),
-            int("block_size", BLOCK as i64),
+            int("block_size", blocks.size as i64),
             int("gather_axis", 0),
             int("quantize_axis", 1),
         ];
@@ -365,7 +382,7 @@ impl Ops for Emit {
     fn embed(&self, table: Table, ids: Ids) -> Result<X> {
         let scope = module(&table.weight.name).to_owned();
         let width = table.weight.shape[1];
-        let bits = self.kind.precision.bits(table.weight.role).filter(|_| ids == Ids::Tokens);
+        let bits = self.kind.precision.bits().filter(|_| ids == Ids::Tokens);
         let ids = match ids {
             Ids::Tokens => self.graph.borrow_mut().input("input_ids"),
             Ids::TokenTypes => self.graph.borrow_mut().input("token_type_ids"),
@@ -387,7 +404,7 @@ impl Ops for Emit {
     fn linear(&self, map: Linear, x: &X) -> Result<X> {
         let scope = module(&map.weight.name).to_owned();
         let width = map.output();
-        if let Some(bits) = self.kind.precision.bits(map.weight.role) {
+        if let Some(bits) = self.kind.precision.bits() {
             let value = self.product_with_blocks(&scope, &map, bits, x)?;
             return Ok(X { value, scope, width, every: x.every });
         }

@@ -12,7 +12,7 @@ pub mod write;
 /// The protobuf messages of ONNX, as candle-onnx generates them.
 pub use candle_onnx::onnx as proto;
 
-pub use blocks::Precision;
+pub use blocks::{DEFAULT_BLOCK, LARGEST_BLOCK, LEAST_BLOCK, Precision};
 
 use crate::task::Form;
 use crate::{Result, bail_unusable};
@@ -23,17 +23,19 @@ pub struct Kind {
     pub form: Form,
     pub opset: i64,
     pub precision: Precision,
+    /// Numbers of a block, where matrices are stored in blocks.
+    pub block: usize,
 }
 
 impl Kind {
     /// A graph in fp32.
     pub fn fp32(form: Form, opset: i64) -> Self {
-        Self { form, opset, precision: Precision::Fp32 }
+        Self { form, opset, precision: Precision::Fp32, block: DEFAULT_BLOCK }
     }
 
     /// A graph that ONNX Runtime alone reads, with its own operators.
     pub fn in_place(precision: Precision) -> Self {
-        Self { form: Form::InPlace, opset: IN_PLACE_OPSET, precision }
+        Self { precision, ..Self::fp32(Form::InPlace, IN_PLACE_OPSET) }
     }
 }
 

@@ -3,6 +3,7 @@
 
 pub mod decoder;
 pub mod library;
+mod pages;
 pub mod probe;
 pub mod providers;
 pub mod session;

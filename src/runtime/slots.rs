@@ -14,8 +14,8 @@ use anyhow::Context;
 use ort::AsPointer;
 use ort::sys;
 
-use super::Providers;
 use super::session::{Model, OrtSession, Waiting};
+use super::{Providers, pages};
 use crate::say::Say;
 use crate::{Result, bail_unusable};
 
@@ -91,6 +91,7 @@ impl Slots {
             bail_unusable!("{} is no graph that tk generates with: run `tk export` again", model.display());
         };
         let vocabulary = *vocabulary as usize;
+        pages::gather();
         let (bindings, logits) = (HashMap::new(), Vec::new());
         Ok(Self { bindings, session, caches, slots: 0, capacity: 0, vocabulary, logits })
     }
@@ -124,6 +125,7 @@ impl Slots {
         self.bindings.clear(); // they point at what is freed below
         for cache in &mut self.caches {
             let mut values = vec![0.0; slots * cache.heads * capacity * cache.width];
+            pages::ask_for(&values);
             let kept = self.capacity.min(capacity) * cache.width;
             if kept > 0 {
                 let old = cache.values.chunks_exact(self.capacity * cache.width);
