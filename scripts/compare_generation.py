@@ -456,7 +456,7 @@ def table(o):
 
     print()
     truth = results.get(("transformers", "fp32"))
-    for key in (("optimum", "fp32"), ("ctranslate2", "fp32"), ("llama.cpp", "F32")):
+    for key in (("optimum", "fp32"), ("ctranslate2", "fp32"), ("llama.cpp", "F32"), ("tk", "fp32")):
         if truth and key in results:
             print(f"{label(key[0])}'s tokens are transformers': {same_tokens(results[key], truth)}")
     ratios(results, batches)

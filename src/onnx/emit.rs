@@ -252,7 +252,7 @@ impl Emit {
     /// that fills a row.
     fn cut(&self, rows: usize, columns: usize, bits: u32, layout: Layout) -> Blocks {
         let mut size = self.kind.block;
-        while columns % size != 0 && size > LEAST_BLOCK {
+        while !columns.is_multiple_of(size) && size > LEAST_BLOCK {
             size /= 2;
         }
         Blocks { rows, columns, bits, size, layout }
@@ -281,7 +281,7 @@ impl Emit {
         let [rows, columns] = table.weight.shape[..] else { anyhow::bail!("a table has two dimensions") };
         let blocks = self.cut(rows, columns, bits, Layout::OutIn);
         anyhow::ensure!(
-            columns % blocks.size == 0,
+            columns.is_multiple_of(blocks.size),
             "{}: a width of {columns} is not a multiple of {}, so its rows can't be stored in blocks: leave \
              --precision out",
             table.weight.name,
