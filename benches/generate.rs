@@ -11,6 +11,8 @@ use std::time::Instant;
 use clap::ValueEnum;
 use serde_json::json;
 use tk::Result;
+use tk::generate::Settings;
+use tk::generate::sampler::Sampler;
 use tk::onnx::Precision;
 use tk::runtime::Slots;
 use tk::runtime::slots::Reading;
@@ -103,8 +105,8 @@ fn weights(model: &std::path::Path, precision: Precision) -> Result<u64> {
 fn run(slots: &mut Slots, prompts: &[Vec<i64>], new: usize) -> Result<Run> {
     let (rows, width) = (slots.slots(), slots.vocabulary());
     anyhow::ensure!(prompts.len() >= rows, "{} prompts for {rows} slots", prompts.len());
-    let likeliest =
-        |row: &[f32]| (0..row.len()).fold(0, |best, i| if row[i] > row[best] { i } else { best }) as i64;
+    let mut greedy = Sampler::new(&Settings::default(), 0);
+    let mut likeliest = |row: &mut [f32]| i64::from(greedy.next(row, &[]));
     let started = Instant::now();
     let mut ids = Vec::new();
     for (slot, prompt) in prompts.iter().take(rows).enumerate() {
@@ -117,7 +119,7 @@ fn run(slots: &mut Slots, prompts: &[Vec<i64>], new: usize) -> Result<Run> {
     let mut tokens: Vec<Vec<i64>> = ids.iter().map(|&id| vec![id]).collect();
     for _ in 1..new {
         let reading = Reading { slots: &(0..rows), ids: &ids, lengths: &lengths, asked: &[0] };
-        ids = slots.read(reading)?.chunks_exact(width).map(likeliest).collect();
+        ids = slots.read(reading)?.chunks_exact_mut(width).map(&mut likeliest).collect();
         tokens.iter_mut().zip(&ids).for_each(|(tokens, &id)| tokens.push(id));
         lengths.iter_mut().for_each(|length| *length += 1);
     }

@@ -7,7 +7,7 @@ use prost::Message;
 use tk::checkpoint::Weights;
 use tk::data::batch::{Encoding, Padded};
 use tk::model::ModelConfig;
-use tk::onnx::{Kind, OPSETS, dump, model, proto::ModelProto, write};
+use tk::onnx::{Kind, OPSETS, Precision, dump, model, proto::ModelProto, write};
 use tk::runtime::{Model, OrtSession, Provider, Providers};
 use tk::say::Say;
 use tk::task::Task;
@@ -15,11 +15,14 @@ use tk::task::Task;
 const TINY: [&str; 4] = ["tiny-bert-single", "tiny-bert-multi", "tiny-bert-regression", "tiny-gpt2-single"];
 
 fn exported(name: &str, opset: i64) -> ModelProto {
+    built(name, |task| Kind::fp32(task.form(), opset))
+}
+
+fn built(name: &str, kind: impl Fn(&Task) -> Kind) -> ModelProto {
     let dir = models(name);
     let config = ModelConfig::read(&dir).unwrap();
     let task = Task::from_config(&config).unwrap();
-    model::build(&config, &task, &Weights::open(&dir).unwrap(), "tokenizer", Kind::fp32(task.form(), opset))
-        .unwrap()
+    model::build(&config, &task, &Weights::open(&dir).unwrap(), "tokenizer", kind(&task)).unwrap()
 }
 
 fn open(model: Model) -> OrtSession {
@@ -60,6 +63,10 @@ fn graphs_stay_as_they_are() {
         for opset in [14, 18] {
             insta::assert_snapshot!(format!("{name}-{opset}"), dump::dump(&exported(name, opset)));
         }
+    }
+    for precision in [Precision::Fp32, Precision::Q4] {
+        let graph = built("tiny-gpt2-lm", |_| Kind::in_place(precision));
+        insta::assert_snapshot!(format!("tiny-gpt2-lm-in-place-{precision}"), dump::dump(&graph));
     }
 }
 

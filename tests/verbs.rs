@@ -3,6 +3,8 @@
 
 mod common;
 
+use std::path::PathBuf;
+
 use candle_core::{Device, Tensor};
 use common::{floats, gradient, integers, max_abs, relative};
 use tk::Result;
@@ -12,9 +14,12 @@ use tk::eager::{Eager, Init, Kernels, Mode, Params};
 use tk::model::manifest::manifest;
 use tk::model::ops::{Activation, At, Attend, Ids, Ops, Param, Pick, Sees};
 use tk::onnx::proto::ModelProto;
-use tk::onnx::{CANDLE_OPSET, Kind, OPSETS, emit};
+use tk::onnx::{CANDLE_OPSET, Kind, OPSETS, Precision, emit};
+use tk::runtime::decoder::Tokens;
 use tk::runtime::providers::{Provider, Providers};
 use tk::runtime::session::{Model, OrtSession};
+use tk::runtime::slots::Reading;
+use tk::runtime::{Decoder, Slots};
 use tk::say::Say;
 use tk::task::{Dim, Form, Output};
 
@@ -248,15 +253,31 @@ fn tokens(case: &Case) -> usize {
 
 /// A case as an ONNX graph of one verb.
 fn graph(case: &Case, opset: i64) -> ModelProto {
-    let (_dir, weights) = case.weights();
     let dims = match case.picked() {
         Some(_) => vec![Dim::Batch, Dim::Of(case.y.len() / case.batch.len())],
         None => vec![Dim::Batch, Dim::Sequence, Dim::Of(case.y.len() / tokens(case))],
     };
+    graph_of(case, Output { name: "y", dims }, Kind::fp32(Form::Whole, opset))
+}
+
+fn graph_of(case: &Case, output: Output, kind: Kind) -> ModelProto {
+    let (_dir, weights) = case.weights();
     let define = |o: &emit::Emit| Ok(vec![define(o, case)?]);
-    let output = Output { name: "y", dims };
     let weight = |param: &Param| Ok(weights.f32(&param.name)?.into_owned().into());
-    emit::graph(define, &[output], Kind::fp32(Form::Whole, opset), weight).unwrap()
+    emit::graph(define, &[output], kind, weight).unwrap()
+}
+
+/// A case's graph of a form that goes on from tokens which it has read before, as a file.
+fn going_on(case: &Case, kind: Kind) -> (tempfile::TempDir, PathBuf) {
+    let (width, tokens) = match (case.picked(), kind.form) {
+        (Some(_), _) => (case.y.len() / case.batch.len(), Dim::Asked),
+        (None, _) => (case.y.len() / tokens(case), Dim::Sequence),
+    };
+    let output = Output { name: "logits", dims: vec![Dim::Batch, tokens, Dim::Of(width)] };
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("verb.onnx");
+    std::fs::write(&path, prost::Message::encode_to_vec(&graph_of(case, output, kind))).unwrap();
+    (dir, path)
 }
 
 /// Leaves the padding out of a graph's result, which is packed then.
@@ -309,6 +330,75 @@ fn every_verb_gives_the_reference_in_candle_onnx() {
         let batch = padded(case);
         let y = in_candle_onnx(&graph(case, CANDLE_OPSET), &batch);
         assert_output(case, "candle-onnx", &kept(case, &batch, &y));
+    });
+}
+
+/// What a graph that generates is never asked for: types of tokens, tokens that see those behind them, and the first
+/// token of a sequence.
+const NOT_IN_PLACE: [&str; 4] = ["embed_types", "attention", "attention_of_first", "pick_first"];
+
+/// Each sequence in a slot of its own, its first half and then the other, all sequences' halves one after another.
+#[test]
+fn every_verb_gives_the_reference_in_place() {
+    each_case(|case| {
+        if NOT_IN_PLACE.contains(&case.name) {
+            return;
+        }
+        let (_dir, path) = going_on(case, Kind::in_place(Precision::Fp32));
+        let mut slots = Slots::open(&path, 1, Say { quiet: true, ..Say::default() }).unwrap();
+        slots.resize(case.batch.len(), 32);
+        let mut found = vec![Vec::new(); case.batch.len()];
+        for half in 0..2 {
+            for (slot, encoding) in case.batch.iter().enumerate() {
+                let (start, end) = [(0, encoding.len() / 2), (encoding.len() / 2, encoding.len())][half];
+                let ids: Vec<i64> = encoding.ids[start..end].iter().map(|&id| i64::from(id)).collect();
+                let asked: Vec<i64> = match case.picked() {
+                    Some(_) if half == 0 => vec![0],
+                    Some(_) => vec![ids.len() as i64 - 1],
+                    None => (0..ids.len() as i64).collect(),
+                };
+                if ids.is_empty() {
+                    continue;
+                }
+                let reading =
+                    Reading { slots: &(slot..slot + 1), ids: &ids, lengths: &[start], asked: &asked };
+                let y = slots.read(reading).unwrap();
+                if case.picked().is_none() || half == 1 {
+                    found[slot].extend_from_slice(y);
+                }
+            }
+        }
+        assert_output(case, "ONNX Runtime, in place", &found.concat());
+    });
+}
+
+#[test]
+fn attention_gives_the_reference_behind_a_past() {
+    each_case(|case| {
+        if case.name != "attention_causal" {
+            return;
+        }
+        for opset in OPSETS {
+            let (_dir, path) = going_on(case, Kind::fp32(Form::Cached, opset));
+            let mut decoder =
+                Decoder::open(&path, &Providers::only(Provider::Cpu), 1, Say::default()).unwrap();
+            let mut found = Vec::new();
+            for encoding in &case.batch {
+                decoder.forget();
+                let ids: Vec<i64> = encoding.ids.iter().map(|&id| i64::from(id)).collect();
+                let (all, mask) = (ids.len(), vec![1; ids.len()]);
+                for part in [0..all / 2, all / 2..all] {
+                    let read = Tokens {
+                        rows: 1,
+                        ids: &ids[part.clone()],
+                        mask: &mask[..part.end],
+                        positions: &vec![0; part.len()], // nothing asks for them
+                    };
+                    found.extend(decoder.read(read).unwrap().values);
+                }
+            }
+            assert_output(case, &format!("ONNX Runtime behind a past, opset {opset}"), &found);
+        }
     });
 }
 

@@ -11,8 +11,11 @@ use crate::Result;
 use crate::runtime::Slots;
 use crate::runtime::slots::Reading;
 
-/// Tokens of prompts that are read before the other slots go on: they wait no longer than for this.
-const PART: usize = 256;
+/// Tokens of a prompt that are read at once, at most.
+const PART: usize = 512;
+
+/// Tokens of prompts behind which the slots that write go on: they wait for these and for one part more at most.
+const PAUSE: usize = 256;
 
 /// Steps in which the slots' room grows, in tokens.
 const STEP: usize = 128;
@@ -221,7 +224,7 @@ impl<'t> Engine<'t> {
         requests: &[Request],
         results: &mut Results,
     ) -> Result<()> {
-        let mut left = if slots.iter().any(Slot::writes) { PART } else { usize::MAX };
+        let mut left = if slots.iter().any(Slot::writes) { PAUSE } else { usize::MAX };
         for place in 0..slots.len() {
             // a text may be over with its first token
             while left > 0 && (slots[place].reads() || (slots[place].line.is_none() && !waiting.is_empty())) {
@@ -235,8 +238,8 @@ impl<'t> Engine<'t> {
                 let slot = &mut slots[place];
                 let Some(line) = &mut slot.line else { break };
                 let start = slot.read.len();
-                let part = &line.ids[start..line.prompt.min(start + PART.min(left))];
-                left -= part.len();
+                let part = &line.ids[start..line.prompt.min(start + PART)];
+                left = left.saturating_sub(part.len());
                 let ids: Vec<i64> = part.iter().map(|&id| i64::from(id)).collect();
                 slot.read.extend_from_slice(part);
                 self.make_room(start + ids.len());

@@ -1,7 +1,5 @@
 //! Scores of the next token → a token: transformers' logits processors, in its order.
 
-use std::cmp::Ordering;
-
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
@@ -129,11 +127,15 @@ pub fn penalise(logits: &mut [f32], seen: &[u32], penalty: f32) {
 
 /// The token of the highest score, the first of equals.
 fn best(logits: &[f32]) -> u32 {
-    let higher = |best: (u32, f32), (id, &score): (u32, &f32)| match score.partial_cmp(&best.1) {
-        Some(Ordering::Greater) => (id, score),
-        _ => best,
-    };
-    (0..).zip(logits).fold((0, f32::NEG_INFINITY), higher).0
+    // several maxima side by side, which the compiler keeps in one register
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    for part in logits.chunks(lanes.len()) {
+        for (lane, &score) in lanes.iter_mut().zip(part) {
+            *lane = if score > *lane { score } else { *lane };
+        }
+    }
+    let highest = lanes.into_iter().fold(f32::NEG_INFINITY, f32::max);
+    logits.iter().position(|&score| score == highest).unwrap_or(0) as u32
 }
 
 #[cfg(test)]

@@ -220,9 +220,20 @@ impl Emit {
             "only tokens that see none behind them can go on from a past"
         );
         let mut graph = self.graph.borrow_mut();
-        let packed = packed(&graph, [q, k, v].map(|x| x.value), how.queries.is_some());
-        let packed = packed.with_context(|| format!("{at}: q, k and v are not the parts of one value"))?;
+        let all_ask = match how.queries {
+            None => q.value,
+            Some(_) => graph.maker(q.value).context("what asks is picked")?.0.inputs[0],
+        };
         let (layer, d) = (self.presents.borrow().len() / 2, k.width / how.heads);
+        // the operator's own scale would keep ONNX Runtime from its product for one row, which knows no factor
+        let scale = 1.0 / (d as f32).sqrt();
+        let given = match packed(&graph, [all_ask, k.value, v.value]) {
+            Some(whole) => {
+                let factors = [(q.width, scale), (k.width + v.width, 1.0)];
+                [fuse::times(&mut graph, at, whole, &factors), ABSENT, ABSENT]
+            }
+            None => [fuse::times(&mut graph, at, all_ask, &[(q.width, scale)]), k.value, v.value],
+        };
         let dims = [Dim::Batch, Dim::Of(how.heads), Dim::Capacity, Dim::Of(d)];
         let mut past = |what| {
             let name = format!("past_key_values.{layer}.{what}");
@@ -231,9 +242,9 @@ impl Emit {
         let (keys, values) = (past("key"), past("value"));
         let lengths = graph.input_of("seqlens_k", DataType::Int32, &[Dim::Batch]);
         let longest = graph.input_of("total_sequence_length", DataType::Int32, &[Dim::Of(1)]);
-        let inputs = [packed, ABSENT, ABSENT, keys, values, lengths, longest];
+        let inputs = [&given[..], &[keys, values, lengths, longest]].concat();
         let heads = how.heads as i64;
-        let attributes = vec![int("kv_num_heads", heads), int("num_heads", heads)];
+        let attributes = vec![int("kv_num_heads", heads), int("num_heads", heads), float("scale", 1.0)];
         let results = graph.node_of(at, "GroupQueryAttention", &inputs, attributes, 3);
         for (what, &value) in ["key", "value"].into_iter().zip(&results[1..]) {
             let name = format!("present.{layer}.{what}");
@@ -541,11 +552,10 @@ impl Ops for Emit {
     }
 }
 
-/// The value whose three parts are q, k and v; of q the asked columns where not all ask.
-fn packed(graph: &Graph, [q, k, v]: [Value; 3], some: bool) -> Option<Value> {
-    let q = if some { graph.maker(q)?.0.inputs[0] } else { q };
+/// The value whose three parts are q, k and v.
+fn packed(graph: &Graph, parts: [Value; 3]) -> Option<Value> {
     let mut whole = None;
-    for (part, value) in [q, k, v].into_iter().enumerate() {
+    for (part, value) in parts.into_iter().enumerate() {
         let (node, output) = graph.maker(value)?;
         if node.op != "Split" || output != part || whole.is_some_and(|whole| whole != node.inputs[0]) {
             return None;

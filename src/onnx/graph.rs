@@ -24,11 +24,13 @@ pub(super) type Value = usize;
 pub(super) const ABSENT: Value = Value::MAX;
 
 /// The operators that are ONNX Runtime's own.
-const OWN: [&str; 5] =
-    ["FastGelu", "GatherBlockQuantized", "GroupQueryAttention", "MatMulNBits", "SkipLayerNormalization"];
+const OWN: [&str; 4] = ["FastGelu", "GatherBlockQuantized", "GroupQueryAttention", "MatMulNBits"];
 
 /// Their domain.
 pub(super) const OWN_DOMAIN: &str = "com.microsoft";
+
+/// What the names of a graph's own constants begin with; no weight's does.
+pub(super) const CONSTANTS: &str = "const/";
 
 /// The inputs of tokens that a graph may have, in their order, int64. Others follow as they were declared.
 pub const INPUTS: [&str; 4] = ["input_ids", "attention_mask", "token_type_ids", "position_ids"];
@@ -176,9 +178,9 @@ impl Graph {
         })
     }
 
-    /// Whether a value is a weight with one dimension.
-    pub fn is_vector(&self, value: Value) -> bool {
-        self.params.iter().any(|(param, known)| *known == value && param.shape.len() == 1)
+    /// Whether a value is a weight with so many dimensions.
+    pub fn is_weight(&self, value: Value, dims: usize) -> bool {
+        self.params.iter().any(|(param, known)| *known == value && param.shape.len() == dims)
     }
 
     /// The nodes, to be rewritten.
@@ -205,16 +207,24 @@ impl Graph {
     /// An integer constant of the given shape: `[]` for a scalar, `[n]` for a list.
     pub fn i64s(&mut self, dims: &[i64], values: &[i64]) -> Value {
         let bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-        self.constant(format!("const/i64/{}", listed(dims, values)), DataType::Int64, dims, bytes)
+        self.constant(format!("i64/{}", listed(dims, values)), DataType::Int64, dims, bytes)
     }
 
     /// A number as a constant without dimensions.
     pub fn f32(&mut self, value: f32) -> Value {
-        self.constant(format!("const/f32/{value:?}"), DataType::Float, &[], value.to_le_bytes().to_vec())
+        self.constant(format!("f32/{value:?}"), DataType::Float, &[], value.to_le_bytes().to_vec())
+    }
+
+    /// Numbers of the given shape, each so many times.
+    pub fn f32s(&mut self, dims: &[i64], values: &[(usize, f32)]) -> Value {
+        let content: Vec<String> = values.iter().map(|(count, value)| format!("{count}x{value:?}")).collect();
+        let bytes = values.iter().flat_map(|(count, value)| value.to_le_bytes().repeat(*count)).collect();
+        self.constant(format!("f32/{dims:?}/{}", content.join(",")), DataType::Float, dims, bytes)
     }
 
     /// Constants are named for their content, so equal ones are one.
-    fn constant(&mut self, name: String, kind: DataType, dims: &[i64], raw_data: Vec<u8>) -> Value {
+    fn constant(&mut self, content: String, kind: DataType, dims: &[i64], raw_data: Vec<u8>) -> Value {
+        let name = format!("{CONSTANTS}{content}");
         if let Some((_, value)) = self.constants.iter().find(|(known, _)| known.name == name) {
             return *value;
         }

@@ -10,6 +10,7 @@ use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 use anyhow::Context;
 use prost::Message;
 
+use super::graph::CONSTANTS;
 use super::proto::tensor_proto::DataLocation;
 use super::proto::{ModelProto, StringStringEntryProto, TensorProto};
 use crate::{Result, files, unusable};
@@ -47,7 +48,7 @@ pub fn save_sharing(mut model: ModelProto, path: &Path, other: &Path) -> Result<
     let known: BTreeMap<&str, &TensorProto> =
         other.graph.iter().flat_map(|graph| &graph.initializer).map(|t| (t.name.as_str(), t)).collect();
     for tensor in model.graph.iter_mut().flat_map(|graph| &mut graph.initializer) {
-        if tensor.raw_data.len() < SMALLEST_EXTERNAL {
+        if tensor.raw_data.len() < SMALLEST_EXTERNAL || tensor.name.starts_with(CONSTANTS) {
             continue;
         }
         let shared = known.get(tensor.name.as_str());

@@ -82,7 +82,9 @@ impl Decoder {
         let Tokens { rows, ids, mask, positions } = tokens;
         anyhow::ensure!(rows > 0 && ids.len().is_multiple_of(rows), "{} ids for {rows} rows", ids.len());
         let mut inputs: Vec<(Cow<'_, str>, SessionInputValue<'_>)> = Vec::new();
-        for (name, values) in [("input_ids", ids), ("attention_mask", mask), ("position_ids", positions)] {
+        let given = [("input_ids", ids), ("attention_mask", mask), ("position_ids", positions)];
+        let asked = |name| self.session.session.inputs().iter().any(|input| input.name() == name);
+        for (name, values) in given.into_iter().filter(|(name, _)| asked(*name)) {
             let tensor = TensorRef::from_array_view(([rows, values.len() / rows], values))?;
             inputs.push((name.into(), tensor.into()));
         }

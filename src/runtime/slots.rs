@@ -5,7 +5,7 @@
 //! present at once: a run writes the new keys and values behind the old ones, and copies nothing.
 
 use std::collections::HashMap;
-use std::ffi::{CString, c_void};
+use std::ffi::{CStr, CString, c_void};
 use std::ops::Range;
 use std::path::Path;
 use std::ptr::NonNull;
@@ -17,13 +17,19 @@ use ort::sys;
 use super::session::{Model, OrtSession, Waiting};
 use super::{Providers, pages};
 use crate::say::Say;
-use crate::{Result, bail_unusable};
+use crate::{Result, bail_unusable, unusable};
+
+/// What a graph is given at every run.
+const INPUTS: [&CStr; 5] =
+    [c"input_ids", c"position_ids", c"seqlens_k", c"total_sequence_length", c"logits_at"];
 
 /// A graph of the form [`crate::task::Form::InPlace`], and its cache.
 pub struct Slots {
     // before the buffers that it points into
     bindings: HashMap<Range<usize>, Binding>,
     session: OrtSession,
+    /// Those of [`INPUTS`] that the graph asks for.
+    inputs: Vec<&'static CStr>,
     /// Keys and values of each layer, (slots, H, capacity, D).
     caches: Vec<Cache>,
     slots: usize,
@@ -64,9 +70,19 @@ impl Slots {
     pub fn open(model: &Path, threads: usize, say: Say) -> Result<Self> {
         let providers = Providers::only(super::Provider::Cpu);
         let session = OrtSession::open_waiting(Model::File(model), &providers, threads, Waiting::Spins, say)?;
-        let mut caches = Vec::new();
+        let (mut inputs, mut caches) = (Vec::new(), Vec::new());
         for input in session.session.inputs() {
-            let Some(layer) = input.name().strip_prefix("past_key_values.") else { continue };
+            let Some(layer) = input.name().strip_prefix("past_key_values.") else {
+                let known = INPUTS.into_iter().find(|known| known.to_bytes() == input.name().as_bytes());
+                inputs.push(known.ok_or_else(|| {
+                    unusable!(
+                        "{}: it asks for {}, so it is no graph that tk generates with: run `tk export` again",
+                        model.display(),
+                        input.name()
+                    )
+                })?);
+                continue;
+            };
             let shape = input.dtype().tensor_shape().map(|shape| shape.to_vec()).unwrap_or_default();
             let [_, heads, _, width] = shape[..] else {
                 bail_unusable!(
@@ -86,14 +102,13 @@ impl Slots {
         let outputs = session.session.outputs();
         let logits = outputs.iter().find(|output| output.name() == "logits");
         let shape = logits.and_then(|output| output.dtype().tensor_shape()).map(|shape| shape.to_vec());
-        let in_place = session.session.inputs().iter().any(|input| input.name() == "logits_at");
-        let (Some([_, _, vocabulary]), true) = (shape.as_deref(), in_place && !caches.is_empty()) else {
-            bail_unusable!("{} is no graph that tk generates with: run `tk export` again", model.display());
+        let Some([_, _, vocabulary]) = shape.as_deref() else {
+            bail_unusable!("{} gives no logits for tokens: run `tk export` again", model.display());
         };
         let vocabulary = *vocabulary as usize;
         pages::gather();
         let (bindings, logits) = (HashMap::new(), Vec::new());
-        Ok(Self { bindings, session, caches, slots: 0, capacity: 0, vocabulary, logits })
+        Ok(Self { bindings, session, inputs, caches, slots: 0, capacity: 0, vocabulary, logits })
     }
 
     /// Tokens that a slot has room for.
@@ -234,7 +249,7 @@ impl Slots {
                 (c"total_sequence_length", Tensor::of(&total, &[1])?),
                 (c"logits_at", Tensor::of(asked, &[asked.len()])?),
             ];
-            for (name, value) in &small {
+            for (name, value) in small.iter().filter(|(name, _)| self.inputs.contains(name)) {
                 binding.bind_input(name, value)?;
             }
             let logits = Tensor::over(&mut self.logits, &[rows, asked.len(), self.vocabulary])?;
@@ -267,19 +282,19 @@ impl Binding {
         Ok(Self { binding, values: Vec::new() })
     }
 
-    fn bind_input(&mut self, name: &std::ffi::CStr, value: &Tensor) -> Result<()> {
+    fn bind_input(&mut self, name: &CStr, value: &Tensor) -> Result<()> {
         // SAFETY: all three are alive; the name is copied, and ONNX Runtime takes a share of the value.
         check(unsafe { (ort::api().BindInput)(self.binding.as_ptr(), name.as_ptr(), value.0.as_ptr()) })
     }
 
     /// An input that stays bound.
-    fn input(&mut self, name: &std::ffi::CStr, value: Tensor) -> Result<()> {
+    fn input(&mut self, name: &CStr, value: Tensor) -> Result<()> {
         self.bind_input(name, &value)?;
         self.values.push(value);
         Ok(())
     }
 
-    fn output(&mut self, name: &std::ffi::CStr, value: &Tensor) -> Result<()> {
+    fn output(&mut self, name: &CStr, value: &Tensor) -> Result<()> {
         // SAFETY: as above
         check(unsafe { (ort::api().BindOutput)(self.binding.as_ptr(), name.as_ptr(), value.0.as_ptr()) })
     }
