@@ -186,8 +186,8 @@ def loaded(table, kind, directory):
     return model.eval()
 
 
-def language_model(table, directory, graph_file, tokenizer, records, new_tokens=32):
-    """Scores and greedy texts of ONNX Runtime and of Optimum against those of transformers."""
+def language_model(table, tk, directory, graph_file, tokenizer, records, new_tokens=32):
+    """Scores and texts of ONNX Runtime, of Optimum and of tk against those of transformers."""
     model = loaded(table, AutoModelForCausalLM, directory)
     check_graph(table, directory, graph_file, model.config)
     tokenizer.padding_side = "left"
@@ -233,23 +233,81 @@ def language_model(table, directory, graph_file, tokenizer, records, new_tokens=
         table.add("Optimum's greedy texts are transformers'", f"{same} of {len(texts)}, {new_tokens} new tokens each",
                   same == len(texts))  # fmt: skip
 
+    def in_place():
+        """Of generate.onnx, each text alone: half of it read at once, and then a token a run."""
+        session = onnxruntime.InferenceSession(graph_file.with_name("generate.onnx"), providers=["CPUExecutionProvider"])
+        pasts = [i for i in session.get_inputs() if i.name.startswith("past_key_values.")]
+        worst, count = 0.0, 0
+        for group in groups:
+            for ids, mask in zip(group["input_ids"], group["attention_mask"]):
+                ids = ids[mask == 1].unsqueeze(0)
+                length = ids.shape[1]
+                with torch.no_grad():
+                    truth = model(input_ids=ids).logits[0].numpy()
+                cache = {i.name: np.zeros((1, i.shape[1], length, i.shape[3]), np.float32) for i in pasts}
+                ends = [max(1, length // 2)]
+                ends += range(ends[0] + 1, length + 1)
+                for start, end in zip([0, *ends], ends):
+                    feeds = dict(
+                        input_ids=ids[:, start:end].numpy(), position_ids=np.arange(start, end)[None],
+                        seqlens_k=np.array([end - 1], np.int32), total_sequence_length=np.array([end], np.int32),
+                        logits_at=np.arange(end - start),
+                    )  # fmt: skip
+                    found, *presents = session.run(None, feeds | cache)
+                    cache = dict(zip(cache, presents))
+                    worst = max(worst, np.abs(found[0] - truth[start:end]).max())
+                    count += end - start
+        table.add("generate.onnx against transformers", f"{count} tokens, largest difference {worst:.1e}",
+                  worst <= 1e-4)  # fmt: skip
+
+    def texts_of_tk(**settings):
+        """The texts that `tk serve-batch` writes behind the prompts that transformers goes on from."""
+        prompts = [tokenizer.decode(i[m == 1]) for g in groups for i, m in zip(g["input_ids"], g["attention_mask"])]
+        lines = serve(tk, directory, [dict(prompt=prompt, **settings) for prompt in prompts], [])
+        again = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+        # a text that was cut within a word or a character may be read in other tokens
+        kept = [i for i, (ids, of) in enumerate(zip(again, unpadded())) if ids == of]
+        return {i: lines[i]["text"] for i in kept}
+
+    def unpadded():
+        return [i[m == 1].tolist() for g in groups for i, m in zip(g["input_ids"], g["attention_mask"])]
+
+    def generates(what, **settings):
+        found = texts_of_tk(max_new_tokens=new_tokens, **settings)
+        prompts, same = unpadded(), 0
+        for i, text in found.items():
+            with torch.no_grad():
+                ids = model.generate(torch.tensor([prompts[i]]), **how, **settings)[0, len(prompts[i]) :]
+            same += tokenizer.decode(ids, skip_special_tokens=True) == text
+        table.add(f"tk serve-batch's {what} are transformers'", f"{same} of {len(found)}, {new_tokens} new tokens each",
+                  same == len(found) > 0)  # fmt: skip
+
     table.attempt("ONNX Runtime against transformers", onnx_runtime)
+    table.attempt("generate.onnx against transformers", in_place)
     table.attempt("Optimum against transformers", optimum)
+    table.attempt("tk serve-batch, greedily", lambda: generates("greedy texts"))
+    table.attempt("tk serve-batch, by beams", lambda: generates("best of 4 beams", num_beams=4))
 
 
-def served(tk, directory, records):
-    """The logits of `tk serve-batch --logits`, in the order of the records."""
+def serve(tk, directory, records, flags):
+    """The lines that `tk serve-batch` answers records with, in their order."""
     with tempfile.TemporaryDirectory() as folder:
         question, answer = Path(folder, "in.jsonl"), Path(folder, "out.jsonl")
-        wanted = [{k: r[k] for k in ("text", "text_pair") if k in r} for r in records]
-        question.write_text("".join(json.dumps(r) + "\n" for r in wanted))
-        command = [tk, "serve-batch", directory, "--input", question, "--output", answer, "--logits", "-q"]
+        question.write_text("".join(json.dumps(r) + "\n" for r in records))
+        command = [tk, "serve-batch", directory, "--input", question, "--output", answer, "-q", *flags]
         done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
         if done.returncode != 0:
             raise RuntimeError(f"tk serve-batch: exit code {done.returncode}: {done.stderr.strip()[-300:]}")
         lines = [json.loads(line) for line in answer.read_text().splitlines()]
     if [line.get("index") for line in lines] != list(range(len(records))):
         raise RuntimeError(f"{len(lines)} lines for {len(records)} records, or not in order")
+    return lines
+
+
+def served(tk, directory, records):
+    """The logits of `tk serve-batch --logits`, in the order of the records."""
+    wanted = [{k: r[k] for k in ("text", "text_pair") if k in r} for r in records]
+    lines = serve(tk, directory, wanted, ["--logits"])
     broken = [line for line in lines if "logits" not in line]
     if broken:
         raise RuntimeError(f"{len(broken)} lines without logits, the first: {broken[0]}")
@@ -289,7 +347,7 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(directory)
     table = Table()
     if json.loads((directory / "config.json").read_text())["architectures"][0].endswith("LMHeadModel"):
-        language_model(table, directory, graph_file, tokenizer, records)
+        language_model(table, options.tk, directory, graph_file, tokenizer, records)
         sys.exit(1 if table.print() else 0)
     records = [r for r in records if tokenizer(r["text"])["input_ids"]]  # GPT-2 has no token for an empty text
     model = loaded(table, AutoModelForSequenceClassification, directory)
