@@ -7,6 +7,7 @@ import argparse
 import json
 import logging
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -192,7 +193,7 @@ def language_model(table, tk, directory, graph_file, tokenizer, records, new_tok
     check_graph(table, directory, graph_file, model.config)
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or "<|endoftext|>"
-    most = model.config.n_positions - new_tokens
+    most = longest(directory, tokenizer, model.config) - new_tokens
     texts = [r["text"] for r in records if tokenizer(r["text"])["input_ids"]]
     groups = [
         tokenizer(texts[at : at + BATCH], padding=True, truncation=True, max_length=most, return_tensors="pt")
@@ -282,8 +283,26 @@ def language_model(table, tk, directory, graph_file, tokenizer, records, new_tok
         table.add(f"tk serve-batch's {what} are transformers'", f"{same} of {len(found)}, {new_tokens} new tokens each",
                   same == len(found) > 0)  # fmt: skip
 
+    def transformers_js():
+        """Each prompt alone, by transformers.js, of model.onnx."""
+        question = json.dumps(dict(prompts=unpadded(), max_new_tokens=new_tokens))
+        command = ["node", ROOT / "scripts/check_transformers.cjs", directory]
+        done = subprocess.run([str(part) for part in command], input=question, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"node: exit code {done.returncode}: {done.stderr.strip()[-300:]}")
+        found, same = json.loads(done.stdout.splitlines()[-1]), 0
+        for prompt, ids in zip(unpadded(), found, strict=True):
+            with torch.no_grad():
+                same += model.generate(torch.tensor([prompt]), **how)[0, len(prompt) :].tolist() == ids
+        table.add("transformers.js' greedy texts are transformers'", f"{same} of {len(found)}, {new_tokens} new tokens each",
+                  same == len(found))  # fmt: skip
+
     table.attempt("ONNX Runtime against transformers", onnx_runtime)
     table.attempt("generate.onnx against transformers", in_place)
+    if shutil.which("node") and (ROOT / ".deps/node").exists():
+        table.attempt("transformers.js against transformers", transformers_js)
+    else:
+        print("transformers.js is not checked: npm is not on this machine", file=sys.stderr)
     table.attempt("Optimum against transformers", optimum)
     table.attempt("tk serve-batch, greedily", lambda: generates("greedy texts"))
     table.attempt("tk serve-batch, by beams", lambda: generates("best of 4 beams", num_beams=4))

@@ -6,8 +6,8 @@ pub fn prepare() {
     // Keeps candle's element-wise operations in the thread that calls them. Its own pool of threads would wait spinning
     // for the next one, on the cores that our kernels compute on.
     set_default("CANDLE_NUM_THREADS", "1");
-    // GroupQueryAttention in tiles ("flash") is the slower way of ONNX Runtime 1.31 on a CPU: prompts of 400 tokens take
-    // an eighth longer, and single tokens a quarter.
+    // GroupQueryAttention in tiles ("flash") is the slower way of ONNX Runtime 1.31 on a CPU, for prompts and for single
+    // tokens: benches/generate with and without it tells by how much.
     set_default("ORT_GQA_DISABLE_FLASH_ATTENTION", "1");
 }
 

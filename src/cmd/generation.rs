@@ -73,7 +73,7 @@ pub fn on_cpu(providers: &Providers) -> Result<()> {
         Providers::Auto => Ok(()),
         Providers::Ordered(list) if list.contains(&Provider::Cpu) && list.len() == 1 => Ok(()),
         Providers::Ordered(_) => bail_unusable!(
-            "--ep: texts are generated on the cpu alone; ONNX Runtime's attention over a cache has no fp32 kernel elsewhere"
+            "--ep: texts are generated on the cpu alone; ONNX Runtime's GroupQueryAttention has no fp32 kernel on a GPU"
         ),
     }
 }

@@ -10,13 +10,13 @@ pub fn table(compared: &[Compared]) -> String {
     // writing to a String can't fail
     let _ = writeln!(
         text,
-        "{:<14}{:<10}{:>11}{:>11}{:>9}{:>9}  verdict",
+        "{:<18}{:<10}{:>11}{:>11}{:>9}{:>9}  verdict",
         "runtime", "against", "max |Δ|", "max rel", "argmax", "records"
     );
     for c in compared {
         let _ = writeln!(
             text,
-            "{:<14}{:<10}{:>11.2e}{:>11.2e}{:>8.1}%{:>9}  {}",
+            "{:<18}{:<10}{:>11.2e}{:>11.2e}{:>8.1}%{:>9}  {}",
             c.name,
             c.compared_with,
             c.max_abs,
