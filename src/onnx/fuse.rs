@@ -1,4 +1,4 @@
-//! Chains of operators → ONNX Runtime's fused ones.
+//! Chains of operators → those that ONNX Runtime runs best.
 
 use super::graph::{Graph, Node, Value};
 
