@@ -4,8 +4,10 @@ Run by scripts/check-ecosystem, which makes the Python environment.
 """
 
 import argparse
+import functools
 import json
 import logging
+import os
 import re
 import shutil
 import subprocess
@@ -199,7 +201,14 @@ def language_model(table, tk, directory, graph_file, tokenizer, records, new_tok
         tokenizer(texts[at : at + BATCH], padding=True, truncation=True, max_length=most, return_tensors="pt")
         for at in range(0, len(texts), BATCH)
     ]
+    prompts = [ids[mask == 1].tolist() for g in groups for ids, mask in zip(g["input_ids"], g["attention_mask"])]
     how = dict(max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+
+    @functools.cache
+    def truth(i, **settings):
+        """What transformers generates behind a prompt alone."""
+        with torch.no_grad():
+            return model.generate(torch.tensor([prompts[i]]), **how, **settings)[0, len(prompts[i]) :].tolist()
 
     def generated(of):
         with torch.no_grad():
@@ -239,73 +248,76 @@ def language_model(table, tk, directory, graph_file, tokenizer, records, new_tok
         session = onnxruntime.InferenceSession(graph_file.with_name("generate.onnx"), providers=["CPUExecutionProvider"])
         pasts = [i for i in session.get_inputs() if i.name.startswith("past_key_values.")]
         worst, count = 0.0, 0
-        for group in groups:
-            for ids, mask in zip(group["input_ids"], group["attention_mask"]):
-                ids = ids[mask == 1].unsqueeze(0)
-                length = ids.shape[1]
-                with torch.no_grad():
-                    truth = model(input_ids=ids).logits[0].numpy()
-                cache = {i.name: np.zeros((1, i.shape[1], length, i.shape[3]), np.float32) for i in pasts}
-                ends = [max(1, length // 2)]
-                ends += range(ends[0] + 1, length + 1)
-                for start, end in zip([0, *ends], ends):
-                    feeds = dict(
-                        input_ids=ids[:, start:end].numpy(), position_ids=np.arange(start, end)[None],
-                        seqlens_k=np.array([end - 1], np.int32), total_sequence_length=np.array([end], np.int32),
-                        logits_at=np.arange(end - start),
-                    )  # fmt: skip
-                    found, *presents = session.run(None, feeds | cache)
-                    cache = dict(zip(cache, presents))
-                    worst = max(worst, np.abs(found[0] - truth[start:end]).max())
-                    count += end - start
+        for prompt in prompts:
+            ids, length = torch.tensor([prompt]), len(prompt)
+            with torch.no_grad():
+                scores = model(input_ids=ids).logits[0].numpy()
+            cache = {i.name: np.zeros((1, i.shape[1], length, i.shape[3]), np.float32) for i in pasts}
+            ends = [max(1, length // 2)]
+            ends += range(ends[0] + 1, length + 1)
+            for start, end in zip([0, *ends], ends):
+                feeds = dict(
+                    input_ids=ids[:, start:end].numpy(), position_ids=np.arange(start, end)[None],
+                    seqlens_k=np.array([end - 1], np.int32), total_sequence_length=np.array([end], np.int32),
+                    logits_at=np.arange(end - start),
+                )  # fmt: skip
+                found, *presents = session.run(None, feeds | cache)
+                cache = dict(zip(cache, presents))
+                worst = max(worst, np.abs(found[0] - scores[start:end]).max())
+                count += end - start
         table.add("generate.onnx against transformers", f"{count} tokens, largest difference {worst:.1e}",
                   worst <= 1e-4)  # fmt: skip
 
-    def texts_of_tk(**settings):
-        """The texts that `tk serve-batch` writes behind the prompts that transformers goes on from."""
-        prompts = [tokenizer.decode(i[m == 1]) for g in groups for i, m in zip(g["input_ids"], g["attention_mask"])]
-        lines = serve(tk, directory, [dict(prompt=prompt, **settings) for prompt in prompts], [])
-        again = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-        # a text that was cut within a word or a character may be read in other tokens
-        kept = [i for i, (ids, of) in enumerate(zip(again, unpadded())) if ids == of]
-        return {i: lines[i]["text"] for i in kept}
-
-    def unpadded():
-        return [i[m == 1].tolist() for g in groups for i, m in zip(g["input_ids"], g["attention_mask"])]
-
     def generates(what, **settings):
-        found = texts_of_tk(max_new_tokens=new_tokens, **settings)
-        prompts, same = unpadded(), 0
-        for i, text in found.items():
-            with torch.no_grad():
-                ids = model.generate(torch.tensor([prompts[i]]), **how, **settings)[0, len(prompts[i]) :]
-            same += tokenizer.decode(ids, skip_special_tokens=True) == text
-        table.add(f"tk serve-batch's {what} are transformers'", f"{same} of {len(found)}, {new_tokens} new tokens each",
-                  same == len(found) > 0)  # fmt: skip
+        """The texts that `tk serve-batch` writes. A prompt that was cut within a word or a character may be read in other
+        tokens: it is left out."""
+        texts = [tokenizer.decode(ids) for ids in prompts]
+        asked = [dict(prompt=text, max_new_tokens=new_tokens, **settings) for text in texts]
+        lines = serve(tk, directory, asked, [])
+        kept = [i for i, text in enumerate(texts) if tokenizer(text)["input_ids"] == prompts[i]]
+        wanted = [tokenizer.decode(truth(i, **settings), skip_special_tokens=True) for i in kept]
+        same = sum(lines[i]["text"] == text for i, text in zip(kept, wanted))
+        table.add(f"tk serve-batch's {what} are transformers'", f"{same} of {len(kept)}, {new_tokens} new tokens each",
+                  same == len(kept) > 0)  # fmt: skip
 
     def transformers_js():
         """Each prompt alone, by transformers.js, of model.onnx."""
-        question = json.dumps(dict(prompts=unpadded(), max_new_tokens=new_tokens))
+        node_packages()
+        question = json.dumps(dict(prompts=prompts, max_new_tokens=new_tokens))
         command = ["node", ROOT / "scripts/check_transformers.cjs", directory]
         done = subprocess.run([str(part) for part in command], input=question, capture_output=True, text=True)
         if done.returncode != 0:
             raise RuntimeError(f"node: exit code {done.returncode}: {done.stderr.strip()[-300:]}")
-        found, same = json.loads(done.stdout.splitlines()[-1]), 0
-        for prompt, ids in zip(unpadded(), found, strict=True):
-            with torch.no_grad():
-                same += model.generate(torch.tensor([prompt]), **how)[0, len(prompt) :].tolist() == ids
-        table.add("transformers.js' greedy texts are transformers'", f"{same} of {len(found)}, {new_tokens} new tokens each",
-                  same == len(found))  # fmt: skip
+        found = json.loads(done.stdout.splitlines()[-1])
+        same = sum(ids == truth(i) for i, ids in enumerate(found))
+        table.add("transformers.js' greedy texts are transformers'", f"{same} of {len(prompts)}, {new_tokens} new tokens each",
+                  same == len(prompts))  # fmt: skip
 
     table.attempt("ONNX Runtime against transformers", onnx_runtime)
     table.attempt("generate.onnx against transformers", in_place)
-    if shutil.which("node") and (ROOT / ".deps/node").exists():
+    if shutil.which("npm"):
         table.attempt("transformers.js against transformers", transformers_js)
     else:
         print("transformers.js is not checked: npm is not on this machine", file=sys.stderr)
     table.attempt("Optimum against transformers", optimum)
     table.attempt("tk serve-batch, greedily", lambda: generates("greedy texts"))
     table.attempt("tk serve-batch, by beams", lambda: generates("best of 4 beams", num_beams=4))
+
+
+def node_packages():
+    """Puts transformers.js under .deps/node, unless it is there."""
+    folder, package = ROOT / ".deps/node", "@huggingface/transformers@4.3.1"
+    stamp = folder / "installed"  # is written last
+    if stamp.exists() and stamp.read_text() == package:
+        return
+    print(f".deps/node: installing {package}", file=sys.stderr)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    # the GPU libraries of its ONNX Runtime would be fetched from elsewhere
+    skip = dict(ONNXRUNTIME_NODE_INSTALL_CUDA="skip", ONNXRUNTIME_NODE_INSTALL="skip")
+    command = ["npm", "install", "--silent", "--no-fund", "--no-audit", "--prefix", str(folder), package]
+    subprocess.run(command, env=os.environ | skip, stdout=sys.stderr, check=True)
+    stamp.write_text(package)
 
 
 def serve(tk, directory, records, flags):

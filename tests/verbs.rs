@@ -269,9 +269,9 @@ fn graph_of(case: &Case, output: Output, kind: Kind) -> ModelProto {
 
 /// A case's graph of a form that goes on from tokens which it has read before, as a file.
 fn going_on(case: &Case, kind: Kind) -> (tempfile::TempDir, PathBuf) {
-    let (width, tokens) = match (case.picked(), kind.form) {
-        (Some(_), _) => (case.y.len() / case.batch.len(), Dim::Asked),
-        (None, _) => (case.y.len() / tokens(case), Dim::Sequence),
+    let (width, tokens) = match case.picked() {
+        Some(_) => (case.y.len() / case.batch.len(), Dim::Asked),
+        None => (case.y.len() / tokens(case), Dim::Sequence),
     };
     let output = Output { name: "logits", dims: vec![Dim::Batch, tokens, Dim::Of(width)] };
     let dir = tempfile::tempdir().unwrap();

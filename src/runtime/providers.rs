@@ -51,7 +51,7 @@ impl Provider {
         }?)
     }
 
-    /// Adds the provider to a session's options.
+    /// Adds the provider to a session's options, and what they need for it.
     ///
     /// # Errors
     /// Unusable: the library or the machine does not have it; says which and what to do.
@@ -69,7 +69,11 @@ impl Provider {
         let cuda = || ep::CUDA::default().with_tf32(false).build();
         let providers = match self {
             // always there; registered by name, ort would switch its memory arena off
-            Self::Cpu => return Ok(builder),
+            Self::Cpu => {
+                // its SkipLayerNormalization takes more than twice as long as a sum and its norm (ONNX Runtime 1.31)
+                let (key, fusion) = ("optimization.disable_specified_optimizers", "SkipLayerNormFusion");
+                return Ok(builder.with_config_entry(key, fusion).map_err(ort::Error::<()>::from)?);
+            }
             Self::Cuda => vec![cuda()],
             // what TensorRT does not take goes to CUDA
             Self::TensorRt => vec![ep::TensorRT::default().build(), cuda()],

@@ -114,7 +114,7 @@ impl OrtSession {
             Model::File(path) => path.display().to_string(),
             Model::Bytes(_) => "the graph".to_owned(),
         };
-        let builder = options(library::environment()?, provider, threads, waiting)?;
+        let builder = options(library::environment()?, threads, waiting)?;
         let ask = || format!("provider {}", provider.name());
         let mut builder = provider.register(builder).with_context(ask)?;
         let session = match model {
@@ -177,25 +177,14 @@ impl OrtSession {
     }
 }
 
-/// A session's options, but for the provider's own.
-fn options(
-    environment: &Environment,
-    provider: Provider,
-    threads: usize,
-    waiting: Waiting,
-) -> ort::Result<SessionBuilder> {
-    let mut options = Session::builder(environment)?
+/// The options that every session has.
+fn options(environment: &Environment, threads: usize, waiting: Waiting) -> ort::Result<SessionBuilder> {
+    Ok(Session::builder(environment)?
         // with this ort would let plug-in providers in that nobody asked for
         .with_auto_device(AutoDevicePolicy::PreferCPU)?
         .with_intra_threads(threads)?
         .with_intra_op_spinning(waiting == Waiting::Spins)?
         // batches differ in shape, and a plan for each shape would be kept
         .with_memory_pattern(false)?
-        .with_config_entry("session.record_ep_graph_assignment_info", "1")?;
-    if provider == Provider::Cpu {
-        // its SkipLayerNormalization takes twice as long as a sum and its norm (ONNX Runtime 1.31)
-        options =
-            options.with_config_entry("optimization.disable_specified_optimizers", "SkipLayerNormFusion")?;
-    }
-    Ok(options)
+        .with_config_entry("session.record_ep_graph_assignment_info", "1")?)
 }
