@@ -12,6 +12,7 @@ use clap::ValueEnum;
 use serde_json::json;
 use tk::Result;
 use tk::generate::Settings;
+use tk::generate::engine::TOGETHER;
 use tk::generate::sampler::Sampler;
 use tk::onnx::Precision;
 use tk::runtime::Slots;
@@ -109,10 +110,15 @@ fn run(slots: &mut Slots, prompts: &[Vec<i64>], new: usize) -> Result<Run> {
     let mut likeliest = |row: &mut [f32]| i64::from(greedy.next(row, &[]));
     let started = Instant::now();
     let mut ids = Vec::new();
-    for (slot, prompt) in prompts.iter().take(rows).enumerate() {
-        let asked = [prompt.len() as i64 - 1];
-        let reading = Reading { slots: &(slot..slot + 1), ids: prompt, lengths: &[0], asked: &asked };
-        ids.push(likeliest(slots.read(reading)?));
+    let length = prompts.first().map_or(0, Vec::len);
+    let together = (TOGETHER / length.max(1)).max(1);
+    for (group, prompts) in prompts[..rows].chunks(together).enumerate() {
+        let start = group * together;
+        let (slots_read, asked) = (start..start + prompts.len(), [length as i64 - 1]);
+        let lengths = vec![0; prompts.len()];
+        let reading =
+            Reading { slots: &slots_read, ids: &prompts.concat(), lengths: &lengths, asked: &asked };
+        ids.extend(slots.read(reading)?.chunks_exact_mut(width).map(&mut likeliest));
     }
     let prefill = started.elapsed().as_secs_f64();
     let mut lengths: Vec<usize> = prompts.iter().take(rows).map(Vec::len).collect();

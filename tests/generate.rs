@@ -129,6 +129,22 @@ fn a_text_does_not_depend_on_those_beside_it() {
 }
 
 #[test]
+fn short_prompts_of_unlike_length_are_read_together() {
+    let bench = Bench::new();
+    let settings = Settings { max_new_tokens: 12, ..Settings::default() };
+    // the last ones begin as the one of 24 tokens does, so they are not read with it but copy what it has read
+    let prompts: Vec<Vec<u32>> = [(24, 0), (21, 1), (22, 2), (20, 3), (1, 4), (2, 5), (23, 0), (24, 0)]
+        .into_iter()
+        .map(|(length, which)| (0..length).map(|k| (k * (7 + which) + 11 + 31 * which) % 400).collect())
+        .collect();
+    let requests: Vec<Request> = prompts.iter().map(|prompt| request(prompt, settings.clone())).collect();
+    let alone: Vec<_> = requests.iter().flat_map(|one| bench.run(LARGE, std::slice::from_ref(one))).collect();
+    for slots in [3, 32] {
+        assert_eq!(bench.run(Limits { slots, ..LARGE }, &requests), alone, "{slots} slots");
+    }
+}
+
+#[test]
 fn the_cache_stays_within_its_limit_and_grows_with_the_texts() {
     let bench = Bench::new();
     let token = bench.slots().token_bytes();

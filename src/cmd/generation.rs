@@ -50,7 +50,7 @@ pub struct Flags {
     #[arg(long, help_heading = "Generation")]
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     truncate_prompt: bool,
-    /// Texts that are generated side by side [default: 32].
+    /// Texts that are generated side by side [default: 48].
     #[arg(long, value_name = "N", help_heading = "Generation", value_parser = clap::value_parser!(u32).range(1..))]
     slots: Option<u32>,
     /// Megabytes that the keys and values of these texts may take [default: 2048].
@@ -105,7 +105,7 @@ impl Flags {
     pub fn limits(&self) -> Result<Limits> {
         let cache_bytes = self.cache_mb.unwrap_or(2048) as usize;
         let cache_bytes = cache_bytes.checked_mul(1 << 20).context("--cache-mb is too large")?;
-        Ok(Limits { slots: self.slots.unwrap_or(32) as usize, cache_bytes })
+        Ok(Limits { slots: self.slots.unwrap_or(48) as usize, cache_bytes })
     }
 
     /// Whether the front of a long prompt is cut.

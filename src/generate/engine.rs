@@ -1,5 +1,8 @@
 //! Many prompts through the slots of one cache: a slot that is done takes the next prompt at once.
 
+use std::iter::repeat_n;
+use std::ops::Range;
+
 use rayon::prelude::*;
 use tokenizers::Tokenizer;
 
@@ -19,6 +22,9 @@ const PAUSE: usize = 256;
 
 /// Steps in which the slots' room grows, in tokens.
 const STEP: usize = 128;
+
+/// Tokens of short prompts that are read side by side, at most. One alone would read all weights for its few tokens.
+pub const TOGETHER: usize = 256;
 
 /// Tokens that two prompts must share for the second to copy what the first has read.
 const WORTH_COPYING: usize = 16;
@@ -102,6 +108,9 @@ struct Line<'t> {
     sampler: Sampler,
     stream: TextStream<'t>,
 }
+
+/// Requests and which of their texts, the next one last.
+type Waiting = Vec<(usize, usize)>;
 
 /// A slot of the cache.
 #[derive(Default)]
@@ -187,7 +196,7 @@ impl<'t> Engine<'t> {
     fn sample(&mut self, requests: &[Request], places: &[usize], results: &mut Results) -> Result<()> {
         let Some(largest) = places.iter().map(|&i| self.bytes(&requests[i])).max() else { return Ok(()) };
         // the longest first, so that the last ones end together
-        let mut waiting: Vec<(usize, usize)> = places
+        let mut waiting: Waiting = places
             .iter()
             .flat_map(|&i| (0..requests[i].settings.num_return_sequences).map(move |sequence| (i, sequence)))
             .collect();
@@ -220,40 +229,107 @@ impl<'t> Engine<'t> {
     fn read_prompts(
         &mut self,
         slots: &mut [Slot<'t>],
-        waiting: &mut Vec<(usize, usize)>,
+        waiting: &mut Waiting,
         requests: &[Request],
         results: &mut Results,
     ) -> Result<()> {
         let mut left = if slots.iter().any(Slot::writes) { PAUSE } else { usize::MAX };
-        for place in 0..slots.len() {
-            // a text may be over with its first token
-            while left > 0 && (slots[place].reads() || (slots[place].line.is_none() && !waiting.is_empty())) {
-                if slots[place].line.is_none()
-                    && let Some((request, sequence)) = waiting.pop()
-                {
-                    let line = self.line(&requests[request], request, sequence)?;
-                    self.take_over(slots, place, &line.ids);
-                    slots[place].line = Some(line);
-                }
-                let slot = &mut slots[place];
-                let Some(line) = &mut slot.line else { break };
-                let start = slot.read.len();
-                let part = &line.ids[start..line.prompt.min(start + PART)];
-                left = left.saturating_sub(part.len());
-                let ids: Vec<i64> = part.iter().map(|&id| i64::from(id)).collect();
-                slot.read.extend_from_slice(part);
-                self.make_room(start + ids.len());
-                let asked = [ids.len() as i64 - 1];
-                let reading =
-                    Reading { slots: &(place..place + 1), ids: &ids, lengths: &[start], asked: &asked };
-                let scores = self.slots.read(reading)?;
-                if slot.read.len() == line.prompt {
-                    let id = line.sampler.next(scores, &line.ids);
-                    self.add(slot, id, results)?;
-                }
-            }
+        while left > 0
+            && let Some(place) =
+                slots.iter().position(|slot| slot.reads() || (slot.line.is_none() && !waiting.is_empty()))
+        {
+            let rows = self.fill(slots, place, waiting, requests)?;
+            let tokens = self.read_parts(slots, place..place + rows, results)?;
+            left = left.saturating_sub(tokens);
         }
         Ok(())
+    }
+
+    /// Gives an empty slot a text, and the empty ones behind it those whose prompts are read with its own. How many of
+    /// the slots read together.
+    fn fill(
+        &mut self,
+        slots: &mut [Slot<'t>],
+        place: usize,
+        waiting: &mut Waiting,
+        requests: &[Request],
+    ) -> Result<usize> {
+        if slots[place].line.is_none()
+            && let Some((request, sequence)) = waiting.pop()
+        {
+            let line = self.line(&requests[request], request, sequence)?;
+            self.take_over(slots, place, &line.ids);
+            slots[place].line = Some(line);
+        }
+        let Some(first) = slots[place].line.as_ref().filter(|_| slots[place].read.is_empty()) else {
+            return Ok(1);
+        };
+        let (mut rows, mut longest, mut tokens) = (1, first.prompt, first.prompt);
+        while let Some(&(request, sequence)) = waiting.last()
+            && slots.get(place + rows).is_some_and(|slot| slot.line.is_none())
+        {
+            let prompt = &requests[request].prompt;
+            longest = longest.max(prompt.len());
+            tokens += prompt.len();
+            let padded = (rows + 1) * longest;
+            let copies = |slot: &Slot| {
+                let others = slot.line.as_ref().filter(|_| slot.read.is_empty());
+                shared(others.map_or(&slot.read, |line| &line.ids), prompt) >= WORTH_COPYING
+            };
+            if padded > TOGETHER || padded * 4 > tokens * 5 || slots.iter().any(copies) {
+                break;
+            }
+            let line = self.line(&requests[request], request, sequence)?;
+            slots[place + rows] = Slot { line: Some(line), read: Vec::new() };
+            waiting.pop();
+            rows += 1;
+        }
+        Ok(rows)
+    }
+
+    /// Reads the next part of the prompts of consecutive slots, as many tokens as the longest has: what pads the others
+    /// stands behind their own, which don't see it, and is written over. How many tokens were read.
+    fn read_parts(
+        &mut self,
+        slots: &mut [Slot<'t>],
+        places: Range<usize>,
+        results: &mut Results,
+    ) -> Result<usize> {
+        let group = &mut slots[places.clone()];
+        let (mut parts, mut lengths) = (Vec::new(), Vec::new());
+        for Slot { line, read } in group.iter_mut() {
+            let Some(line) = line else { continue };
+            let part = &line.ids[read.len()..line.prompt.min(read.len() + PART)];
+            parts.push(part.iter().map(|&id| i64::from(id)).collect::<Vec<_>>());
+            lengths.push(read.len());
+            read.extend_from_slice(part);
+        }
+        let longest = parts.iter().map(Vec::len).max().unwrap_or(0);
+        self.make_room(lengths.iter().max().map_or(0, |length| length + longest));
+        let padded =
+            |part: &Vec<i64>| part.iter().copied().chain(repeat_n(0, longest - part.len())).collect();
+        let ids = parts.iter().map(padded).collect::<Vec<Vec<i64>>>().concat();
+        // every row gives the scores behind all columns that are some row's last
+        let mut asked: Vec<i64> = parts.iter().map(|part| part.len() as i64 - 1).collect();
+        asked.sort_unstable();
+        asked.dedup();
+        let width = self.slots.vocabulary();
+        let scores =
+            self.slots.read(Reading { slots: &places, ids: &ids, lengths: &lengths, asked: &asked })?;
+        let rows = scores.chunks_exact_mut(width * asked.len());
+        let mut chosen = Vec::new();
+        for ((Slot { line, read }, part), scores) in group.iter_mut().zip(&parts).zip(rows) {
+            let done = line.as_mut().filter(|line| line.prompt == read.len());
+            let column = asked.partition_point(|&column| column < part.len() as i64 - 1);
+            let last = &mut scores[column * width..][..width];
+            chosen.push(done.map(|line| line.sampler.next(last, &line.ids)));
+        }
+        for (slot, id) in group.iter_mut().zip(chosen) {
+            if let Some(id) = id {
+                self.add(slot, id, results)?;
+            }
+        }
+        Ok(ids.len())
     }
 
     fn line(&self, request: &Request, place: usize, sequence: usize) -> Result<Line<'t>> {
@@ -270,12 +346,9 @@ impl<'t> Engine<'t> {
 
     /// Copies what another slot has read of the same prompt. The last token is read again, for its scores.
     fn take_over(&mut self, slots: &mut [Slot], place: usize, prompt: &[u32]) {
-        let shared = |slot: &Slot| {
-            let pairs = slot.read.iter().zip(&prompt[..prompt.len() - 1]);
-            pairs.take_while(|(a, b)| a == b).count()
-        };
-        let best = (0..slots.len()).max_by_key(|&i| (shared(&slots[i]), i == place)).unwrap_or(place);
-        let common = shared(&slots[best]);
+        let common = |i: usize| shared(&slots[i].read, prompt);
+        let best = (0..slots.len()).max_by_key(|&i| (common(i), i == place)).unwrap_or(place);
+        let common = common(best);
         let kept = if common < WORTH_COPYING { 0 } else { common };
         if best != place && kept > 0 {
             self.slots.copy(&[(best, place)], 0..kept);
@@ -411,4 +484,9 @@ impl Results<'_> {
     fn tell(&mut self, request: usize, sequence: usize, tokens: usize, text: &str) -> Result<()> {
         (self.tell)(News { request, sequence, tokens, text })
     }
+}
+
+/// How many tokens a prompt has in common with what was read. Its last one is not among them: it is read for its scores.
+fn shared(read: &[u32], prompt: &[u32]) -> usize {
+    read.iter().zip(&prompt[..prompt.len() - 1]).take_while(|(a, b)| a == b).count()
 }
