@@ -324,11 +324,7 @@ impl<'t> Engine<'t> {
             let last = &mut scores[column * width..][..width];
             chosen.push(done.map(|line| line.sampler.next(last, &line.ids)));
         }
-        for (slot, id) in group.iter_mut().zip(chosen) {
-            if let Some(id) = id {
-                self.add(slot, id, results)?;
-            }
-        }
+        self.add_all(group, chosen, results)?;
         Ok(ids.len())
     }
 
@@ -402,6 +398,11 @@ impl<'t> Engine<'t> {
                 Some(line.sampler.next(scores, &line.ids))
             })
             .collect();
+        self.add_all(slots, chosen, results)
+    }
+
+    /// Adds the tokens that were chosen for slots.
+    fn add_all(&self, slots: &mut [Slot<'t>], chosen: Vec<Option<u32>>, results: &mut Results) -> Result<()> {
         for (slot, id) in slots.iter_mut().zip(chosen) {
             if let Some(id) = id {
                 self.add(slot, id, results)?;
