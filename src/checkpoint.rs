@@ -17,6 +17,9 @@ use sha2::{Digest, Sha256};
 use crate::model::ops::{Param, Part};
 use crate::{Result, bail_unusable, unusable};
 
+/// What lists the files that weights are spread over.
+pub const INDEX: &str = "model.safetensors.index.json";
+
 /// The weights of a model directory, mapped into memory.
 pub struct Weights {
     files: Vec<(PathBuf, Mmap)>,
@@ -226,12 +229,16 @@ pub fn write_safetensors<'a>(
     })
 }
 
-fn weight_files(dir: &Path) -> Result<Vec<PathBuf>> {
+/// The files that [`Weights::open`] maps: `model.safetensors`, or the shards that the index lists.
+///
+/// # Errors
+/// There are none, or the index can't be read.
+pub fn weight_files(dir: &Path) -> Result<Vec<PathBuf>> {
     let single = dir.join("model.safetensors");
     if single.is_file() {
         return Ok(vec![single]);
     }
-    let index = dir.join("model.safetensors.index.json");
+    let index = dir.join(INDEX);
     if index.is_file() {
         #[derive(serde::Deserialize)]
         struct Index {

@@ -27,3 +27,10 @@ macro_rules! bail_unusable {
 pub fn exit_code(error: &anyhow::Error) -> u8 {
     if error.chain().any(|cause| cause.is::<Unusable>()) { 2 } else { 1 }
 }
+
+/// What a thread's panic said, as an error.
+pub fn of_panic(what: &str, panic: &(dyn std::any::Any + Send)) -> anyhow::Error {
+    let said = panic.downcast_ref::<&str>().copied();
+    let said = said.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("a panic");
+    anyhow::anyhow!("{what} broke down: {said}; this is a fault of tk's, please report it")
+}

@@ -3,25 +3,39 @@
 use std::process::ExitCode;
 
 use tk::cli::{self, Cli};
+use tk::say::{StdoutClosed, tell};
 
 fn main() -> ExitCode {
     tk::process::prepare();
-    let done = Cli::parse_with_config(std::env::args_os()).and_then(cli::run);
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            if is_closed_pipe(&error) {
-                return ExitCode::SUCCESS;
-            }
-            eprintln!("error: {error:#}");
-            ExitCode::from(tk::error::exit_code(&error))
-        }
-    }
+    ended(|| Cli::parse_with_config(std::env::args_os()).and_then(cli::run)).into()
 }
 
-/// Whether the reader of our output has gone, as `head` does: no failure of ours.
-fn is_closed_pipe(error: &anyhow::Error) -> bool {
-    error.chain().any(|cause| {
-        cause.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
-    })
+/// Runs the command and tells of its error; the exit code.
+fn ended(command: impl FnOnce() -> tk::Result<()> + std::panic::UnwindSafe) -> u8 {
+    let done = std::panic::catch_unwind(command);
+    let done = done.unwrap_or_else(|panic| Err(tk::error::of_panic("the command", panic.as_ref())));
+    let Err(error) = done else { return 0 };
+    if error.chain().any(|cause| cause.is::<StdoutClosed>()) {
+        return 0; // as `head` wants it; another pipe's reader that goes is a failure
+    }
+    tell(format!("error: {error:#}"));
+    tk::error::exit_code(&error)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Error, ErrorKind};
+
+    use super::*;
+
+    #[test]
+    fn a_panic_is_work_that_failed() {
+        assert_eq!(ended(|| panic!("of a test")), 1);
+    }
+
+    #[test]
+    fn only_standard_output_may_be_closed_by_its_reader() {
+        assert_eq!(ended(|| Err(anyhow::Error::new(StdoutClosed).context("generating"))), 0);
+        assert_eq!(ended(|| Err(anyhow::Error::new(Error::from(ErrorKind::BrokenPipe)))), 1);
+    }
 }

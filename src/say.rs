@@ -20,21 +20,21 @@ impl Say {
     /// A line about what is done, on stderr.
     pub fn line(&self, text: impl AsRef<str>) {
         if !self.quiet {
-            eprintln!("{}", text.as_ref());
+            tell(text);
         }
     }
 
     /// A line that only `-v` shows.
     pub fn detail(&self, text: impl AsRef<str>) {
         if self.verbose {
-            eprintln!("{}", text.as_ref());
+            tell(text);
         }
     }
 
     /// Something the user should know although the work goes on.
     pub fn warn(&self, text: impl AsRef<str>) {
         if !self.quiet {
-            eprintln!("warning: {}", text.as_ref());
+            tell(format!("warning: {}", text.as_ref()));
         }
     }
 
@@ -48,15 +48,34 @@ impl Say {
 
     /// The command's result: `human` on stdout, or `result` as one JSON object with `--json`.
     pub fn result(&self, human: impl AsRef<str>, result: &impl Serialize) -> Result<()> {
-        let mut out = std::io::stdout().lock();
-        if self.json {
-            serde_json::to_writer(&mut out, result)?;
-            writeln!(out)?;
-        } else if !human.as_ref().is_empty() {
-            writeln!(out, "{}", human.as_ref())?;
-        }
-        Ok(())
+        let text = if self.json { serde_json::to_string(result)? } else { human.as_ref().to_owned() };
+        if text.is_empty() { Ok(()) } else { print(text + "\n") }
     }
+}
+
+/// A line on stderr. Where it can't be written, since the terminal has gone or a pipe's reader, nobody listens, and the
+/// work goes on.
+pub fn tell(text: impl AsRef<str>) {
+    // one write, so that lines of several processes stay whole
+    let line = format!("{}\n", text.as_ref());
+    let _ = std::io::stderr().lock().write_all(line.as_bytes());
+}
+
+/// The reader of standard output has gone, as `head` does: a reason to stop, no failure.
+#[derive(Debug, thiserror::Error)]
+#[error("the reader of standard output has gone")]
+pub struct StdoutClosed;
+
+/// Writes data to standard output, to the last byte.
+///
+/// # Errors
+/// [`StdoutClosed`] where nobody reads any more.
+pub fn print(data: impl AsRef<[u8]>) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    out.write_all(data.as_ref()).and_then(|()| out.flush()).map_err(|e| match e.kind() {
+        std::io::ErrorKind::BrokenPipe => anyhow::Error::new(StdoutClosed),
+        _ => anyhow::Error::new(e).context("writing to standard output"),
+    })
 }
 
 /// The most memory this process has held, in bytes; 0 where the system does not tell.

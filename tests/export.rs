@@ -144,3 +144,138 @@ fn without_a_library_to_verify_with_nothing_is_written() {
     assert!(text.contains("ORT_DYLIB_PATH is /absent/lib.so"), "{text}");
     assert!(!dir.join("onnx").exists());
 }
+
+#[test]
+fn a_manifest_that_is_none_is_refused_and_stays() {
+    let (_guard, dir) = copy("tiny-bert-single");
+    std::fs::create_dir(dir.join("onnx")).unwrap();
+    for text in ["[]", "{", "{\"generate\": 3}"] {
+        std::fs::write(dir.join("onnx/manifest.json"), text).unwrap();
+        let out = tk().arg("export").arg(&dir).assert().code(2);
+        let said = String::from_utf8_lossy(&out.get_output().stderr).into_owned();
+        assert!(said.contains("manifest.json") && said.contains("delete it"), "{said}");
+        assert_eq!(names(&dir.join("onnx")), ["manifest.json"]);
+        assert_eq!(std::fs::read_to_string(dir.join("onnx/manifest.json")).unwrap(), text);
+    }
+}
+
+#[test]
+fn the_manifest_keeps_what_it_says_of_files_that_stay() {
+    let (_guard, dir) = copy("tiny-gpt2-lm");
+    let export = |args: &[&str]| {
+        tk().arg("export").arg(&dir).args(args).assert().success();
+    };
+    export(&["--precision", "q8", "--block-size", "32", "--max-perplexity-increase", "9"]);
+    let wanted = json(dir.join("onnx/manifest.json"))["generate"]["q8"].clone();
+    assert!(wanted["sha256"].is_string());
+    for _ in 0..2 {
+        export(&[]);
+        let manifest = json(dir.join("onnx/manifest.json"));
+        assert_eq!(manifest["generate"]["q8"], wanted);
+        assert_eq!(manifest["generate"]["fp32"]["file"], "generate.onnx");
+    }
+    std::fs::remove_file(dir.join("onnx/generate_q8.onnx")).unwrap();
+    export(&[]);
+    assert!(json(dir.join("onnx/manifest.json"))["generate"]["q8"].is_null());
+}
+
+#[test]
+#[cfg(unix)]
+fn the_folder_of_graphs_may_stand_on_another_file_system() {
+    let elsewhere = ["/dev/shm", "/tmp"].iter().map(Path::new).find(|folder| folder.is_dir()).unwrap();
+    let far = tempfile::tempdir_in(elsewhere).unwrap();
+    let (_guard, dir) = copy("tiny-bert-single");
+    let before = names(&dir);
+    std::os::unix::fs::symlink(far.path().join("not/there/yet"), dir.join("onnx")).unwrap();
+    for _ in 0..2 {
+        tk().args(["export", "--external-data"]).arg(&dir).assert().success();
+        assert!(dir.join("onnx").is_symlink());
+        assert_eq!(
+            names(&far.path().join("not/there/yet")),
+            ["manifest.json", "model.onnx", "model.onnx_data"]
+        );
+    }
+    tk().arg("parity").arg(&dir).args(["--runtimes", "eager,ort-cpu"]).assert().success();
+    assert_eq!(names(&dir).len(), before.len() + 1);
+}
+
+#[test]
+#[cfg(unix)]
+fn a_full_disk_leaves_the_graphs_as_they_were() {
+    let (_guard, dir) = copy("tiny-bert-single");
+    tk().args(["export", "--external-data"]).arg(&dir).assert().success();
+    let files = || -> Vec<Vec<u8>> {
+        names(&dir.join("onnx"))
+            .iter()
+            .map(|name| std::fs::read(dir.join("onnx").join(name)).unwrap())
+            .collect()
+    };
+    let before = files();
+    change_weights(&dir, |name, values| {
+        if name == "classifier.bias" {
+            values[0] += 1.0;
+        }
+    });
+    for more in ["", "--external-data"] {
+        // no file may be longer than 64 blocks
+        let script = format!("trap '' XFSZ; ulimit -f 64; exec \"$0\" export \"$1\" {more}");
+        let out = assert_cmd::Command::new("sh")
+            .args(["-c", &script])
+            .arg(assert_cmd::cargo::cargo_bin!("tk"))
+            .arg(&dir)
+            .assert()
+            .code(1);
+        let said = String::from_utf8_lossy(&out.get_output().stderr).into_owned();
+        assert!(said.contains("too large"), "{said}");
+        assert!(files() == before);
+    }
+}
+
+#[test]
+fn two_exports_at_once_leave_one_whole_set_of_graphs() {
+    let (_guard, dir) = copy("tiny-gpt2-lm");
+    let start = || {
+        std::process::Command::new(assert_cmd::cargo::cargo_bin!("tk"))
+            .arg("export")
+            .arg(&dir)
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .unwrap()
+    };
+    for mut run in [start(), start(), start()] {
+        assert!(run.wait().unwrap().success());
+    }
+    let onnx = dir.join("onnx");
+    assert_eq!(names(&onnx), ["generate.onnx", "manifest.json", "model.onnx", "model.onnx_data"]);
+    let manifest = json(onnx.join("manifest.json"));
+    for (file, hash) in [("model.onnx", &manifest["sha256"]), ("model.onnx_data", &manifest["data_sha256"])] {
+        assert_eq!(*hash, tk::checkpoint::file_hash(&onnx.join(file)).unwrap());
+    }
+    for file in ["model.onnx", "generate.onnx"] {
+        write::load(&onnx.join(file)).unwrap();
+    }
+}
+
+#[test]
+#[cfg(unix)]
+fn a_report_goes_where_its_name_leads() {
+    let (guard, dir) = copy("tiny-bert-single");
+    tk().arg("export").arg(&dir).assert().success();
+    let parity = |report: &Path| {
+        let out = tk()
+            .arg("parity")
+            .arg(&dir)
+            .args(["--runtimes", "eager,ort-cpu", "--report"])
+            .arg(report)
+            .assert()
+            .success();
+        String::from_utf8_lossy(&out.get_output().stdout).into_owned()
+    };
+    let link = guard.path().join("link.html");
+    std::os::unix::fs::symlink("report.html", &link).unwrap();
+    parity(&link);
+    assert!(link.is_symlink());
+    let page = std::fs::read_to_string(guard.path().join("report.html")).unwrap();
+    assert!(page.starts_with("<!doctype html>"));
+    assert!(parity(Path::new("/dev/stdout")).starts_with("<!doctype html>"));
+}

@@ -229,7 +229,10 @@ fn wrong_usage_is_named_and_writes_nothing() {
         (&["--resume"], "give --output FILE"),
         (&["--output", "/absent/folder/out.jsonl"], "the folder /absent/folder is not there"),
         (&["--output", bench.model().to_str().unwrap()], "is a directory"),
-        (&["--output", input.to_str().unwrap()], "is the input"),
+        (&["--output", input.to_str().unwrap()], "would write over the input"),
+        (&["--output", out, "--window", "9223372036854775807"], "9223372036854775807"),
+        (&["--output", out, "--threads", "1000000000000"], "1000000000000"),
+        (&["--output", ""], "no name of a file"),
         (&["--output", out, "--max-length", "65"], "65"),
         (&["--output", out, "--max-length", "1"], "no room"),
         (&["--output", out, "--ep", "gpu"], "\"gpu\" is no execution provider"),
@@ -319,4 +322,192 @@ fn logits_that_are_not_finite_are_errors_of_their_records() {
     assert!(lines[1]["error"].as_str().unwrap().contains("not finite"), "{}", lines[1]);
     assert_eq!(lines[0]["scores"], lines[2]["scores"]);
     assert_eq!(lines[1], json!({"index": 1, "error": lines[1]["error"]}));
+}
+
+#[test]
+fn an_unfinished_output_is_not_written_over_while_it_is_read() {
+    let bench = Bench::new("tiny-bert-single");
+    let input = bench.input("out.jsonl.partial", "{\"text\":\"a\"}\n");
+    let output = bench.path("out.jsonl");
+    let error = bench.error(&input, &["--format", "jsonl", "--output", output.to_str().unwrap()]);
+    assert!(error.contains("would write over the input"), "{error}");
+    assert!(input.metadata().unwrap().len() > 0);
+}
+
+#[test]
+fn a_session_that_fails_ends_the_run_and_what_was_answered_stays() {
+    let bench = Bench::new("tiny-bert-single");
+    let saved = Saved::open(&bench.model()).unwrap();
+    let (config, task, hash) = (&saved.config, &saved.task, saved.tokenizer.hash());
+    let mut graph =
+        model::build(config, task, &saved.weights, hash, Kind::fp32(saved.task.form(), 18)).unwrap();
+    // the table of words loses its last rows, which ONNX Runtime finds when one of them is looked up
+    let id = |word: &str| saved.tokenizer.encode(word, None, 64).unwrap().ids[1];
+    let words = ["the", "great", "bad", "day", "film"];
+    let good = words.iter().min_by_key(|word| id(word)).unwrap();
+    let bad = words.iter().max_by_key(|word| id(word)).unwrap();
+    assert!(id(good) < id(bad));
+    let initializers = &mut graph.graph.as_mut().unwrap().initializer;
+    let table = initializers.iter_mut().find(|t| t.name == "bert.embeddings.word_embeddings.weight").unwrap();
+    table.dims[0] = i64::from(id(bad));
+    table.raw_data.truncate(table.dims.iter().product::<i64>() as usize * 4);
+    write::save(graph, &bench.model().join("onnx/model.onnx"), false).unwrap();
+
+    let input = bench.input("in.txt", &format!("{good}\n{good}\n{bad}\n{good}\n"));
+    let output = bench.path("out.jsonl");
+    for (more, kept) in [(&[][..], 2), (&["--resume"], 2)] {
+        let args = [&["--window", "1", "--output", output.to_str().unwrap()], more].concat();
+        let out = bench.serve(&input, &args).assert().code(1);
+        let said = String::from_utf8_lossy(&out.get_output().stderr).into_owned();
+        assert!(said.contains("running 1 sequences"), "{said}");
+        assert!(!output.exists());
+        let text = std::fs::read_to_string(bench.path("out.jsonl.partial")).unwrap();
+        assert_eq!(text.lines().count(), kept);
+    }
+}
+
+/// Outputs that are more than a file's name.
+#[cfg(unix)]
+mod outputs {
+    use std::io::Read;
+    use std::os::unix::fs::{FileTypeExt, symlink};
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    fn make_fifo(path: &Path) {
+        let name = std::ffi::CString::new(path.to_str().unwrap()).unwrap();
+        // SAFETY: the name is a whole C string.
+        assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
+    }
+
+    fn command(bench: &Bench, input: &Path) -> Command {
+        let mut command = Command::new(assert_cmd::cargo::cargo_bin!("tk"));
+        command.arg("serve-batch").arg(bench.model()).arg("--input").arg(input);
+        command
+    }
+
+    #[test]
+    fn a_link_stays_one_and_its_target_is_written_whole() {
+        let bench = Bench::new("tiny-bert-single");
+        let input = bench.input("in.txt", "a\nb\n");
+        let wanted = bench.lines(&input, &[]);
+        std::fs::create_dir(bench.path("far")).unwrap();
+        let link = bench.path("link.jsonl");
+        symlink("far/out.jsonl", &link).unwrap();
+        for _ in 0..2 {
+            // a target that is not there yet, and one that is
+            bench.serve(&input, &["--output", link.to_str().unwrap()]).assert().success();
+            assert!(link.is_symlink());
+            assert_eq!(parse(&std::fs::read(bench.path("far/out.jsonl")).unwrap()), wanted);
+            assert_eq!(std::fs::read_dir(bench.path("far")).unwrap().count(), 1);
+        }
+    }
+
+    #[test]
+    fn a_pipe_and_a_device_are_written_to_and_stay_what_they_are() {
+        let bench = Bench::new("tiny-bert-single");
+        let input = bench.input("in.txt", "a\nb\n");
+        let wanted = bench.lines(&input, &[]);
+        let fifo = bench.path("fifo");
+        make_fifo(&fifo);
+        let reader = std::thread::spawn({
+            let fifo = fifo.clone();
+            move || std::fs::read(fifo).unwrap()
+        });
+        bench.serve(&input, &["--output", fifo.to_str().unwrap()]).assert().success();
+        assert_eq!(parse(&reader.join().unwrap()), wanted);
+        assert!(fifo.metadata().unwrap().file_type().is_fifo());
+
+        let nothing = bench.path("nothing"); // a link, so that a fault replaces no device
+        symlink("/dev/null", &nothing).unwrap();
+        bench.serve(&input, &["--output", nothing.to_str().unwrap()]).assert().success();
+        assert!(nothing.is_symlink() && nothing.metadata().unwrap().file_type().is_char_device());
+
+        for name in ["/dev/stdout", "/dev/fd/1"] {
+            assert_eq!(bench.lines(&input, &["--output", name]), wanted, "{name}");
+            bench.error(&input, &["--output", name, "--json"]);
+        }
+        let before = std::fs::read_dir(bench.0.path()).unwrap().count();
+        for name in [fifo.to_str().unwrap(), nothing.to_str().unwrap(), "/dev/stdout", "/dev/fd/2"] {
+            let error = bench.error(&input, &["--output", name, "--resume"]);
+            assert!(error.contains("--resume goes on with a file"), "{name}: {error}");
+        }
+        assert_eq!(std::fs::read_dir(bench.0.path()).unwrap().count(), before);
+    }
+
+    #[test]
+    fn standard_output_goes_on_where_it_stands() {
+        let bench = Bench::new("tiny-bert-single");
+        let input = bench.input("in.txt", "a\n");
+        let out = bench.path("all.txt");
+        std::fs::write(&out, "head\n").unwrap();
+        let file = std::fs::File::options().append(true).open(&out).unwrap();
+        let mut run = command(&bench, &input);
+        assert!(run.args(["--output", "/dev/stdout"]).stdout(file).status().unwrap().success());
+        let text = std::fs::read_to_string(&out).unwrap();
+        assert!(text.starts_with("head\n{") && text.lines().count() == 2, "{text}");
+    }
+
+    #[test]
+    fn a_reader_that_goes_is_no_failure_for_standard_output_alone() {
+        let bench = Bench::new("tiny-bert-single");
+        let input = bench.input("in.txt", &"a\n".repeat(3000)); // more than a pipe holds
+        let mut run = command(&bench, &input).stdout(Stdio::piped()).spawn().unwrap();
+        drop(run.stdout.take());
+        assert_eq!(run.wait().unwrap().code(), Some(0));
+
+        let fifo = bench.path("fifo");
+        make_fifo(&fifo);
+        let mut run = command(&bench, &input).arg("--output").arg(&fifo).spawn().unwrap();
+        drop(std::fs::File::open(&fifo).unwrap());
+        assert_eq!(run.wait().unwrap().code(), Some(1));
+    }
+
+    #[test]
+    fn a_device_that_is_full_is_a_failure() {
+        if !Path::new("/dev/full").exists() {
+            return; // not this system's
+        }
+        let bench = Bench::new("tiny-bert-single");
+        let input = bench.input("in.txt", "a\n");
+        let full = bench.path("full");
+        symlink("/dev/full", &full).unwrap();
+        bench.serve(&input, &["--output", full.to_str().unwrap()]).assert().code(1);
+        assert!(full.is_symlink());
+    }
+
+    #[test]
+    fn records_may_come_through_a_pipe() {
+        let bench = Bench::new("tiny-bert-single");
+        let (fifo, output) = (bench.path("in.txt"), bench.path("out.jsonl"));
+        make_fifo(&fifo);
+        let out = output.to_str().unwrap();
+        let error = bench.error(&fifo, &["--output", out, "--resume"]);
+        assert!(error.contains("is a pipe or a device"), "{error}");
+        let writer = std::thread::spawn({
+            let fifo = fifo.clone();
+            move || std::fs::write(fifo, "a\nb\n").unwrap()
+        });
+        bench.serve(&fifo, &["--output", out]).assert().success();
+        writer.join().unwrap();
+        assert_eq!(std::fs::read_to_string(&output).unwrap().lines().count(), 2);
+    }
+
+    #[test]
+    fn messages_that_nobody_reads_stop_nothing() {
+        let bench = Bench::new("tiny-bert-single");
+        let input = bench.input("in.txt", "a\n");
+        let mut run = command(&bench, &input)
+            .args(["--output", "/dev/stdout", "--verbose"])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        drop(run.stderr.take());
+        let mut text = String::new();
+        run.stdout.take().unwrap().read_to_string(&mut text).unwrap();
+        assert!(run.wait().unwrap().success());
+        assert_eq!(text.lines().count(), 1);
+    }
 }

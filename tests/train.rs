@@ -501,3 +501,113 @@ fn an_output_that_is_not_ours_stays_as_it_is() {
     assert!(text.contains("--resume") && text.contains("--overwrite"), "{text}");
     bench.train("out", &["--max-steps", "1", "--overwrite"]).success();
 }
+
+#[test]
+fn where_the_best_metric_is_never_a_number_the_last_weights_are_kept_and_the_run_resumes() {
+    let bench = Bench::new("tiny-bert-regression");
+    let record =
+        std::fs::read_to_string(bench.path("eval.jsonl")).unwrap().lines().next().unwrap().to_owned();
+    std::fs::write(bench.path("eval.jsonl"), format!("{record}\n{record}\n")).unwrap();
+    let more = ["--epochs", "6", "--eval-every", "5", "--save-every", "7"];
+    let pearson = [&more[..], &["--best-metric", "pearson"]].concat();
+    let run = bench.train("whole", &pearson).success();
+    assert!(stderr(&run).contains("pearson was not a number in any evaluation"), "{}", stderr(&run));
+    assert!(!stderr(&run).contains("the best so far"), "{}", stderr(&run));
+    assert!(bench.log("whole").iter().any(|line| line.get("eval_pearson").is_some_and(Value::is_null)));
+
+    let path = |name: &str| bench.path(name).display().to_string();
+    let mut without: Vec<String> = bench.args("without");
+    let at = without.iter().position(|arg| *arg == path("eval.jsonl")).unwrap();
+    without.drain(at - 1..=at);
+    tk().args(&without).args(["--epochs", "6"]).assert().success();
+    assert!(bench.weights("whole") == bench.weights("without"), "the last weights");
+
+    let status = bench.interrupt("stopped", &pearson, "step 20/", libc::SIGKILL);
+    assert!(!status.success());
+    tk().args(["train", "--resume", "--output"]).arg(bench.path("stopped")).assert().success();
+    assert!(bench.weights("stopped") == bench.weights("whole"));
+}
+
+#[test]
+fn a_resumed_run_refuses_other_shards_of_its_weights() {
+    let bench = Bench::new("tiny-bert-single");
+    let (whole, shard) = (bench.path("model/model.safetensors"), "model-00001-of-00001.safetensors");
+    let names: Vec<String> =
+        tk::checkpoint::Weights::open(&bench.path("model")).unwrap().names().map(str::to_owned).collect();
+    std::fs::rename(&whole, bench.path("model").join(shard)).unwrap();
+    let map: serde_json::Map<String, Value> = names.into_iter().map(|name| (name, shard.into())).collect();
+    let index = bench.path("model/model.safetensors.index.json");
+    std::fs::write(&index, serde_json::json!({"weight_map": map}).to_string()).unwrap();
+    bench.train("out", &["--max-steps", "1"]).success();
+
+    for file in [bench.path("model").join(shard), index] {
+        let before = std::fs::read(&file).unwrap();
+        let mut bytes = before.clone();
+        if file.extension().is_some_and(|extension| extension == "json") {
+            bytes.push(b'\n');
+        } else {
+            *bytes.last_mut().unwrap() ^= 1;
+        }
+        std::fs::write(&file, &bytes).unwrap();
+        let resumed = tk().args(["train", "--resume", "--output"]).arg(bench.path("out")).assert().code(2);
+        let name = file.file_name().unwrap().to_str().unwrap();
+        assert!(stderr(&resumed).contains(name), "{}", stderr(&resumed));
+        std::fs::write(&file, &before).unwrap();
+    }
+    tk().args(["train", "--resume", "--output"]).arg(bench.path("out")).assert().success();
+}
+
+#[test]
+#[cfg(unix)]
+fn two_runs_do_not_train_in_one_directory() {
+    let bench = Bench::new("tiny-bert-single");
+    bench.train("out", &["--max-steps", "1"]).success();
+    let folder = std::fs::File::open(bench.path("out/training")).unwrap();
+    folder.lock().unwrap();
+    let before = bench.log("out");
+    for more in ["--resume", "--overwrite"] {
+        let refused = bench.train("out", &["--max-steps", "1", more]).code(2);
+        assert!(stderr(&refused).contains("another run"), "{}", stderr(&refused));
+    }
+    assert_eq!(bench.log("out"), before);
+    drop(folder);
+    bench.train("out", &["--max-steps", "1", "--overwrite"]).success();
+}
+
+#[test]
+#[cfg(unix)]
+fn a_run_that_is_begun_anew_keeps_links_and_what_it_did_not_write() {
+    use std::os::unix::fs::symlink;
+    let bench = Bench::new("tiny-bert-single");
+    symlink("elsewhere", bench.path("out")).unwrap(); // which is not there yet
+    bench.train("out", &["--max-steps", "1"]).success();
+    assert!(bench.path("out").is_symlink() && bench.path("elsewhere/model.safetensors").is_file());
+    std::fs::rename(bench.path("out/training"), bench.path("far")).unwrap();
+    symlink(bench.path("far"), bench.path("out/training")).unwrap();
+    std::fs::create_dir(bench.path("graphs")).unwrap();
+    symlink(bench.path("graphs"), bench.path("out/onnx")).unwrap();
+    for file in ["far/thesis.txt", "graphs/notes.txt", "graphs/model.onnx", "graphs/model.onnx_data"] {
+        std::fs::write(bench.path(file), "x").unwrap();
+    }
+    bench.train("out", &["--max-steps", "2", "--overwrite"]).success();
+    assert!(bench.path("out/training").is_symlink() && bench.path("out/onnx").is_symlink());
+    assert!(bench.path("far/thesis.txt").is_file() && bench.path("graphs/notes.txt").is_file());
+    assert_eq!(std::fs::read_dir(bench.path("graphs")).unwrap().count(), 1);
+    assert_eq!(bench.log("out").iter().filter(|line| line.get("loss").is_some()).count(), 2);
+}
+
+#[test]
+fn a_run_whose_messages_nobody_reads_trains_on() {
+    let bench = Bench::new("tiny-bert-single");
+    let mut run = Command::new(assert_cmd::cargo::cargo_bin!("tk"))
+        .args(bench.args("out"))
+        .args(["--max-steps", "12"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop((run.stdout.take(), run.stderr.take()));
+    assert!(run.wait().unwrap().success());
+    bench.train("heard", &["--max-steps", "12"]).success();
+    assert!(bench.weights("out") == bench.weights("heard"));
+}

@@ -2,8 +2,8 @@
 
 use clap::CommandFactory;
 
-use crate::Result;
 use crate::cli::Cli;
+use crate::{Result, say};
 
 /// Print a completion script for a shell.
 #[derive(Debug, clap::Args)]
@@ -13,6 +13,7 @@ pub struct Args {
 
 /// Writes the script to stdout.
 pub fn run(args: &Args) -> Result<()> {
-    clap_complete::generate(args.shell, &mut Cli::command(), "tk", &mut std::io::stdout());
-    Ok(())
+    let mut script = Vec::new();
+    clap_complete::generate(args.shell, &mut Cli::command(), "tk", &mut script);
+    say::print(script)
 }

@@ -2,7 +2,6 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::Context;
 use serde_json::{Map, Value, json};
 
 use crate::eager::Evaluator;
@@ -65,14 +64,16 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     let saved = Saved::open(&args.dir)?;
     check_usage(args, &saved)?;
     library::library()?; // nothing is written that can't be verified
-    let target = served::path(&args.dir);
-    let folder = target.parent().context("the graph has no folder")?;
+    let folder = served::folder(&args.dir);
     if folder.exists() && !folder.is_dir() {
         bail_unusable!("{} is no directory, and the graph belongs there: move it away", folder.display());
     }
-    let scratch =
-        Scratch::new(&args.dir).map_err(|e| unusable!("{}: can't write: {e:#}", args.dir.display()))?;
-    let place = Place { saved: &saved, folder, scratch: scratch.path(), say };
+    let folder = files::behind_links(&folder).map_err(|e| unusable!("{}: {e}", folder.display()))?;
+    // on the file system of the folder, which may be another one than DIR's, so that a rename puts a file in place
+    let home = folder.ancestors().find(|folder| folder.is_dir()).unwrap_or(&args.dir);
+    let scratch = Scratch::new(home).map_err(|e| unusable!("{}: can't write: {e:#}", home.display()))?;
+    let place = Place { saved: &saved, folder: &folder, scratch: scratch.path(), say };
+    place.read_manifest()?; // one that can't be read is told before the work
     if args.precision == Precision::Fp32 { as_trained(args, &place) } else { in_blocks(args, &place) }
 }
 
@@ -108,7 +109,7 @@ fn check_usage(args: &Args, saved: &Saved) -> Result<()> {
 /// What an export works with.
 struct Place<'a> {
     saved: &'a Saved,
-    /// DIR/onnx
+    /// DIR/onnx, or where it leads as a link.
     folder: &'a Path,
     /// Where files lie until they are verified.
     scratch: &'a Path,
@@ -143,13 +144,48 @@ impl Place<'_> {
     fn manifest(&self) -> PathBuf {
         self.folder.join("manifest.json")
     }
+
+    /// What the manifest in place says; empty where there is none.
+    ///
+    /// # Errors
+    /// Unusable: it can't be read, or is no manifest.
+    fn read_manifest(&self) -> Result<Map<String, Value>> {
+        let place = self.manifest();
+        let bytes = match std::fs::read(&place) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Map::new()),
+            bytes => bytes.map_err(|e| unusable!("{}: {e}", place.display()))?,
+        };
+        let manifest: Map<String, Value> =
+            serde_json::from_slice(&bytes).map_err(|e| unusable!("{}: {e}: delete it", place.display()))?;
+        match manifest.get("generate") {
+            Some(other) if !other.is_object() => {
+                bail_unusable!("{}: \"generate\" is {other}, expected an object: delete it", place.display())
+            }
+            _ => Ok(manifest),
+        }
+    }
+
+    /// What the manifest says of the graphs that generate, whose files are there.
+    fn generating(&self, manifest: &mut Map<String, Value>) -> Map<String, Value> {
+        let Some(Value::Object(mut entries)) = manifest.remove("generate") else { return Map::new() };
+        entries
+            .retain(|_, entry| entry["file"].as_str().is_some_and(|file| self.folder.join(file).is_file()));
+        entries
+    }
+
+    /// The folder, for this process alone until the result is dropped.
+    fn locked(&self) -> Result<Option<std::fs::File>> {
+        files::create_folder(self.folder)
+            .and_then(|()| files::lock(self.folder))
+            .map_err(|e| unusable!("{}: {e}", self.folder.display()))
+    }
 }
 
 /// The graphs in fp32.
 fn as_trained(args: &Args, place: &Place) -> Result<()> {
     let form = place.saved.task.form();
     let kind = Kind::fp32(form, args.opset);
-    let (target, written) = (place.folder.join(MODEL), place.scratch.join(MODEL));
+    let (target, written) = (served::path(&place.saved.dir), place.scratch.join(MODEL));
     let external = write::save(place.build(kind)?, &written, args.external_data || form == Form::Cached)?;
     place.say.detail(format!("verifying {}", written.display()));
     let mut compared = vec![verify(place.saved, &written, form)?];
@@ -161,26 +197,16 @@ fn as_trained(args: &Args, place: &Place) -> Result<()> {
         compared.push(verify(place.saved, &generated, Form::InPlace)?);
     }
 
-    std::fs::create_dir_all(place.folder).map_err(|e| unusable!("{}: {e}", place.folder.display()))?;
-    let data = write::data_path(&target);
-    if external {
-        // a graph that was killed here has no weights, never another export's
-        remove(&target)?;
-        remove(&generating)?;
-        rename(&write::data_path(&written), &data)?;
-    }
-    rename(&written, &target)?;
-    if form == Form::Cached {
-        rename(&generated, &generating)?;
-    }
-    if !external {
-        remove(&data)?;
-    }
+    let _held = place.locked()?;
+    let files: &[&str] = if form == Form::Cached { &[MODEL, GENERATE] } else { &[MODEL] };
+    write::install(place.scratch, place.folder, files, external)?;
+    let mut others = place.generating(&mut place.read_manifest()?);
     let mut manifest = place.entry(MODEL, kind)?;
     manifest.insert("max_abs".to_owned(), json!(compared[0].max_abs));
     let mut size = place.bytes(MODEL);
     if external {
         manifest.insert("data_file".to_owned(), json!("model.onnx_data"));
+        let data = write::data_path(&place.folder.join(MODEL));
         manifest.insert("data_sha256".to_owned(), json!(checkpoint::file_hash(&data)?));
         size += place.bytes("model.onnx_data");
     }
@@ -188,13 +214,16 @@ fn as_trained(args: &Args, place: &Place) -> Result<()> {
     if let Some(in_place) = compared.get(1) {
         let mut entry = place.entry(GENERATE, Kind::in_place(Precision::Fp32))?;
         entry.insert("max_abs".to_owned(), json!(in_place.max_abs));
-        manifest.insert("generate".to_owned(), json!({"fp32": entry}));
+        others.shift_insert(0, Precision::Fp32.name().to_owned(), Value::Object(entry));
         also = format!(
             "\n{}: the same weights, the logits of {} tokens within {:.1e}",
             generating.display(),
             in_place.records,
             in_place.max_abs
         );
+    }
+    if !others.is_empty() {
+        manifest.insert("generate".to_owned(), Value::Object(others));
     }
     files::write(&place.manifest(), format!("{:#}\n", Value::Object(manifest.clone())))?;
 
@@ -245,23 +274,17 @@ fn in_blocks(args: &Args, place: &Place) -> Result<()> {
         );
     }
 
-    std::fs::create_dir_all(place.folder).map_err(|e| unusable!("{}: {e}", place.folder.display()))?;
-    if external {
-        remove(&target)?;
-        rename(&write::data_path(&written), &write::data_path(&target))?;
-    }
-    rename(&written, &target)?;
+    let _held = place.locked()?;
+    write::install(place.scratch, place.folder, &[file.as_str()], external)?;
     let mut entry = place.entry(&file, kind)?;
     entry.insert("block_size".to_owned(), json!(args.block_size));
     entry.insert("perplexity_fp32".to_owned(), json!(before));
     entry.insert("perplexity".to_owned(), json!(after));
-    let mut manifest: Value = match std::fs::read(place.manifest()) {
-        Ok(bytes) => serde_json::from_slice(&bytes)
-            .map_err(|e| unusable!("{}: {e}: delete it", place.manifest().display()))?,
-        Err(_) => json!({}),
-    };
-    manifest["generate"][precision.name()] = Value::Object(entry.clone());
-    files::write(&place.manifest(), format!("{manifest:#}\n"))?;
+    let mut manifest = place.read_manifest()?;
+    let mut entries = place.generating(&mut manifest);
+    entries.insert(precision.name().to_owned(), Value::Object(entry.clone()));
+    manifest.insert("generate".to_owned(), Value::Object(entries));
+    files::write(&place.manifest(), format!("{:#}\n", Value::Object(manifest)))?;
     let bytes = place.bytes(&file) + if external { place.bytes(&format!("{file}_data")) } else { 0 };
     entry.insert("path".to_owned(), json!(target));
     entry.insert("bytes".to_owned(), json!(bytes));
@@ -294,17 +317,4 @@ fn verify(saved: &Saved, graph: &Path, form: Form) -> Result<Compared> {
         );
     }
     Ok(compared)
-}
-
-fn rename(from: &Path, to: &Path) -> Result<()> {
-    std::fs::rename(from, to).with_context(|| to.display().to_string())
-}
-
-fn remove(path: &Path) -> Result<()> {
-    match std::fs::remove_file(path) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-            Err(e).with_context(|| path.display().to_string())
-        }
-        _ => Ok(()),
-    }
 }

@@ -1,6 +1,5 @@
 //! `tk generate`: a prompt → text, as it arrives.
 
-use std::io::Write;
 use std::path::PathBuf;
 
 use serde_json::json;
@@ -10,7 +9,7 @@ use crate::generate::{Engine, Request};
 use crate::onnx::Precision;
 use crate::runtime::Slots;
 use crate::saved::Saved;
-use crate::say::Say;
+use crate::say::{self, Say};
 use crate::serve::served;
 use crate::{Result, bail_unusable};
 
@@ -58,19 +57,16 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     if !engine.fits(&request) {
         bail_unusable!("the prompt and its text take more than --cache-mb allows");
     }
-    let mut out = std::io::stdout().lock();
     let mut texts = engine.run(std::slice::from_ref(&request), &mut |news| {
         if streams {
-            out.write_all(news.text.as_bytes())?;
-            out.flush()?;
+            say::print(&news.text)?;
         }
         Ok(())
     })?;
     let texts = texts.remove(0);
     if streams {
-        writeln!(out)?;
+        say::print("\n")?;
     }
-    drop(out);
     let human: Vec<&str> =
         texts.iter().filter(|_| !streams).map(|generated| generated.text.as_str()).collect();
     let result: Vec<_> = texts.iter().map(crate::cmd::generation::fields).collect();

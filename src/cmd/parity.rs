@@ -7,6 +7,7 @@ use serde_json::json;
 
 use crate::data::batch::Encoding;
 use crate::data::records;
+use crate::files::Destination;
 use crate::onnx::{DEFAULT_OPSET, Kind, Precision, model, write};
 use crate::parity::inputs::{self, Text};
 use crate::parity::{self, Compared, Runtime, Subject, decoding, report};
@@ -16,7 +17,7 @@ use crate::say::Say;
 use crate::serve::served;
 use crate::task::Form;
 use crate::task::examples::TextColumns;
-use crate::{Result, bail_unusable, files};
+use crate::{Result, bail_unusable};
 
 /// Hold the logits of a model's runtimes against each other; exit code 1 where they differ.
 #[derive(Debug, clap::Args)]
@@ -48,9 +49,7 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     if !(args.tolerance >= 0.0 && args.tolerance.is_finite()) {
         bail_unusable!("--tolerance {}: expected a number from 0 upwards", args.tolerance);
     }
-    if let Some(report) = &args.report {
-        files::check_place(report)?;
-    }
+    let destination = args.report.as_deref().map(Destination::of).transpose()?;
     let saved = Saved::open(&args.dir)?;
     let max_length = saved.checked_max_length(args.max_length)?;
     let (runtimes, lacking) = pick(&args.runtimes, saved.task.form())?;
@@ -95,8 +94,8 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
         }
     };
     let pass = compared.iter().all(|c| c.pass);
-    if let Some(path) = &args.report {
-        files::write(path, report::html(&args.dir.display().to_string(), &compared, &lacking))?;
+    if let Some(destination) = &destination {
+        destination.write(report::html(&args.dir.display().to_string(), &compared, &lacking))?;
     }
     let lacking: Vec<_> = lacking.iter().map(|(name, why)| json!({"name": name, "reason": why})).collect();
     say.result(

@@ -5,19 +5,19 @@ mod generate;
 mod progress;
 
 use std::path::{Path, PathBuf};
-use std::sync::mpsc;
 
 use anyhow::Context;
 use serde_json::{Map, Value, json};
 
 use super::generation::Flags;
 use crate::data::records::{self, Columns, Format, Source};
+use crate::files::Destination;
 use crate::onnx::Precision;
 use crate::runtime::{Provider, Providers};
 use crate::saved::Saved;
 use crate::say::Say;
-use crate::serve::output::{Done, Output};
-use crate::serve::window::{Make, Window, Windows};
+use crate::serve::output::{self, Done, Output};
+use crate::serve::window::{Make, ReadAhead, Window, Windows};
 use crate::task::Task;
 use crate::task::examples::TextColumns;
 use crate::{Result, bail_unusable};
@@ -31,7 +31,8 @@ pub struct Args {
     /// Records: .jsonl, .json, .csv, .tsv, .parquet or .txt; - reads standard input.
     #[arg(long, value_name = "FILE|-")]
     input: String,
-    /// Where the predictions go, as JSON lines; - writes standard output.
+    /// Where the predictions go, as JSON lines; - writes standard output. A link is followed; a pipe or a device is
+    /// written to as it is.
     #[arg(long, value_name = "FILE|-", default_value = "-")]
     output: String,
     /// The input's format, where its name does not tell [default for standard input: jsonl].
@@ -50,13 +51,13 @@ pub struct Args {
     #[arg(long, value_name = "N")]
     max_length: Option<usize>,
     /// Padded tokens of a batch [default: 256 on a CPU, 16384 on a GPU].
-    #[arg(long, value_name = "N", value_parser = at_least_one())]
+    #[arg(long, value_name = "N", value_parser = from_one_to(u64::MAX))]
     batch_tokens: Option<u64>,
     /// Records that are read, answered and written together [default: 4096, 256 where texts are generated].
-    #[arg(long, value_name = "N", value_parser = at_least_one())]
+    #[arg(long, value_name = "N", value_parser = from_one_to(LARGEST_WINDOW))]
     window: Option<u64>,
     /// Threads that compute; to classify, each has a session and a copy of the weights of its own [default: the cores].
-    #[arg(long, value_name = "N", value_parser = at_least_one())]
+    #[arg(long, value_name = "N", value_parser = from_one_to(MOST_THREADS))]
     threads: Option<u64>,
     /// Stop at the first record that can't be used, with exit code 2.
     #[arg(long)]
@@ -76,18 +77,23 @@ pub struct Args {
     generation: Flags,
 }
 
-fn at_least_one() -> clap::builder::RangedU64ValueParser<u64> {
-    clap::value_parser!(u64).range(1..)
+/// A window is held in memory.
+const LARGEST_WINDOW: u64 = 1_000_000;
+
+/// Each has a session.
+const MOST_THREADS: u64 = 1024;
+
+fn from_one_to(most: u64) -> clap::builder::RangedU64ValueParser<u64> {
+    clap::value_parser!(u64).range(1..=most)
 }
 
 /// Reads, tokenizes and predicts window by window, and writes in the order of the input.
 pub fn run(args: &Args, say: Say) -> Result<()> {
-    let job = Job {
-        args,
-        source: Source::of(&args.input),
-        target: (args.output != "-").then(|| PathBuf::from(&args.output)),
-        say,
+    let target = match args.output.as_str() {
+        "-" => Destination::STDOUT,
+        path => Destination::of(Path::new(path))?,
     };
+    let job = Job { args, source: Source::of(&args.input), target, say };
     job.check_streams()?;
     let saved = Saved::open(&args.dir)?;
     match &saved.task {
@@ -114,7 +120,7 @@ type Answer = Result<Map<String, Value>, String>;
 struct Job<'a> {
     args: &'a Args,
     source: Source,
-    target: Option<PathBuf>,
+    target: Destination,
     say: Say,
 }
 
@@ -137,16 +143,19 @@ impl Job<'_> {
         let args = self.args;
         let rows = records::read(&self.source, args.format)?;
         let (mut output, done) = match &self.target {
-            None => (Output::Stdout, Done::default()),
-            Some(target) => open(target, &self.settings(size, settings)?, size, args.resume, self.say)?,
+            Destination::File(target) => {
+                open(target, &self.settings(size, settings)?, size, args.resume, self.say)?
+            }
+            stream => (Output::stream(stream)?, Done::default()),
         };
         let columns = Columns::default().with("id", args.id_column.clone());
         let source = self.source.to_string();
         let mut windows = Windows { rows, source, columns, make, size, strict: args.strict, read: 0 };
         windows.pass_over(done.records)?;
 
-        let mut progress = Progress::new(done, self.target.clone(), self.say)?;
-        for window in prefetched(windows) {
+        let shown = (self.target != Destination::STDOUT).then(|| args.output.clone());
+        let mut progress = Progress::new(done, shown, self.say)?;
+        for window in ReadAhead::start(windows)? {
             let answered = window.and_then(|window| output.write(&lines(&window, &mut work, &mut progress)?));
             if let Err(error) = answered {
                 // a refused input changes nothing; work that failed can be resumed
@@ -163,23 +172,38 @@ impl Job<'_> {
 
     fn check_streams(&self) -> Result<()> {
         let (args, source) = (self.args, &self.source);
-        match &self.target {
-            None if self.say.json => {
+        let file = match &self.target {
+            Destination::File(file) => file,
+            &Destination::STDOUT if self.say.json => {
                 bail_unusable!(
                     "--json prints the result on standard output, where the predictions go: give --output FILE"
                 )
             }
-            None if args.resume => bail_unusable!("--resume goes on with a file: give --output FILE"),
-            None => return Ok(()),
-            Some(_) if args.resume && *source == Source::Stdin => {
+            &Destination::STDOUT if args.resume => {
+                bail_unusable!("--resume goes on with a file: give --output FILE")
+            }
+            stream if args.resume => bail_unusable!(
+                "--resume goes on with a file, and --output {stream} is none, it keeps nothing: give --output FILE"
+            ),
+            _ => return Ok(()),
+        };
+        match source {
+            Source::Stdin if args.resume => {
                 bail_unusable!("--resume reads the input again from its start: give --input FILE")
             }
-            Some(target) => {
-                if let Source::Path(input) = source
-                    && let (Ok(input), Ok(output)) = (input.canonicalize(), target.canonicalize())
-                    && input == output
-                {
-                    bail_unusable!("--output {} is the input: give another name", target.display());
+            Source::Path(input) if args.resume && input.exists() && !input.is_file() => bail_unusable!(
+                "--resume reads the input again from its start, and --input {} is a pipe or a device: give --input FILE",
+                input.display()
+            ),
+            Source::Stdin => {}
+            Source::Path(input) => {
+                let own = [&[file.clone()][..], &output::names(file)].concat();
+                let is_input = |path: &PathBuf| match (input.canonicalize(), path.canonicalize()) {
+                    (Ok(input), Ok(path)) => input == path,
+                    _ => false,
+                };
+                if own.iter().any(is_input) {
+                    bail_unusable!("--output {} would write over the input: give another name", args.output);
                 }
             }
         }
@@ -190,10 +214,14 @@ impl Job<'_> {
     fn settings(&self, window: usize, work: Value) -> Result<Value> {
         let input = match &self.source {
             Source::Stdin => json!("standard input"),
+            Source::Path(path) if !path.is_file() => json!({"path": path}), // a pipe, which can't be read again
             Source::Path(path) => {
-                let about = path.metadata().with_context(|| path.display().to_string())?;
-                let modified = about.modified()?.duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-                json!({"path": path.canonicalize()?, "bytes": about.len(), "modified": modified.as_secs_f64()})
+                let place = || path.display().to_string();
+                let about = path.metadata().with_context(place)?;
+                let modified = about.modified().with_context(place)?;
+                let modified = modified.duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+                let path = path.canonicalize().with_context(place)?;
+                json!({"path": path, "bytes": about.len(), "modified": modified.as_secs_f64()})
             }
         };
         let mut settings = json!({
@@ -226,21 +254,6 @@ fn open(target: &Path, settings: &Value, window: usize, resume: bool, say: Say) 
     Ok((Output::begin(target, settings)?, Done::default()))
 }
 
-/// Reads and tokenizes the next window while this one is computed. The thread is not waited for: it may stand
-/// in a read of standard input when the work is over.
-fn prefetched<T: Send + 'static>(windows: Windows<T>) -> mpsc::IntoIter<Result<Window<T>>> {
-    let (send, receive) = mpsc::sync_channel(1);
-    std::thread::spawn(move || {
-        for window in windows {
-            let last = window.is_err();
-            if send.send(window).is_err() || last {
-                break;
-            }
-        }
-    });
-    receive.into_iter()
-}
-
 /// A window's lines.
 fn lines<W: Work>(window: &Window<W::Item>, work: &mut W, progress: &mut Progress) -> Result<Vec<u8>> {
     let items: Vec<&W::Item> = window.entries.iter().filter_map(|entry| entry.item.as_ref().ok()).collect();
@@ -263,5 +276,6 @@ fn lines<W: Work>(window: &Window<W::Item>, work: &mut W, progress: &mut Progres
         serde_json::to_writer(&mut lines, &record)?;
         lines.push(b'\n');
     }
+    anyhow::ensure!(answers.next().is_none(), "more answers than records");
     Ok(lines)
 }

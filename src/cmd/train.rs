@@ -8,12 +8,13 @@ use candle_core::Device;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::checkpoint::{Weights, file_hash};
+use crate::checkpoint::{self, Weights, file_hash};
 use crate::data::hub;
 use crate::data::tokens::{self, Tokenizer};
 use crate::eager::{Init, Params};
 use crate::model::{Family, ModelConfig};
 use crate::say::{Say, peak_rss_bytes};
+use crate::serve::served;
 use crate::task::examples::{self, Fields};
 use crate::task::{CausalLm, Example, Metrics, Problem, Task};
 use crate::train::checkpoint::Folder;
@@ -101,7 +102,7 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     }
     let prepared = Prepared::new(args, &device, &say)?;
     prepared.describe(args, &say);
-    start_folder(args, &folder, &prepared)?;
+    let _held = start_folder(args, &folder, &prepared)?;
 
     let Prepared { config, task, params, train, eval, .. } = &prepared;
     let run = Run {
@@ -308,10 +309,21 @@ impl Prepared {
         if let Some(path) = &args.eval {
             inputs.push(("eval".to_owned(), file_hash(path)?));
         }
-        for name in ["config.json", "model.safetensors"].iter().chain(&tokens::FILES) {
-            let path = self.model.join(name);
+        let mut names: Vec<PathBuf> =
+            ["config.json"].iter().chain(&tokens::FILES).map(PathBuf::from).collect();
+        if !args.from_scratch {
+            let weights = checkpoint::weight_files(&self.model)?;
+            if !weights.contains(&self.model.join("model.safetensors")) {
+                names.push(checkpoint::INDEX.into());
+            }
+            names.extend(
+                weights.iter().filter_map(|path| Some(path.strip_prefix(&self.model).ok()?.to_owned())),
+            );
+        }
+        for name in names {
+            let path = self.model.join(&name);
             if path.is_file() {
-                inputs.push(((*name).to_owned(), file_hash(&path)?));
+                inputs.push((name.display().to_string(), file_hash(&path)?));
             }
         }
         Ok(inputs)
@@ -371,45 +383,54 @@ fn differences(now: &toml::Table, then: &toml::Table) -> Vec<String> {
         .collect()
 }
 
-/// Makes `training/` with the settings and the inputs' hashes, or holds a resumed run against them.
-fn start_folder(args: &Args, folder: &Folder, prepared: &Prepared) -> Result<()> {
+/// Makes `training/` with the settings and the inputs' hashes, or holds a resumed run against them. No other process
+/// trains there until the result is dropped.
+fn start_folder(args: &Args, folder: &Folder, prepared: &Prepared) -> Result<Option<std::fs::File>> {
     let now = Manifest { inputs: prepared.inputs(args)? };
-    let inputs = folder.path().join("inputs.json");
+    let unwritable =
+        |e: std::io::Error| unusable!("--output {} can't be written: {e}", args.output.display());
+    files::create_folder(&args.output).map_err(unwritable)?;
+    let held = folder.occupy()?;
+    let inputs = folder.inputs();
     if args.resume {
         let text = std::fs::read_to_string(&inputs).with_context(|| inputs.display().to_string())?;
         let then: Manifest =
             serde_json::from_str(&text).map_err(|e| unusable!("{}: {e}", inputs.display()))?;
-        let changed: Vec<&str> = now
-            .inputs
-            .iter()
-            .filter(|input| !then.inputs.contains(input))
-            .map(|(name, _)| name.as_str())
-            .collect();
+        let differing = |a: &Manifest, b: &Manifest| -> Vec<String> {
+            let only = a.inputs.iter().filter(|input| !b.inputs.contains(input));
+            only.map(|(name, _)| name.clone()).collect()
+        };
         if now != then {
+            let mut changed = [differing(&now, &then), differing(&then, &now)].concat();
+            changed.sort();
+            changed.dedup();
             bail_unusable!(
                 "the run can't be resumed: its inputs have changed since it was started ({})",
                 changed.join(", ")
             );
         }
-        return Ok(());
+        return Ok(held);
     }
-    let unwritable =
-        |e: std::io::Error| unusable!("--output {} can't be written: {e}", args.output.display());
-    if folder.path().exists() {
-        std::fs::remove_dir_all(folder.path()).map_err(unwritable)?;
-    }
-    std::fs::create_dir_all(folder.path()).map_err(unwritable)?;
-    files::write(&inputs, serde_json::to_string_pretty(&now)?).map_err(|e| unusable!("{e:#}"))?;
-    files::write(&folder.settings(), toml::to_string(args)?)
+    folder.clear()?;
+    files::write(&folder.settings(), toml::to_string(args)?)?;
+    files::write(&inputs, serde_json::to_string_pretty(&now)?)?;
+    Ok(held)
 }
 
 /// Writes the directory that transformers, `tk export` and `tk eval` read; the weights last.
 fn write_model(args: &Args, prepared: &Prepared) -> Result<()> {
     let output = &args.output;
-    // graphs of an earlier run would not be this model's
-    let onnx = output.join("onnx");
-    if onnx.exists() {
-        std::fs::remove_dir_all(&onnx).with_context(|| onnx.display().to_string())?;
+    let weights = output.join("model.safetensors");
+    let temporary = files::temporary_beside(&weights)?;
+    prepared.params.save(&temporary)?;
+    // an earlier run's graphs and weights would not be this model's; without weights the directory is no model, and says
+    // so, until all of it is there
+    served::remove(output)?;
+    match std::fs::remove_file(&weights) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            return Err(e).with_context(|| weights.display().to_string());
+        }
+        _ => {}
     }
     prepared.tokenizer.save(&prepared.model, output)?;
     let pads = match prepared.config.family {
@@ -419,7 +440,7 @@ fn write_model(args: &Args, prepared: &Prepared) -> Result<()> {
     let pad_token = pads.and_then(|id| prepared.tokenizer.inner().id_to_token(id as u32));
     saved::finish_tokenizer_config(output, args.settings.max_length, pad_token.as_deref())?;
     files::write(&output.join("config.json"), serde_json::to_string_pretty(&prepared.config.raw)? + "\n")?;
-    prepared.params.save(&output.join("model.safetensors"))
+    files::put(temporary, &weights).with_context(|| weights.display().to_string())
 }
 
 fn report(args: &Args, outcome: &Outcome, say: &Say) -> Result<()> {

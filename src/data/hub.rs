@@ -233,7 +233,7 @@ impl Progress for Shown {
     fn init(&mut self, size: usize, filename: &str) {
         let bar = self.bar.get_or_insert_with(|| {
             if !std::io::stderr().is_terminal() {
-                eprintln!("fetching {filename} ({})", HumanBytes(size as u64));
+                crate::say::tell(format!("fetching {filename} ({})", HumanBytes(size as u64)));
             }
             let style = "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}";
             ProgressBar::new(size as u64)

@@ -2,6 +2,7 @@
 
 use std::borrow::Borrow;
 
+use anyhow::Context;
 use candle_core::{Device, Tensor};
 
 use super::{Eager, Init, Mode, Params, tensors};
@@ -54,7 +55,7 @@ impl Evaluator {
             .map(|example| {
                 let packed = Packed::new([*example]);
                 let eager = Eager::new(&self.params, &packed, &self.device, Mode::Evaluation);
-                Ok(tensors(self.task.define(&eager, &self.family)?)?[0].to_vec2()?)
+                rows(&tensors(self.task.define(&eager, &self.family)?)?, example.len())
             })
             .collect()
     }
@@ -81,16 +82,25 @@ pub fn logits<E: Borrow<Encoding>>(
     examples: &[E],
     device: &Device,
 ) -> Result<Vec<Vec<f32>>> {
-    let mut rows = vec![Vec::new(); examples.len()];
+    let mut of_examples = vec![Vec::new(); examples.len()];
     for batch in batches(examples.iter().map(|example| example.borrow().len())) {
         let packed = Packed::new(batch.iter().map(|&i| examples[i].borrow()));
         let eager = Eager::new(params, &packed, device, Mode::Evaluation);
         let outputs = tensors(task.define(&eager, family)?)?;
-        let values: Vec<Vec<f32>> = outputs[0].to_vec2()?;
-        for (&i, row) in batch.iter().zip(values) {
-            rows[i] = row;
+        for (&i, row) in batch.iter().zip(rows(&outputs, batch.len())?) {
+            of_examples[i] = row;
         }
     }
+    Ok(of_examples)
+}
+
+/// The first output of a definition, (`count`, C), as rows.
+///
+/// # Errors
+/// There is none, or it has another number of rows.
+fn rows(outputs: &[Tensor], count: usize) -> Result<Vec<Vec<f32>>> {
+    let rows: Vec<Vec<f32>> = outputs.first().context("the model has no output")?.to_vec2()?;
+    anyhow::ensure!(rows.len() == count, "the model gives {} rows where {count} are due", rows.len());
     Ok(rows)
 }
 
@@ -116,7 +126,14 @@ pub fn measure(
                 let packed = Packed::new(encodings.iter().copied());
                 let eager = Eager::new(params, &packed, device, Mode::Evaluation);
                 let scores = task.define(&eager, family)?;
-                let of_rows = eager.losses(&scores[0], &CausalLm::targets(&encodings, &targets))?;
+                let wanted = CausalLm::targets(&encodings, &targets);
+                let of_rows = eager.losses(scores.first().context("the model has no output")?, &wanted)?;
+                anyhow::ensure!(
+                    of_rows.len() == wanted.len(),
+                    "{} losses for {} tokens",
+                    of_rows.len(),
+                    wanted.len()
+                );
                 losses += of_rows.into_iter().map(f64::from).sum::<f64>();
             }
             Ok(CausalLm::measured(losses, &targets))
@@ -143,4 +160,18 @@ fn batches(lengths: impl Iterator<Item = usize>) -> Vec<Vec<usize>> {
         }
     }
     batches
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_output_that_lacks_a_row_is_refused() {
+        let output = Tensor::zeros((2, 3), candle_core::DType::F32, &Device::Cpu).unwrap();
+        assert_eq!(rows(std::slice::from_ref(&output), 2).unwrap().len(), 2);
+        let error = rows(&[output], 3).unwrap_err();
+        assert_eq!(error.to_string(), "the model gives 2 rows where 3 are due");
+        assert!(rows(&[], 0).is_err());
+    }
 }

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use anyhow::Context;
 use candle_core::{D, DType, Tensor};
 
 use super::kernels::cross_entropy::{composite_losses, linear_cross_entropy, linear_losses};
@@ -28,11 +29,14 @@ impl Eager<'_> {
     ) -> Result<Tensor> {
         match task {
             Task::TextClassification(task) => {
-                Ok((task.loss(&tensors(outputs)?[0], targets, label_smoothing)? / of as f64)?)
+                let outputs = tensors(outputs)?;
+                let logits = outputs.first().context("the model has no output")?;
+                Ok((task.loss(logits, targets, label_smoothing)? / of as f64)?)
             }
             Task::CausalLm(_) => {
                 let wanted = CausalLm::targets(examples, targets);
-                self.cross_entropy(&outputs[0], &wanted, label_smoothing as f32, 1.0 / of as f32)
+                let scores = outputs.first().context("the model has no output")?;
+                self.cross_entropy(scores, &wanted, label_smoothing as f32, 1.0 / of as f32)
             }
         }
     }

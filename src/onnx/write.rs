@@ -1,10 +1,9 @@
 //! A model → its file, with large weights beside it where protobuf's 2 GB would not hold them; and back.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::io::{BufWriter, ErrorKind, Write};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 
 use anyhow::Context;
@@ -13,7 +12,7 @@ use prost::Message;
 use super::graph::CONSTANTS;
 use super::proto::tensor_proto::DataLocation;
 use super::proto::{ModelProto, StringStringEntryProto, TensorProto};
-use crate::{Result, files, unusable};
+use crate::{Result, checkpoint, files, unusable};
 
 /// Above this many bytes of initializers they go into a file of their own: protobuf stops at 2 GiB.
 const LARGEST_SINGLE_FILE: usize = 1_900_000_000;
@@ -148,6 +147,101 @@ fn read_external(tensor: &TensorProto, folder: &Path) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// Puts verified graphs in place: those of `files` in the folder `written`, which share one file of weights, or
+/// have none with `external` false. The first one's name is the weights' name less `_data`. The two folders must be on
+/// one file system, and no other process may be doing this: see [`files::lock`].
+///
+/// Wherever the process ends, each graph in `folder` is whole, an old one or a new one, and has the weights that it was
+/// written with; so the weights come first under a name of their own, and the graphs that stand there in between name
+/// that one.
+pub fn install(written: &Path, folder: &Path, files: &[&str], external: bool) -> Result<()> {
+    for step in steps(written, folder, files, external)? {
+        step.take(folder)?;
+    }
+    Ok(())
+}
+
+/// One step of putting graphs in place; each is whole or not done.
+enum Step {
+    Rename(PathBuf, PathBuf),
+    Remove(PathBuf),
+    /// Waits until the disk has the names: what follows needs them.
+    Sync,
+}
+
+impl Step {
+    fn take(&self, folder: &Path) -> Result<()> {
+        let (done, path) = match self {
+            Self::Rename(from, to) => (std::fs::rename(from, to), to.as_path()),
+            Self::Remove(path) => (std::fs::remove_file(path), path.as_path()),
+            Self::Sync => (files::sync_folder(folder), folder),
+        };
+        match done {
+            Err(e) if e.kind() == ErrorKind::NotFound && matches!(self, Self::Remove(_)) => Ok(()),
+            done => done.with_context(|| path.display().to_string()),
+        }
+    }
+}
+
+/// What [`install`] does, in its order, once everything that takes room on the disk is written.
+fn steps(written: &Path, folder: &Path, files: &[&str], external: bool) -> Result<Vec<Step>> {
+    let first = files.first().context("no graph to put in place")?;
+    let data = format!("{first}_data");
+    let put = |from: &str, to: &str| Step::Rename(written.join(from), folder.join(to));
+    let mut steps = Vec::new();
+    let mut meanwhile = None;
+    if external {
+        let name = format!("{data}.{}", &checkpoint::file_hash(&written.join(&data))?[..HASH_DIGITS]);
+        for file in files {
+            point_to(&written.join(file), &name, &written.join(format!("{file}{MEANWHILE}")))?;
+        }
+        let second = format!("{data}{MEANWHILE}");
+        let (from, to) = (written.join(&data), written.join(&second));
+        // a file system without hard links takes the room twice for a moment
+        std::fs::hard_link(&from, &to)
+            .or_else(|_| std::fs::copy(&from, &to).and_then(|_| File::open(&to)?.sync_all()))
+            .with_context(|| to.display().to_string())?;
+        steps.extend([put(&data, &name), Step::Sync]);
+        steps.extend(files.iter().map(|file| put(&format!("{file}{MEANWHILE}"), file)));
+        steps.extend([Step::Sync, put(&second, &data), Step::Sync]);
+        meanwhile = Some(name);
+    }
+    steps.extend(files.iter().map(|file| put(file, file)));
+    steps.push(Step::Sync);
+    if !external {
+        steps.push(Step::Remove(folder.join(&data)));
+    }
+    // this one's, and those of exports that were killed
+    let left = std::fs::read_dir(folder).with_context(|| folder.display().to_string())?;
+    let left = left.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let left: BTreeSet<String> = left.filter(|name| is_meanwhile(name, &data)).chain(meanwhile).collect();
+    steps.extend(left.into_iter().map(|name| Step::Remove(folder.join(name))));
+    Ok(steps)
+}
+
+/// Behind the name of a file that stands in another's place for a moment.
+const MEANWHILE: &str = ".meanwhile";
+
+/// Digits of its hash in the name of a file of weights that stands there for a moment.
+const HASH_DIGITS: usize = 16;
+
+/// Whether a file name is that of weights which stood in for `data` for a moment.
+fn is_meanwhile(name: &str, data: &str) -> bool {
+    let hash = name.strip_prefix(data).and_then(|rest| rest.strip_prefix('.'));
+    hash.is_some_and(|hash| hash.len() == HASH_DIGITS && hash.bytes().all(|byte| byte.is_ascii_hexdigit()))
+}
+
+/// Writes the graph at `path` to `target`, with its weights in a file called `data`.
+fn point_to(path: &Path, data: &str, target: &Path) -> Result<()> {
+    let mut model = decode(path)?;
+    let tensors = model.graph.iter_mut().flat_map(|graph| &mut graph.initializer);
+    for entry in tensors.flat_map(|tensor| &mut tensor.external_data).filter(|entry| entry.key == "location")
+    {
+        data.clone_into(&mut entry.value);
+    }
+    files::write(target, model.encode_to_vec())
+}
+
 /// A folder of its own that is removed with everything in it when it is dropped, or when the user stops the
 /// process.
 pub struct Scratch(PathBuf);
@@ -156,9 +250,8 @@ pub struct Scratch(PathBuf);
 static FOLDERS: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
 impl Scratch {
-    /// Makes an empty folder inside `parent`.
+    /// Makes an empty folder inside `parent`, with a name that no other process has.
     pub fn new(parent: &Path) -> Result<Self> {
-        static COUNT: AtomicUsize = AtomicUsize::new(0);
         static HANDLER: Once = Once::new();
         HANDLER.call_once(|| {
             let stop = || {
@@ -168,10 +261,9 @@ impl Scratch {
             // where no handler can be set, Ctrl-C ends the process as it always does
             let _ = ctrlc::set_handler(stop);
         });
-        let n = COUNT.fetch_add(1, Ordering::Relaxed);
-        let path = parent.join(format!(".tk-{}-{n}", std::process::id()));
-        std::fs::create_dir(&path).with_context(|| path.display().to_string())?;
-        folders().push(path.clone());
+        let mut list = folders(); // held, so that Ctrl-C finds the folder
+        let path = tempfile::Builder::new().prefix(files::TEMPORARY).tempdir_in(parent)?.keep();
+        list.push(path.clone());
         Ok(Self(path))
     }
 
@@ -193,6 +285,113 @@ fn folders() -> MutexGuard<'static, Vec<PathBuf>> {
 }
 
 fn remove_folder(path: &Path) {
-    // what can't be removed does no harm; the error that led here matters more
-    let _ = std::fs::remove_dir_all(path);
+    // another thread may still be writing into it; what can't be removed does no harm, the error that led here matters
+    // more
+    for _ in 0..100 {
+        match std::fs::remove_dir_all(path) {
+            Err(e) if e.kind() == ErrorKind::DirectoryNotEmpty => {}
+            _ => return,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::onnx::proto::GraphProto;
+
+    /// A graph with one large weight of this value, and one that only this file knows.
+    fn graph(value: u8, own: &str) -> ModelProto {
+        let large = TensorProto {
+            name: "w".to_owned(),
+            dims: vec![2048],
+            data_type: 2,
+            raw_data: vec![value; 2048],
+            ..Default::default()
+        };
+        let graph = GraphProto { name: own.to_owned(), initializer: vec![large], ..Default::default() };
+        ModelProto { graph: Some(graph), ..Default::default() }
+    }
+
+    /// Writes two graphs that share their weights into a folder, as an export does.
+    fn written(dir: &Path, value: u8, external: bool) -> Vec<&'static str> {
+        std::fs::create_dir_all(dir).unwrap();
+        save(graph(value, "one"), &dir.join("model.onnx"), external).unwrap();
+        if !external {
+            return vec!["model.onnx"];
+        }
+        save_sharing(graph(value, "two"), &dir.join("generate.onnx"), &dir.join("model.onnx")).unwrap();
+        vec!["model.onnx", "generate.onnx"]
+    }
+
+    fn value(path: &Path) -> u8 {
+        let bytes = load(path).unwrap().graph.unwrap().initializer.remove(0).raw_data;
+        assert!(bytes.iter().all(|&byte| byte == bytes[0]));
+        bytes[0]
+    }
+
+    fn names(dir: &Path) -> Vec<String> {
+        let mut names: Vec<String> =
+            std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn wherever_an_export_is_killed_every_graph_has_its_own_weights() {
+        for (old, new) in [(true, true), (true, false), (false, true), (false, false)] {
+            let mut killed_after = 0;
+            loop {
+                let dir = tempfile::tempdir().unwrap();
+                let (folder, scratch) = (dir.path().join("onnx"), dir.path().join("scratch"));
+                std::fs::create_dir(&folder).unwrap();
+                let first = dir.path().join("first");
+                let files = written(&first, 1, old);
+                install(&first, &folder, &files, old).unwrap();
+
+                let files = written(&scratch, 2, new);
+                let steps = steps(&scratch, &folder, &files, new).unwrap();
+                let (taken, left) = steps.split_at(killed_after);
+                taken.iter().for_each(|step| step.take(&folder).unwrap());
+                for name in ["model.onnx", "generate.onnx"].iter().filter(|name| folder.join(name).exists()) {
+                    // the other graph of an old language model is none of the new one's
+                    assert!(
+                        old && !new && *name == "generate.onnx"
+                            || [1, 2].contains(&value(&folder.join(name)))
+                    );
+                }
+                let whole = left.is_empty();
+
+                // and the next one ends well, whatever lies there
+                let again = dir.path().join("again");
+                let files = written(&again, 3, new);
+                install(&again, &folder, &files, new).unwrap();
+                for name in &files {
+                    assert_eq!(value(&folder.join(name)), 3);
+                }
+                let stale = (old && !new).then_some("generate.onnx");
+                let data = new.then_some("model.onnx_data");
+                let mut wanted: Vec<&str> = files.iter().copied().chain(stale).chain(data).collect();
+                wanted.sort_unstable();
+                assert_eq!(names(&folder), wanted, "killed after {killed_after} steps");
+                if whole {
+                    break;
+                }
+                killed_after += 1;
+            }
+            assert!(killed_after >= 3);
+        }
+    }
+
+    #[test]
+    fn what_a_killed_process_left_does_not_hinder_the_next_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let scratch: Vec<Scratch> = (0..3).map(|_| Scratch::new(dir.path()).unwrap()).collect();
+        assert_eq!(names(dir.path()).len(), 3);
+        // its number alone would be the name of a process that was killed: in a container they are the same
+        let number = std::process::id().to_string();
+        assert!(names(dir.path()).iter().all(|name| !name.ends_with(&number)));
+        drop(scratch);
+        assert!(names(dir.path()).is_empty());
+    }
 }

@@ -4,6 +4,7 @@ use serde::Serialize;
 
 use super::Runtime;
 use super::difference::Difference;
+use crate::Result;
 
 /// One runtime held against another.
 #[derive(Clone, Debug, Serialize)]
@@ -25,14 +26,25 @@ pub struct Compared {
 }
 
 impl Compared {
-    /// Compares row by row; the two must have as many rows.
+    /// Compares row by row.
+    ///
+    /// # Errors
+    /// The two have not as many rows, so what belongs together is not known.
     pub fn new(
         name: Runtime,
         with: Runtime,
         wanted: &[Vec<f32>],
         found: &[Vec<f32>],
         tolerance: f32,
-    ) -> Self {
+    ) -> Result<Self> {
+        anyhow::ensure!(
+            wanted.len() == found.len(),
+            "{} gives {} rows where {} gives {}",
+            name.name(),
+            found.len(),
+            with.name(),
+            wanted.len()
+        );
         let (mut max_abs, mut max_rel, mut agreeing) = (0f32, 0f32, 0);
         for (wanted, found) in wanted.iter().zip(found) {
             max_abs = worse(max_abs, distance(wanted, found));
@@ -42,7 +54,7 @@ impl Compared {
             }
             agreeing += usize::from(argmax(wanted) == argmax(found));
         }
-        Self {
+        Ok(Self {
             name: name.name(),
             compared_with: with.name(),
             max_abs,
@@ -52,7 +64,7 @@ impl Compared {
             tolerance,
             pass: max_abs <= tolerance, // false for not a number
             first_difference: None,
-        }
+        })
     }
 }
 
@@ -106,6 +118,18 @@ mod tests {
             &[found.to_vec()],
             1e-4,
         )
+        .unwrap()
+    }
+
+    #[test]
+    fn rows_that_are_missing_are_an_error() {
+        let rows = [vec![1.0], vec![2.0]];
+        let compare = |wanted: &[Vec<f32>], found: &[Vec<f32>]| {
+            Compared::new(Runtime::Ort(Provider::Cpu), Runtime::Eager, wanted, found, 1e-4)
+        };
+        let error = compare(&rows, &rows[..1]).unwrap_err();
+        assert_eq!(error.to_string(), "ort-cpu gives 1 rows where eager gives 2");
+        assert!(compare(&rows[..1], &rows).is_err());
     }
 
     #[test]

@@ -3,6 +3,8 @@
 
 use std::path::Path;
 
+use anyhow::Context;
+
 use super::compare::argmax;
 use super::{Compared, Runtime};
 use crate::data::batch::Encoding;
@@ -47,7 +49,7 @@ pub fn run(
         let ways = read_in_every_way(&mut decoder, texts)?;
         let compared =
             |found: &Vec<Vec<f32>>| Compared::new(runtime, Runtime::Eager, expected, found, tolerance);
-        Ok(ways.iter().map(compared).collect())
+        ways.iter().map(compared).collect()
     })
 }
 
@@ -63,15 +65,17 @@ pub fn in_place(saved: &Saved, graph: &Path, encodings: &[Encoding], tolerance: 
     slots.resize(TOGETHER, saved.config.max_positions());
     let new = |expected: &[Vec<f32>], found: &[Vec<f32>]| {
         let runtime = Runtime::Ort(Provider::Cpu);
-        Compared { name: IN_PLACE, ..Compared::new(runtime, Runtime::Eager, expected, found, tolerance) }
+        let compared = Compared::new(runtime, Runtime::Eager, expected, found, tolerance)?;
+        anyhow::Ok(Compared { name: IN_PLACE, ..compared })
     };
     compare(saved, encodings, |texts, expected| {
         let ways = read_slots_in_every_way(&mut slots, texts)?;
-        let mut compared: Vec<Compared> = ways.iter().map(|found| new(expected, found)).collect();
+        let mut compared =
+            ways.iter().map(|found| new(expected, found)).collect::<Result<Vec<Compared>>>()?;
         for text in texts.iter().take(1) {
             let (whole, found) = continued(&mut slots, text, saved.config.max_positions())?;
             let first = text.len() - 1;
-            compared.push(new(&evaluator.scores(&[&whole])?.concat()[first..whole.len() - 1], &found));
+            compared.push(new(&evaluator.scores(&[&whole])?.concat()[first..whole.len() - 1], &found)?);
         }
         Ok(compared)
     })
@@ -161,6 +165,7 @@ fn read_slots_in_every_way(slots: &mut Slots, texts: &[&Encoding]) -> Result<[Ve
             order[..left].iter().zip(&lengths).map(|(&i, &at)| i64::from(texts[i].ids[at])).collect();
         let scores =
             rows(slots.read(Reading { slots: &(0..left), ids: &ids, lengths: &lengths, asked: &[0] })?);
+        anyhow::ensure!(scores.len() == left, "{} rows of scores for {left} slots", scores.len());
         order[..left].iter().zip(scores).for_each(|(&i, row)| of_texts[i].push(row));
     }
     found[2] = of_texts.concat();
@@ -201,8 +206,11 @@ fn read(decoder: &mut Decoder, texts: &[&Encoding], start: usize, end: usize) ->
         }
     }
     let scores = decoder.read(Tokens { rows: texts.len(), ids: &ids, mask: &mask, positions: &positions })?;
-    let vocabulary = scores.shape.last().copied().unwrap_or(1);
+    let vocabulary = scores.shape.last().copied().filter(|&width| width > 0);
+    let vocabulary = vocabulary.with_context(|| format!("scores of the shape {:?}", scores.shape))?;
     let rows = scores.values.chunks_exact(vocabulary).map(<[f32]>::to_vec).collect::<Vec<_>>();
+    let asked = texts.len() * (end - start);
+    anyhow::ensure!(rows.len() == asked, "{} rows of scores for {asked} tokens", rows.len());
     let of_texts = rows.chunks(end - start).zip(texts);
     Ok(of_texts.map(|(rows, text)| rows[(width - text.len()).saturating_sub(start)..].to_vec()).collect())
 }

@@ -44,7 +44,7 @@ pub fn run(subject: &Subject, runtimes: &[Runtime], tolerance: f32) -> Result<Ve
         .iter()
         .map(|&runtime| {
             let found = runtimes::logits(runtime, subject)?;
-            let mut compared = Compared::new(runtime, reference, &wanted, &found, tolerance);
+            let mut compared = Compared::new(runtime, reference, &wanted, &found, tolerance)?;
             if !compared.pass {
                 compared.first_difference = difference::first(subject, runtime, &wanted, &found, tolerance)?;
             }

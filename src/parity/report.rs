@@ -99,7 +99,8 @@ mod tests {
 
     #[test]
     fn a_difference_shows_in_both_and_the_page_is_escaped() {
-        let c = Compared::new(Runtime::Ort(Provider::Cpu), Runtime::Eager, &[vec![1.0]], &[vec![2.0]], 1e-4);
+        let c = Compared::new(Runtime::Ort(Provider::Cpu), Runtime::Eager, &[vec![1.0]], &[vec![2.0]], 1e-4)
+            .unwrap();
         assert!(table(std::slice::from_ref(&c)).contains("DIFFERS"));
         let page = html("a<b", &[c], &[("ort-cuda", "no <GPU>".to_owned())]);
         assert!(page.contains("a&lt;b") && page.contains("no &lt;GPU&gt;") && page.contains("DIFFERS"));

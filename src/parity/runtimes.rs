@@ -80,7 +80,7 @@ pub fn logits(runtime: Runtime, subject: &Subject) -> Result<Vec<Vec<f32>>> {
             let mut rows = Vec::with_capacity(subject.encodings.len());
             for batch in subject.encodings.chunks(BATCH) {
                 let outputs = graph.run(&padded(subject, batch))?;
-                rows.extend(rows_of(&outputs[0], batch.len())?);
+                rows.extend(outputs.first().context("the graph has no output")?.rows(batch.len())?);
             }
             Ok(rows)
         }
@@ -139,16 +139,4 @@ fn ort(graph: &Path, provider: Provider, taps: &[String]) -> Result<OrtSession> 
     let path = scratch.path().join("model.onnx");
     write::save(crate::onnx::model::with_outputs(write::load(graph)?, taps), &path, false)?;
     open(&path)
-}
-
-/// An output of shape (B, …) as one flat row a record.
-pub(super) fn rows_of(values: &Values, records: usize) -> Result<Vec<Vec<f32>>> {
-    anyhow::ensure!(
-        values.shape.first() == Some(&records),
-        "{} has the shape {:?} for {records} records",
-        values.name,
-        values.shape
-    );
-    let width: usize = values.shape[1..].iter().product();
-    Ok((0..records).map(|row| values.values[row * width..(row + 1) * width].to_vec()).collect())
 }

@@ -48,6 +48,24 @@ pub struct Values {
     pub values: Vec<f32>,
 }
 
+impl Values {
+    /// An output of shape (`count`, …) as that many flat rows of one width.
+    ///
+    /// # Errors
+    /// It has another number of rows, or values that its shape does not speak of.
+    pub fn rows(&self, count: usize) -> Result<Vec<Vec<f32>>> {
+        let values = self.shape.iter().try_fold(1usize, |product, &n| product.checked_mul(n));
+        anyhow::ensure!(
+            self.shape.first() == Some(&count) && values == Some(self.values.len()) && values != Some(0),
+            "{} has the shape {:?} and {} values, for {count} sequences",
+            self.name,
+            self.shape,
+            self.values.len()
+        );
+        Ok(self.values.chunks_exact(self.values.len() / count).map(<[f32]>::to_vec).collect())
+    }
+}
+
 impl OrtSession {
     /// Loads a model on the first of the providers that can be had, with `threads` threads of its own.
     /// Says which one it took where there was a choice.
@@ -187,4 +205,29 @@ fn options(environment: &Environment, threads: usize, waiting: Waiting) -> ort::
         // batches differ in shape, and a plan for each shape would be kept
         .with_memory_pattern(false)?
         .with_config_entry("session.record_ep_graph_assignment_info", "1")?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_output_has_a_row_for_each_sequence_or_is_refused() {
+        let output = |shape: &[usize], values: usize| Values {
+            name: "logits".to_owned(),
+            shape: shape.to_vec(),
+            values: vec![1.0; values],
+        };
+        assert_eq!(output(&[2, 3], 6).rows(2).unwrap(), vec![vec![1.0; 3]; 2]);
+        for (shape, values, count) in [
+            (&[2, 3][..], 6, 3),
+            (&[3, 2], 6, 2),
+            (&[2, 3], 5, 2),
+            (&[2, 0], 0, 2),
+            (&[], 1, 1),
+            (&[0, 3], 0, 0),
+        ] {
+            assert!(output(shape, values).rows(count).is_err(), "{shape:?} {values} {count}");
+        }
+    }
 }

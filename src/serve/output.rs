@@ -1,18 +1,21 @@
-//! Where answers go: standard output, or a file that appears when it is whole and can be gone on with when the
-//! run was killed.
+//! Where answers go: standard output, a pipe, or a file that appears when it is whole and can be gone on with when
+//! the run was killed.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, BufWriter, Seek, SeekFrom, Write};
+use std::io::{BufRead, BufReader, BufWriter, ErrorKind, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use serde_json::Value;
 
-use crate::{Result, bail_unusable, files, unusable};
+use crate::files::Destination;
+use crate::{Result, bail_unusable, files, say, unusable};
 
 /// A stream of answers, a line each.
 pub enum Output {
     Stdout,
+    /// What is no file, with its name.
+    Stream(File, String),
     File(Partial),
 }
 
@@ -22,6 +25,7 @@ pub struct Partial {
     target: PathBuf,
     partial: PathBuf,
     settings: PathBuf,
+    /// Locked, so that no other run writes to it.
     file: BufWriter<File>,
 }
 
@@ -35,27 +39,36 @@ pub struct Done {
 }
 
 impl Output {
+    /// Opens what is no file, where nothing can be resumed.
+    ///
+    /// # Errors
+    /// Unusable: it can't be opened.
+    pub fn stream(destination: &Destination) -> Result<Self> {
+        if *destination == Destination::STDOUT {
+            return Ok(Self::Stdout);
+        }
+        Ok(Self::Stream(destination.open_stream()?, destination.to_string()))
+    }
+
     /// Begins a file; what a killed run left is dropped.
+    ///
+    /// # Errors
+    /// Unusable: another run is writing it, or it can't be written.
     pub fn begin(target: &Path, settings: &Value) -> Result<Self> {
-        files::check_place(target)?;
-        let (partial, about) = names(target);
-        let file = File::create(&partial).map_err(|e| unusable!("{}: {e}", partial.display()))?;
+        let [partial, about] = names(target);
+        let file = open(&partial, File::options().read(true).write(true).create(true).truncate(false))?;
+        file.set_len(0).with_context(|| partial.display().to_string())?;
         files::write(&about, format!("{settings:#}\n"))?;
-        Ok(Self::File(Partial {
-            target: target.to_owned(),
-            partial,
-            settings: about,
-            file: BufWriter::new(file),
-        }))
+        let file = BufWriter::new(file);
+        Ok(Self::File(Partial { target: target.to_owned(), partial, settings: about, file }))
     }
 
     /// Goes on with what a killed run left, behind its last whole window. None where nothing was left.
     ///
     /// # Errors
-    /// Unusable: the run that was killed had other settings; says which.
+    /// Unusable: the run that was killed had other settings; says which. Or another run is writing it.
     pub fn resume(target: &Path, settings: &Value, window: usize) -> Result<Option<(Self, Done)>> {
-        files::check_place(target)?;
-        let (partial, about) = names(target);
+        let [partial, about] = names(target);
         if !partial.exists() || !about.exists() {
             return Ok(None);
         }
@@ -69,14 +82,11 @@ impl Output {
                 differing.join("; ")
             );
         }
-        let mut file = File::options()
-            .read(true)
-            .write(true)
-            .open(&partial)
-            .with_context(|| partial.display().to_string())?;
-        let (done, end) = whole_windows(&mut file, window)?;
-        file.set_len(end)?;
-        file.seek(SeekFrom::Start(end))?;
+        let mut file = open(&partial, File::options().read(true).write(true))?;
+        let place = || partial.display().to_string();
+        let (done, end) = whole_windows(&mut file, window).with_context(place)?;
+        file.set_len(end).with_context(place)?;
+        file.seek(SeekFrom::Start(end)).with_context(place)?;
         let file = BufWriter::new(file);
         let output = Self::File(Partial { target: target.to_owned(), partial, settings: about, file });
         Ok(Some((output, done)))
@@ -84,17 +94,14 @@ impl Output {
 
     /// Whether a killed run left something to go on with.
     pub fn is_begun(target: &Path) -> bool {
-        names(target).0.exists()
+        names(target)[0].exists()
     }
 
     /// Appends one window's lines, and hands them to the system.
     pub fn write(&mut self, lines: &[u8]) -> Result<()> {
         match self {
-            Self::Stdout => {
-                let mut out = std::io::stdout().lock();
-                out.write_all(lines)?;
-                Ok(out.flush()?)
-            }
+            Self::Stdout => say::print(lines),
+            Self::Stream(stream, name) => stream.write_all(lines).with_context(|| format!("writing {name}")),
             Self::File(partial) => partial
                 .file
                 .write_all(lines)
@@ -110,20 +117,54 @@ impl Output {
         let file =
             partial.file.into_inner().map_err(std::io::IntoInnerError::into_error).with_context(place)?;
         file.sync_all().with_context(place)?;
-        std::fs::rename(&partial.partial, &partial.target).with_context(place)?;
-        std::fs::remove_file(&partial.settings).with_context(place)
+        files::replace(&partial.partial, &partial.target).with_context(place)?;
+        std::fs::remove_file(&partial.settings).with_context(|| partial.settings.display().to_string())
     }
 
     /// Leaves nothing behind.
     pub fn discard(self) -> Result<()> {
         let Self::File(partial) = self else { return Ok(()) };
-        std::fs::remove_file(&partial.partial)?;
-        Ok(std::fs::remove_file(&partial.settings)?)
+        for path in [partial.partial, partial.settings] {
+            std::fs::remove_file(&path).with_context(|| path.display().to_string())?;
+        }
+        Ok(())
     }
 }
 
-fn names(target: &Path) -> (PathBuf, PathBuf) {
-    (files::beside(target, "partial"), files::beside(target, "partial.json"))
+/// What an unfinished output stands in: `OUTPUT.partial` and its settings.
+pub fn names(target: &Path) -> [PathBuf; 2] {
+    [files::beside(target, "partial"), files::beside(target, "partial.json")]
+}
+
+/// Opens an unfinished output for this run alone.
+fn open(partial: &Path, options: &std::fs::OpenOptions) -> Result<File> {
+    loop {
+        let file = options.open(partial).map_err(|e| unusable!("{}: {e}", partial.display()))?;
+        files::try_lock_file(&file, partial)?;
+        // a run that ended just now may have given this very file its name
+        if is_at(&file, partial).with_context(|| partial.display().to_string())? {
+            return Ok(file);
+        }
+    }
+}
+
+/// Whether a path still leads to this open file.
+fn is_at(file: &File, path: &Path) -> std::io::Result<bool> {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::MetadataExt;
+        let own = file.metadata()?;
+        match std::fs::metadata(path) {
+            Ok(found) => Ok((found.dev(), found.ino()) == (own.dev(), own.ino())),
+            Err(e) if e.kind() == ErrorKind::NotFound => Ok(false),
+            Err(e) => Err(e),
+        }
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = (file, path, ErrorKind::NotFound);
+        Ok(true)
+    }
 }
 
 fn differing(begun: &Value, now: &Value) -> Vec<String> {
@@ -201,5 +242,24 @@ mod tests {
         let error = Output::resume(&target, &json!({"model": "b"}), 2).err().unwrap();
         assert!(error.to_string().contains("model was \"a\", is \"b\""), "{error}");
         assert_eq!(crate::error::exit_code(&error), 2);
+    }
+
+    #[test]
+    #[cfg(unix)]
+    fn two_runs_do_not_write_one_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("out.jsonl");
+        let settings = json!({"model": "a"});
+        let mut first = Output::begin(&target, &settings).unwrap();
+        first.write(b"{}\n").unwrap();
+        let second = [Output::begin(&target, &settings).err(), Output::resume(&target, &settings, 1).err()];
+        for error in second {
+            let error = error.unwrap();
+            assert!(error.to_string().contains("by another run"), "{error}");
+            assert_eq!(crate::error::exit_code(&error), 2);
+        }
+        first.finish().unwrap();
+        assert_eq!(std::fs::read_to_string(&target).unwrap(), "{}\n");
+        Output::begin(&target, &settings).unwrap();
     }
 }

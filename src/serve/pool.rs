@@ -4,6 +4,8 @@ use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
+use anyhow::Context;
+
 use super::batching::batches;
 use crate::Result;
 use crate::data::batch::{Encoding, Padded};
@@ -76,9 +78,8 @@ impl Pool {
                 if found.is_err() {
                     failed.store(true, Ordering::Relaxed);
                 }
-                let found = found?;
                 let mut rows = rows.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-                for (&i, row) in batch.iter().zip(found) {
+                for (&i, row) in batch.iter().zip(found?) {
                     rows[i] = row;
                 }
             }
@@ -86,12 +87,13 @@ impl Pool {
         };
         let work = &work;
         std::thread::scope(|scope| {
-            let threads: Vec<_> =
-                self.sessions.iter_mut().map(|session| scope.spawn(move || work(session))).collect();
+            let start = |session| std::thread::Builder::new().spawn_scoped(scope, move || work(session));
+            let threads: Vec<_> = self.sessions.iter_mut().map(start).collect();
             threads
                 .into_iter()
-                .map(|thread| {
-                    thread.join().unwrap_or_else(|_| Err(anyhow::anyhow!("a session's thread died")))
+                .map(|thread| match thread.context("starting a thread")?.join() {
+                    Ok(done) => done,
+                    Err(panic) => Err(crate::error::of_panic("a session's thread", panic.as_ref())),
                 })
                 .collect::<Result<Vec<()>>>()
         })?;
@@ -99,15 +101,8 @@ impl Pool {
     }
 }
 
+/// The logits of a batch, a row a sequence.
 fn run(session: &mut OrtSession, batch: &Padded) -> Result<Vec<Vec<f32>>> {
     let outputs = session.run(batch)?;
-    let logits = &outputs[0];
-    anyhow::ensure!(
-        logits.shape.first() == Some(&batch.rows) && !logits.values.is_empty(),
-        "{} has the shape {:?} for {} sequences",
-        logits.name,
-        logits.shape,
-        batch.rows
-    );
-    Ok(logits.values.chunks(logits.values.len() / batch.rows).map(<[f32]>::to_vec).collect())
+    outputs.first().context("the graph has no output")?.rows(batch.rows)
 }

@@ -2,18 +2,46 @@
 
 use std::path::{Path, PathBuf};
 
+use anyhow::Context;
+
 use crate::onnx::{Precision, model};
 use crate::saved::Saved;
 use crate::{Result, bail_unusable};
 
-/// Where `tk export` writes the graph of a model directory.
+/// Where `tk export` writes the graphs of a model directory.
+pub fn folder(dir: &Path) -> PathBuf {
+    dir.join("onnx")
+}
+
+/// Where it writes the graph that every runtime reads.
 pub fn path(dir: &Path) -> PathBuf {
-    dir.join("onnx").join("model.onnx")
+    folder(dir).join("model.onnx")
+}
+
+/// Removes the graphs of a model directory, which is about to hold another model: every ONNX file, its weights and the
+/// manifest. The folder itself goes if nothing else is in it, and if it is neither a link nor a file system of its own.
+pub fn remove(dir: &Path) -> Result<()> {
+    let folder = folder(dir);
+    let place = || folder.display().to_string();
+    let entries = match std::fs::read_dir(&folder) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        entries => entries.with_context(place)?,
+    };
+    for entry in entries {
+        let path = entry.with_context(place)?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        if name.ends_with(".onnx") || name.contains(".onnx_data") || name == "manifest.json" {
+            std::fs::remove_file(&path).with_context(|| path.display().to_string())?;
+        }
+    }
+    // a folder that has to stay, for one of these reasons
+    let _ = std::fs::remove_dir(&folder);
+    Ok(())
 }
 
 /// Where it writes the graph that generates.
 pub fn generating(dir: &Path, precision: Precision) -> PathBuf {
-    dir.join("onnx").join(match precision {
+    folder(dir).join(match precision {
         Precision::Fp32 => "generate.onnx".to_owned(),
         other => format!("generate_{other}.onnx"),
     })

@@ -1,5 +1,9 @@
 //! Records in windows of a fixed number, tokenized: the unit that is answered and resumed at.
 
+use std::sync::mpsc;
+use std::thread::JoinHandle;
+
+use anyhow::Context;
 use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 
@@ -80,7 +84,7 @@ impl<T: Send> Windows<T> {
 
     /// The next window; none at the end.
     fn window(&mut self) -> Result<Option<Window<T>>> {
-        let mut rows = Vec::with_capacity(self.size);
+        let mut rows = Vec::new();
         while rows.len() < self.size {
             let Some(row) = self.rows.next() else { break };
             let mut row = row?;
@@ -115,5 +119,92 @@ impl<T: Send> Iterator for Windows<T> {
 
     fn next(&mut self) -> Option<Self::Item> {
         self.window().transpose()
+    }
+}
+
+/// Windows that a thread of its own reads and tokenizes, while the one before is computed.
+pub struct ReadAhead<T> {
+    windows: mpsc::Receiver<Result<Window<T>>>,
+    /// None once it is known how it ended.
+    reader: Option<JoinHandle<()>>,
+    source: String,
+}
+
+impl<T: Send + 'static> ReadAhead<T> {
+    /// Starts to read. The thread is not waited for when this is dropped before its end: it may stand in a read of
+    /// standard input.
+    ///
+    /// # Errors
+    /// The system gives no thread.
+    pub fn start(windows: Windows<T>) -> Result<Self> {
+        let source = windows.source.clone();
+        let (send, receive) = mpsc::sync_channel(1);
+        let read = move || {
+            for window in windows {
+                let last = window.is_err();
+                if send.send(window).is_err() || last {
+                    break;
+                }
+            }
+        };
+        let reader = std::thread::Builder::new().name("reader".to_owned()).spawn(read);
+        Ok(Self { windows: receive, reader: Some(reader.context("starting a thread")?), source })
+    }
+}
+
+/// An error is one of [`Windows`]', or that the thread broke down: never a quiet end.
+impl<T> Iterator for ReadAhead<T> {
+    type Item = Result<Window<T>>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if let Ok(window) = self.windows.recv() {
+            return Some(window);
+        }
+        let ended = self.reader.take()?.join();
+        ended
+            .err()
+            .map(|panic| Err(crate::error::of_panic(&format!("reading {}", self.source), panic.as_ref())))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::records::{Format, Source, read};
+
+    /// Windows of 2 over 5 texts.
+    fn windows(dir: &std::path::Path, size: usize, make: Make<String>) -> Windows<String> {
+        let path = dir.join("in.txt");
+        std::fs::write(&path, "a\nb\nc\nd\ne\n").unwrap();
+        let rows = read(&Source::Path(path), Some(Format::Txt)).unwrap();
+        let (source, columns) = ("in.txt".to_owned(), Columns::default());
+        Windows { rows, source, columns, make, size, strict: false, read: 0 }
+    }
+
+    fn text(row: &Row) -> Result<String, BadRow> {
+        Ok(row.text(&Columns::default(), "text")?.to_owned())
+    }
+
+    #[test]
+    fn a_reader_that_breaks_down_is_an_error_and_no_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let broken = |row: &Row| match text(row)?.as_str() {
+            "d" => panic!("no more of this"),
+            text => Ok(text.to_owned()),
+        };
+        let mut windows = ReadAhead::start(windows(dir.path(), 2, Box::new(broken))).unwrap();
+        assert_eq!(windows.next().unwrap().unwrap().entries.len(), 2);
+        let error = windows.next().unwrap().err().unwrap();
+        assert!(error.to_string().contains("reading in.txt broke down: no more of this"), "{error}");
+        assert_eq!(crate::error::exit_code(&error), 1);
+        assert!(windows.next().is_none());
+    }
+
+    #[test]
+    fn a_window_of_any_size_takes_the_room_of_its_records() {
+        let dir = tempfile::tempdir().unwrap();
+        let windows = ReadAhead::start(windows(dir.path(), usize::MAX, Box::new(text))).unwrap();
+        let read: Vec<usize> = windows.map(|window| window.unwrap().entries.len()).collect();
+        assert_eq!(read, [5]);
     }
 }

@@ -3,6 +3,7 @@
 //! There is no generator to save: the order of the examples is a function of (seed, epoch) and every dropout
 //! mask one of (seed, step, place), so the number of steps says where both stand.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
@@ -12,7 +13,7 @@ use super::optimizer::AdamW;
 use crate::checkpoint::{self, Weights};
 use crate::eager::Params;
 use crate::task::Metrics;
-use crate::{Result, files};
+use crate::{Result, files, unusable};
 
 /// How far a run has come.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -30,11 +31,26 @@ pub struct Progress {
     pub evaluations_without_gain: usize,
 }
 
-/// The best evaluation so far; its weights stand in `best.safetensors`.
+/// The best evaluation so far; its weights stand in `best-NNNNNNNN.safetensors`, by its step. Where the metric that
+/// decides was never a number, the last evaluation, without weights.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Best {
     pub step: usize,
+    #[serde(deserialize_with = "metrics")]
     pub metrics: Metrics,
+}
+
+impl Best {
+    /// The value of a metric, if it is a number.
+    pub fn number(&self, name: &str) -> Option<f64> {
+        self.metrics.get(name).copied().filter(|value| value.is_finite())
+    }
+}
+
+/// Reads metrics; JSON has null for what is not a number.
+fn metrics<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Metrics, D::Error> {
+    let read = std::collections::BTreeMap::<String, Option<f64>>::deserialize(from)?;
+    Ok(read.into_iter().map(|(name, value)| (name, value.unwrap_or(f64::NAN))).collect())
 }
 
 /// `training/` of an output directory.
@@ -64,26 +80,82 @@ impl Folder {
         self.path.join("log.jsonl")
     }
 
-    /// The weights of the best evaluation.
-    pub fn best(&self) -> PathBuf {
-        self.path.join("best.safetensors")
+    /// Sha-256 of each input.
+    pub fn inputs(&self) -> PathBuf {
+        self.path.join("inputs.json")
+    }
+
+    /// Makes the folder, where a link leads if it is one, for this process alone until the result is dropped. What
+    /// processes that were killed left half-written is removed.
+    ///
+    /// # Errors
+    /// Unusable: another process trains here, or it can't be written.
+    pub fn occupy(&self) -> Result<Option<std::fs::File>> {
+        let unwritable = |e: std::io::Error| unusable!("{} can't be written: {e}", self.path.display());
+        files::create_folder(&self.path).map_err(unwritable)?;
+        let held = files::try_lock(&self.path)?;
+        files::sweep(&self.path).map_err(unwritable)?;
+        if self.checkpoints().is_dir() {
+            files::sweep(&self.checkpoints()).map_err(unwritable)?;
+        }
+        Ok(held)
+    }
+
+    /// Removes what an earlier run wrote, and nothing else; its settings, which say that the folder is one of ours, are
+    /// to be replaced.
+    pub fn clear(&self) -> Result<()> {
+        for path in [self.inputs(), self.log()].into_iter().chain(self.bests(&[])?) {
+            remove_file(&path)?;
+        }
+        self.list()?.iter().try_for_each(|path| remove_dir(path))
+    }
+
+    /// Writes the weights of the evaluation behind `step`, the best one so far.
+    pub fn save_best(&self, step: usize, params: &Params) -> Result<()> {
+        params.save(&self.best(step))
+    }
+
+    /// Drops the weights of best evaluations but for those of these steps.
+    pub fn keep_best(&self, steps: &[usize]) -> Result<()> {
+        self.bests(steps)?.iter().try_for_each(|path| remove_file(path))
+    }
+
+    fn best(&self, step: usize) -> PathBuf {
+        self.path.join(format!("best-{step:08}.safetensors"))
+    }
+
+    /// The weights of best evaluations but for those of these steps.
+    fn bests(&self, but: &[usize]) -> Result<Vec<PathBuf>> {
+        let step = |name: &str| name.strip_prefix("best-")?.strip_suffix(".safetensors")?.parse().ok();
+        let found = numbered(&self.path, step, |step| self.best(step))?;
+        Ok(found.into_iter().filter(|(step, _)| !but.contains(step)).map(|(_, path)| path).collect())
     }
 
     fn checkpoints(&self) -> PathBuf {
         self.path.join("checkpoints")
     }
 
-    /// Writes a checkpoint and drops all but the newest `keep`.
+    fn checkpoint(&self, step: usize) -> PathBuf {
+        self.checkpoints().join(format!("step-{step:08}"))
+    }
+
+    /// Writes a checkpoint, and once it is on the disk drops all but the newest `keep`.
     pub fn save(&self, progress: &Progress, params: &Params, optimizer: &AdamW, keep: usize) -> Result<()> {
-        let path = self.checkpoints().join(format!("step-{:08}", progress.step));
-        let temporary = files::beside(&path, "tmp");
-        remove_dir(&temporary)?;
-        std::fs::create_dir_all(&temporary).with_context(|| temporary.display().to_string())?;
-        params.save(&temporary.join("model.safetensors"))?;
-        save_optimizer(&temporary.join("optimizer.safetensors"), params, optimizer)?;
-        files::write(&temporary.join("progress.json"), serde_json::to_string_pretty(progress)?)?;
+        let (folder, path) = (self.checkpoints(), self.checkpoint(progress.step));
+        let place = || path.display().to_string();
+        if !folder.is_dir() {
+            files::create_folder(&folder).with_context(place)?;
+            files::sync_folder(&self.path).with_context(place)?;
+        }
+        let temporary = tempfile::Builder::new().prefix(files::TEMPORARY).tempdir_in(&folder)?;
+        let written = temporary.path();
+        params.save(&written.join("model.safetensors"))?;
+        save_optimizer(&written.join("optimizer.safetensors"), params, optimizer)?;
+        files::write(&written.join("progress.json"), serde_json::to_string_pretty(progress)?)?;
         remove_dir(&path)?;
-        std::fs::rename(&temporary, &path).with_context(|| path.display().to_string())?;
+        std::fs::rename(written, &path).with_context(place)?;
+        let _ = temporary.keep(); // the name is gone
+        files::sync_folder(&folder).with_context(place)?;
         let all = self.list()?;
         for old in &all[..all.len().saturating_sub(keep)] {
             remove_dir(old)?;
@@ -92,6 +164,9 @@ impl Folder {
     }
 
     /// Goes back to the newest checkpoint. Returns none where there is none yet.
+    ///
+    /// # Errors
+    /// It can't be read, or is not of the step that its name says.
     pub fn restore(&self, params: &Params, optimizer: &mut AdamW) -> Result<Option<Progress>> {
         let Some(path) = self.list()?.pop() else {
             return Ok(None);
@@ -99,6 +174,12 @@ impl Folder {
         let text = std::fs::read_to_string(path.join("progress.json"))
             .with_context(|| path.display().to_string())?;
         let progress: Progress = serde_json::from_str(&text).with_context(|| path.display().to_string())?;
+        anyhow::ensure!(
+            path == self.checkpoint(progress.step),
+            "{}: its progress.json is of step {}: remove it, and an older one is gone on with",
+            path.display(),
+            progress.step
+        );
         let weights = Weights::open_file(&path.join("model.safetensors"))?;
         params.set_values(&read_all(&weights, params, "")?)?;
         let state = Weights::open_file(&path.join("optimizer.safetensors"))?;
@@ -108,26 +189,41 @@ impl Folder {
         Ok(Some(progress))
     }
 
-    /// Takes the weights of the best evaluation.
-    pub fn restore_best(&self, params: &Params) -> Result<()> {
-        params.set_values(&read_all(&Weights::open_file(&self.best())?, params, "")?)
+    /// Takes the weights of the best evaluation, which was made behind `step`.
+    pub fn restore_best(&self, step: usize, params: &Params) -> Result<()> {
+        params.set_values(&read_all(&Weights::open_file(&self.best(step))?, params, "")?)
     }
 
     /// Whole checkpoints, the oldest first.
     fn list(&self) -> Result<Vec<PathBuf>> {
-        let Ok(entries) = std::fs::read_dir(self.checkpoints()) else {
-            return Ok(Vec::new());
-        };
-        let mut found = Vec::new();
-        for entry in entries {
-            let path = entry?.path();
-            if path.extension().is_none() {
-                found.push(path);
-            }
-        }
-        found.sort();
-        Ok(found)
+        let step = |name: &str| name.strip_prefix("step-")?.parse().ok();
+        let found = numbered(&self.checkpoints(), step, |step| self.checkpoint(step))?;
+        Ok(found.into_iter().map(|(_, path)| path).filter(|path| path.is_dir()).collect())
     }
+}
+
+/// What stands in a folder under the names that `path` gives numbers, by number; others' files are none of it.
+fn numbered(
+    folder: &Path,
+    number: impl Fn(&str) -> Option<usize>,
+    path: impl Fn(usize) -> PathBuf,
+) -> Result<Vec<(usize, PathBuf)>> {
+    let place = || folder.display().to_string();
+    let entries = match std::fs::read_dir(folder) {
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.with_context(place)?,
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let name = entry.with_context(place)?.file_name();
+        if let Some(number) = name.to_str().and_then(&number)
+            && path(number) == folder.join(&name)
+        {
+            found.push((number, path(number)));
+        }
+    }
+    found.sort();
+    Ok(found)
 }
 
 /// The optimizer's state under PyTorch's names: `exp_avg.NAME` and `exp_avg_sq.NAME`.
@@ -152,10 +248,93 @@ fn read_all(weights: &Weights, params: &Params, prefix: &str) -> Result<Vec<Vec<
 }
 
 fn remove_dir(path: &Path) -> Result<()> {
-    match std::fs::remove_dir_all(path) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-            Err(e).with_context(|| path.display().to_string())
+    removed(std::fs::remove_dir_all(path), path)
+}
+
+fn remove_file(path: &Path) -> Result<()> {
+    removed(std::fs::remove_file(path), path)
+}
+
+/// What was not there is removed as well.
+fn removed(done: std::io::Result<()>, path: &Path) -> Result<()> {
+    match done {
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
+        done => done.with_context(|| path.display().to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn folder(dir: &Path) -> Folder {
+        let folder = Folder::of(dir);
+        for step in [7, 100_000_000, 20] {
+            std::fs::create_dir_all(folder.checkpoint(step)).unwrap();
         }
-        _ => Ok(()),
+        folder
+    }
+
+    #[test]
+    fn only_checkpoints_by_their_steps_are_checkpoints() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = folder(dir.path());
+        let steps = || -> Vec<String> {
+            let names = folder.list().unwrap();
+            names.iter().map(|path| path.file_name().unwrap().to_string_lossy().into_owned()).collect()
+        };
+        let wanted = ["step-00000007", "step-00000020", "step-100000000"];
+        assert_eq!(steps(), wanted);
+        for other in ["step-9", "step-+0000009", "step-00000009.tmp", "my-notes", "zzz", "step-"] {
+            std::fs::create_dir(folder.checkpoints().join(other)).unwrap();
+        }
+        std::fs::write(folder.checkpoints().join("step-00000030"), "a file").unwrap();
+        assert_eq!(steps(), wanted);
+
+        // and nobody else's file goes when a run is begun anew
+        std::fs::write(folder.path().join("thesis.txt"), "years").unwrap();
+        std::fs::write(folder.path().join("best-of.safetensors"), "mine").unwrap();
+        std::fs::write(folder.best(9), "").unwrap();
+        folder.clear().unwrap();
+        assert_eq!(steps(), [""; 0]);
+        assert_eq!(folder.checkpoints().read_dir().unwrap().count(), 7);
+        assert!(
+            folder.path().join("thesis.txt").exists() && folder.path().join("best-of.safetensors").exists()
+        );
+        assert!(!folder.best(9).exists());
+    }
+
+    #[test]
+    fn metrics_that_are_no_numbers_read_back() {
+        let metrics = [("mse", 2.0), ("pearson", f64::NAN), ("loss", f64::INFINITY)];
+        let metrics = metrics.map(|(name, value)| (name.to_owned(), value)).into();
+        let progress = Progress { best: Some(Best { step: 3, metrics }), ..Default::default() };
+        let text = serde_json::to_string(&progress).unwrap();
+        let read = serde_json::from_str::<Progress>(&text).unwrap().best.unwrap();
+        assert_eq!((read.step, read.number("mse"), read.metrics.len()), (3, Some(2.0), 3));
+        assert_eq!((read.number("pearson"), read.number("loss"), read.number("other")), (None, None, None));
+    }
+
+    #[test]
+    fn best_weights_go_when_no_state_speaks_of_them() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = folder(dir.path());
+        for step in [1, 2, 3] {
+            std::fs::write(folder.best(step), "").unwrap();
+        }
+        folder.keep_best(&[1, 3]).unwrap();
+        assert_eq!([1, 2, 3].map(|step| folder.best(step).exists()), [true, false, true]);
+    }
+
+    #[test]
+    fn what_a_killed_run_left_half_written_is_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = folder(dir.path());
+        let left = [folder.path().join(".tk-abc.tmp"), folder.checkpoints().join(".tk-def")];
+        std::fs::write(&left[0], "").unwrap();
+        std::fs::create_dir(&left[1]).unwrap();
+        let _held = folder.occupy().unwrap();
+        assert!(left.iter().all(|path| !path.exists()));
+        assert_eq!(folder.list().unwrap().len(), 3);
     }
 }

@@ -1,14 +1,13 @@
 //! A run's log: a JSON line a step and an evaluation, in `training/log.jsonl`.
 
 use std::fs::{File, OpenOptions};
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::Path;
 
 use anyhow::Context;
 use serde_json::Value;
 
-use crate::Result;
-use crate::files;
+use crate::{Result, bail_unusable, files};
 
 /// The open log.
 pub struct Log {
@@ -17,15 +16,27 @@ pub struct Log {
 
 impl Log {
     /// Opens a log that has what was logged up to `step`, and nothing of later steps.
+    ///
+    /// # Errors
+    /// There is a log, but it can't be read, or has a line that is none of a log's; it stays as it is.
     pub fn open(path: &Path, step: usize) -> Result<Self> {
-        let kept: String = match std::fs::read_to_string(path) {
-            Ok(text) => {
-                text.lines().filter(|line| is_up_to(line, step)).map(|line| format!("{line}\n")).collect()
-            }
-            Err(_) => String::new(),
+        let place = || path.display().to_string();
+        let text = match std::fs::read(path) {
+            Err(e) if e.kind() == ErrorKind::NotFound => Vec::new(),
+            text => text.with_context(place)?,
         };
+        let (mut kept, mut lines) =
+            (Vec::new(), text.split_inclusive(|&byte| byte == b'\n').zip(1..).peekable());
+        while let Some((line, number)) = lines.next() {
+            match logged_step(line) {
+                Some(logged) if logged <= step as u64 => kept.extend_from_slice(line),
+                Some(_) => {}
+                None if lines.peek().is_none() => {} // the last line, which a kill cut off
+                None => bail_unusable!("{}:{number}: no line of a run's log: move the file away", place()),
+            }
+        }
         files::write(path, kept)?;
-        let file = OpenOptions::new().append(true).open(path).with_context(|| path.display().to_string())?;
+        let file = OpenOptions::new().append(true).open(path).with_context(place)?;
         Ok(Self { file })
     }
 
@@ -35,15 +46,17 @@ impl Log {
     }
 }
 
-fn is_up_to(line: &str, step: usize) -> bool {
-    let logged = serde_json::from_str::<Value>(line).ok().and_then(|line| line.get("step")?.as_u64());
-    logged.is_some_and(|logged| logged <= step as u64)
+/// The step of a whole line.
+fn logged_step(line: &[u8]) -> Option<u64> {
+    let line = line.strip_suffix(b"\n")?;
+    serde_json::from_slice::<Value>(line).ok()?.get("step")?.as_u64()
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use serde_json::json;
+
+    use super::*;
 
     #[test]
     fn a_log_that_is_opened_again_forgets_what_came_after_the_checkpoint() {
@@ -62,5 +75,20 @@ mod tests {
         Log::open(&path, 2).unwrap();
         let text = std::fs::read_to_string(&path).unwrap();
         assert_eq!(text, "{\"step\":1,\"loss\":0.5}\n{\"step\":2,\"loss\":0.5}\n");
+    }
+
+    #[test]
+    fn a_log_that_is_none_stays_as_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log.jsonl");
+        for text in [&b"my notes\n{\"step\":1}\n"[..], b"{\"step\":1}\n\xff\xfe\n{\"step\":2}\n"] {
+            std::fs::write(&path, text).unwrap();
+            let error = Log::open(&path, 2).err().unwrap();
+            assert!(error.to_string().contains("log.jsonl:"), "{error}");
+            assert_eq!(std::fs::read(&path).unwrap(), text);
+        }
+        std::fs::remove_file(&path).unwrap();
+        std::fs::create_dir(&path).unwrap();
+        assert!(Log::open(&path, 2).is_err() && path.is_dir());
     }
 }

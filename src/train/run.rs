@@ -16,7 +16,7 @@ use crate::Result;
 use crate::eager::{Params, measure};
 use crate::model::Family;
 use crate::say::Say;
-use crate::task::{Example, Metrics, Task};
+use crate::task::{Example, Task};
 
 /// All that a run needs.
 pub struct Run<'a> {
@@ -59,6 +59,9 @@ impl Run<'_> {
             Trainer::new(self.settings, self.family, self.task, self.params, self.device, total)?;
         let restored = if resume { self.folder.restore(self.params, &mut trainer.optimizer)? } else { None };
         let mut progress = restored.unwrap_or_default();
+        let best_step = |progress: &Progress| progress.best.as_ref().map(|best| best.step);
+        // of the newest checkpoint: a run that goes on from it asks for these weights
+        let mut saved_best = best_step(&progress);
         let mut log = Log::open(&self.folder.log(), progress.step)?;
         let bar = self.say.bar(total as u64, "{bar:24} {pos}/{len} steps  {msg}  {eta} left")?;
         bar.set_position(progress.step as u64);
@@ -81,6 +84,9 @@ impl Run<'_> {
             let last = progress.step == total;
             if plan.is_due(self.settings.eval_every, progress.step) && !self.eval.is_empty() {
                 self.evaluate(&mut log, &bar, &mut progress, &plan)?;
+                self.folder.keep_best(
+                    &[saved_best, best_step(&progress)].into_iter().flatten().collect::<Vec<_>>(),
+                )?;
             }
             let interrupted = self.interrupted.load(Ordering::Relaxed);
             if plan.is_due(self.settings.save_every, progress.step) || interrupted {
@@ -90,6 +96,7 @@ impl Run<'_> {
                     &trainer.optimizer,
                     self.settings.keep_checkpoints,
                 )?;
+                saved_best = best_step(&progress);
             }
             if interrupted && !last {
                 bar.abandon();
@@ -97,8 +104,16 @@ impl Run<'_> {
             }
         }
         bar.finish_and_clear();
-        if progress.best.is_some() {
-            self.folder.restore_best(self.params)?;
+        if let Some(best) = &progress.best {
+            let (name, _) = self.deciding_metric()?;
+            if best.number(&name).is_some() {
+                self.folder.restore_best(best.step, self.params)?;
+            } else {
+                self.say.warn(format!(
+                    "{name} was not a number in any evaluation, so none is the best and the last weights are kept; \
+                     --best-metric takes another"
+                ));
+            }
         }
         Ok(Outcome { progress, finished: true })
     }
@@ -143,28 +158,70 @@ impl Run<'_> {
 
     fn evaluate(&self, log: &mut Log, bar: &ProgressBar, progress: &mut Progress, plan: &Plan) -> Result<()> {
         let metrics = measure(self.params, self.family, self.task, self.eval, self.device)?;
-        let (name, more_is_better) = self.task.deciding_metric(self.settings.best_metric.as_deref())?;
-        let value = |metrics: &Metrics| metrics.get(&name).copied().unwrap_or(f64::NAN);
-        let is_better = progress.best.as_ref().is_none_or(|best| {
-            let (new, old) = (value(&metrics), value(&best.metrics));
-            if more_is_better { new > old } else { new < old }
-        });
+        let (name, more_is_better) = self.deciding_metric()?;
+        let new = Best { step: progress.step, metrics };
+        let is_better = is_better(
+            new.number(&name),
+            progress.best.as_ref().and_then(|best| best.number(&name)),
+            more_is_better,
+        );
         let mut line = Map::from_iter([
             ("step".to_owned(), json!(progress.step)),
             ("epoch".to_owned(), json!(plan.epochs(progress.step))),
         ]);
-        line.extend(metrics.iter().map(|(name, value)| (format!("eval_{name}"), json!(value))));
+        line.extend(new.metrics.iter().map(|(name, value)| (format!("eval_{name}"), json!(value))));
         log.write(&Value::Object(line))?;
-        let shown: Vec<String> = metrics.iter().map(|(name, value)| format!("{name} {value:.4}")).collect();
+        let shown: Vec<String> =
+            new.metrics.iter().map(|(name, value)| format!("{name} {value:.4}")).collect();
         let text = format!("step {}  evaluation: {}", progress.step, shown.join("  "));
         bar.suspend(|| self.say.line(text + if is_better { "  (the best so far)" } else { "" }));
         if is_better {
-            self.params.save(&self.folder.best())?;
-            progress.best = Some(Best { step: progress.step, metrics });
+            self.folder.save_best(new.step, self.params)?;
+            progress.best = Some(new);
             progress.evaluations_without_gain = 0;
         } else {
             progress.evaluations_without_gain += 1;
+            if progress.best.as_ref().is_none_or(|best| best.number(&name).is_none()) {
+                progress.best = Some(new); // the last one, as long as none is a number
+            }
         }
         Ok(())
+    }
+
+    /// The metric that says which evaluation is the best, and whether more of it is better.
+    fn deciding_metric(&self) -> Result<(String, bool)> {
+        self.task.deciding_metric(self.settings.best_metric.as_deref())
+    }
+}
+
+/// Whether a metric's new value is better than the best one before; none stands for what is not a number, which is
+/// worse than every number.
+fn is_better(new: Option<f64>, best: Option<f64>, more_is_better: bool) -> bool {
+    match (new, best) {
+        (None, _) => false,
+        (Some(_), None) => true,
+        (Some(new), Some(best)) => {
+            if more_is_better {
+                new > best
+            } else {
+                new < best
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_better;
+
+    #[test]
+    fn what_is_not_a_number_never_wins_over_one() {
+        for more in [true, false] {
+            assert!(is_better(Some(1.0), None, more));
+            assert!(!is_better(None, Some(1.0), more));
+            assert!(!is_better(None, None, more));
+            assert!(!is_better(Some(1.0), Some(1.0), more));
+        }
+        assert!(is_better(Some(2.0), Some(1.0), true) && !is_better(Some(2.0), Some(1.0), false));
     }
 }

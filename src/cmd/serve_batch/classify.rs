@@ -75,7 +75,12 @@ impl Work for Classify<'_> {
                 Err(format!("the model's logits are not finite: {row:?}"))
             }
         };
-        let answers = self.pool.logits(encodings)?.into_iter().map(answer).collect();
+        let rows = self.pool.logits(encodings)?;
+        let labels = self.task.labels.len();
+        if let Some(row) = rows.iter().find(|row| row.len() != labels) {
+            anyhow::bail!("the graph gives {} logits for {labels} labels: export it again", row.len());
+        }
+        let answers = rows.into_iter().map(answer).collect();
         progress.tokens += encodings.iter().map(|encoding| encoding.len()).sum::<usize>();
         progress.truncated += encodings.iter().filter(|encoding| encoding.truncated).count();
         Ok(answers)

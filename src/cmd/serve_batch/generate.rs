@@ -116,14 +116,14 @@ impl Work for Generate<'_> {
         let fits = |prompt: &&&Prompt| self.engine.fits(&prompt.request);
         let requests: Vec<Request> =
             prompts.iter().filter(fits).map(|prompt| prompt.request.clone()).collect();
-        let mut texts = self
-            .engine
-            .run(&requests, &mut |news| {
-                progress.tokens += news.tokens;
-                progress.show();
-                Ok(())
-            })?
-            .into_iter();
+        let texts = self.engine.run(&requests, &mut |news| {
+            progress.tokens += news.tokens;
+            progress.show();
+            Ok(())
+        })?;
+        let (asked, given) = (requests.len(), texts.len());
+        anyhow::ensure!(asked == given, "{given} texts for {asked} prompts");
+        let mut texts = texts.into_iter();
         let mut answer = |prompt: &&Prompt| {
             if !self.engine.fits(&prompt.request) {
                 return Err(format!(

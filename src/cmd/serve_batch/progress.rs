@@ -1,7 +1,6 @@
 //! How far a run is, and how it went.
 
 use std::io::IsTerminal;
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
@@ -25,14 +24,14 @@ pub(super) struct Progress {
     /// Records that were cut to the maximum length.
     pub truncated: usize,
     /// Where the predictions go, if not to standard output.
-    target: Option<PathBuf>,
+    target: Option<String>,
 }
 
 /// How often a line is written where there is no terminal.
 const TELL_EVERY: Duration = Duration::from_secs(10);
 
 impl Progress {
-    pub fn new(before: Done, target: Option<PathBuf>, say: Say) -> Result<Self> {
+    pub fn new(before: Done, target: Option<String>, say: Say) -> Result<Self> {
         let bar = say.bar(0, "{spinner} {pos} records  {msg}  {elapsed}")?;
         let now = Instant::now();
         Ok(Self {
@@ -77,7 +76,7 @@ impl Progress {
              {records_per_second:.0} records/s, {tokens_per_second:.0} tokens/s on {}{}",
             self.truncated,
             provider.name(),
-            self.target.as_ref().map(|target| format!(" → {}", target.display())).unwrap_or_default()
+            self.target.as_ref().map(|target| format!(" → {target}")).unwrap_or_default()
         ));
         let result = json!({
             "records": records,
