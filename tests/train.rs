@@ -571,7 +571,10 @@ fn two_runs_do_not_train_in_one_directory() {
     }
     assert_eq!(bench.log("out"), before);
     drop(folder);
+    let left = bench.path("out/.tk-killed.tmp"); // of a process that was killed
+    std::fs::write(&left, "half").unwrap();
     bench.train("out", &["--max-steps", "1", "--overwrite"]).success();
+    assert!(!left.exists());
 }
 
 #[test]

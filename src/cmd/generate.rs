@@ -59,7 +59,7 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     }
     let mut texts = engine.run(std::slice::from_ref(&request), &mut |news| {
         if streams {
-            say::print(&news.text)?;
+            say::print(news.text)?;
         }
         Ok(())
     })?;

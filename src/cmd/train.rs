@@ -391,6 +391,7 @@ fn start_folder(args: &Args, folder: &Folder, prepared: &Prepared) -> Result<Opt
         |e: std::io::Error| unusable!("--output {} can't be written: {e}", args.output.display());
     files::create_folder(&args.output).map_err(unwritable)?;
     let held = folder.occupy()?;
+    files::sweep(&args.output).map_err(unwritable)?;
     let inputs = folder.inputs();
     if args.resume {
         let text = std::fs::read_to_string(&inputs).with_context(|| inputs.display().to_string())?;
