@@ -86,6 +86,10 @@ impl Counts {
 
 /// Pearson's correlation; not a number where one side is constant.
 fn pearson(a: &[f64], b: &[f64]) -> f64 {
+    // asked of the values: a mean that is rounded leaves differences of its own
+    if [a, b].iter().any(|side| side.windows(2).all(|pair| pair[0] == pair[1])) {
+        return f64::NAN;
+    }
     let n = a.len() as f64;
     let (mean_a, mean_b) = (a.iter().sum::<f64>() / n, b.iter().sum::<f64>() / n);
     let (mut ab, mut aa, mut bb) = (0.0, 0.0, 0.0);
@@ -93,7 +97,7 @@ fn pearson(a: &[f64], b: &[f64]) -> f64 {
         let (x, y) = (x - mean_a, y - mean_b);
         (ab, aa, bb) = (ab + x * y, aa + x * x, bb + y * y);
     }
-    ab / (aa * bb).sqrt()
+    (ab / (aa.sqrt() * bb.sqrt())).clamp(-1.0, 1.0)
 }
 
 /// Ranks from 1; ties share their mean.
@@ -143,6 +147,10 @@ mod tests {
         near(&metrics, "mae", 2.0);
         near(&metrics, "pearson", 0.684_189_104_906_403_7);
         near(&metrics, "spearman", 0.763_157_894_736_842_1);
-        assert!(regression(&[1.0, 1.0], &[1.0, 2.0])["pearson"].is_nan());
+        for constant in [1.0, 0.1, 1e-300, 1e300] {
+            let metrics = regression(&[constant; 3], &[0.1, 0.2, 0.4]);
+            assert!(metrics["pearson"].is_nan() && metrics["spearman"].is_nan(), "{constant}");
+            assert!(regression(&[0.1, 0.2, 0.4], &[constant; 3])["pearson"].is_nan(), "{constant}");
+        }
     }
 }
