@@ -211,8 +211,7 @@ impl Prepared {
         let (task, train) = match &documents {
             None => {
                 let records = examples::read(&args.train, &args.fields)?;
-                let task = examples::find_task(&records, args.problem_type, &config)
-                    .with_context(|| args.train.display().to_string())?;
+                let task = examples::find_task(&records, &args.train, args.problem_type, &config)?;
                 let train = examples::encode(&records, &args.train, &task, &tokenizer, settings.max_length)?;
                 (Task::TextClassification(task), train)
             }
@@ -284,6 +283,8 @@ impl Prepared {
             grouped(self.train.len()),
             grouped(self.eval.len()),
             match &self.task {
+                Task::TextClassification(task) if task.problem == Problem::Regression =>
+                    "; the labels are numbers: a regression".to_owned(),
                 Task::TextClassification(task) => format!("; labels: {}", task.labels.join(", ")),
                 Task::CausalLm(_) => {
                     let predicted = self.train.iter().map(|example| example.target.losses()).sum();

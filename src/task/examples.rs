@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use anyhow::Context;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -146,14 +147,24 @@ pub fn of_documents(
 }
 
 /// Finds the task in the labels of the training data.
+///
+/// # Errors
+/// Unusable: labels of another kind than the others; the first of them are listed with file and line. The base
+/// model's own labels are inconsistent.
 pub fn find_task(
     records: &[Labelled],
+    path: &Path,
     problem: Option<Problem>,
     config: &ModelConfig,
 ) -> Result<TextClassification> {
+    let known = TextClassification::known(config).context("config.json of the model to start from")?;
     let labels: Vec<&Value> = records.iter().map(|record| &record.label).collect();
-    TextClassification::from_labels(&labels, problem, config)
+    let wrong = TextClassification::unfit(&labels, problem);
+    refuse(path, WRONG_LABELS, wrong.into_iter().map(|(i, error)| (records[i].line, error.to_string())))?;
+    TextClassification::from_labels(&labels, problem, known).with_context(|| path.display().to_string())
 }
+
+const WRONG_LABELS: &str = "labels that can't be used";
 
 /// Encodes records and reads their labels.
 ///
@@ -167,13 +178,14 @@ pub fn encode(
     max_length: usize,
 ) -> Result<Vec<Example>> {
     let (mut targets, mut wrong) = (Vec::with_capacity(records.len()), Vec::new());
-    for record in records {
-        match classification.target(&record.label) {
+    let labels: Vec<&Value> = records.iter().map(|record| &record.label).collect();
+    for (record, target) in records.iter().zip(classification.targets(&labels)) {
+        match target {
             Ok(target) => targets.push(target),
             Err(error) => wrong.push((record.line, error.to_string())),
         }
     }
-    refuse(path, "labels that can't be used", wrong)?;
+    refuse(path, WRONG_LABELS, wrong)?;
     let texts: Vec<(&str, Option<&str>)> =
         records.iter().map(|record| (record.text.as_str(), record.pair.as_deref())).collect();
     let encodings: Vec<Encoding> = tokenizer.encode_all(&texts, max_length)?;
