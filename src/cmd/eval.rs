@@ -56,6 +56,7 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     if in_blocks && (args.runtime == Runtime::Eager || saved.task.form() == Form::Whole) {
         bail_unusable!("--precision {} is for language models and --runtime onnx", args.precision);
     }
+    args.fields.check_unit(matches!(saved.task, Task::CausalLm(_)), [args.input.as_path()].into_iter())?;
     let max_length = saved.checked_max_length(args.max_length)?;
     let examples =
         examples::load(&args.input, &args.fields, &saved.task, &saved.tokenizer, max_length, false)?;

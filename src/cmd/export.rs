@@ -91,6 +91,7 @@ fn check_usage(args: &Args, saved: &Saved) -> Result<()> {
             "--input is what q8 and q4 are measured on: give --precision q8 or q4, or leave it out"
         );
     }
+    args.fields.check_unit(language_model, args.input.iter().map(PathBuf::as_path))?;
     if !args.block_size.is_power_of_two() || !(LEAST_BLOCK..=LARGEST_BLOCK).contains(&args.block_size) {
         bail_unusable!("--block-size {}: expected 32, 64, 128 or 256", args.block_size);
     }

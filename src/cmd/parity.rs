@@ -178,5 +178,5 @@ fn texts(args: &Args, saved: &Saved) -> Result<Vec<Text>> {
         return inputs::builtin(saved);
     };
     let columns = args.columns.columns();
-    records::read_examples(path, None, |row| TextColumns::read(&columns, &row))
+    records::read_examples(path, &args.columns.how(), |row| TextColumns::read(&columns, &row))
 }

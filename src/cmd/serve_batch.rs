@@ -10,7 +10,7 @@ use anyhow::Context;
 use serde_json::{Map, Value, json};
 
 use super::generation::Flags;
-use crate::data::records::{self, Columns, Format, Source};
+use crate::data::records::{self, Format, How, Source};
 use crate::files::Destination;
 use crate::onnx::Precision;
 use crate::runtime::{Provider, Providers};
@@ -141,14 +141,16 @@ impl Job<'_> {
         W::Item: 'static,
     {
         let args = self.args;
-        let rows = records::read(&self.source, args.format)?;
+        let rows = records::read(&self.source, &How { format: args.format, ..args.texts.how() })?;
         let (mut output, done) = match &self.target {
             Destination::File(target) => {
                 open(target, &self.settings(size, settings)?, size, args.resume, self.say)?
             }
             stream => (Output::stream(stream)?, Done::default()),
         };
-        let columns = Columns::default().with("id", args.id_column.clone());
+        // all that is used, so that an id that is a text too stays in its place
+        let columns = args.texts.columns().with("prompt", args.prompt_column.clone());
+        let columns = columns.with("id", args.id_column.clone());
         let source = self.source.to_string();
         let mut windows = Windows { rows, source, columns, make, size, strict: args.strict, read: 0 };
         windows.pass_over(done.records)?;
@@ -229,6 +231,7 @@ impl Job<'_> {
             "input": input,
             "format": self.args.format.map(|format| format!("{format:?}")),
             "id_column": self.args.id_column,
+            "encoding": self.args.texts.encoding,
             "window": window,
         });
         if let (Some(settings), Value::Object(work)) = (settings.as_object_mut(), work) {
@@ -260,7 +263,7 @@ fn lines<W: Work>(window: &Window<W::Item>, work: &mut W, progress: &mut Progres
     let mut answers = work.answers(&items, progress)?.into_iter();
     let mut lines = Vec::new();
     for entry in &window.entries {
-        let mut record = entry.key.record();
+        let mut record = Map::new();
         let answer = match &entry.item {
             Err(error) => Err(error.clone()),
             Ok(_) => answers.next().context("fewer answers than records")?,
@@ -273,7 +276,7 @@ fn lines<W: Work>(window: &Window<W::Item>, work: &mut W, progress: &mut Progres
                 record.insert("error".to_owned(), json!(error));
             }
         }
-        serde_json::to_writer(&mut lines, &record)?;
+        lines.extend(entry.key.answer(&record).bytes());
         lines.push(b'\n');
     }
     anyhow::ensure!(answers.next().is_none(), "more answers than records");

@@ -31,7 +31,7 @@ pub struct Args {
     /// The model to start from: a directory in Hugging Face's layout, or a hub id.
     #[arg(long, value_name = "DIR|ID", alias = "model-name-or-path")]
     model: String,
-    /// Records to learn from: .jsonl, .json, .csv, .tsv, .parquet; or .txt, a text a line.
+    /// Records to learn from: .jsonl, .json, .csv, .tsv, .parquet; or .txt, a text a line (--text-unit asks for longer ones).
     #[arg(long, value_name = "FILE", alias = "train-file")]
     train: PathBuf,
     /// Records to measure on; the best evaluation's weights are kept.
@@ -148,10 +148,11 @@ impl Args {
                 ("text-pair-column", self.fields.texts.text_pair_column.is_some()),
             ],
         };
-        match of_others.iter().find(|(_, is_set)| *is_set) {
-            Some((flag, _)) => bail_unusable!("--{flag} says nothing to this task"),
-            None => Ok(()),
+        if let Some((flag, _)) = of_others.iter().find(|(_, is_set)| *is_set) {
+            bail_unusable!("--{flag} says nothing to this task");
         }
+        let files = [&self.train].into_iter().chain(&self.eval).map(PathBuf::as_path);
+        self.fields.check_unit(self.task == TaskName::CausalLm, files)
     }
 }
 

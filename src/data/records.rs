@@ -4,17 +4,22 @@
 //! answers it in its place (serving) or lists it (training). Only what ends the reading is an error.
 
 mod columns;
+mod encoding;
+mod exact;
 mod parquet;
 mod readers;
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 pub use columns::{Columns, describe};
+pub use encoding::TextEncoding;
 
 use crate::{Result, bail_unusable, unusable};
 
@@ -24,6 +29,15 @@ pub struct Row {
     /// Where the record begins: the 1-based line, or the record's number in Parquet files and JSON arrays.
     pub line: usize,
     pub fields: Map<String, Value>,
+    /// Fields of JSON with numbers that `fields` can't hold, as they are written.
+    pub exact: BTreeMap<String, String>,
+}
+
+impl Row {
+    /// A record whose fields hold all that was written.
+    pub fn new(line: usize, fields: Map<String, Value>) -> Self {
+        Self { line, fields, exact: BTreeMap::new() }
+    }
 }
 
 /// One record that can't be used; those after it can.
@@ -70,8 +84,32 @@ pub enum Format {
     /// A header, then a record a line; a quote is text.
     Tsv,
     Parquet,
-    /// A text a line; an empty line is an empty text.
+    /// A text a line; an empty line is an empty text. [`TextUnit`] asks for longer ones.
     Txt,
+}
+
+/// What one text of a `.txt` file is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TextUnit {
+    /// Every line.
+    #[default]
+    Line,
+    /// What stands between blank lines, with its line breaks.
+    Document,
+    /// The whole file.
+    File,
+}
+
+/// How a source is read.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct How {
+    /// Where there is none, the extension decides; standard input is `jsonl`.
+    pub format: Option<Format>,
+    /// UTF-8 where there is none. In Parquet files, of strings that are not marked as such.
+    pub encoding: Option<TextEncoding>,
+    /// What a text of `txt` is; a line where there is none.
+    pub unit: Option<TextUnit>,
 }
 
 const FORMATS: [(&str, Format); 6] = [
@@ -134,29 +172,29 @@ impl Iterator for Rows {
     }
 }
 
-/// Opens a source. Without a format, the extension decides; standard input is `jsonl`.
-/// Memory does not grow with the file, save for `json`, and row groups of `parquet`.
+/// Opens a source. Memory does not grow with the file, save for `json`, row groups of `parquet`, and a whole file
+/// that is one text.
 ///
 /// # Errors
 /// Unusable: a file that isn't there, an unknown extension, a header or a whole document that can't be read.
-pub fn read(source: &Source, format: Option<Format>) -> Result<Rows> {
+pub fn read(source: &Source, how: &How) -> Result<Rows> {
     let name = source.to_string();
     let (rows, format) = match source {
-        Source::Path(path) => (open(path)?, format.map_or_else(|| Format::of(path), Ok)?),
+        Source::Path(path) => (open(path)?, how.format.map_or_else(|| Format::of(path), Ok)?),
         Source::Stdin => {
             let stdin: Input = Box::new(BufReader::new(std::io::stdin()));
-            (Opened::Stream(stdin), format.unwrap_or(Format::Jsonl))
+            (Opened::Stream(stdin), how.format.unwrap_or(Format::Jsonl))
         }
     };
     let rows = match (rows, format) {
-        (Opened::File(file), Format::Parquet) => parquet::rows(file, &name)?,
+        (Opened::File(file), Format::Parquet) => parquet::rows(file, how.encoding, &name)?,
         (Opened::Stream(_), Format::Parquet) => {
             bail_unusable!("{name}: a Parquet file is read from its end, so it can't come through a pipe")
         }
         (Opened::File(file), _) => {
-            readers::rows(Box::new(BufReader::with_capacity(1 << 17, file)), format, &name)?
+            readers::rows(Box::new(BufReader::with_capacity(1 << 17, file)), format, how, &name)?
         }
-        (Opened::Stream(input), _) => readers::rows(input, format, &name)?,
+        (Opened::Stream(input), _) => readers::rows(input, format, how, &name)?,
     };
     Ok(Rows { name, rows: Some(rows) })
 }
@@ -178,27 +216,43 @@ fn open(path: &Path) -> Result<Opened> {
     }
 }
 
+/// What is said of a line without anything.
+const EMPTY_LINE: &str = "empty line";
+
 /// How many bad records an error lists.
 const LISTED: usize = 10;
 
 /// Reads a whole file, each row made into an example at once: all of them or, as one error, what is wrong.
+/// Empty lines at its end are none of them.
 ///
 /// # Errors
 /// Unusable: as [`read`]; a file without records; records that can't be read or that `example` refuses, the first
 /// ten with file and line.
 pub fn read_examples<T>(
     path: &Path,
-    format: Option<Format>,
+    how: &How,
     mut example: impl FnMut(Row) -> Result<T, BadRow>,
 ) -> Result<Vec<T>> {
     let (mut examples, mut listed, mut bad) = (Vec::new(), Vec::new(), 0);
-    for row in read(&Source::Path(path.into()), format)? {
-        match row?.and_then(&mut example) {
-            Ok(example) => examples.push(example),
-            Err(BadRow { line, message }) => {
-                bad += 1;
-                if bad <= LISTED {
-                    listed.push(format!("  {}:{line}: {message}", path.display()));
+    let mut empty: Vec<BadRow> = Vec::new();
+    for row in read(&Source::Path(path.into()), how)? {
+        let row = match row? {
+            Err(line) if line.message == EMPTY_LINE => {
+                empty.push(line);
+                continue;
+            }
+            row => row.and_then(&mut example),
+        };
+        // something stands behind them
+        let before = empty.drain(..).map(Err);
+        for row in before.chain([row]) {
+            match row {
+                Ok(example) => examples.push(example),
+                Err(BadRow { line, message }) => {
+                    bad += 1;
+                    if bad <= LISTED {
+                        listed.push(format!("  {}:{line}: {message}", path.display()));
+                    }
                 }
             }
         }

@@ -29,18 +29,25 @@ pub type Make<T> = Box<dyn Fn(&Row) -> Result<T, BadRow> + Send + Sync>;
 pub enum Key {
     /// The record's own `id`.
     Id(Value),
+    /// The same as it is written in JSON, with numbers that a [`Value`] can't hold.
+    Written(String),
     /// Its place among the records, from 0.
     Index(usize),
 }
 
 impl Key {
-    /// The start of an answer.
-    pub fn record(&self) -> Map<String, Value> {
-        let (name, value) = match self {
-            Self::Id(id) => ("id", id.clone()),
-            Self::Index(index) => ("index", json!(index)),
+    /// An answer as a line of JSON: the key, then the `fields`.
+    pub fn answer(&self, fields: &Map<String, Value>) -> String {
+        let key = match self {
+            Self::Id(id) => format!("\"id\":{id}"),
+            Self::Written(id) => format!("\"id\":{id}"),
+            Self::Index(index) => format!("\"index\":{index}"),
         };
-        Map::from_iter([(name.to_owned(), value)])
+        let fields = json!(fields).to_string();
+        match fields.strip_prefix('{') {
+            Some(rest) if rest != "}" => format!("{{{key},{rest}"),
+            _ => format!("{{{key}}}"),
+        }
     }
 }
 
@@ -91,8 +98,11 @@ impl<T: Send> Windows<T> {
             if let (true, Err(bad)) = (self.strict, &row) {
                 return Err(self.refused(bad));
             }
-            let id = row.as_mut().ok().and_then(|row| row.take(&self.columns, "id"));
-            rows.push((id.map_or(Key::Index(self.read), Key::Id), row));
+            let key = row.as_mut().ok().and_then(|row| {
+                let id = row.take(&self.columns, "id")?;
+                Some(row.exact.get(self.columns.of("id")).cloned().map_or(Key::Id(id), Key::Written))
+            });
+            rows.push((key.unwrap_or(Key::Index(self.read)), row));
             self.read += 1;
         }
         if rows.is_empty() {

@@ -10,7 +10,7 @@ use super::causal_lm::Document;
 use super::{CausalLm, Example, Problem, Task, TextClassification};
 use crate::Result;
 use crate::data::batch::Encoding;
-use crate::data::records::{self, BadRow, Columns, Row};
+use crate::data::records::{self, BadRow, Columns, Format, How, Row, TextEncoding, TextUnit};
 use crate::data::tokens::Tokenizer;
 use crate::model::ModelConfig;
 
@@ -26,6 +26,10 @@ pub struct TextColumns {
     #[arg(long, value_name = "NAME", help_heading = "Records")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub text_pair_column: Option<String>,
+    /// The encoding of the records' text: utf-16, windows-1252, shift_jis … [default: utf-8].
+    #[arg(long, value_name = "NAME", help_heading = "Records")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub encoding: Option<TextEncoding>,
 }
 
 impl TextColumns {
@@ -34,6 +38,11 @@ impl TextColumns {
         Columns::default()
             .with("text", self.text_column.clone())
             .with("text_pair", self.text_pair_column.clone())
+    }
+
+    /// How files are read.
+    pub fn how(&self) -> How {
+        How { encoding: self.encoding, ..How::default() }
     }
 
     /// A row's texts.
@@ -62,6 +71,36 @@ pub struct Fields {
     #[arg(long, value_name = "NAME", help_heading = "Records")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub completion_column: Option<String>,
+    /// For causal-lm, what one text of a .txt file is: a line, what stands between blank lines, or the whole file
+    /// [default: line].
+    #[arg(long, value_enum, value_name = "UNIT", help_heading = "Records")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub text_unit: Option<TextUnit>,
+}
+
+impl Fields {
+    /// How files are read.
+    fn how(&self) -> How {
+        How { unit: self.text_unit, ..self.texts.how() }
+    }
+
+    /// Refuses `--text-unit` where none of the files is a `.txt`, or the task has no texts of one.
+    ///
+    /// # Errors
+    /// Names the flag.
+    pub fn check_unit<'p>(
+        &self,
+        is_causal_lm: bool,
+        mut paths: impl Iterator<Item = &'p Path>,
+    ) -> Result<()> {
+        if self.text_unit.is_some() && !is_causal_lm {
+            crate::bail_unusable!("--text-unit says nothing to this task");
+        }
+        if self.text_unit.is_some() && !paths.any(|path| Format::of(path).is_ok_and(|of| of == Format::Txt)) {
+            crate::bail_unusable!("--text-unit is for .txt files; here is none");
+        }
+        Ok(())
+    }
 }
 
 /// A record before the labels are known: its place, its texts, its label.
@@ -79,9 +118,21 @@ pub struct Labelled {
 /// listed with file and line.
 pub fn read(path: &Path, fields: &Fields) -> Result<Vec<Labelled>> {
     let columns = fields.texts.columns().with("label", fields.label_column.clone());
-    records::read_examples(path, None, |row| {
+    records::read_examples(path, &fields.how(), |row| {
         let (text, pair) = TextColumns::read(&columns, &row)?;
-        Ok(Labelled { line: row.line, text, pair, label: row.value(&columns, "label")?.clone() })
+        let label = match (row.value(&columns, "label")?, row.exact.get(columns.of("label"))) {
+            (Value::String(name), _) if name.trim().is_empty() => {
+                return Err(
+                    row.bad(format!("field {:?} is empty: a label was expected", columns.of("label")))
+                );
+            }
+            // an integer beyond 64 bits
+            (Value::Number(_), Some(digits)) if digits.bytes().all(|byte| byte.is_ascii_digit()) => {
+                digits.clone().into()
+            }
+            (label, _) => label.clone(),
+        };
+        Ok(Labelled { line: row.line, text, pair, label })
     })
 }
 
@@ -94,7 +145,7 @@ pub fn read_documents(path: &Path, fields: &Fields) -> Result<Vec<Document>> {
         .with("text", fields.texts.text_column.clone())
         .with("prompt", fields.prompt_column.clone())
         .with("completion", fields.completion_column.clone());
-    records::read_examples(path, None, |row| {
+    records::read_examples(path, &fields.how(), |row| {
         let prompt = row.optional_text(&columns, "prompt")?.map(str::to_owned);
         let name = if prompt.is_some() { "completion" } else { "text" };
         Ok(Document { line: row.line, prompt, text: row.text(&columns, name)?.to_owned() })

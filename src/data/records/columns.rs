@@ -69,9 +69,16 @@ impl Row {
         }
     }
 
-    /// Moves a field out; `None` where it is absent or null. The others keep their order.
+    /// Moves a field out, or copies it where another wanted field stands in the same column; `None` where it is
+    /// absent or null. The others keep their order.
     pub fn take(&mut self, columns: &Columns, wanted: &str) -> Option<Value> {
-        self.fields.shift_remove(columns.of(wanted)).filter(|value| !value.is_null())
+        let column = columns.of(wanted);
+        let is_shared = columns.0.iter().any(|(other, _)| *other != wanted && columns.of(other) == column);
+        let value = match is_shared {
+            true => self.fields.get(column).cloned(),
+            false => self.fields.shift_remove(column),
+        };
+        value.filter(|value| !value.is_null())
     }
 
     /// An error that stands at this row.

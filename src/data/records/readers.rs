@@ -1,11 +1,10 @@
 //! Bytes of jsonl, json, csv, tsv and txt → rows.
 
-use std::io::{BufRead, Cursor, Read};
+use std::io::{BufRead, Cursor, Error, ErrorKind, Read};
 
-use anyhow::Context;
 use serde_json::{Map, Value};
 
-use super::{BadRow, Format, Input, Item, Row, describe};
+use super::{BadRow, EMPTY_LINE, Format, How, Input, Item, Row, TextEncoding, TextUnit, describe, exact};
 use crate::{Result, bail_unusable, unusable};
 
 type Boxed = Box<dyn Iterator<Item = Item> + Send>;
@@ -13,17 +12,73 @@ type Boxed = Box<dyn Iterator<Item = Item> + Send>;
 const BOM: &[u8] = "\u{feff}".as_bytes();
 
 /// The rows of a text format. `name` is what errors call the input.
-pub(super) fn rows(input: Input, format: Format, name: &str) -> Result<Boxed> {
-    Ok(match format {
-        Format::Jsonl => by_line(input, jsonl_row),
-        Format::Txt => by_line(input, |line, bytes| {
-            Ok(Row { line, fields: Map::from_iter([("text".to_owned(), Value::String(lossy(bytes)))]) })
+pub(super) fn rows(input: Input, format: Format, how: &How, name: &str) -> Result<Boxed> {
+    let input = match how.encoding {
+        Some(encoding) => encoding.decoded(input),
+        None => input,
+    };
+    let lines = |input| Lines { input, encoding: how.encoding, number: 0, bytes: Vec::new() };
+    Ok(match (format, how.unit.unwrap_or_default()) {
+        (Format::Jsonl, _) => by_line(lines(input), |line, text, _| jsonl_row(line, text)),
+        (Format::Txt, TextUnit::Line) => by_line(lines(input), |line, text, end| {
+            if line == 1 && !end.ends_with(b"\n") && text.contains('\r') {
+                return Err(BadRow { line, message: CR_ALONE.into() });
+            }
+            Ok(text_row(line, text))
         }),
-        Format::Tsv => tsv(input, name)?,
-        Format::Csv => csv(input, name)?,
-        Format::Json => json(input, name)?,
-        Format::Parquet => unreachable!("Parquet is not a text format"),
+        (Format::Txt, TextUnit::Document) => documents(lines(input)),
+        (Format::Txt, TextUnit::File) => whole_text(input, how.encoding, name)?,
+        (Format::Tsv, _) => tsv(lines(input), name)?,
+        (Format::Csv, _) => csv(lines(input), name)?,
+        (Format::Json, _) => json(input, how, name)?,
+        (Format::Parquet, _) => unreachable!("Parquet is not a text format"),
     })
+}
+
+const CR_ALONE: &str = "the lines end with a carriage return alone, which ends no line here: \
+                        `tr '\\r' '\\n' < FILE > NEW` mends that";
+
+/// An error of reading: what stands in the file is the user's to mend.
+pub(super) fn failed(error: Error) -> anyhow::Error {
+    match error.kind() {
+        ErrorKind::InvalidData => unusable!("{error}"),
+        _ => error.into(),
+    }
+}
+
+/// The line's text.
+fn text_of(line: usize, bytes: &[u8], encoding: Option<TextEncoding>) -> Result<&str, BadRow> {
+    std::str::from_utf8(bytes).map_err(|error| BadRow { line, message: not_text(bytes, &error, encoding) })
+}
+
+fn not_text(line: &[u8], error: &std::str::Utf8Error, encoding: Option<TextEncoding>) -> String {
+    let good = error.valid_up_to();
+    match encoding {
+        None => format!("not UTF-8: byte {} of the line; --encoding names another encoding", good + 1),
+        Some(encoding) => format!(
+            "not {encoding}: what stands at character {} of the line can't be decoded",
+            String::from_utf8_lossy(&line[..good]).chars().count() + 1
+        ),
+    }
+}
+
+/// Refuses the beginning of a file in UTF-16 or UTF-32 that is about to be read as UTF-8.
+fn refuse_wide(bytes: &[u8]) -> std::io::Result<()> {
+    let zeros = |start: usize, wanted: bool| {
+        bytes.iter().skip(start).step_by(2).take(32).all(|&byte| (byte == 0) == wanted)
+    };
+    let alternate =
+        bytes.len() >= 4 && (zeros(0, true) && zeros(1, false) || zeros(0, false) && zeros(1, true));
+    let message = if bytes.starts_with(&[0xff, 0xfe, 0, 0]) || bytes.starts_with(&[0, 0, 0xfe, 0xff]) {
+        "UTF-32, which tk does not read: `iconv -f UTF-32 -t UTF-8` turns it into UTF-8"
+    } else if bytes.starts_with(&[0xff, 0xfe]) || bytes.starts_with(&[0xfe, 0xff]) {
+        "UTF-16: give --encoding utf-16"
+    } else if alternate {
+        "every second byte is 0, as in UTF-16: give --encoding utf-16le or utf-16be"
+    } else {
+        return Ok(());
+    };
+    Err(Error::new(ErrorKind::InvalidData, message))
 }
 
 /// A line's number, its bytes and its end (nothing at the end of the input).
@@ -32,26 +87,21 @@ type Line<'a> = (usize, &'a [u8], &'a [u8]);
 /// Lines without their end (`\n` or `\r\n`). A final end begins no line; a byte order mark is dropped.
 struct Lines {
     input: Input,
+    encoding: Option<TextEncoding>,
     number: usize,
     bytes: Vec<u8>,
 }
 
 impl Lines {
-    fn new(input: Input) -> Self {
-        Self { input, number: 0, bytes: Vec::new() }
-    }
-
-    /// The next line and its number.
-    fn next(&mut self) -> std::io::Result<Option<(usize, &[u8])>> {
-        Ok(self.next_with_end()?.map(|(number, line, _)| (number, line)))
-    }
-
-    fn next_with_end(&mut self) -> std::io::Result<Option<Line<'_>>> {
+    fn next(&mut self) -> std::io::Result<Option<Line<'_>>> {
         self.bytes.clear();
         self.input.read_until(b'\n', &mut self.bytes)?;
         self.number += 1;
         let mut line = self.bytes.as_slice();
         if self.number == 1 {
+            if self.encoding.is_none() {
+                refuse_wide(line)?;
+            }
             line = line.strip_prefix(BOM).unwrap_or(line);
         }
         if line.is_empty() {
@@ -63,24 +113,89 @@ impl Lines {
     }
 }
 
-/// One item for each line.
-fn by_line(input: Input, row: impl Fn(usize, &[u8]) -> Result<Row, BadRow> + Send + 'static) -> Boxed {
-    let mut lines = Lines::new(input);
+/// One item for each line, from its number, its text and its end.
+fn by_line(
+    mut lines: Lines,
+    row: impl Fn(usize, &str, &[u8]) -> Result<Row, BadRow> + Send + 'static,
+) -> Boxed {
+    let encoding = lines.encoding;
     Box::new(std::iter::from_fn(move || match lines.next() {
-        Ok(line) => line.map(|(number, bytes)| Ok(row(number, bytes))),
-        Err(error) => Some(Err(error.into())),
+        Ok(line) => line.map(|(number, bytes, end)| {
+            Ok(text_of(number, bytes, encoding).and_then(|text| row(number, text, end)))
+        }),
+        Err(error) => Some(Err(failed(error))),
     }))
 }
 
-fn jsonl_row(line: usize, bytes: &[u8]) -> Result<Row, BadRow> {
+fn text_row(line: usize, text: &str) -> Row {
+    Row::new(line, Map::from_iter([("text".to_owned(), text.into())]))
+}
+
+/// Runs of lines between blank ones, with the line ends within them.
+fn documents(mut lines: Lines) -> Boxed {
+    let encoding = lines.encoding;
+    let mut next = move || -> std::io::Result<Option<Result<Row, BadRow>>> {
+        let (mut first, mut text, mut bad, mut last_end) = (0, String::new(), None, 0);
+        while let Some((number, bytes, end)) = lines.next()? {
+            let line = text_of(number, bytes, encoding);
+            if line.as_ref().is_ok_and(|line| line.trim().is_empty()) {
+                if first > 0 {
+                    break;
+                }
+                continue;
+            }
+            if first == 0 {
+                first = number;
+            }
+            match line {
+                Ok(line) => text.push_str(line),
+                Err(error) => drop(bad.get_or_insert(error)),
+            }
+            text.push_str(if end == b"\r\n" { "\r\n" } else { "\n" });
+            last_end = end.len().max(1);
+        }
+        text.truncate(text.len().saturating_sub(last_end));
+        Ok((first > 0).then(|| bad.map_or_else(|| Ok(text_row(first, &text)), Err)))
+    };
+    Box::new(std::iter::from_fn(move || next().map_err(failed).transpose()))
+}
+
+/// The whole input as one text.
+fn whole_text(input: Input, encoding: Option<TextEncoding>, name: &str) -> Result<Boxed> {
+    let text = whole(input, encoding, name)?;
+    Ok(Box::new((!text.is_empty()).then(|| Ok(Ok(text_row(1, &text)))).into_iter()))
+}
+
+/// All of the input; a byte order mark is dropped.
+fn whole(mut input: Input, encoding: Option<TextEncoding>, name: &str) -> Result<String> {
+    let mut bytes = Vec::new();
+    let read = input.read_to_end(&mut bytes).and_then(|_| match encoding {
+        None => refuse_wide(&bytes),
+        Some(_) => Ok(()),
+    });
+    read.map_err(|error| failed(error).context(format!("reading {name}")))?;
+    if bytes.starts_with(BOM) {
+        bytes.drain(..BOM.len());
+    }
+    String::from_utf8(bytes).map_err(|error| {
+        let (bytes, error) = (error.as_bytes(), error.utf8_error());
+        let line = 1 + bytes[..error.valid_up_to()].iter().filter(|&&byte| byte == b'\n').count();
+        let start =
+            bytes[..error.valid_up_to()].iter().rposition(|&byte| byte == b'\n').map_or(0, |at| at + 1);
+        match std::str::from_utf8(&bytes[start..]) {
+            Err(error) => unusable!("{name}:{line}: {}", not_text(&bytes[start..], &error, encoding)),
+            Ok(_) => unusable!("{name}:{line}: {error}"),
+        }
+    })
+}
+
+fn jsonl_row(line: usize, text: &str) -> Result<Row, BadRow> {
     let bad = |message| BadRow { line, message };
-    let text = std::str::from_utf8(bytes)
-        .map_err(|error| bad(format!("not UTF-8: byte {} of the line", error.valid_up_to() + 1)))?;
     if text.trim().is_empty() {
-        return Err(bad("empty line".into()));
+        return Err(bad(EMPTY_LINE.into()));
     }
     match serde_json::from_str(text) {
-        Ok(Value::Object(fields)) => Ok(Row { line, fields }),
+        Ok(Value::Object(fields)) => Ok(Row { line, exact: exact::fields(text, &fields), fields }),
         Ok(other) => Err(bad(format!("{}; a JSON object was expected", describe(&other)))),
         Err(error) => {
             // the place counts from the line's start; "line 1" would mislead
@@ -91,35 +206,38 @@ fn jsonl_row(line: usize, bytes: &[u8]) -> Result<Row, BadRow> {
     }
 }
 
-fn tsv(input: Input, name: &str) -> Result<Boxed> {
-    let mut lines = Lines::new(input);
-    let header = match lines.next().with_context(|| format!("reading {name}"))? {
-        Some((_, line)) => header(line.split(|&byte| byte == b'\t'), name)?,
-        None => return Ok(Box::new(std::iter::empty())),
-    };
-    Ok(Box::new(std::iter::from_fn(move || match lines.next() {
-        Ok(line) => line.map(|(number, line)| Ok(record(number, &header, line.split(|&byte| byte == b'\t')))),
-        Err(error) => Some(Err(error.into())),
-    })))
+fn tsv(mut lines: Lines, name: &str) -> Result<Boxed> {
+    let encoding = lines.encoding;
+    let first = lines.next().map_err(|error| failed(error).context(format!("reading {name}")))?;
+    let Some((number, bytes, _)) = first else { return Ok(Box::new(std::iter::empty())) };
+    let names = text_of(number, bytes, encoding).map_err(|bad| refused_header(name, &bad))?;
+    let header = header(names.split('\t').map(str::to_owned).collect(), name)?;
+    Ok(by_line(lines, move |number, text, _| {
+        record(number, &header, text.split('\t').map(str::to_owned).collect())
+    }))
 }
 
-fn csv(input: Input, name: &str) -> Result<Boxed> {
-    let mut lines = Lines::new(input);
-    let header = match csv_record(&mut lines).with_context(|| format!("reading {name}"))? {
-        Some(Ok((_, names))) => header(names.iter().map(Vec::as_slice), name)?,
-        Some(Err(bad)) => bail_unusable!("{name}:{}: {}", bad.line, bad.message),
+fn csv(mut lines: Lines, name: &str) -> Result<Boxed> {
+    let first = csv_record(&mut lines).map_err(|error| failed(error).context(format!("reading {name}")))?;
+    let header = match first {
+        Some(Ok((_, names))) => header(names, name)?,
+        Some(Err(bad)) => return Err(refused_header(name, &bad)),
         None => return Ok(Box::new(std::iter::empty())),
     };
     Ok(Box::new(std::iter::from_fn(move || match csv_record(&mut lines) {
-        Ok(fields) => fields.map(|fields| {
-            Ok(fields.and_then(|(line, fields)| record(line, &header, fields.iter().map(Vec::as_slice))))
-        }),
-        Err(error) => Some(Err(error.into())),
+        Ok(fields) => {
+            fields.map(|fields| Ok(fields.and_then(|(line, fields)| record(line, &header, fields))))
+        }
+        Err(error) => Some(Err(failed(error))),
     })))
 }
 
+fn refused_header(name: &str, bad: &BadRow) -> anyhow::Error {
+    unusable!("{name}:{}: {}", bad.line, bad.message)
+}
+
 /// The line where a CSV record begins, and its fields.
-type CsvRecord = (usize, Vec<Vec<u8>>);
+type CsvRecord = (usize, Vec<String>);
 
 /// The next CSV record that is not a blank line.
 ///
@@ -134,13 +252,17 @@ fn csv_record(lines: &mut Lines) -> std::io::Result<Option<Result<CsvRecord, Bad
         /// behind a quote within a quoted field: its end, or the first half of a doubled quote
         Quote,
     }
-    let (mut first, mut fields, mut field, mut at) = (0, Vec::new(), Vec::new(), At::Start);
-    while let Some((number, line, end)) = lines.next_with_end()? {
+    let encoding = lines.encoding;
+    let (mut first, mut fields, mut field, mut at, mut bad) = (0, Vec::new(), Vec::new(), At::Start, None);
+    while let Some((number, line, end)) = lines.next()? {
         if first == 0 {
             if line.is_empty() {
                 continue;
             }
             first = number;
+        }
+        if let (None, Err(error)) = (&bad, text_of(number, line, encoding)) {
+            bad = Some(error); // the record still goes to where its quotes end
         }
         for &byte in line {
             at = match (at, byte) {
@@ -162,7 +284,14 @@ fn csv_record(lines: &mut Lines) -> std::io::Result<Option<Result<CsvRecord, Bad
         }
         if !matches!(at, At::Quoted) {
             fields.push(field);
-            return Ok(Some(Ok((first, fields))));
+            // cut at ASCII alone, a text's parts are texts
+            let texts = fields.into_iter().map(String::from_utf8).collect::<Result<Vec<_>, _>>();
+            let not_text =
+                |error: std::string::FromUtf8Error| BadRow { line: first, message: error.to_string() };
+            return Ok(Some(match bad {
+                Some(bad) => Err(bad),
+                None => texts.map(|texts| (first, texts)).map_err(not_text),
+            }));
         }
         field.extend_from_slice(end);
     }
@@ -171,9 +300,11 @@ fn csv_record(lines: &mut Lines) -> std::io::Result<Option<Result<CsvRecord, Bad
 }
 
 /// The columns' names; none may stand twice, and only the first may be empty.
-fn header<'a>(names: impl Iterator<Item = &'a [u8]>, name: &str) -> Result<Vec<String>> {
-    let names: Vec<_> = names.map(lossy).collect();
+fn header(names: Vec<String>, name: &str) -> Result<Vec<String>> {
     for (i, column) in names.iter().enumerate() {
+        if column.replace("\r\n", "").contains('\r') {
+            bail_unusable!("{name}:1: {CR_ALONE}");
+        }
         // pandas leaves the name of its index, the first column, empty
         if column.is_empty() && i > 0 {
             bail_unusable!("{name}:1: column {} has no name in the header", i + 1);
@@ -185,34 +316,35 @@ fn header<'a>(names: impl Iterator<Item = &'a [u8]>, name: &str) -> Result<Vec<S
     Ok(names)
 }
 
-fn record<'a>(line: usize, header: &[String], fields: impl Iterator<Item = &'a [u8]>) -> Result<Row, BadRow> {
-    let values: Vec<_> = fields.map(|field| Value::String(lossy(field))).collect();
+fn record(line: usize, header: &[String], values: Vec<String>) -> Result<Row, BadRow> {
     if values.len() != header.len() {
         let message =
             format!("{} fields; the header has {}: {}", values.len(), header.len(), header.join(", "));
         return Err(BadRow { line, message });
     }
-    Ok(Row { line, fields: header.iter().cloned().zip(values).collect() })
+    Ok(Row::new(line, header.iter().cloned().zip(values.into_iter().map(Value::String)).collect()))
 }
 
-fn json(mut input: Input, name: &str) -> Result<Boxed> {
-    let mut bytes = Vec::new();
-    input.read_to_end(&mut bytes).with_context(|| format!("reading {name}"))?;
-    let document = bytes.strip_prefix(BOM).unwrap_or(&bytes);
-    if document.trim_ascii().is_empty() {
+fn json(input: Input, how: &How, name: &str) -> Result<Boxed> {
+    let text = whole(input, how.encoding, name)?;
+    if text.trim().is_empty() {
         return Ok(Box::new(std::iter::empty()));
     }
-    let records = match serde_json::from_slice(document) {
+    let mut array = text.as_str();
+    let records = match serde_json::from_str(&text) {
         Ok(Value::Array(records)) => records,
         Ok(Value::Object(mut object)) if matches!(object.get("data"), Some(Value::Array(_))) => {
+            array =
+                exact::members(&text).into_iter().rfind(|(key, _)| key == "data").map_or("", |(_, raw)| raw);
             match object.remove("data") {
                 Some(Value::Array(records)) => records,
                 _ => unreachable!("just seen"),
             }
         }
         // datasets writes JSON lines under this name too
-        _ if first_line_is_object(document) => {
-            return rows(Box::new(Cursor::new(bytes)), Format::Jsonl, name);
+        _ if first_line_is_object(&text) => {
+            let how = How { encoding: None, ..how.clone() };
+            return rows(Box::new(Cursor::new(text.into_bytes())), Format::Jsonl, &how, name);
         }
         Ok(other) => bail_unusable!(
             r#"{name} is {}; an array of objects was expected, or an object whose "data" is one"#,
@@ -220,9 +352,16 @@ fn json(mut input: Input, name: &str) -> Result<Boxed> {
         ),
         Err(error) => return Err(unusable!("{name} is not JSON: {error}")),
     };
-    Ok(Box::new(records.into_iter().enumerate().map(|(i, record)| {
+    let mut raw: Vec<String> = Vec::new();
+    if records.iter().any(exact::has_fraction) {
+        raw = exact::members(array).into_iter().map(|(_, raw)| raw.to_owned()).collect();
+    }
+    Ok(Box::new(records.into_iter().enumerate().map(move |(i, record)| {
         Ok(match record {
-            Value::Object(fields) => Ok(Row { line: i + 1, fields }),
+            Value::Object(fields) => {
+                let exact = raw.get(i).map(|raw| exact::fields(raw, &fields)).unwrap_or_default();
+                Ok(Row { line: i + 1, fields, exact })
+            }
             other => Err(BadRow {
                 line: i + 1,
                 message: format!("{}; a JSON object was expected", describe(&other)),
@@ -231,11 +370,7 @@ fn json(mut input: Input, name: &str) -> Result<Boxed> {
     })))
 }
 
-fn first_line_is_object(document: &[u8]) -> bool {
-    let line = document.split(|&byte| byte == b'\n').next().unwrap_or_default();
-    serde_json::from_slice::<Map<String, Value>>(line).is_ok()
-}
-
-fn lossy(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
+fn first_line_is_object(document: &str) -> bool {
+    let line = document.split('\n').next().unwrap_or_default();
+    serde_json::from_str::<Map<String, Value>>(line).is_ok()
 }

@@ -15,8 +15,12 @@ fn file(name: &str, bytes: impl AsRef<[u8]>) -> (tempfile::TempDir, PathBuf) {
 
 /// What reading the bytes gives: (line, the fields or the message).
 fn items(name: &str, bytes: impl AsRef<[u8]>) -> Vec<(usize, Result<Value, String>)> {
+    items_of(name, bytes, How::default())
+}
+
+fn items_of(name: &str, bytes: impl AsRef<[u8]>, how: How) -> Vec<(usize, Result<Value, String>)> {
     let (_dir, path) = file(name, bytes);
-    let rows = read(&Source::Path(path), None).unwrap();
+    let rows = read(&Source::Path(path), &how).unwrap();
     rows.map(|item| match item.unwrap() {
         Ok(row) => (row.line, Ok(Value::Object(row.fields))),
         Err(bad) => (bad.line, Err(bad.message)),
@@ -27,7 +31,7 @@ fn items(name: &str, bytes: impl AsRef<[u8]>) -> Vec<(usize, Result<Value, Strin
 /// The error of opening or reading whole.
 fn refused(name: &str, bytes: impl AsRef<[u8]>) -> String {
     let (_dir, path) = file(name, bytes);
-    let error = read_examples(&path, None, Ok).unwrap_err();
+    let error = read_examples(&path, &How::default(), Ok).unwrap_err();
     assert_eq!(crate::error::exit_code(&error), 2, "{error:#}");
     format!("{error:#}").replace(&format!("{}/", path.parent().unwrap().display()), "")
 }
@@ -41,7 +45,7 @@ fn a_jsonl_line_is_a_row_or_says_what_is_wrong_with_it() {
             (1, Ok(json!({"text": "a\nb", "label": [1, 2.5]}))),
             (2, Err("empty line".into())),
             (3, Err("a list; a JSON object was expected".into())),
-            (4, Err("not UTF-8: byte 11 of the line".into())),
+            (4, Err("not UTF-8: byte 11 of the line; --encoding names another encoding".into())),
             (5, Err("not JSON: expected value, at column 10".into())),
             (6, Ok(json!({}))),
         ]
@@ -49,13 +53,14 @@ fn a_jsonl_line_is_a_row_or_says_what_is_wrong_with_it() {
 }
 
 #[test]
-fn txt_keeps_empty_lines_and_replaces_what_is_not_utf8() {
+fn txt_keeps_empty_lines_and_refuses_what_is_not_utf8() {
     assert_eq!(
-        items("a.txt", b"\xef\xbb\xbfone\r\n\ntw\xffo\rx\n"),
+        items("a.txt", b"\xef\xbb\xbfone\r\n\ntw\xffo\ntwo\rx\n"),
         [
             (1, Ok(json!({"text": "one"}))),
             (2, Ok(json!({"text": ""}))),
-            (3, Ok(json!({"text": "tw\u{fffd}o\rx"}))),
+            (3, Err("not UTF-8: byte 3 of the line; --encoding names another encoding".into())),
+            (4, Ok(json!({"text": "two\rx"}))),
         ]
     );
     assert_eq!(items("a.txt", ""), []);
@@ -75,7 +80,6 @@ fn csv_fields_may_hold_commas_quotes_and_lines() {
             (8, Ok(json!({"text": "last", "label": "2"}))),
         ]
     );
-    assert_eq!(items("a.csv", b"t\n\xff\n"), [(2, Ok(json!({"t": "\u{fffd}"})))]);
     assert_eq!(items("a.csv", ""), []);
     assert_eq!(
         items("a.csv", "text,label\na,1\n\"b,2\nc,3\n"),
@@ -117,7 +121,7 @@ fn a_json_document_is_an_array_or_has_one_under_data_or_is_lines() {
 }
 
 #[test]
-fn parquet_columns_become_json_and_null_is_absent() {
+fn parquet_columns_become_json() {
     use ::parquet::data_type::{BoolType, ByteArray, ByteArrayType, DoubleType, Int64Type};
     use ::parquet::file::writer::SerializedFileWriter;
 
@@ -156,15 +160,237 @@ fn parquet_columns_become_json_and_null_is_absent() {
     }
     writer.close().unwrap();
 
-    let rows = read_examples(&path, None, Ok).unwrap();
+    let rows = read_examples(&path, &How::default(), Ok).unwrap();
     drop(dir);
     assert_eq!(rows.iter().map(|row| row.line).collect::<Vec<_>>(), [1, 2, 3, 4]);
-    let second = json!({"label": -7, "score": "NaN", "ok": false, "tags": []});
+    let second = json!({"text": null, "label": -7, "score": "NaN", "ok": false, "tags": []});
     for (i, row) in rows.into_iter().enumerate() {
         let first = json!({"text": "é", "label": i / 2, "score": 0.5, "ok": true, "tags": ["x", "y"]});
         assert_eq!(Value::Object(row.fields), if i % 2 == 0 { first } else { second.clone() });
     }
     assert!(refused("b.parquet", "PAR1 no").starts_with("b.parquet can't be read as Parquet: "));
+}
+
+/// A Parquet file of the schema's columns, each a row long.
+fn parquet_of(
+    schema: &str,
+    write: impl Fn(usize, &mut ::parquet::file::writer::SerializedColumnWriter),
+) -> Vec<u8> {
+    let schema = ::parquet::schema::parser::parse_message_type(schema).unwrap().into();
+    let mut bytes = Vec::new();
+    let mut writer =
+        ::parquet::file::writer::SerializedFileWriter::new(&mut bytes, schema, Default::default()).unwrap();
+    let mut group = writer.next_row_group().unwrap();
+    let mut at = 0;
+    while let Some(mut column) = group.next_column().unwrap() {
+        write(at, &mut column);
+        column.close().unwrap();
+        at += 1;
+    }
+    group.close().unwrap();
+    writer.close().unwrap();
+    bytes
+}
+
+#[test]
+fn a_parquet_column_of_an_odd_type_is_no_fault_before_it_is_used() {
+    use ::parquet::data_type::{ByteArray, ByteArrayType, FixedLenByteArrayType, Int32Type, Int64Type};
+    let schema = "message rows {
+        required binary text (UTF8);
+        required fixed_len_byte_array(12) span (INTERVAL);
+        required int32 day (DATE);
+        required int64 time (TIMESTAMP_MILLIS);
+        required binary raw;
+    }";
+    let bytes = parquet_of(schema, |i, column| {
+        let text = |text: &[u8]| vec![ByteArray::from(text.to_vec())];
+        match i {
+            0 => column.typed::<ByteArrayType>().write_batch(&text(b"good"), None, None),
+            1 => column.typed::<FixedLenByteArrayType>().write_batch(
+                &[text(&[0; 12])[0].clone().into()],
+                None,
+                None,
+            ),
+            2 => column.typed::<Int32Type>().write_batch(&[i32::MAX], None, None),
+            3 => column.typed::<Int64Type>().write_batch(&[i64::MIN], None, None),
+            _ => column.typed::<ByteArrayType>().write_batch(&text("é".as_bytes()), None, None),
+        }
+        .unwrap();
+    });
+    let rows = items("a.parquet", &bytes);
+    let fields = rows[0].1.as_ref().unwrap();
+    assert_eq!(
+        (&fields["text"], &fields["day"], &fields["raw"]),
+        (&json!("good"), &json!(i32::MAX), &json!("é"))
+    );
+    let row = Row::new(1, fields.as_object().unwrap().clone());
+    let columns = Columns::default().with("text", Some("span".into()));
+    assert_eq!(
+        row.text(&columns, "text").unwrap_err().message,
+        "field \"span\" is an object; a string was expected"
+    );
+    assert!(fields["span"].to_string().contains("FIXED_LEN_BYTE_ARRAY INTERVAL"), "{fields}");
+}
+
+#[test]
+fn bytes_in_parquet_that_are_not_utf8_are_refused_or_decoded() {
+    use ::parquet::data_type::{ByteArray, ByteArrayType};
+    let bytes = parquet_of("message rows { required binary text; }", |_, column| {
+        let rows = [b"caf\xe9".to_vec(), b"tea".to_vec()].map(ByteArray::from);
+        column.typed::<ByteArrayType>().write_batch(&rows, None, None).unwrap();
+    });
+    assert_eq!(
+        items("a.parquet", &bytes),
+        [
+            (1, Err("field \"text\" is not UTF-8: byte 4; --encoding names another encoding".into())),
+            (2, Ok(json!({"text": "tea"}))),
+        ]
+    );
+    let how = How { encoding: Some("latin-1".parse().unwrap()), ..How::default() };
+    assert_eq!(items_of("a.parquet", &bytes, how)[0], (1, Ok(json!({"text": "café"}))));
+}
+
+#[test]
+fn parquet_columns_of_one_name_are_refused() {
+    use ::parquet::data_type::Int32Type;
+    let bytes = parquet_of("message rows { required int32 label; required int32 label; }", |_, column| {
+        column.typed::<Int32Type>().write_batch(&[1], None, None).unwrap();
+    });
+    assert_eq!(refused("a.parquet", bytes), "a.parquet: columns 1 and 2 are both named \"label\"");
+}
+
+#[test]
+fn text_that_is_not_utf8_is_refused_where_it_stands() {
+    let not = |byte| format!("not UTF-8: byte {byte} of the line; --encoding names another encoding");
+    let rows = items("a.csv", b"t,l\ngen\xe9,1\n\"a\nb\xff,\",2\nc,3\n");
+    assert_eq!(rows[0], (2, Err(not(4))));
+    assert_eq!(rows[1], (4, Err(not(2)))); // the line of the byte; the record ends where its quotes do
+    assert_eq!(rows[2], (5, Ok(json!({"t": "c", "l": "3"}))));
+    let rows = items("a.tsv", b"t\tl\na\tgen\xe8\nb\t1\n");
+    assert_eq!(rows, [(2, Err(not(6))), (3, Ok(json!({"t": "b", "l": "1"})))]);
+    for name in ["a.csv", "a.tsv"] {
+        assert_eq!(refused(name, b"caf\xe9\nx\n"), format!("{name}:1: {}", not(4)));
+    }
+    assert_eq!(
+        refused("a.json", b"[{\"text\": \"a\"},\n {\"text\": \"\xe9\"}]"),
+        format!("a.json:2: {}", not(12))
+    );
+    for (bytes, says) in [
+        (&b"\xff\xfet\0\n\0"[..], "UTF-16: give --encoding utf-16"),
+        (b"\xfe\xff\0t\0\n", "UTF-16: give --encoding utf-16"),
+        (b"t\0e\0x\0t\0\n\0a\0", "every second byte is 0"),
+        (b"\0t\0e\0x\0t\0\n\0a", "every second byte is 0"),
+        (b"\xff\xfe\0\0t\0\0\0", "UTF-32"),
+    ] {
+        for name in ["a.txt", "a.csv", "a.tsv", "a.jsonl", "a.json"] {
+            let message = refused(name, bytes);
+            assert!(message.contains(name) && message.contains(says), "{message}");
+        }
+    }
+}
+
+#[test]
+fn an_encoding_is_decoded_before_anything_is_read() {
+    let how = |name: &str| How { encoding: Some(name.parse().unwrap()), ..How::default() };
+    let csv = "text,label\r\n\"a,\u{20ac}\r\nb\",né\r\n";
+    let wide: Vec<u8> = csv.encode_utf16().flat_map(u16::to_le_bytes).collect();
+    let marked = [b"\xff\xfe", &wide[..]].concat();
+    let big: Vec<u8> =
+        "\u{feff}".encode_utf16().chain(csv.encode_utf16()).flat_map(u16::to_be_bytes).collect();
+    let single = csv.chars().map(|c| if c == '\u{20ac}' { 0x80 } else { u32::from(c) as u8 }).collect();
+    let read = [(2, Ok(json!({"text": "a,€\r\nb", "label": "né"})))];
+    for (name, bytes) in [
+        ("utf-16", &wide),
+        ("utf-16", &marked),
+        ("UTF-16", &big),
+        ("utf-16le", &wide),
+        ("windows-1252", &single),
+        ("latin-1", &single),
+        ("iso-8859-1", &single),
+        ("utf-8", &csv.as_bytes().to_vec()),
+    ] {
+        assert_eq!(items_of("a.csv", bytes, how(name)), read, "{name}");
+    }
+    // longer than any buffer
+    let long = "é€😀\n".repeat(100_000);
+    let bytes: Vec<u8> = long.encode_utf16().flat_map(u16::to_le_bytes).collect();
+    let rows = items_of("a.txt", bytes, how("utf-16"));
+    assert_eq!(rows.len(), 100_000);
+    assert!(rows.iter().all(|(_, row)| *row == Ok(json!({"text": "é€😀"}))));
+    // half of a pair
+    let bytes: Vec<u8> = [0x61, 0xd83d, 0x0a, 0x62].into_iter().flat_map(u16::to_le_bytes).collect();
+    let undecoded = "not UTF-16LE: what stands at character 2 of the line can't be decoded";
+    let rows = items_of("a.txt", bytes, how("utf-16"));
+    assert_eq!(rows, [(1, Err(undecoded.into())), (2, Ok(json!({"text": "b"})))]);
+    for unknown in ["klingon", "", "replacement", "iso-2022-kr"] {
+        assert!(unknown.parse::<TextEncoding>().is_err(), "{unknown}");
+    }
+}
+
+#[test]
+fn a_txt_is_lines_or_documents_or_one_text() {
+    let how = |unit| How { unit: Some(unit), ..How::default() };
+    let text = "\n \none\n\ttwo\n\n\nthree\r\n\r\nfo\u{e9}ur\n";
+    let rows: Vec<_> = [(3, "one\n\ttwo"), (7, "three"), (9, "fo\u{e9}ur")]
+        .map(|(line, text)| (line, Ok(json!({"text": text}))))
+        .into();
+    assert_eq!(items_of("a.txt", text, how(TextUnit::Document)), rows);
+    assert_eq!(items_of("a.txt", "a\r\nb", how(TextUnit::Document)), [(1, Ok(json!({"text": "a\r\nb"})))]);
+    assert_eq!(items_of("a.txt", text, how(TextUnit::File)), [(1, Ok(json!({"text": text})))]);
+    assert_eq!(items_of("a.txt", text, how(TextUnit::Line)).len(), 9);
+    let rows = items_of("a.txt", b"a\nb\xff\nc\n\nd", how(TextUnit::Document));
+    assert!(rows[0].1.is_err() && rows[0].0 == 2, "{rows:?}");
+    assert_eq!(rows[1..], [(5, Ok(json!({"text": "d"})))]);
+    for unit in [TextUnit::Document, TextUnit::File] {
+        assert_eq!(items_of("a.txt", "", how(unit)), []);
+    }
+}
+
+#[test]
+fn lines_that_end_with_a_carriage_return_alone_are_refused() {
+    for (name, text) in [("a.csv", "a,b\r1,2\r"), ("a.tsv", "a\tb\r1\t2\r"), ("a.txt", "one\rtwo\r")] {
+        let message = refused(name, text);
+        assert!(
+            message.contains(&format!("{name}:1: the lines end with a carriage return alone")),
+            "{message}"
+        );
+    }
+}
+
+#[test]
+fn empty_lines_at_the_end_are_no_records_of_training_data() {
+    let (_dir, path) = file("a.jsonl", "{\"a\": 1}\n\n \n");
+    assert_eq!(read_examples(&path, &How::default(), Ok).unwrap().len(), 1);
+    assert_eq!(refused("b.jsonl", "\n\n"), "b.jsonl has no records");
+    assert!(refused("c.jsonl", "{}\n\n{}\n").contains("c.jsonl:2: empty line"));
+}
+
+#[test]
+fn numbers_that_no_double_holds_are_kept_as_they_are_written() {
+    let record =
+        r#"{ "id" : 12345678901234567890123 , "a": [1.50, {"b": "x\n] }"}], "b": 0.5, "c\"d": -0.10,"e":7}"#;
+    let lines = [
+        ("a.jsonl", record.to_owned()),
+        ("a.json", format!("[{{\"x\": 1.0}}, {record}]")),
+        ("a.json", format!("{{\"n\": [2.50], \"data\": [0, {record}], \"m\": {{}}}}")),
+    ];
+    for (name, text) in lines {
+        let (_dir, path) = file(name, &text);
+        let row = read(&Source::Path(path), &How::default()).unwrap().last().unwrap().unwrap().unwrap();
+        let expected =
+            [("a", r#"[1.50, {"b": "x\n] }"}]"#), ("c\"d", "-0.10"), ("id", "12345678901234567890123")];
+        let exact: Vec<_> = row.exact.iter().map(|(key, raw)| (key.as_str(), raw.as_str())).collect();
+        assert_eq!(exact, expected, "{text}");
+    }
+}
+
+#[test]
+fn a_column_that_two_fields_stand_in_is_not_taken_away() {
+    let fields = json!({"text": "good", "id": 1}).as_object().unwrap().clone();
+    let mut row = Row::new(1, fields);
+    let columns = Columns::default().with("text", None).with("id", Some("text".into()));
+    assert_eq!(row.take(&columns, "id"), Some(json!("good")));
+    assert_eq!(row.text(&columns, "text"), Ok("good"));
 }
 
 #[test]
@@ -190,7 +416,7 @@ fn examples_and_lines_are_refused_together() {
     let (_dir, path) = file("a.jsonl", "{\"text\": \"a\"}\n\n{\"text\": 3}\n");
     let columns = Columns::default();
     let example = |row: Row| row.text(&columns, "text").map(str::to_owned);
-    let error = read_examples(&path, None, example).unwrap_err().to_string();
+    let error = read_examples(&path, &How::default(), example).unwrap_err().to_string();
     assert!(error.contains("a.jsonl:2: empty line\n"), "{error}");
     assert!(error.ends_with("a.jsonl:3: field \"text\" is a number (3); a string was expected"), "{error}");
 }
@@ -203,14 +429,17 @@ fn formats_are_known_by_extension() {
     assert_eq!(message("a.xml"), format!("a.xml: the format is not known: \"xml\" is none of {known}"));
     assert_eq!(message("a"), format!("a: the format is not known: no extension; the known ones are {known}"));
     assert!(message("ner.conll").contains("is for token-classification"));
-    assert!(read(&Source::of("no/such.csv"), None).is_err_and(|e| e.to_string().contains("No such file")));
+    assert!(
+        read(&Source::of("no/such.csv"), &How::default())
+            .is_err_and(|e| e.to_string().contains("No such file"))
+    );
     assert_eq!(Source::of("-"), Source::Stdin);
 }
 
 #[test]
 fn a_missing_column_is_named_beside_those_that_stand_there() {
     let fields = json!({"sentence": "good", "label": 1, "note": null}).as_object().unwrap().clone();
-    let mut row = Row { line: 7, fields };
+    let mut row = Row::new(7, fields);
     let plain = Columns::default().with("text", None).with("text_pair", None);
     assert_eq!(
         row.text(&plain, "text").unwrap_err().to_string(),
@@ -249,7 +478,7 @@ impl std::io::Read for Failing {
 #[test]
 fn after_an_error_the_rows_end() {
     let input: Input = Box::new(BufReader::new(Failing(false)));
-    let rows = readers::rows(input, Format::Jsonl, "x").unwrap();
+    let rows = readers::rows(input, Format::Jsonl, &How::default(), "x").unwrap();
     let mut rows = Rows { name: "x".into(), rows: Some(rows) };
     assert!(rows.next().unwrap().unwrap().is_ok());
     let error = rows.next().unwrap().unwrap_err();
@@ -267,6 +496,12 @@ fn bytes() -> impl Strategy<Value = Vec<u8>> {
     prop::collection::vec(piece, 0..40).prop_map(|pieces| pieces.concat())
 }
 
+/// Whether bytes begin as UTF-16 or UTF-32 does.
+fn is_wide(bytes: &[u8]) -> bool {
+    let line = bytes.split_inclusive(|&byte| byte == b'\n').next().unwrap_or_default();
+    line.starts_with(&[0xff, 0xfe]) || line.starts_with(&[0xfe, 0xff]) || line.contains(&0)
+}
+
 /// How many lines bytes have: a final end begins none.
 fn lines(bytes: &[u8]) -> usize {
     let bytes = bytes.strip_prefix("\u{feff}".as_bytes()).unwrap_or(bytes);
@@ -276,6 +511,9 @@ fn lines(bytes: &[u8]) -> usize {
 proptest! {
     #[test]
     fn every_line_gives_one_item_in_order(bytes in bytes()) {
+        // beginnings that are refused: lines that end with \r alone, UTF-16
+        prop_assume!(bytes.contains(&b'\n') || !bytes.contains(&b'\r'));
+        prop_assume!(!is_wide(&bytes));
         for name in ["a.jsonl", "a.txt"] {
             let numbers: Vec<_> = items(name, &bytes).into_iter().map(|(line, _)| line).collect();
             prop_assert_eq!(numbers, (1..=lines(&bytes)).collect::<Vec<_>>());
@@ -300,12 +538,16 @@ proptest! {
         let ours = items("a.csv", &bytes);
         prop_assert_eq!(ours.len(), theirs.len());
         for ((_, ours), theirs) in ours.into_iter().zip(theirs) {
-            match ours {
-                Ok(fields) => {
-                    let theirs: Vec<_> = theirs.iter().map(String::from_utf8_lossy).collect();
+            let texts: Result<Vec<_>, _> = theirs.iter().map(str::from_utf8).collect();
+            match (ours, texts) {
+                (Ok(fields), Ok(theirs)) => {
                     prop_assert_eq!(fields, json!({"a": theirs[0], "b": theirs[1]}));
                 }
-                Err(message) => prop_assert!(theirs.len() != 2 || message.contains("never closed")),
+                (Ok(_), Err(error)) => prop_assert!(false, "{error}"),
+                (Err(message), Ok(_)) => {
+                    prop_assert!(theirs.len() != 2 || message.contains("never closed"), "{message}");
+                }
+                (Err(_), Err(_)) => {}
             }
         }
     }
@@ -314,7 +556,7 @@ proptest! {
     fn csv_and_json_of_any_bytes_end_without_panic(bytes in bytes()) {
         for name in ["a.csv", "a.json", "a.parquet"] {
             let (_dir, path) = file(name, &bytes);
-            if let Ok(rows) = read(&Source::Path(path), None) {
+            if let Ok(rows) = read(&Source::Path(path), &How::default()) {
                 prop_assert!(rows.count() <= bytes.len());
             }
         }
