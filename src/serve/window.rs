@@ -180,13 +180,13 @@ impl<T> Iterator for ReadAhead<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::records::{Format, Source, read};
+    use crate::data::records::{How, Source, read};
 
     /// Windows of 2 over 5 texts.
     fn windows(dir: &std::path::Path, size: usize, make: Make<String>) -> Windows<String> {
         let path = dir.join("in.txt");
         std::fs::write(&path, "a\nb\nc\nd\ne\n").unwrap();
-        let rows = read(&Source::Path(path), Some(Format::Txt)).unwrap();
+        let rows = read(&Source::Path(path), &How::default()).unwrap();
         let (source, columns) = ("in.txt".to_owned(), Columns::default());
         Windows { rows, source, columns, make, size, strict: false, read: 0 }
     }
@@ -216,5 +216,39 @@ mod tests {
         let windows = ReadAhead::start(windows(dir.path(), usize::MAX, Box::new(text))).unwrap();
         let read: Vec<usize> = windows.map(|window| window.unwrap().entries.len()).collect();
         assert_eq!(read, [5]);
+    }
+
+    /// The lines that answer a file of records, each with its text.
+    fn answers(records: &str, columns: Columns) -> Vec<String> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.jsonl");
+        std::fs::write(&path, records).unwrap();
+        let rows = read(&Source::Path(path), &How::default()).unwrap();
+        let texts = columns.clone();
+        let make = Box::new(move |row: &Row| row.text(&texts, "text").map(str::to_owned));
+        let windows = Windows { rows, source: "a".into(), columns, make, size: 2, strict: false, read: 0 };
+        let entries = windows.flat_map(|window| window.unwrap().entries);
+        let answer = |entry: Entry<String>| {
+            let text = entry.item.map_or_else(|error| json!({"error": error}), |text| json!({"text": text}));
+            entry.key.answer(text.as_object().unwrap())
+        };
+        entries.map(answer).collect()
+    }
+
+    #[test]
+    fn an_id_comes_back_as_it_is_written() {
+        let ids =
+            ["12345678901234567890123", "18446744073709551615", "-0.10", "1.0", "\"007\"", "{\"b\":[1.50]}"];
+        let records: String = ids.iter().map(|id| format!("{{\"id\": {id}, \"text\": \"a\"}}\n")).collect();
+        let columns = Columns::default().with("text", None).with("id", None);
+        let expected: Vec<String> = ids.iter().map(|id| format!("{{\"id\":{id},\"text\":\"a\"}}")).collect();
+        assert_eq!(answers(&records, columns), expected);
+        assert_eq!(Key::Index(3).answer(&Map::new()), "{\"index\":3}");
+    }
+
+    #[test]
+    fn an_id_may_be_the_text_itself() {
+        let columns = Columns::default().with("text", None).with("id", Some("text".into()));
+        assert_eq!(answers("{\"text\": \"a\"}\n", columns), ["{\"id\":\"a\",\"text\":\"a\"}"]);
     }
 }
