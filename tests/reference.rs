@@ -322,6 +322,7 @@ fn ten_steps_are_those_of_pytorch_with_and_without_accumulation() {
             let norms = numbers(&steps["gradient_norms"]);
             let mut trainer =
                 Trainer::new(&settings, &r.config.family, &r.task, &r.params, &Device::Cpu, losses.len())
+                    .and_then(|trainer| trainer.with_kernels(kernels))
                     .unwrap();
             for step in 0..losses.len() {
                 let batch: Vec<&Example> =
@@ -348,7 +349,10 @@ fn ten_steps_are_those_of_pytorch_with_and_without_accumulation() {
             for weight in file.names() {
                 let now: Vec<f32> = r.params.get(weight).unwrap().flatten_all().unwrap().to_vec1().unwrap();
                 let (worst, _) = max_abs(&now, &floats(&file, weight));
-                assert!(worst <= 1e-5, "{name}: {weight} {worst:e}");
+                assert!(
+                    worst <= 1e-5,
+                    "{name}, {kernels:?}, micro-batches of {micro_batch}: {weight} {worst:e}"
+                );
             }
         }
     }
