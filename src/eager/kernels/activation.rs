@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
 use super::buffer::Buffer;
@@ -25,8 +25,8 @@ pub fn composite(x: &Tensor, how: Activation) -> Result<Tensor> {
     let y = match how {
         Activation::Gelu => x.gelu_erf(),
         Activation::GeluTanh => x.gelu(),
-        // candle's relu has gradient 1 at 0, PyTorch's has 0
-        Activation::Relu => &x * x.gt(0.0)?.to_dtype(DType::F32)?,
+        // candle's relu has gradient 1 at 0, PyTorch's has 0; what is not a number stays so
+        Activation::Relu => x.le(0.0)?.where_cond(&x.zeros_like()?, &x),
         Activation::Silu => x.silu(),
         Activation::Tanh => x.tanh(),
     };
@@ -110,7 +110,7 @@ simd::vectorised! {
 simd::vectorised! {
     fn relu(y: &mut [f32], x: &[f32]) {
         for (y, &x) in y.iter_mut().zip(x) {
-            *y = x.max(0.0);
+            *y = if x <= 0.0 { 0.0 } else { x }; // NaN stays, `max` would make it 0
         }
     }
 }
@@ -118,7 +118,7 @@ simd::vectorised! {
 simd::vectorised! {
     fn relu_backward(dy: &mut [f32], x: &[f32]) {
         for (dy, &x) in dy.iter_mut().zip(x) {
-            *dy = if x > 0.0 { *dy } else { 0.0 };
+            *dy = if x <= 0.0 { 0.0 } else { *dy };
         }
     }
 }
@@ -137,5 +137,32 @@ simd::vectorised! {
             let sigmoid = 1.0 / (1.0 + simd::exp(-x));
             *dy *= sigmoid * (1.0 + x * (1.0 - sigmoid));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Device, Var};
+
+    use super::*;
+
+    #[test]
+    fn relu_keeps_what_is_not_a_number_in_both_forms() {
+        let x = [f32::NAN, f32::NEG_INFINITY, -1.0, 0.0, 2.0, f32::INFINITY];
+        let (y, dy) = ([f32::NAN, 0.0, 0.0, 0.0, 2.0, f32::INFINITY], [1.0, 0.0, 0.0, 0.0, 1.0, 1.0]);
+        let same = |found: &[f32], wanted: &[f32]| {
+            found.iter().zip(wanted).all(|(a, b)| a == b || (a.is_nan() && b.is_nan()))
+        };
+        let (mut fused, mut gradient) = ([7.0; 6], [1.0; 6]);
+        forward(Activation::Relu, &mut fused, &x);
+        backward_here(Activation::Relu, &mut gradient, &x);
+        assert!(same(&fused, &y), "{fused:?}");
+        assert_eq!(gradient, dy);
+
+        let x = Var::new(&x, &Device::Cpu).unwrap();
+        let composite = composite(&x, Activation::Relu).unwrap();
+        let gradient = composite.sum_all().unwrap().backward().unwrap().remove(&x).unwrap();
+        assert!(same(&composite.to_vec1().unwrap(), &y), "{composite}");
+        assert_eq!(gradient.to_vec1::<f32>().unwrap(), dy);
     }
 }
