@@ -266,3 +266,43 @@ impl Gradients {
 pub fn clip_factor(norm: f64, max: f64) -> f64 {
     if max > 0.0 { (max / (norm + 1e-6)).min(1.0) } else { 1.0 }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[cfg(target_arch = "x86_64")]
+    fn the_update_is_the_same_on_every_instruction_set_and_leaves_numbers_without_a_gradient() {
+        let how = Update {
+            clip: 0.5,
+            beta1: 0.9,
+            one_less_beta1: 0.1,
+            beta2: 0.999,
+            one_less_beta2: 0.001,
+            keep: 0.99,
+            rate: 0.01,
+            scale: 31.6,
+            eps: 1e-8,
+        };
+        for n in [1, 8, 16, 37] {
+            let numbers = |seed: usize| -> Vec<f32> {
+                (0..n).map(|i| ((i * 7919 + seed) % 101) as f32 / 50.0 - 1.0).collect()
+            };
+            let step = |gradient: &[f32]| {
+                let (mut weights, mut mean, mut square) = (numbers(1), vec![0.0; n], vec![0.0; n]);
+                update(&mut weights, gradient, &mut mean, &mut square, how);
+                [weights, mean, square].concat().iter().map(|x| x.to_bits()).collect::<Vec<_>>()
+            };
+            let results = simd::tests::on_each(|| step(&numbers(2)));
+            for (instructions, found) in &results {
+                assert_eq!(found, &results[0].1, "{n} numbers on {instructions:?}");
+            }
+            // a row that was never looked up is decayed, no more
+            let untouched = step(&vec![0.0; n]);
+            for (found, before) in untouched.iter().zip(numbers(1)) {
+                assert_eq!(f32::from_bits(*found), before * how.keep);
+            }
+        }
+    }
+}

@@ -398,7 +398,7 @@ impl Attention {
 
 simd::vectorised! {
     /// Scores → weights in place; returns the logarithm of the denominator.
-    fn softmax(row: &mut [f32]) -> f32 {
+    pub(super) fn softmax(row: &mut [f32]) -> f32 {
         let max = simd::max(row);
         for x in row.iter_mut() {
             *x = simd::exp(*x - max);
@@ -414,7 +414,7 @@ simd::vectorised! {
 
 simd::vectorised! {
     /// Scores and the weights' gradient → weights and the scores' gradient, in place.
-    fn softmax_backward(row: &mut [f32], drow: &mut [f32], log_sum: f32, delta: f32) {
+    pub(super) fn softmax_backward(row: &mut [f32], drow: &mut [f32], log_sum: f32, delta: f32) {
         for (x, dx) in row.iter_mut().zip(drow) {
             let p = simd::exp(*x - log_sum);
             *dx = p * (*dx - delta);
@@ -425,7 +425,7 @@ simd::vectorised! {
 
 simd::vectorised! {
     /// The same where weights were dropped: what goes on to the values is the masked weight.
-    fn softmax_backward_masked(row: &mut [f32], drow: &mut [f32], log_sum: f32, delta: f32, mask: Row) {
+    pub(super) fn softmax_backward_masked(row: &mut [f32], drow: &mut [f32], log_sum: f32, delta: f32, mask: Row) {
         for (column, (x, dx)) in row.iter_mut().zip(drow).enumerate() {
             let p = simd::exp(*x - log_sum);
             let factor = mask.factor(column as u32);
@@ -436,7 +436,7 @@ simd::vectorised! {
 }
 
 simd::vectorised! {
-    fn multiply(row: &mut [f32], mask: Row) {
+    pub(super) fn multiply(row: &mut [f32], mask: Row) {
         for (column, x) in row.iter_mut().enumerate() {
             *x *= mask.factor(column as u32);
         }
@@ -444,7 +444,7 @@ simd::vectorised! {
 }
 
 simd::vectorised! {
-    fn dot(a: &[f32], b: &[f32]) -> f32 {
+    pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
         let n = a.len().min(b.len());
         simd::sum(n, |i| a[i] * b[i])
     }

@@ -70,7 +70,7 @@ unsafe impl Sync for Block {}
 
 impl Block {
     fn layout(capacity: usize) -> Layout {
-        // a slice as long as the buffer could not exist either
+        // no slice of so many numbers could exist either
         Layout::array::<f32>(capacity)
             .and_then(|layout| layout.align_to(ALIGNMENT))
             .expect("a buffer larger than the address space")
@@ -78,7 +78,7 @@ impl Block {
 
     fn new(length: usize) -> Self {
         // room for a somewhat longer batch
-        let capacity = (length + length / 8).max(ALIGNMENT);
+        let capacity = length.saturating_add(length / 8).max(ALIGNMENT);
         let layout = Self::layout(capacity);
         // SAFETY: the layout is not of size zero.
         let start = unsafe { alloc_zeroed(layout) };
@@ -107,7 +107,8 @@ impl Free {
     /// back to the allocator, since one that fits is about to take its place.
     fn take(&mut self, length: usize) -> Option<Block> {
         let at = self.0.partition_point(|block| block.capacity < length);
-        if self.0.get(at).is_some_and(|block| block.capacity <= 2 * length + 1024) {
+        if self.0.get(at).is_some_and(|block| block.capacity <= length.saturating_mul(2).saturating_add(1024))
+        {
             return Some(self.0.remove(at));
         }
         if at > 0 && self.0[at - 1].capacity >= length / 2 {
@@ -134,6 +135,13 @@ mod tests {
             assert_eq!(any.len(), length);
             assert!(copy.len() == length && copy.iter().all(|&x| x == 3.0));
         }
+    }
+
+    /// An eighth more than this is more than a `usize` holds, and wraps to almost nothing.
+    #[test]
+    #[should_panic(expected = "a buffer larger than the address space")]
+    fn a_length_that_no_memory_holds_is_refused() {
+        Buffer::any(usize::MAX / 9 * 8 + 64);
     }
 
     #[test]

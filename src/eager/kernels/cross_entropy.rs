@@ -293,7 +293,7 @@ fn below(row: &[f32], max: f32, target: usize, smoothing: f32) -> f32 {
 
 simd::vectorised! {
     /// A row's loss; finite where the target's probability is no longer a number above 0.
-    fn loss(row: &[f32], target: usize, smoothing: f32) -> f32 {
+    pub(super) fn loss(row: &[f32], target: usize, smoothing: f32) -> f32 {
         let max = simd::max(row);
         let sum = simd::sum(row.len(), |i| simd::exp(row[i] - max));
         below(row, max, target, smoothing) + sum.ln()
@@ -302,7 +302,7 @@ simd::vectorised! {
 
 simd::vectorised! {
     /// The same number; the row becomes the loss's gradient times `scale`.
-    fn loss_gradient(row: &mut [f32], target: usize, smoothing: f32, scale: f32) -> f32 {
+    pub(super) fn loss_gradient(row: &mut [f32], target: usize, smoothing: f32, scale: f32) -> f32 {
         let max = simd::max(row);
         let below = below(row, max, target, smoothing);
         for x in row.iter_mut() {

@@ -173,7 +173,7 @@ impl Slot {
 }
 
 simd::vectorised! {
-    fn sum_of_squares(values: &[f32]) -> f32 {
+    pub(super) fn sum_of_squares(values: &[f32]) -> f32 {
         simd::sum(values.len(), |i| values[i] * values[i])
     }
 }

@@ -116,7 +116,7 @@ fn statistics(x: &[f32], eps: f32) -> (f32, f32) {
 }
 
 simd::vectorised! {
-    fn normalise(y: &mut [f32], x: &[f32], w: &[f32], b: &[f32], eps: f32) {
+    pub(super) fn normalise(y: &mut [f32], x: &[f32], w: &[f32], b: &[f32], eps: f32) {
         for (y, x) in y.chunks_exact_mut(w.len()).zip(x.chunks_exact(w.len())) {
             let (mean, rstd) = statistics(x, eps);
             for (((y, &x), &w), &b) in y.iter_mut().zip(x).zip(w).zip(b) {
@@ -128,7 +128,7 @@ simd::vectorised! {
 
 simd::vectorised! {
     /// dy → dx in place.
-    fn gradients(dy: &mut [f32], dw: &mut [f32], db: &mut [f32], x: &[f32], w: &[f32], eps: f32) {
+    pub(super) fn gradients(dy: &mut [f32], dw: &mut [f32], db: &mut [f32], x: &[f32], w: &[f32], eps: f32) {
         let n = w.len();
         let (w, dw, db) = (&w[..n], &mut dw[..n], &mut db[..n]);
         for (dy, x) in dy.chunks_exact_mut(n).zip(x.chunks_exact(n)) {

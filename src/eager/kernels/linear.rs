@@ -214,7 +214,7 @@ pub(crate) fn column_sums(values: &[f32], columns: usize) -> Vec<f32> {
 }
 
 simd::vectorised! {
-    fn add_rows(sums: &mut [f32], rows: &[f32]) {
+    pub(super) fn add_rows(sums: &mut [f32], rows: &[f32]) {
         for row in rows.chunks_exact(sums.len()) {
             for (sum, value) in sums.iter_mut().zip(row) {
                 *sum += value;

@@ -15,6 +15,8 @@ pub mod gemm;
 pub mod gradient;
 pub mod layer_norm;
 pub mod linear;
+#[cfg(test)]
+mod loops;
 pub mod residual;
 pub mod simd;
 pub mod split;

@@ -10,29 +10,62 @@ macro_rules! vectorised {
 
             #[cfg(target_arch = "x86_64")]
             {
+                use $crate::eager::kernels::simd::Instructions;
+
                 #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")]
                 fn widest($($arg: $ty),*) $(-> $ret)? { plain($($arg),*) }
                 #[target_feature(enable = "avx2,fma")]
                 fn wide($($arg: $ty),*) $(-> $ret)? { plain($($arg),*) }
 
-                if is_x86_feature_detected!("avx512f")
-                    && is_x86_feature_detected!("avx512vl")
-                    && is_x86_feature_detected!("avx512bw")
-                    && is_x86_feature_detected!("avx512dq")
-                {
-                    // SAFETY: the processor has just been asked for these instructions.
-                    return unsafe { widest($($arg),*) };
-                }
-                if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-                    // SAFETY: the processor has just been asked for these instructions.
-                    return unsafe { wide($($arg),*) };
+                match Instructions::widest() {
+                    // SAFETY: the processor was asked for each of these instructions.
+                    Instructions::Avx512 => unsafe { widest($($arg),*) },
+                    // SAFETY: as above.
+                    Instructions::Avx2 => unsafe { wide($($arg),*) },
+                    Instructions::Plain => plain($($arg),*),
                 }
             }
+            #[cfg(not(target_arch = "x86_64"))]
             plain($($arg),*)
         }
     };
 }
 pub(crate) use vectorised;
+
+/// What [`vectorised`] compiles loops for. A value other than `Plain` exists only where the processor runs it.
+#[cfg(target_arch = "x86_64")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Instructions {
+    /// AVX-512 (F, VL, BW and DQ), AVX2 and FMA.
+    Avx512,
+    /// AVX2 and FMA.
+    Avx2,
+    /// What every processor has.
+    Plain,
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Instructions {
+    /// The widest that this processor runs.
+    #[inline]
+    pub(crate) fn widest() -> Self {
+        #[cfg(test)]
+        if let Some(chosen) = tests::CHOSEN.get() {
+            return chosen;
+        }
+        let wide = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+        let widest = wide
+            && is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq");
+        match (widest, wide) {
+            (true, _) => Self::Avx512,
+            (false, true) => Self::Avx2,
+            (false, false) => Self::Plain,
+        }
+    }
+}
 
 /// Numbers that are summed side by side: the width of the widest vectors in use, twice.
 const LANES: usize = 16;
@@ -117,8 +150,32 @@ pub fn max(values: &[f32]) -> f32 {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+
+    #[cfg(target_arch = "x86_64")]
+    thread_local! {
+        /// What this thread's loops run on, in place of the widest.
+        pub(crate) static CHOSEN: std::cell::Cell<Option<Instructions>> = const { std::cell::Cell::new(None) };
+    }
+
+    /// The results of one computation, which stays in this thread, on each of the processor's instructions that loops
+    /// are compiled for.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn on_each<T>(compute: impl Fn() -> T) -> Vec<(Instructions, T)> {
+        let run = |chosen| {
+            CHOSEN.set(Some(chosen));
+            let result = compute();
+            CHOSEN.set(None);
+            (chosen, result)
+        };
+        let all = match Instructions::widest() {
+            Instructions::Avx512 => &[Instructions::Plain, Instructions::Avx2, Instructions::Avx512][..],
+            Instructions::Avx2 => &[Instructions::Plain, Instructions::Avx2],
+            Instructions::Plain => &[Instructions::Plain],
+        };
+        all.iter().copied().map(run).collect()
+    }
 
     #[test]
     fn exp_is_as_near_as_it_says() {

@@ -26,21 +26,24 @@ pub struct Matrix<'a> {
 
 impl<'a> Matrix<'a> {
     /// A row-major matrix whose rows stand `row_stride` apart.
+    ///
+    /// # Panics
+    /// It does not lie inside `data`.
     pub fn new(data: &'a [f32], rows: usize, columns: usize, row_stride: usize) -> Self {
-        assert!(rows == 0 || columns == 0 || (rows - 1) * row_stride + columns <= data.len());
+        check_inside(data.len(), rows, columns, row_stride);
         Self { data, rows, columns, row_stride, column_stride: 1 }
     }
 
     /// Some of the rows.
     pub fn rows(self, range: Range<usize>) -> Self {
-        assert!(range.end <= self.rows);
+        assert!(range.start <= range.end && range.end <= self.rows);
         let data = self.data.get(range.start * self.row_stride..).unwrap_or_default();
         Self { data, rows: range.len(), ..self }
     }
 
     /// Some of the columns.
     pub fn columns(self, range: Range<usize>) -> Self {
-        assert!(range.end <= self.columns);
+        assert!(range.start <= range.end && range.end <= self.columns);
         let data = self.data.get(range.start * self.column_stride..).unwrap_or_default();
         Self { data, columns: range.len(), ..self }
     }
@@ -74,18 +77,42 @@ pub struct MatrixMut<'a> {
 
 impl<'a> MatrixMut<'a> {
     /// A row-major matrix whose rows stand `row_stride` apart.
+    ///
+    /// # Panics
+    /// It does not lie inside `data`, or its rows overlap: threads would write the same numbers.
     pub fn new(data: &'a mut [f32], rows: usize, columns: usize, row_stride: usize) -> Self {
-        assert!(rows == 0 || columns == 0 || (rows - 1) * row_stride + columns <= data.len());
+        check_inside(data.len(), rows, columns, row_stride);
+        assert!(
+            rows < 2 || row_stride >= columns,
+            "rows of {columns} numbers that stand {row_stride} apart overlap"
+        );
         Self { data: Shared::new(data), rows, columns, row_stride, borrowed: PhantomData }
     }
 
     /// A matrix whose rows lie between those of others, which a slice could not say.
     ///
     /// # Safety
-    /// For as long as the result lives, its elements are valid and nobody else touches them.
+    /// For as long as the result lives, its elements are valid and nobody else touches them; its rows don't overlap.
     pub unsafe fn raw(data: *mut f32, rows: usize, columns: usize, row_stride: usize) -> Self {
         Self { data: Shared(data), rows, columns, row_stride, borrowed: PhantomData }
     }
+}
+
+/// Whether so many rows lie inside so many numbers.
+///
+/// # Panics
+/// They don't.
+fn check_inside(numbers: usize, rows: usize, columns: usize, row_stride: usize) {
+    let end = match rows.checked_sub(1) {
+        Some(before) if columns > 0 => {
+            before.checked_mul(row_stride).and_then(|last| last.checked_add(columns))
+        }
+        _ => Some(0),
+    };
+    assert!(
+        end.is_some_and(|end| end <= numbers),
+        "{rows} rows of {columns} numbers, {row_stride} apart, are not inside of {numbers} numbers"
+    );
 }
 
 /// Whether a product replaces what stands in the destination or is added to it.
@@ -131,8 +158,7 @@ impl Packed {
     pub fn new(rhs: Matrix) -> Self {
         let mut packed = Self::empty(rhs, loops());
         let start = Shared::new(&mut packed.numbers);
-        let pieces =
-            if rhs.rows * rhs.columns < WORTH_A_TASK / 16 { 1 } else { rayon::current_num_threads() };
+        let pieces = if packed.numbers.len() < WORTH_A_TASK / 16 { 1 } else { rayon::current_num_threads() };
         each(pieces, |i| packed.pack(rhs, share(rhs.columns, pieces, i, packed.loops.columns), start));
         packed
     }
@@ -150,7 +176,10 @@ impl Packed {
     }
 
     fn empty(rhs: Matrix, loops: Loops) -> Self {
-        let numbers = Buffer::any(rhs.columns.next_multiple_of(loops.columns) * rhs.rows);
+        // the rows of an operand may be the same numbers over and over, so they may be any number
+        let length = rhs.columns.checked_next_multiple_of(loops.columns);
+        let length = length.and_then(|columns| columns.checked_mul(rhs.rows));
+        let numbers = Buffer::any(length.expect("an operand that can be packed"));
         Self { loops, k: rhs.rows, columns: rhs.columns, numbers }
     }
 
@@ -161,6 +190,9 @@ impl Packed {
 
     /// Packs whole panels.
     fn pack(&self, rhs: Matrix, columns: Range<usize>, start: Shared) {
+        if self.k == 0 {
+            return; // nothing to read
+        }
         let rhs = rhs.columns(columns.clone());
         for depth in depths(self.k) {
             let source = rhs.rows(depth.clone()).transposed().source();
@@ -229,8 +261,10 @@ impl Packed {
             // SAFETY: views lie inside their slices, packed operands hold whole tiles and panels, and the block is
             // the caller's alone.
             unsafe {
-                let source = lhs.columns(depth.clone()).source();
-                (self.loops.pack)(source, self.loops.rows, packed.as_mut_ptr());
+                if !depth.is_empty() {
+                    let source = lhs.columns(depth.clone()).source();
+                    (self.loops.pack)(source, self.loops.rows, packed.as_mut_ptr());
+                }
                 (self.loops.block)(&Block {
                     lhs: packed.as_ptr(),
                     rhs: self.numbers[self.place(&depth, columns.start)..].as_ptr(),
@@ -252,7 +286,7 @@ impl Packed {
     fn grid(&self, rows: usize) -> (usize, usize) {
         let threads = rayon::current_num_threads();
         let (tiles, panels) = (rows.div_ceil(self.loops.rows), self.columns.div_ceil(self.loops.columns));
-        let most = (rows * self.columns * self.k / WORTH_A_TASK).max(1);
+        let most = (rows.saturating_mul(self.columns).saturating_mul(self.k) / WORTH_A_TASK).max(1);
         let least = rows.div_ceil(HEIGHT).max(1);
         let mut best = (usize::MAX, (least, 1));
         for across in 1..=threads.min(panels).max(1) {
