@@ -30,7 +30,8 @@ struct Run {
 }
 
 fn main() -> Result<()> {
-    tk::process::prepare();
+    // SAFETY: no other thread runs yet.
+    unsafe { tk::process::prepare() };
     let (mut model, mut batches) = (None, vec![1, 8, 32]);
     let (mut prompt, mut new, mut capacity, mut repeat) = (64, 48, 256, 3);
     let (mut precision, mut as_json, mut prompts) = (Precision::Fp32, false, None);

@@ -47,7 +47,8 @@ const EPS: f32 = 1e-12;
 const FEW: usize = 3;
 
 fn main() -> Result<()> {
-    tk::process::prepare();
+    // SAFETY: no other thread runs yet.
+    unsafe { tk::process::prepare() };
     let (mut tokens, mut width, mut repeat) = (4096, 384, 10);
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {

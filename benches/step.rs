@@ -19,7 +19,8 @@ use tk::train::Settings;
 use tk::train::trainer::Trainer;
 
 fn main() -> Result<()> {
-    tk::process::prepare();
+    // SAFETY: no other thread runs yet.
+    unsafe { tk::process::prepare() };
     let mut model = "minilm".to_owned();
     let (mut repeat, mut as_json, mut shapes) = (5, false, Vec::new());
     let mut arguments = std::env::args().skip(1);

@@ -6,7 +6,8 @@ use tk::cli::{self, Cli};
 use tk::say::{StdoutClosed, tell};
 
 fn main() -> ExitCode {
-    tk::process::prepare();
+    // SAFETY: no other thread runs yet.
+    unsafe { tk::process::prepare() };
     ended(|| Cli::parse_with_config(std::env::args_os()).and_then(cli::run)).into()
 }
 

@@ -11,6 +11,7 @@ pub mod slots;
 
 pub use decoder::Decoder;
 pub use library::Library;
+pub use pages::gather_pages;
 pub use providers::{Provider, Providers};
 pub use session::{Model, OrtSession};
 pub use slots::Slots;
