@@ -3,6 +3,9 @@
 //!
 //! The cache is ours. ONNX Runtime sees it through tensors that point into it, bound as a graph's past and as its
 //! present at once: a run writes the new keys and values behind the old ones, and copies nothing.
+//!
+//! This is written in ONNX Runtime's C functions: ort's `IoBinding` binds a tensor to both sides only where it is a whole
+//! allocation of ONNX Runtime's own, and a run here is over some of the slots.
 
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_void};
@@ -44,7 +47,57 @@ struct Cache {
     present: CString,
     heads: usize,
     width: usize,
-    values: Vec<f32>,
+    numbers: Numbers,
+}
+
+/// f32 numbers that bindings point into. All pointers to them come from the allocation's own, so that a look at the
+/// numbers in between takes no binding's right away.
+struct Numbers {
+    start: NonNull<f32>,
+    length: usize,
+}
+
+// SAFETY: owned as a boxed slice would be; whoever holds pointers into it is kept together with it.
+unsafe impl Send for Numbers {}
+
+impl Numbers {
+    fn zeros(length: usize) -> Self {
+        let numbers: &mut [f32] = Box::leak(vec![0.0; length].into_boxed_slice());
+        Self { start: NonNull::from(numbers).cast(), length }
+    }
+
+    fn as_slice(&self) -> &[f32] {
+        // SAFETY: so many initialised numbers, and a run, which alone writes others', borrows their owner mutably.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.length) }
+    }
+
+    fn as_mut_slice(&mut self) -> &mut [f32] {
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.length) }
+    }
+
+    /// The place of a range of the numbers.
+    fn part(&mut self, range: Range<usize>) -> NonNull<[f32]> {
+        assert!(range.start <= range.end && range.end <= self.length);
+        // SAFETY: inside the allocation, by the assertion.
+        NonNull::slice_from_raw_parts(unsafe { self.start.add(range.start) }, range.len())
+    }
+}
+
+impl Drop for Numbers {
+    fn drop(&mut self) {
+        let numbers = NonNull::slice_from_raw_parts(self.start, self.length);
+        // SAFETY: from `Box::leak` in `zeros`, and freed once.
+        drop(unsafe { Box::from_raw(numbers.as_ptr()) });
+    }
+}
+
+/// The largest size that is taken from a graph: so many of so many numbers don't overflow.
+const LARGEST: i64 = 1 << 24;
+
+/// A size that a graph has to say, if it says one.
+fn size(n: i64) -> Option<usize> {
+    (1..=LARGEST).contains(&n).then_some(n as usize)
 }
 
 /// Tokens for the consecutive slots of a run.
@@ -84,9 +137,14 @@ impl Slots {
                 continue;
             };
             let shape = input.dtype().tensor_shape().map(|shape| shape.to_vec()).unwrap_or_default();
-            let [_, heads, _, width] = shape[..] else {
+            let known = match shape[..] {
+                [_, heads, _, width] => size(heads).zip(size(width)),
+                _ => None,
+            };
+            let Some((heads, width)) = known else {
                 bail_unusable!(
-                    "{}: {} has the shape {shape:?}, expected (batch, heads, capacity, width): export it again",
+                    "{}: {} has the shape {shape:?}, expected (batch, heads, capacity, width) with heads and width of \
+                     1 to {LARGEST}: export it again",
                     model.display(),
                     input.name()
                 );
@@ -94,18 +152,24 @@ impl Slots {
             caches.push(Cache {
                 past: CString::new(input.name())?,
                 present: CString::new(format!("present.{layer}"))?,
-                heads: heads as usize,
-                width: width as usize,
-                values: Vec::new(),
+                heads,
+                width,
+                numbers: Numbers::zeros(0),
             });
         }
         let outputs = session.session.outputs();
         let logits = outputs.iter().find(|output| output.name() == "logits");
         let shape = logits.and_then(|output| output.dtype().tensor_shape()).map(|shape| shape.to_vec());
-        let Some([_, _, vocabulary]) = shape.as_deref() else {
-            bail_unusable!("{} gives no logits for tokens: run `tk export` again", model.display());
+        let vocabulary = match shape.as_deref() {
+            Some(&[_, _, vocabulary]) => size(vocabulary),
+            _ => None,
         };
-        let vocabulary = *vocabulary as usize;
+        let Some(vocabulary) = vocabulary else {
+            bail_unusable!(
+                "{} gives no logits for 1 to {LARGEST} tokens: run `tk export` again",
+                model.display()
+            );
+        };
         pages::gather();
         let (bindings, logits) = (HashMap::new(), Vec::new());
         Ok(Self { bindings, session, inputs, caches, slots: 0, capacity: 0, vocabulary, logits })
@@ -133,22 +197,27 @@ impl Slots {
 
     /// Makes so many slots with room for so many tokens each. What the kept slots have read stays, as far as there is
     /// room for it.
+    ///
+    /// # Panics
+    /// No memory could hold them.
     pub fn resize(&mut self, slots: usize, capacity: usize) {
         if (slots, capacity) == (self.slots, self.capacity) {
             return;
         }
         self.bindings.clear(); // they point at what is freed below
         for cache in &mut self.caches {
-            let mut values = vec![0.0; slots * cache.heads * capacity * cache.width];
-            pages::ask_for(&values);
+            let length = [cache.heads, capacity, cache.width].into_iter().try_fold(slots, usize::checked_mul);
+            let mut numbers = Numbers::zeros(length.expect("a cache smaller than the address space"));
+            let values = numbers.as_mut_slice();
+            pages::ask_for(values);
             let kept = self.capacity.min(capacity) * cache.width;
             if kept > 0 {
-                let old = cache.values.chunks_exact(self.capacity * cache.width);
+                let old = cache.numbers.as_slice().chunks_exact(self.capacity * cache.width);
                 for (new, old) in values.chunks_exact_mut(capacity * cache.width).zip(old) {
                     new[..kept].copy_from_slice(&old[..kept]);
                 }
             }
-            cache.values = values;
+            cache.numbers = numbers;
         }
         (self.slots, self.capacity) = (slots, capacity);
     }
@@ -179,17 +248,19 @@ impl Slots {
     /// Copies the tokens of a range from slot to slot, for all pairs (from, to) at once.
     pub fn copy(&mut self, pairs: &[(usize, usize)], tokens: Range<usize>) {
         let capacity = self.capacity;
+        assert!(tokens.end <= capacity, "tokens {tokens:?} of slots with room for {capacity}");
         for cache in &mut self.caches {
             let place = |slot: usize, head: usize| {
                 let row = (slot * cache.heads + head) * capacity;
                 (row + tokens.start) * cache.width..(row + tokens.end) * cache.width
             };
+            let values = cache.numbers.as_mut_slice();
             for head in 0..cache.heads {
                 // all are read before any is written
                 let read: Vec<Vec<f32>> =
-                    pairs.iter().map(|&(from, _)| cache.values[place(from, head)].to_vec()).collect();
-                for (values, &(_, to)) in read.iter().zip(pairs) {
-                    cache.values[place(to, head)].copy_from_slice(values);
+                    pairs.iter().map(|&(from, _)| values[place(from, head)].to_vec()).collect();
+                for (read, &(_, to)) in read.iter().zip(pairs) {
+                    values[place(to, head)].copy_from_slice(read);
                 }
             }
         }
@@ -210,9 +281,11 @@ impl Slots {
             self.slots
         );
         let tokens = ids.len() / rows;
-        let longest = lengths.iter().max().map_or(0, |longest| longest + tokens);
+        let longest = lengths.iter().max().map_or(0, |longest| longest.saturating_add(tokens));
         anyhow::ensure!(
-            longest <= self.capacity && asked.iter().all(|&column| (0..tokens as i64).contains(&column)),
+            tokens > 0
+                && longest <= self.capacity.min(i32::MAX as usize)
+                && asked.iter().all(|&column| (0..tokens as i64).contains(&column)),
             "{longest} tokens in slots of {}, asked for {asked:?} of {tokens}",
             self.capacity
         );
@@ -220,7 +293,8 @@ impl Slots {
             lengths.iter().flat_map(|&length| (length..length + tokens).map(|place| place as i64)).collect();
         let last: Vec<i32> = lengths.iter().map(|&length| (length + tokens) as i32 - 1).collect();
         let total = [longest as i32];
-        self.logits.resize(rows * asked.len() * self.vocabulary, 0.0);
+        let scores = rows.checked_mul(asked.len()).and_then(|rows| rows.checked_mul(self.vocabulary));
+        self.logits.resize(scores.context("more scores than memory holds")?, 0.0);
 
         let binding = match self.bindings.entry(slots.clone()) {
             std::collections::hash_map::Entry::Occupied(known) => known.into_mut(),
@@ -229,18 +303,19 @@ impl Slots {
                 for cache in &mut self.caches {
                     let shape = [rows, cache.heads, self.capacity, cache.width];
                     let size = cache.heads * self.capacity * cache.width;
-                    let part = &mut cache.values[slots.start * size..slots.end * size];
-                    // SAFETY: the bindings are dropped before a cache is freed or moved elsewhere, and nobody looks at
+                    let part = cache.numbers.part(slots.start * size..slots.end * size);
+                    // SAFETY: the bindings are dropped before a cache is freed, which never moves, and nobody looks at
                     // it while a run is under way, for which `self` is borrowed mutably.
                     let value = unsafe { Tensor::over(part, &shape)? };
                     binding.output(&cache.present, &value)?;
-                    binding.input(&cache.past, value)?;
+                    binding.bind_input(&cache.past, &value)?;
                 }
                 place.insert(binding)
             }
         };
         let shape = [rows, tokens];
-        // SAFETY: what these point at lives until the run is over, and they are dropped behind it.
+        // SAFETY: what these point at lives until the run is over. The binding keeps a share of them, which then points
+        // at what may be gone; nobody follows it, because each of them is bound anew before the next run.
         unsafe {
             let small = [
                 (c"input_ids", Tensor::of(ids, &shape)?),
@@ -252,7 +327,10 @@ impl Slots {
             for (name, value) in small.iter().filter(|(name, _)| self.inputs.contains(name)) {
                 binding.bind_input(name, value)?;
             }
-            let logits = Tensor::over(&mut self.logits, &[rows, asked.len(), self.vocabulary])?;
+            let logits = Tensor::over(
+                NonNull::from(self.logits.as_mut_slice()),
+                &[rows, asked.len(), self.vocabulary],
+            )?;
             binding.output(c"logits", &logits)?;
             binding
                 .run(&mut self.session)
@@ -263,13 +341,9 @@ impl Slots {
 }
 
 /// What a session reads and writes in a run.
-struct Binding {
-    binding: NonNull<sys::OrtIoBinding>,
-    /// The session takes no share in what it is bound to.
-    values: Vec<Tensor>,
-}
+struct Binding(NonNull<sys::OrtIoBinding>);
 
-// SAFETY: a binding is used by one thread at a time, through `&mut Slots`.
+// SAFETY: ONNX Runtime ties a binding to no thread, and one at a time uses it, through `&mut Slots`.
 unsafe impl Send for Binding {}
 
 impl Binding {
@@ -278,40 +352,32 @@ impl Binding {
         // SAFETY: the session is alive; a status is looked at before the result.
         let status = unsafe { (ort::api().CreateIoBinding)(session.session.ptr().cast_mut(), &mut binding) };
         check(status)?;
-        let binding = NonNull::new(binding).context("ONNX Runtime gave no binding")?;
-        Ok(Self { binding, values: Vec::new() })
+        Ok(Self(NonNull::new(binding).context("ONNX Runtime gave no binding")?))
     }
 
     fn bind_input(&mut self, name: &CStr, value: &Tensor) -> Result<()> {
-        // SAFETY: all three are alive; the name is copied, and ONNX Runtime takes a share of the value.
-        check(unsafe { (ort::api().BindInput)(self.binding.as_ptr(), name.as_ptr(), value.0.as_ptr()) })
-    }
-
-    /// An input that stays bound.
-    fn input(&mut self, name: &CStr, value: Tensor) -> Result<()> {
-        self.bind_input(name, &value)?;
-        self.values.push(value);
-        Ok(())
+        // SAFETY: all three are alive; the name is copied, and the binding takes a share of the value.
+        check(unsafe { (ort::api().BindInput)(self.0.as_ptr(), name.as_ptr(), value.0.as_ptr()) })
     }
 
     fn output(&mut self, name: &CStr, value: &Tensor) -> Result<()> {
         // SAFETY: as above
-        check(unsafe { (ort::api().BindOutput)(self.binding.as_ptr(), name.as_ptr(), value.0.as_ptr()) })
+        check(unsafe { (ort::api().BindOutput)(self.0.as_ptr(), name.as_ptr(), value.0.as_ptr()) })
     }
 
     /// # Safety
-    /// What the bound values point at must be alive, and nobody else may use it meanwhile.
+    /// What the bound values point at is alive, and nobody else uses it meanwhile.
     unsafe fn run(&mut self, session: &mut OrtSession) -> Result<()> {
         let session = session.session.ptr().cast_mut();
         // SAFETY: both are alive; the rest is promised by the caller
-        check(unsafe { (ort::api().RunWithBinding)(session, std::ptr::null(), self.binding.as_ptr()) })
+        check(unsafe { (ort::api().RunWithBinding)(session, std::ptr::null(), self.0.as_ptr()) })
     }
 }
 
 impl Drop for Binding {
     fn drop(&mut self) {
         // SAFETY: made by CreateIoBinding, and released once
-        unsafe { (ort::api().ReleaseIoBinding)(self.binding.as_ptr()) }
+        unsafe { (ort::api().ReleaseIoBinding)(self.0.as_ptr()) }
     }
 }
 
@@ -340,13 +406,14 @@ impl Element for i64 {
 
 impl Tensor {
     /// # Safety
-    /// The values must outlive every run that the tensor is bound to.
-    unsafe fn over<T: Element>(values: &mut [T], shape: &[usize]) -> Result<Self> {
+    /// The values outlive every run that the tensor is bound to.
+    unsafe fn over<T: Element>(values: NonNull<[T]>, shape: &[usize]) -> Result<Self> {
         // SAFETY: promised by the caller
-        unsafe { Self::at(values.as_mut_ptr().cast(), size_of_val(values), shape, T::KIND) }
+        unsafe { Self::at(values.as_ptr().cast(), values.len() * size_of::<T>(), shape, T::KIND) }
     }
 
-    /// The same for an input, which runs only read.
+    /// The same for an input that runs only read: no graph writes over what it is given, unless that is bound as an
+    /// output, too.
     ///
     /// # Safety
     /// As [`Tensor::over`].
@@ -393,4 +460,37 @@ impl Drop for Tensor {
 fn check(status: sys::OrtStatusPtr) -> Result<()> {
     // SAFETY: the status comes from ONNX Runtime and is handed on once
     Ok(unsafe { ort::Error::result_from_status(status) }?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As a run does that reads and writes through a binding, before and after we look at the numbers ourselves.
+    #[test]
+    fn pointers_into_the_numbers_outlive_our_own_looks_at_them() {
+        let mut numbers = Numbers::zeros(6);
+        let (first, second) = (numbers.part(0..4), numbers.part(2..6));
+        // SAFETY: both lie inside of the numbers, which are alive, and nobody else writes them.
+        unsafe { first.cast::<f32>().add(3).write(3.0) };
+        numbers.as_mut_slice()[0] = 1.0;
+        // SAFETY: as above.
+        unsafe { second.cast::<f32>().add(3).write(5.0) };
+        assert_eq!(numbers.as_slice(), [1.0, 0.0, 0.0, 3.0, 0.0, 5.0]);
+        // SAFETY: as above.
+        assert_eq!(unsafe { first.cast::<f32>().read() }, 1.0);
+        assert!(Numbers::zeros(0).as_slice().is_empty());
+    }
+
+    #[test]
+    #[should_panic]
+    fn a_part_behind_the_numbers_is_refused() {
+        Numbers::zeros(6).part(4..7);
+    }
+
+    #[test]
+    fn sizes_that_a_graph_does_not_say_are_none() {
+        assert_eq!([1, 12, LARGEST].map(size), [Some(1), Some(12), Some(1 << 24)]);
+        assert_eq!([-1, 0, LARGEST + 1, i64::MIN, i64::MAX].map(size), [None; 5]);
+    }
 }
