@@ -110,12 +110,11 @@ fn find() -> Result<Place> {
     }
     let mut looked = Vec::new();
     let executable = std::env::current_exe().and_then(|path| path.canonicalize()).unwrap_or_default();
-    let folders = executable
-        .ancestors()
-        .skip(1)
-        .map(|dir| (dir.join(".deps/onnxruntime"), "in .deps/ above the executable"));
-    let beside = executable.parent().map(|dir| (dir.to_owned(), "beside the executable"));
-    for (dir, found) in folders.chain(beside) {
+    let checkout = checkout_of(&executable)
+        .map(|dir| (dir.join(".deps/onnxruntime"), "in .deps/ of the checkout that holds the executable"));
+    let beside = executable.parent().filter(|dir| !is_anybodys(dir));
+    let beside = beside.map(|dir| (dir.to_owned(), "beside the executable"));
+    for (dir, found) in checkout.into_iter().chain(beside) {
         if let Some(path) = newest_in(&dir) {
             return Ok(Place { path, found });
         }
@@ -128,6 +127,30 @@ fn find() -> Result<Place> {
         looked.push(format!("the system's loader ({name})"));
     }
     Err(unusable!("ONNX Runtime's library is not there; looked in\n  {}\n{REMEDY}", looked.join("\n  ")))
+}
+
+/// The checkout that an executable was built in and still lies in: the nearest folder above it with a Cargo.toml. Not
+/// any folder above: code is loaded from there, and in some of them (`/tmp`) anybody may put a `.deps`.
+fn checkout_of(executable: &Path) -> Option<&Path> {
+    let checkout = executable.ancestors().skip(1).find(|dir| dir.join("Cargo.toml").is_file())?;
+    (!is_anybodys(checkout)).then_some(checkout)
+}
+
+/// Whether a folder is one that all users share, as `/tmp` is: whoever owns something in it, others may add to it.
+fn is_anybodys(dir: &Path) -> bool {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+
+        const STICKY_AND_WRITABLE: u32 = 0o1002;
+        std::fs::metadata(dir)
+            .is_ok_and(|dir| dir.permissions().mode() & STICKY_AND_WRITABLE == STICKY_AND_WRITABLE)
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = dir;
+        false
+    }
 }
 
 /// The library in a folder; the highest version where there are several.
@@ -167,6 +190,31 @@ fn loader_names() -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn of_the_folders_above_the_executable_only_its_checkout_is_searched() {
+        let dir = tempfile::tempdir().unwrap();
+        let executable = dir.path().join("checkout/target/debug/tk");
+        std::fs::create_dir_all(executable.parent().unwrap()).unwrap();
+        std::fs::create_dir_all(dir.path().join(".deps/onnxruntime")).unwrap();
+        assert_eq!(checkout_of(&executable), None, "nothing above was built from a Cargo.toml");
+        std::fs::write(dir.path().join("checkout/Cargo.toml"), "").unwrap();
+        assert_eq!(checkout_of(&executable), Some(&*dir.path().join("checkout")));
+    }
+
+    #[test]
+    #[cfg(unix)]
+    fn a_folder_that_all_users_share_is_not_searched() {
+        use std::os::unix::fs::PermissionsExt;
+
+        let dir = tempfile::tempdir().unwrap();
+        let executable = dir.path().join("target/debug/tk");
+        std::fs::write(dir.path().join("Cargo.toml"), "").unwrap();
+        assert_eq!(checkout_of(&executable), Some(dir.path()));
+        std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o1777)).unwrap();
+        assert_eq!(checkout_of(&executable), None);
+        assert!(is_anybodys(dir.path()));
+    }
 
     #[test]
     fn the_highest_version_in_a_folder_is_taken() {
