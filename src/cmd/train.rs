@@ -225,6 +225,7 @@ impl Prepared {
             }
         };
         task.deciding_metric(settings.best_metric.as_deref())?;
+        settings.check_task(&task)?;
         let eval = match &args.eval {
             Some(path) => args.load(path, &task, &tokenizer)?,
             None => Vec::new(),

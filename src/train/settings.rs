@@ -6,7 +6,14 @@ use serde::{Deserialize, Serialize};
 use super::plan::Budget;
 use super::schedule::Schedule;
 use crate::device::Precision;
+use crate::task::{Problem, Task};
 use crate::{Result, bail_unusable};
+
+/// The smallest `adam_epsilon`: AdamW computes in f32, where less is no normal number.
+const SMALLEST_EPSILON: f64 = 1e-37;
+
+/// The order of every epoch is planned before the first step.
+const MOST_EPOCHS: usize = 100_000;
 
 /// The regime. Defaults are those that BERT's fine-tuning is known to need.
 #[derive(Clone, Debug, PartialEq, clap::Args, Serialize, Deserialize)]
@@ -178,22 +185,52 @@ impl Settings {
         for (name, value, range) in [
             ("warmup-ratio", self.warmup_ratio, 0.0..=1.0),
             ("label-smoothing", self.label_smoothing, 0.0..=1.0),
-            ("dropout", f64::from(self.dropout.unwrap_or(0.0)), 0.0..=0.99),
             ("learning-rate", self.learning_rate, 0.0..=10.0),
             ("weight-decay", self.weight_decay, 0.0..=10.0),
             ("adam-beta1", self.adam_beta1, 0.0..=0.9999),
             ("adam-beta2", self.adam_beta2, 0.0..=0.99999),
-            ("adam-epsilon", self.adam_epsilon, 0.0..=1.0),
             ("max-grad-norm", self.max_grad_norm, 0.0..=f64::MAX),
         ] {
             if !range.contains(&value) {
                 wrong.push(format!("--{name} is {value}, expected {} to {}", range.start(), range.end()));
             }
         }
+        if let Some(p) = self.dropout.filter(|p| !(0.0..1.0).contains(p)) {
+            wrong.push(format!("--dropout is {p}, expected at least 0 and less than 1"));
+        }
+        // with 0, in f32, the weights of a row that never had a gradient would become 0 / 0
+        if !(SMALLEST_EPSILON..=1.0).contains(&self.adam_epsilon) {
+            wrong.push(format!(
+                "--adam-epsilon is {:e}, expected {SMALLEST_EPSILON:e} to 1",
+                self.adam_epsilon
+            ));
+        }
+        if self.epochs > MOST_EPOCHS {
+            wrong.push(format!("--epochs is {}, expected at most {MOST_EPOCHS}", self.epochs));
+        }
         if !wrong.is_empty() {
             bail_unusable!("{}", wrong.join("; "));
         }
         Ok(())
+    }
+
+    /// Refuses a number that would say nothing to the task.
+    ///
+    /// # Errors
+    /// Unusable: names the flag.
+    pub fn check_task(&self, task: &Task) -> Result<()> {
+        match task {
+            Task::TextClassification(task)
+                if self.label_smoothing > 0.0 && task.problem != Problem::SingleLabelClassification =>
+            {
+                bail_unusable!(
+                    "--label-smoothing {} spreads one label's share over the others; where an example has several \
+                     labels or a number, leave it out",
+                    self.label_smoothing
+                )
+            }
+            _ => Ok(()),
+        }
     }
 
     /// What a forward pass may hold.
@@ -202,5 +239,83 @@ impl Settings {
             (Some(tokens), _) => Budget::Tokens(tokens),
             (None, examples) => Budget::Examples(examples.unwrap_or(1)), // `check` refuses none of both
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::task::TextClassification;
+
+    #[test]
+    fn numbers_that_no_run_can_take_are_refused_by_name() {
+        type Change = fn(&mut Settings);
+        let wrong: &[(&str, Change)] = &[
+            ("--learning-rate is NaN", |s| s.learning_rate = f64::NAN),
+            ("--learning-rate is inf", |s| s.learning_rate = f64::INFINITY),
+            ("--learning-rate is -0.1", |s| s.learning_rate = -0.1),
+            ("--warmup-ratio is 1.5", |s| s.warmup_ratio = 1.5),
+            ("--warmup-ratio is NaN", |s| s.warmup_ratio = f64::NAN),
+            ("--weight-decay is -1", |s| s.weight_decay = -1.0),
+            ("--adam-beta1 is 1", |s| s.adam_beta1 = 1.0),
+            ("--adam-beta2 is NaN", |s| s.adam_beta2 = f64::NAN),
+            ("--adam-epsilon is 0", |s| s.adam_epsilon = 0.0),
+            ("--adam-epsilon is 1e-50", |s| s.adam_epsilon = 1e-50),
+            ("--adam-epsilon is NaN", |s| s.adam_epsilon = f64::NAN),
+            ("--max-grad-norm is inf", |s| s.max_grad_norm = f64::INFINITY),
+            ("--max-grad-norm is -1", |s| s.max_grad_norm = -1.0),
+            ("--label-smoothing is 1.1", |s| s.label_smoothing = 1.1),
+            ("--dropout is 1", |s| s.dropout = Some(1.0)),
+            ("--dropout is -0.1", |s| s.dropout = Some(-0.1)),
+            ("--dropout is NaN", |s| s.dropout = Some(f32::NAN)),
+            ("--epochs is 0", |s| s.epochs = 0),
+            ("--epochs is 18446744073709551615", |s| s.epochs = usize::MAX),
+            ("--max-steps is 0", |s| s.max_steps = Some(0)),
+            ("--batch-size is 0", |s| s.batch_size = Some(0)),
+            ("--gradient-accumulation is 0", |s| s.gradient_accumulation = 0),
+            ("--keep-checkpoints is 0", |s| s.keep_checkpoints = 0),
+            ("--eval-every is 0", |s| s.eval_every = Some(0)),
+            ("--save-every is 0", |s| s.save_every = Some(0)),
+            ("--early-stopping-patience is 0", |s| s.early_stopping_patience = Some(0)),
+        ];
+        for (name, change) in wrong {
+            let mut settings = Settings::default();
+            change(&mut settings);
+            let error = settings.check().unwrap_err();
+            assert!(error.to_string().contains(name), "{name}: {error}");
+            assert_eq!(crate::error::exit_code(&error), 2, "{name}");
+        }
+    }
+
+    #[test]
+    fn numbers_at_the_ends_of_what_is_allowed_are_taken() {
+        let ends = Settings {
+            learning_rate: 0.0,
+            warmup_ratio: 1.0,
+            adam_beta1: 0.0,
+            adam_epsilon: 1.0,
+            max_grad_norm: 0.0,
+            label_smoothing: 1.0,
+            dropout: Some(0.99),
+            gradient_accumulation: usize::MAX,
+            max_steps: Some(usize::MAX),
+            ..Settings::default()
+        };
+        ends.check().unwrap();
+        Settings { batch_size: Some(usize::MAX), dropout: Some(0.0), ..ends }.check().unwrap();
+    }
+
+    #[test]
+    fn label_smoothing_is_refused_where_it_means_nothing() {
+        let labels = |n: usize| (0..n).map(|i| i.to_string()).collect::<Vec<_>>();
+        let settings = Settings { label_smoothing: 0.1, ..Settings::default() };
+        for (problem, n) in [(Problem::MultiLabelClassification, 3), (Problem::Regression, 1)] {
+            let task = Task::TextClassification(TextClassification { labels: labels(n), problem });
+            let error = settings.check_task(&task).unwrap_err();
+            assert!(error.to_string().contains("--label-smoothing 0.1"), "{error}");
+            Settings::default().check_task(&task).unwrap();
+        }
+        let single = TextClassification { labels: labels(3), problem: Problem::SingleLabelClassification };
+        settings.check_task(&Task::TextClassification(single)).unwrap();
     }
 }
