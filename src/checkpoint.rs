@@ -66,7 +66,8 @@ impl Weights {
 
     fn map(&mut self, path: &Path) -> Result<()> {
         let file = File::open(path).map_err(|e| unusable!("{}: {e}", path.display()))?;
-        // SAFETY: the file is only read; tk itself replaces weights by renaming, never in place.
+        // SAFETY: the file is only read, and tk itself replaces weights by renaming, never in place. Another program
+        // that writes into the file meanwhile can't be kept from it; every reader of mapped weights trusts in that.
         let map = unsafe { Mmap::map(&file) }.with_context(|| path.display().to_string())?;
         let broken = |e: &dyn std::fmt::Display| {
             unusable!(

@@ -164,7 +164,8 @@ impl Iterator for Rows {
     type Item = Item;
 
     fn next(&mut self) -> Option<Item> {
-        let item = self.rows.as_mut()?.next();
+        let rows = self.rows.as_mut()?;
+        let item = guarded(|| Ok(rows.next())).unwrap_or_else(|error| Some(Err(error)));
         if !matches!(item, Some(Ok(_))) {
             self.rows = None;
         }
@@ -187,7 +188,7 @@ pub fn read(source: &Source, how: &How) -> Result<Rows> {
         }
     };
     let rows = match (rows, format) {
-        (Opened::File(file), Format::Parquet) => parquet::rows(file, how.encoding, &name)?,
+        (Opened::File(file), Format::Parquet) => guarded(|| parquet::rows(file, how.encoding, &name))?,
         (Opened::Stream(_), Format::Parquet) => {
             bail_unusable!("{name}: a Parquet file is read from its end, so it can't come through a pipe")
         }
@@ -197,6 +198,15 @@ pub fn read(source: &Source, how: &How) -> Result<Rows> {
         (Opened::Stream(input), _) => readers::rows(input, format, how, &name)?,
     };
     Ok(Rows { name, rows: Some(rows) })
+}
+
+/// What a reader gives. The parquet library takes for granted that a page holds what the file says of it, and panics
+/// where it does not: then the file can't be read on, which is an error as any other.
+fn guarded<T>(read: impl FnOnce() -> Result<T>) -> Result<T> {
+    // after a panic nobody looks at what the reader has left
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(read)).unwrap_or_else(|_| {
+        Err(unusable!("its parts contradict each other, so it can't be read on: write it again"))
+    })
 }
 
 type Input = Box<dyn BufRead + Send>;

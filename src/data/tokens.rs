@@ -102,7 +102,7 @@ impl Tokenizer {
         truncation_side: Option<&str>,
         built: Option<(String, &'static str)>,
     ) -> Result<Self> {
-        let mut inner = tokenizers::Tokenizer::from_bytes(json).map_err(|error| anyhow!(error))?;
+        let mut inner = parsed(json)?;
         let padding = inner.get_padding().map(|padding| padding.pad_id);
         // all-MiniLM-L6-v2's file pads every text to 128 and cuts it there
         inner.with_padding(None);
@@ -243,6 +243,16 @@ impl Tokenizer {
 
     fn name(&self) -> &'static str {
         self.built.as_ref().map_or("tokenizer.json", |(_, from)| from)
+    }
+}
+
+/// The tokenizer of a `tokenizer.json`. The library takes for granted that its parts are JSON, and that some of them can
+/// be used: it panics where they are not.
+fn parsed(json: &[u8]) -> Result<tokenizers::Tokenizer> {
+    serde_json::from_slice::<Value>(json)?;
+    match std::panic::catch_unwind(|| tokenizers::Tokenizer::from_bytes(json)) {
+        Ok(parsed) => parsed.map_err(|error| anyhow!(error)),
+        Err(_) => Err(anyhow!("one of its parts is not what the tokenizers library expects")),
     }
 }
 

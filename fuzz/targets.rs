@@ -1,0 +1,137 @@
+//! What tk reads of others: each target takes a folder in which one file may hold any bytes, and must come back. An error
+//! is as good as a result; a panic, a hang or memory without end is a fault. `tests/fuzz.rs` makes the bytes.
+
+use std::path::Path;
+
+use serde_json::Map;
+use tk::checkpoint::Weights;
+use tk::data::records::{self, Columns, Source};
+use tk::data::tokens::Tokenizer;
+use tk::generate::Settings;
+use tk::model::ModelConfig;
+use tk::serve::window::Windows;
+use tk::task::Task;
+
+/// A file of any bytes, and what reads it in its folder.
+pub struct Target {
+    pub file: &'static str,
+    /// Files under `models/`: what the bytes begin as, and what stands beside them.
+    pub seeds: &'static [&'static str],
+    pub beside: &'static [&'static str],
+    pub read: fn(&Path),
+}
+
+pub const TARGETS: [Target; 12] = [
+    Target { file: "records.jsonl", seeds: &[], beside: &[], read: |dir| rows(&dir.join("records.jsonl")) },
+    Target { file: "records.json", seeds: &[], beside: &[], read: |dir| rows(&dir.join("records.json")) },
+    Target { file: "records.csv", seeds: &[], beside: &[], read: |dir| rows(&dir.join("records.csv")) },
+    Target { file: "records.tsv", seeds: &[], beside: &[], read: |dir| rows(&dir.join("records.tsv")) },
+    Target { file: "records.txt", seeds: &[], beside: &[], read: |dir| rows(&dir.join("records.txt")) },
+    Target {
+        file: "records.parquet",
+        seeds: &[],
+        beside: &[],
+        read: |dir| rows(&dir.join("records.parquet")),
+    },
+    Target { file: "requests.jsonl", seeds: &[], beside: &["tiny-gpt2-lm/tokenizer.json"], read: requests },
+    Target {
+        file: "model.safetensors",
+        seeds: &["tiny-bert-single/weights_after_steps.safetensors"],
+        beside: &[],
+        read: weights,
+    },
+    Target {
+        file: "config.json",
+        seeds: &[
+            "tiny-bert-single/config.json",
+            "tiny-bert-regression/config.json",
+            "tiny-gpt2-lm/config.json",
+        ],
+        beside: &[],
+        read: config,
+    },
+    Target {
+        file: "tokenizer.json",
+        seeds: &["tiny-bert-single/tokenizer.json", "tiny-gpt2-lm/tokenizer.json"],
+        beside: &["tiny-bert-single/tokenizer_config.json"],
+        read: tokenizer,
+    },
+    Target {
+        file: "vocab.txt",
+        seeds: &["tiny-bert-single/vocab.txt"],
+        beside: &["tiny-bert-single/tokenizer_config.json"],
+        read: tokenizer,
+    },
+    Target {
+        file: "merges.txt",
+        seeds: &["tiny-gpt2-lm/merges.txt"],
+        beside: &["tiny-gpt2-lm/vocab.json", "tiny-gpt2-lm/tokenizer_config.json"],
+        read: tokenizer,
+    },
+];
+
+/// Every record of a file, with its texts and a label.
+fn rows(path: &Path) {
+    let Ok(rows) = records::read(&Source::Path(path.into()), None) else { return };
+    let columns = Columns::default();
+    for row in rows {
+        let Ok(Ok(mut row)) = row else { continue };
+        let _ =
+            (row.text(&columns, "text").map(str::len), row.optional_text(&columns, "text_pair").map(|_| ()));
+        row.fields.values().for_each(|value| drop(records::describe(value)));
+        row.take(&columns, "id");
+    }
+}
+
+/// Lines for serve-batch: an id, a prompt and how to go on with it.
+fn requests(dir: &Path) {
+    let Ok(tokenizer) = Tokenizer::open(dir) else { return };
+    let source = Source::Path(dir.join("requests.jsonl"));
+    let Ok(rows) = records::read(&source, None) else { return };
+    let columns = Columns::default();
+    let windows = Windows {
+        rows,
+        source: source.to_string(),
+        columns: columns.clone(),
+        make: Box::new(move |row| {
+            let settings = Settings::default().with(&row.fields).map_err(|e| row.bad(e.to_string()))?;
+            let text = row.text(&columns, "prompt")?;
+            let ids = tokenizer.encode(text, None, usize::MAX).map_err(|e| row.bad(e.to_string()))?;
+            Ok((settings, ids))
+        }),
+        size: 4,
+        strict: false,
+        read: 0,
+    };
+    for window in windows {
+        let Ok(window) = window else { return };
+        window
+            .entries
+            .iter()
+            .for_each(|entry| drop((Map::from_iter(entry.key.record()), entry.item.is_ok())));
+    }
+}
+
+fn weights(dir: &Path) {
+    let Ok(weights) = Weights::open(dir) else { return };
+    let names: Vec<&str> = weights.names().collect();
+    names.iter().for_each(|name| drop((weights.shape(name), weights.f32(name).map(|values| values.len()))));
+}
+
+fn config(dir: &Path) {
+    let Ok(config) = ModelConfig::read(dir) else { return };
+    let _ = (config.max_positions(), config.vocab_size(), config.token_types(), config.initializer_range());
+    let Ok(task) = Task::from_config(&config) else { return };
+    let _ = task.params(&config.family).map(|params| params.len());
+}
+
+fn tokenizer(dir: &Path) {
+    let Ok(tokenizer) = Tokenizer::open(dir) else { return };
+    let _ = (tokenizer.check_fits(512, Some(2)), tokenizer.end(), tokenizer.pad_id());
+    for text in ["", "a plain text, of no kind", "Ça va 中文 😀 \u{0} \u{202e}[SEP] <|endoftext|>"] {
+        for (pair, longest) in [(None, 2), (None, 64), (Some("and another"), 5), (Some(""), usize::MAX)] {
+            let Ok(encoding) = tokenizer.encode(text, pair, longest) else { continue };
+            assert!(encoding.len() <= longest, "{} tokens where {longest} were allowed", encoding.len());
+        }
+    }
+}
