@@ -2,13 +2,16 @@
 
 use std::path::{Path, PathBuf};
 
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use crate::checkpoint::Weights;
-use crate::data::tokens::Tokenizer;
+use crate::data::tokens::{Tokenizer, settings};
 use crate::model::ModelConfig;
 use crate::task::Task;
-use crate::{Result, bail_unusable, files, unusable};
+use crate::{Result, bail_unusable, files};
+
+/// The fewest tokens that a text may be cut to: one between two special ones, as in training.
+const SHORTEST: usize = 3;
 
 /// A model that can be evaluated, exported and served.
 pub struct Saved {
@@ -36,8 +39,8 @@ impl Saved {
         let config = ModelConfig::read(dir)?;
         let task = Task::from_config(&config)
             .map_err(|e| e.context(dir.join("config.json").display().to_string()))?;
-        let max_length = config.max_positions().min(model_max_length(dir).unwrap_or(usize::MAX));
-        let tokenizer = Tokenizer::open(dir)?;
+        let max_length = config.max_positions().min(model_max_length(dir)?.unwrap_or(usize::MAX));
+        let mut tokenizer = Tokenizer::open(dir)?;
         tokenizer.check_fits(config.vocab_size(), config.token_types())?;
         let weights = Weights::open(dir)?;
         Ok(Self { dir: dir.to_owned(), config, task, tokenizer, weights, max_length })
@@ -48,12 +51,15 @@ impl Saved {
     /// The asked length, or the model's own.
     ///
     /// # Errors
-    /// More than the position table has rows.
+    /// More than the position table has rows, or fewer than a text needs.
     pub fn checked_max_length(&self, asked: Option<usize>) -> Result<usize> {
         let rows = self.config.max_positions();
         match asked {
             Some(length) if length > rows => {
                 bail_unusable!("--max-length {length} is above the {rows} rows of the model's position table")
+            }
+            Some(length) if length < SHORTEST => {
+                bail_unusable!("--max-length is {length}, expected at least {SHORTEST} (as in training)")
             }
             asked => Ok(asked.unwrap_or(self.max_length)),
         }
@@ -64,21 +70,108 @@ impl Saved {
 /// texts where training did; and, where the tokenizer has none, the token that pads, so that transformers can batch.
 pub fn finish_tokenizer_config(dir: &Path, max_length: usize, pad_token: Option<&str>) -> Result<()> {
     let path = dir.join("tokenizer_config.json");
-    let mut config: Map<String, Value> = match std::fs::read_to_string(&path) {
-        Ok(text) => serde_json::from_str(&text).map_err(|e| unusable!("{}: {e}", path.display()))?,
-        Err(_) => Map::new(),
-    };
+    let mut config = settings(&path)?;
     config.insert("model_max_length".to_owned(), max_length.into());
-    if let Some(token) = pad_token {
-        config.entry("pad_token").or_insert_with(|| token.into());
+    if let Some(token) = pad_token.filter(|_| config.get("pad_token").is_none_or(Value::is_null)) {
+        config.insert("pad_token".to_owned(), token.into());
     }
     files::write(&path, serde_json::to_string_pretty(&config)? + "\n")
 }
 
-/// `model_max_length` of `tokenizer_config.json`, which transformers truncates at, where it is a real limit.
-fn model_max_length(dir: &Path) -> Option<usize> {
-    let text = std::fs::read_to_string(dir.join("tokenizer_config.json")).ok()?;
-    let config: Value = serde_json::from_str(&text).ok()?;
-    // transformers writes 10³⁰ for "none"
-    config.get("model_max_length")?.as_u64().map(|n| n as usize)
+/// `model_max_length` of `tokenizer_config.json` (older files: `max_len`), which transformers truncates at, where it is
+/// a real limit.
+///
+/// # Errors
+/// Unusable: it is no number, or too short for any text.
+fn model_max_length(dir: &Path) -> Result<Option<usize>> {
+    let config = settings(&dir.join("tokenizer_config.json"))?;
+    let named = ["model_max_length", "max_len"].into_iter().find_map(|key| Some((key, config.get(key)?)));
+    let Some((key, value)) = named.filter(|(_, value)| !value.is_null()) else { return Ok(None) };
+    match value.as_f64() {
+        Some(length) if length >= SHORTEST as f64 && length.fract() == 0.0 => {
+            // transformers writes 10³⁰ for "none"
+            Ok(Some(length).filter(|length| *length < u32::MAX as f64).map(|length| length as usize))
+        }
+        _ => bail_unusable!(
+            "{}: {key} is {value}, expected a whole number of tokens, at least {SHORTEST}; without the entry the \
+             model's own limit holds",
+            dir.join("tokenizer_config.json").display()
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    /// A model's directory whose tokenizer_config.json has the given entries changed.
+    fn with(changes: &[(&str, Value)]) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tiny-bert-single");
+        for name in ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"] {
+            std::fs::copy(model.join(name), dir.path().join(name)).unwrap();
+        }
+        let path = dir.path().join("tokenizer_config.json");
+        let mut config = settings(&path).unwrap();
+        for (key, value) in changes {
+            config.insert((*key).to_owned(), value.clone());
+        }
+        config.retain(|_, value| value != "absent");
+        std::fs::write(path, Value::Object(config).to_string()).unwrap();
+        dir
+    }
+
+    #[test]
+    fn a_length_that_is_no_length_is_refused_with_its_file() {
+        for value in
+            [json!(0), json!(1), json!(2), json!(-5), json!(7.5), json!("8"), json!([8]), json!(true)]
+        {
+            let dir = with(&[("model_max_length", value.clone())]);
+            let error = Saved::open(dir.path()).err().unwrap();
+            assert_eq!(crate::error::exit_code(&error), 2);
+            assert_eq!(
+                error.to_string(),
+                format!(
+                    "{}: model_max_length is {value}, expected a whole number of tokens, at least 3; without the \
+                     entry the model's own limit holds",
+                    dir.path().join("tokenizer_config.json").display()
+                )
+            );
+        }
+    }
+
+    #[test]
+    fn the_length_is_the_files_where_it_is_below_the_position_tables() {
+        let length = |changes: &[(&str, Value)]| Saved::open(with(changes).path()).unwrap().max_length;
+        assert_eq!(length(&[("model_max_length", json!(8))]), 8);
+        assert_eq!(length(&[("model_max_length", json!(8.0))]), 8);
+        for none in [json!(1e30), json!(u64::MAX), json!(null), json!("absent")] {
+            assert_eq!(length(&[("model_max_length", none)]), 64);
+        }
+        assert_eq!(length(&[("model_max_length", json!("absent")), ("max_len", json!(9))]), 9);
+    }
+
+    #[test]
+    fn an_asked_length_is_one_that_training_could_have() {
+        let saved = Saved::open(with(&[]).path()).unwrap();
+        assert_eq!(saved.checked_max_length(Some(3)).unwrap(), 3);
+        for length in [0, 1, 2] {
+            let error = saved.checked_max_length(Some(length)).unwrap_err().to_string();
+            assert_eq!(error, format!("--max-length is {length}, expected at least 3 (as in training)"));
+        }
+        let most = saved.config.max_positions();
+        assert!(saved.checked_max_length(Some(most + 1)).is_err());
+    }
+
+    #[test]
+    fn a_padding_token_that_is_null_is_given_one() {
+        let dir = with(&[("pad_token", json!(null))]);
+        finish_tokenizer_config(dir.path(), 16, Some("[SEP]")).unwrap();
+        let config = settings(&dir.path().join("tokenizer_config.json")).unwrap();
+        assert_eq!((&config["pad_token"], &config["model_max_length"]), (&json!("[SEP]"), &json!(16)));
+        finish_tokenizer_config(dir.path(), 16, Some("[CLS]")).unwrap();
+        assert_eq!(settings(&dir.path().join("tokenizer_config.json")).unwrap(), config);
+    }
 }

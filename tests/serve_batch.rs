@@ -234,7 +234,7 @@ fn wrong_usage_is_named_and_writes_nothing() {
         (&["--output", out, "--threads", "1000000000000"], "1000000000000"),
         (&["--output", ""], "no name of a file"),
         (&["--output", out, "--max-length", "65"], "65"),
-        (&["--output", out, "--max-length", "1"], "no room"),
+        (&["--output", out, "--max-length", "1"], "at least 3"),
         (&["--output", out, "--ep", "gpu"], "\"gpu\" is no execution provider"),
         (&["--output", out, "--batch-tokens", "0"], "0"),
         (&["--output", out, "--precision", "int4"], "int4"),

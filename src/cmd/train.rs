@@ -188,7 +188,7 @@ impl Prepared {
             TaskName::TextClassification => None,
             TaskName::CausalLm => Some(examples::read_documents(&args.train, &args.fields)?),
         };
-        let tokenizer = match &documents {
+        let mut tokenizer = match &documents {
             Some(documents) if args.from_scratch && !Tokenizer::is_in(&model) => {
                 let texts: Vec<&str> = documents
                     .iter()

@@ -1,9 +1,12 @@
 //! Texts → token ids, by the tokenizer that stands in the model's directory.
 
+mod added;
 mod byte_level;
+mod class;
 mod trained;
 mod wordpiece;
 
+use std::collections::HashSet;
 use std::path::Path;
 
 use anyhow::{Context, anyhow};
@@ -11,8 +14,10 @@ use rayon::prelude::*;
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 use tokenizers::utils::truncation::{TruncationDirection, TruncationParams, truncate_encodings};
-use tokenizers::{PostProcessor, Token};
+use tokenizers::{Model, PostProcessor, Token};
 
+use self::added::Added;
+use self::class::{Class, Files, Kind};
 use crate::data::batch::Encoding;
 use crate::{Result, bail_unusable, files, unusable};
 
@@ -28,6 +33,9 @@ pub const FILES: [&str; 8] = [
     "chat_template.jinja",
 ];
 
+/// SentencePiece's files, which hold a tokenizer too.
+const SENTENCEPIECE: [&str; 4] = ["sentencepiece.bpe.model", "spiece.model", "spm.model", "tokenizer.model"];
+
 /// A model's tokenizer. Padding and truncation that its file asks for are not applied: padding is
 /// the batch's, and the length is an argument.
 #[derive(Clone)]
@@ -39,42 +47,103 @@ pub struct Tokenizer {
     pad_id: u32,
     vocab_size: usize,
     direction: TruncationDirection,
+    /// Of the model that it was held against: rows of the word embeddings, and of the token types'.
+    rows: usize,
+    token_types: usize,
+    /// The token types that a pair is given.
+    pair_types: usize,
 }
 
 impl Tokenizer {
-    /// Reads `tokenizer.json`, or builds BERT's pipeline from `vocab.txt`, or GPT-2's from `vocab.json` and
-    /// `merges.txt`, as transformers does.
+    /// Reads a directory's tokenizer as transformers' AutoTokenizer does: `tokenizer.json`, or BERT's pipeline from
+    /// `vocab.txt`, or GPT-2's or RoBERTa's from `vocab.json` and `merges.txt`; then what `tokenizer_config.json` and
+    /// its tokenizer class say otherwise, and the tokens that the files add.
     ///
     /// # Errors
-    /// Unusable: neither file is there, or one can't be read as a tokenizer.
+    /// Unusable: no such file is there, one can't be read, or they ask for what can't be done.
     pub fn open(dir: &Path) -> Result<Self> {
-        let path = dir.join("tokenizer.json");
         let config = settings(&dir.join("tokenizer_config.json"))?;
-        let specials = settings(&dir.join("special_tokens_map.json"))?;
-        let special = |key: &str| content(config.get(key)).or_else(|| content(specials.get(key)));
+        let files = Files { dir, config: &config };
+        let class = Class::of(&files)?;
+        let has = |name: &str| dir.join(name).exists();
+        let unusable = |error: tokenizers::Error| unusable!("{}: {error}", dir.display());
 
-        let (json, built) = if path.exists() {
-            (std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?, None)
-        } else if dir.join("vocab.txt").exists() {
-            let json = wordpiece::tokenizer_json(dir, &config, special)?;
-            (json.clone().into_bytes(), Some((json, "vocab.txt")))
-        } else if dir.join("vocab.json").exists() && dir.join("merges.txt").exists() {
-            let json = byte_level::tokenizer_json(dir, &config, special)?;
-            (json.clone().into_bytes(), Some((json, "vocab.json")))
+        let (mut inner, added, bytes, built, changed);
+        if has("tokenizer.json") {
+            let path = dir.join("tokenizer.json");
+            let json = std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
+            inner = parsed(&json)
+                .map_err(|error| unusable!("{} can't be read as a tokenizer: {error:#}", path.display()))?;
+            added = Added::read(&files, class.as_ref(), Some(&inner))?;
+            let new = added.add_to(&mut inner, &files, "tokenizer.json", false)?;
+            let other = match &class {
+                Some(class) => class.apply(&mut inner, &files, |key| added.role(key))?,
+                None => false,
+            };
+            (bytes, built, changed) = (json, "tokenizer.json", new || other);
         } else {
-            bail_unusable!(
-                "{} has no tokenizer: neither tokenizer.json nor vocab.txt nor vocab.json with merges.txt is there",
-                dir.display()
-            );
+            let of = |kind| class.unwrap_or(Class::default_of(kind));
+            let (json, class);
+            (json, class, built, added) = if has("vocab.txt") {
+                let class = of(Kind::Bert);
+                class.buildable(&[Kind::Bert], dir, "vocab.txt")?;
+                let added = Added::read(&files, Some(&class), None)?;
+                let unk = added.role("unk_token").unwrap_or_default();
+                (wordpiece::tokenizer_json(dir, &unk)?, class, "vocab.txt", added)
+            } else if has("vocab.json") && has("merges.txt") {
+                let class = of(Kind::Gpt2);
+                class.buildable(&[Kind::Gpt2, Kind::Roberta, Kind::Bart], dir, "vocab.json")?;
+                let added = Added::read(&files, Some(&class), None)?;
+                (byte_level::tokenizer_json(dir)?, class, "vocab.json", added)
+            } else if let Some(name) = SENTENCEPIECE.into_iter().find(|name| has(name)) {
+                bail_unusable!(
+                    "{} has a tokenizer in SentencePiece's form alone ({name}), which tk does not read;                      AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) of transformers writes tokenizer.json",
+                    dir.display()
+                );
+            } else {
+                bail_unusable!(
+                    "{} has no tokenizer: neither tokenizer.json nor vocab.txt nor vocab.json with merges.txt is there",
+                    dir.display()
+                );
+            };
+            let path = dir.join(built);
+            inner = parsed(json.as_bytes())
+                .map_err(|error| unusable!("{} can't be read as a tokenizer: {error:#}", path.display()))?;
+            if class.kind == Kind::Bert {
+                // where no file gives them an id, they are another vocabulary's
+                let ends = ["cls_token", "sep_token"].map(|key| added.role(key).unwrap_or_default());
+                for token in ends.iter().filter(|token| !added.has_id(token)) {
+                    if inner.token_to_id(token).is_none() {
+                        bail_unusable!("{} lacks the special token {token:?}", path.display());
+                    }
+                }
+            }
+            added.add_to(&mut inner, &files, built, true)?;
+            class.set_template(&mut inner, &files, |key| added.role(key))?;
+            class.apply(&mut inner, &files, |key| added.role(key))?;
+            (bytes, changed) = (Vec::new(), true);
+        }
+        let json = if changed { inner.to_string(true).map_err(unusable)?.into_bytes() } else { bytes };
+        // not a part of tokenizer.json
+        inner.set_encode_special_tokens(files.flag("split_special_tokens")?.unwrap_or(false));
+        let direction = match config.get("truncation_side") {
+            None | Some(Value::Null) => None,
+            Some(Value::String(side)) if side == "left" => Some(TruncationDirection::Left),
+            Some(Value::String(side)) if side == "right" => Some(TruncationDirection::Right),
+            Some(side) => bail_unusable!(
+                "{}: truncation_side is {side}, expected \"left\" or \"right\"",
+                dir.join("tokenizer_config.json").display()
+            ),
         };
-        let side = config.get("truncation_side").and_then(Value::as_str);
-        let tokenizer = Self::of(&json, special("pad_token"), side, built);
-        tokenizer.map_err(|error| unusable!("{} can't be read as a tokenizer: {error:#}", path.display()))
+        let built = changed.then(|| (String::from_utf8_lossy(&json).into_owned(), built));
+        Self::of(inner, &json, Some(&added), direction, built)
+            .map_err(|error| unusable!("{}: {error:#}", dir.display()))
     }
 
     /// Whether a directory holds the files of a tokenizer.
     pub fn is_in(dir: &Path) -> bool {
-        ["tokenizer.json", "vocab.txt", "vocab.json"].iter().any(|name| dir.join(name).exists())
+        let names = ["tokenizer.json", "vocab.txt", "vocab.json"].into_iter().chain(SENTENCEPIECE);
+        names.into_iter().any(|name| dir.join(name).exists())
     }
 
     /// Trains a byte-level BPE, as GPT-2's, of at most `vocab_size` tokens.
@@ -88,7 +157,13 @@ impl Tokenizer {
             );
         }
         let json = trained::tokenizer_json(texts, vocab_size)?;
-        Self::of(json.clone().as_bytes(), None, None, Some((json, "the trained tokenizer")))
+        Self::of(
+            parsed(json.as_bytes())?,
+            json.clone().as_bytes(),
+            None,
+            None,
+            Some((json, "the trained tokenizer")),
+        )
     }
 
     /// The token that ends a text in GPT-2's vocabulary.
@@ -96,27 +171,41 @@ impl Tokenizer {
         self.inner.token_to_id(byte_level::END)
     }
 
+    /// `json` is the tokenizer.json that `inner` is.
     fn of(
+        mut inner: tokenizers::Tokenizer,
         json: &[u8],
-        pad: Option<String>,
-        truncation_side: Option<&str>,
+        added: Option<&Added>,
+        direction: Option<TruncationDirection>,
         built: Option<(String, &'static str)>,
     ) -> Result<Self> {
-        let mut inner = parsed(json)?;
         let padding = inner.get_padding().map(|padding| padding.pad_id);
+        let own_direction = inner.get_truncation().map(|truncation| truncation.direction);
+        let direction = direction.or(own_direction).unwrap_or(TruncationDirection::Right);
         // all-MiniLM-L6-v2's file pads every text to 128 and cuts it there
         inner.with_padding(None);
         inner.with_truncation(None).map_err(|error| anyhow!(error))?;
 
-        let pad = pad.and_then(|token| inner.token_to_id(&token)).or(padding);
+        let pad = added.and_then(|added| inner.token_to_id(&added.role("pad_token")?)).or(padding);
         let pad_id = pad.or_else(|| inner.token_to_id("[PAD]")).or_else(|| inner.token_to_id("<pad>"));
-        let vocab_size = inner.get_vocab(true).values().max().map_or(0, |&id| id as usize + 1);
-        let direction = match truncation_side {
-            Some("left") => TruncationDirection::Left,
-            _ => TruncationDirection::Right,
-        };
+        // Many a model has a [PAD] or a [MASK] that its vocabulary and its embeddings lack: such a token asks for no row
+        // before a text holds it. Nor does an empty line of vocab.txt: no text has an empty token.
+        let optional: HashSet<&str> = added.map(|added| added.roles().collect()).unwrap_or_default();
+        let beyond = |token: &str| optional.contains(token) && inner.get_model().token_to_id(token).is_none();
+        let ids = inner.get_vocab(true).into_iter().filter(|(token, _)| !token.is_empty() && !beyond(token));
+        let vocab_size = ids.map(|(_, id)| id as usize + 1).max().unwrap_or(0);
         let hash = Sha256::digest(json).iter().map(|byte| format!("{byte:02x}")).collect();
-        Ok(Self { inner, built, hash, pad_id: pad_id.unwrap_or(0), vocab_size, direction })
+        Ok(Self {
+            inner,
+            built,
+            hash,
+            pad_id: pad_id.unwrap_or(0),
+            vocab_size,
+            direction,
+            rows: usize::MAX,
+            token_types: usize::MAX,
+            pair_types: 0,
+        })
     }
 
     /// Encodes a text, or a pair, with special tokens, in at most `max_length` tokens: as transformers
@@ -149,11 +238,30 @@ impl Tokenizer {
         };
         let (encoding, truncated) =
             cut().map_err(|error: tokenizers::Error| anyhow!(error)).context("tokenizing")?;
+        if let Some(&id) = encoding.get_ids().iter().find(|&&id| id as usize >= self.rows) {
+            bail_unusable!(
+                "the text holds {:?}, id {id} of {}, and the model's word embeddings have {} rows",
+                self.inner.id_to_token(id).unwrap_or_default(),
+                self.name(),
+                self.rows
+            );
+        }
+        if pair.is_some() && !self.takes_pairs() {
+            bail_unusable!(
+                "the model's token type embeddings have {} rows, too few for the second text of a pair",
+                self.token_types
+            );
+        }
         Ok(Encoding {
             ids: encoding.get_ids().to_vec(),
             type_ids: encoding.get_type_ids().to_vec(),
             truncated,
         })
+    }
+
+    /// Whether the model that the tokenizer was held against has a token type for each of two texts.
+    pub fn takes_pairs(&self) -> bool {
+        self.token_types >= self.pair_types
     }
 
     /// [`Tokenizer::encode`] for many texts, in parallel. The order is kept.
@@ -187,19 +295,21 @@ impl Tokenizer {
         self.vocab_size
     }
 
-    /// Holds the ids against the model's embeddings. `token_types` is `None` for a model that reads none.
+    /// Holds the ids against the model's embeddings, and remembers their rows: [`Tokenizer::encode`] then refuses what
+    /// has none. `token_types` is `None` for a model that reads none.
     ///
     /// # Errors
-    /// Unusable: an id or a token type that the model has no row for.
-    pub fn check_fits(&self, vocab_rows: usize, token_types: Option<usize>) -> Result<()> {
-        let (mut ids, mut types) = (self.vocab_size, 0);
-        for pair in [false, true] {
+    /// Unusable: an id of the vocabulary, or a single text's token type, that the model has no row for.
+    pub fn check_fits(&mut self, vocab_rows: usize, token_types: Option<usize>) -> Result<()> {
+        let mut ids = self.vocab_size;
+        let mut types = [0, 0];
+        for (pair, types) in [false, true].into_iter().zip(&mut types) {
             let token =
                 |kind| tokenizers::Encoding::from_tokens(vec![Token::new(0, String::new(), (0, 0))], kind);
             let encoding = self.inner.post_process(token(0), pair.then(|| token(1)), true);
             let encoding = encoding.map_err(|error| anyhow!(error)).context("adding special tokens")?;
             ids = encoding.get_ids().iter().map(|&id| id as usize + 1).fold(ids, usize::max);
-            types = encoding.get_type_ids().iter().map(|&kind| kind as usize + 1).fold(types, usize::max);
+            *types = encoding.get_type_ids().iter().map(|&kind| kind as usize + 1).fold(0, usize::max);
         }
         if ids > vocab_rows {
             bail_unusable!(
@@ -209,6 +319,7 @@ impl Tokenizer {
                 ids - 1
             );
         }
+        let [types, pair_types] = types;
         match token_types {
             Some(rows) if types > rows => bail_unusable!(
                 "{} gives token types up to {}, the model's token type embeddings have {rows} rows: \
@@ -216,8 +327,14 @@ impl Tokenizer {
                 self.name(),
                 types - 1
             ),
-            _ => Ok(()),
+            _ => {}
         }
+        (self.rows, self.pair_types) = (vocab_rows, pair_types);
+        self.token_types = token_types.unwrap_or(usize::MAX);
+        if self.pad_id as usize >= vocab_rows {
+            self.pad_id = 0; // what pads is masked
+        }
+        Ok(())
     }
 
     /// The sha256, in hex, of tokenizer.json: as it was read, or as [`Tokenizer::save`] writes it.
@@ -246,30 +363,50 @@ impl Tokenizer {
     }
 }
 
-/// The tokenizer of a `tokenizer.json`. The library takes for granted that its parts are JSON, and that some of them can
-/// be used: it panics where they are not.
+/// No vocabulary has as many tokens; the library counts up to the highest id when it writes one.
+const MOST_IDS: u32 = 1 << 24;
+
+/// Reads a tokenizer.json, and refuses what the library would panic at.
 fn parsed(json: &[u8]) -> Result<tokenizers::Tokenizer> {
-    serde_json::from_slice::<Value>(json)?;
-    match std::panic::catch_unwind(|| tokenizers::Tokenizer::from_bytes(json)) {
-        Ok(parsed) => parsed.map_err(|error| anyhow!(error)),
-        Err(_) => Err(anyhow!("one of its parts is not what the tokenizers library expects")),
+    serde_json::from_slice::<Value>(json)?; // the library takes for granted that all of it is JSON
+    // and it cuts the prefix off merges' tokens, however short they are
+    let read = std::panic::catch_unwind(|| tokenizers::Tokenizer::from_bytes(json));
+    let tokenizer = match read {
+        Ok(read) => read.map_err(|error| anyhow!(error))?,
+        Err(_) => bail_unusable!("one of its parts is not what the tokenizers library expects"),
+    };
+    if let Some((token, id)) = tokenizer.get_vocab(false).into_iter().find(|(_, id)| *id >= MOST_IDS) {
+        bail_unusable!("the token {token:?} has the id {id}, which no vocabulary reaches");
     }
+    if let Some(token) = template_lacks(&serde_json::to_value(tokenizer.get_post_processor())?) {
+        bail_unusable!("the template of its post_processor names {token:?}, which its special_tokens lack");
+    }
+    Ok(tokenizer)
+}
+
+/// A special token in a post-processor's template that is not among its own special tokens, with as many ids as names.
+fn template_lacks(processor: &Value) -> Option<String> {
+    let lists = ["single", "pair"].into_iter().filter_map(|key| processor.get(key)?.as_array()).flatten();
+    let mut named = lists.filter_map(|piece| piece.get("SpecialToken")?.get("id")?.as_str());
+    let own = |token: &str| {
+        let token = processor.get("special_tokens")?.get(token)?;
+        (token.get("ids")?.as_array()?.len() == token.get("tokens")?.as_array()?.len()).then_some(())
+    };
+    let inner = processor.get("processors").and_then(Value::as_array).into_iter().flatten();
+    named
+        .find(|token| own(token).is_none())
+        .map(str::to_owned)
+        .or_else(|| inner.into_iter().find_map(template_lacks))
 }
 
 /// A JSON object in a file; an empty one where there is no file.
-fn settings(path: &Path) -> Result<Map<String, Value>> {
+pub(crate) fn settings(path: &Path) -> Result<Map<String, Value>> {
     if !path.exists() {
         return Ok(Map::new());
     }
     let bytes = std::fs::read(path).with_context(|| format!("reading {}", path.display()))?;
     serde_json::from_slice(&bytes)
         .map_err(|error| unusable!("{} is not a JSON object: {error}", path.display()))
-}
-
-/// A special token as transformers writes it: a string, or an object with `content`.
-fn content(value: Option<&Value>) -> Option<String> {
-    let value = value?;
-    value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_owned)
 }
 
 #[cfg(test)]

@@ -239,7 +239,11 @@ pub fn encode(
     refuse(path, WRONG_LABELS, wrong)?;
     let texts: Vec<(&str, Option<&str>)> =
         records.iter().map(|record| (record.text.as_str(), record.pair.as_deref())).collect();
-    let encodings: Vec<Encoding> = tokenizer.encode_all(&texts, max_length)?;
+    let encodings: Vec<Encoding> = tokenizer.encode_all(&texts, max_length).map_err(|error| {
+        let bad = |(text, pair): &(&str, Option<&str>)| tokenizer.encode(text, *pair, max_length).is_err();
+        let first = texts.iter().position(bad).map_or(0, |i| records[i].line);
+        error.context(format!("{}:{first}", path.display()))
+    })?;
     let empty = records.iter().zip(&encodings).filter(|(_, encoding)| encoding.is_empty());
     refuse(
         path,

@@ -36,7 +36,8 @@ pub(super) fn run(job: &Job, saved: &Saved, task: &TextClassification) -> Result
         bail_unusable!("{flag} is for causal-lm; this is a text-classification model");
     }
     let max_length = saved.checked_max_length(args.max_length)?;
-    saved.tokenizer.encode("", Some("a pair"), max_length)?; // room for the special tokens
+    // room for the special tokens
+    saved.tokenizer.encode("", saved.tokenizer.takes_pairs().then_some("a pair"), max_length)?;
     let model = served::checked(saved)?;
     let batch_tokens = args.batch_tokens.map(|n| n as usize);
     let pool = Pool::open(&model, &args.ep, job.threads(), batch_tokens, saved.tokenizer.pad_id(), job.say)?;

@@ -1,60 +1,50 @@
-//! `vocab.json` and `merges.txt` → the tokenizer.json that transformers' GPT2TokenizerFast writes.
+//! `vocab.json` and `merges.txt` → the tokenizer.json that transformers' GPT2TokenizerFast and RobertaTokenizerFast make
+//! of them, but for the special tokens.
 
+use std::collections::HashSet;
 use std::path::Path;
 
-use serde_json::{Map, Value, json};
+use serde_json::json;
 
 use super::settings;
-use crate::{Result, unusable};
+use crate::{Result, bail_unusable, unusable};
 
 /// GPT-2's end of a text: in its vocabulary, and never made of smaller parts.
 pub(super) const END: &str = "<|endoftext|>";
 
-/// `special` gives the special tokens by the keys that transformers' files have.
-pub(super) fn tokenizer_json(
-    dir: &Path,
-    config: &Map<String, Value>,
-    special: impl Fn(&str) -> Option<String>,
-) -> Result<String> {
+pub(super) fn tokenizer_json(dir: &Path) -> Result<String> {
     let vocab = settings(&dir.join("vocab.json"))?;
     let path = dir.join("merges.txt");
-    let merges = std::fs::read_to_string(&path)
+    let text = std::fs::read_to_string(&path)
         .map_err(|error| unusable!("{} can't be read: {error}", path.display()))?;
-    // the first line may be a comment with a version
-    let merges: Vec<&str> =
-        merges.lines().filter(|line| !line.is_empty() && !line.starts_with("#version")).collect();
-
-    let mut names = ["bos_token", "eos_token", "unk_token", "pad_token"]
-        .map(|key| special(key).unwrap_or_else(|| END.to_owned()))
-        .to_vec();
-    names.sort();
-    names.dedup();
-    let mut added: Vec<(u64, String)> =
-        names.into_iter().filter_map(|name| Some((vocab.get(&name)?.as_u64()?, name))).collect();
-    added.sort();
-    let added: Vec<Value> = added
-        .into_iter()
-        .map(|(id, content)| {
-            json!({
-                "id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
-                "normalized": true, "special": true,
-            })
-        })
-        .collect();
-    let prefix = config.get("add_prefix_space").and_then(Value::as_bool).unwrap_or(false);
-    let byte_level = |prefix: bool, trim: bool| {
-        let kind = "ByteLevel";
-        json!({"type": kind, "add_prefix_space": prefix, "trim_offsets": trim, "use_regex": true})
-    };
+    let text = text.replace("\r\n", "\n").replace('\r', "\n");
+    // As transformers: the first line is taken for a comment with a version, whatever it is, and what stands behind the
+    // last line's end is no line.
+    let lines: Vec<&str> = text.split('\n').collect();
+    let lines = lines.get(1..lines.len() - 1).unwrap_or_default();
+    let (mut merges, mut seen) = (Vec::with_capacity(lines.len()), HashSet::new());
+    for (i, line) in lines.iter().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
+        let mut parts = line.split_whitespace();
+        let (Some(left), Some(right), None) = (parts.next(), parts.next(), parts.next()) else {
+            bail_unusable!("{}:{}: {line:?} is no merge: expected two tokens", path.display(), i + 2);
+        };
+        if seen.insert((left, right)) {
+            merges.push([left, right]);
+        }
+    }
+    let byte_level =
+        json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
+    let mut decoder = byte_level.clone();
+    decoder["add_prefix_space"] = true.into();
     let tokenizer = json!({
         "version": "1.0",
         "truncation": null,
         "padding": null,
-        "added_tokens": added,
+        "added_tokens": [],
         "normalizer": null,
-        "pre_tokenizer": byte_level(prefix, true),
-        "post_processor": byte_level(true, false),
-        "decoder": byte_level(true, true),
+        "pre_tokenizer": byte_level,
+        "post_processor": null,
+        "decoder": decoder,
         "model": {
             "type": "BPE",
             "dropout": null,
@@ -68,5 +58,5 @@ pub(super) fn tokenizer_json(
             "merges": merges,
         },
     });
-    Ok(serde_json::to_string_pretty(&tokenizer)?)
+    Ok(tokenizer.to_string())
 }

@@ -177,18 +177,33 @@ fn truncation_may_be_asked_for_on_the_left() {
 
 #[test]
 fn a_model_with_too_few_rows_is_refused() {
-    let tokenizer = Tokenizer::open(&model("tiny-bert-single")).unwrap();
+    let mut tokenizer = Tokenizer::open(&model("tiny-bert-single")).unwrap();
     tokenizer.check_fits(392, Some(2)).unwrap();
     tokenizer.check_fits(400, None).unwrap();
     let message = tokenizer.check_fits(391, Some(2)).unwrap_err().to_string();
     assert!(
         message.starts_with("tokenizer.json has ids up to 391, the model's word embeddings have 391 rows: ")
     );
-    let message = tokenizer.check_fits(392, Some(1)).unwrap_err().to_string();
+    let message = tokenizer.check_fits(392, Some(0)).unwrap_err().to_string();
     assert!(
         message.starts_with(
-            "tokenizer.json gives token types up to 1, the model's token type embeddings have 1"
+            "tokenizer.json gives token types up to 0, the model's token type embeddings have 0"
         )
+    );
+}
+
+#[test]
+fn a_model_with_one_token_type_reads_single_texts_and_refuses_pairs() {
+    let mut tokenizer = Tokenizer::open(&model("tiny-bert-single")).unwrap();
+    assert!(tokenizer.takes_pairs());
+    tokenizer.check_fits(392, Some(1)).unwrap();
+    assert!(!tokenizer.takes_pairs());
+    assert_eq!(tokenizer.encode("a b", Some(""), 9).unwrap().type_ids, [0; 4]);
+    let error = tokenizer.encode("a b", Some("c"), 9).unwrap_err();
+    assert_eq!(crate::error::exit_code(&error), 2);
+    assert_eq!(
+        error.to_string(),
+        "the model's token type embeddings have 1 rows, too few for the second text of a pair"
     );
 }
 
@@ -230,12 +245,352 @@ fn what_is_missing_or_broken_is_named() {
     );
     assert_eq!(error(&[], &[("vocab.txt", "a\n[UNK]\n")]), "DIR/vocab.txt lacks the special token \"[CLS]\"");
     let config = [("tokenizer_config.json", r#"{"tokenizer_class": "BertweetTokenizer"}"#)];
-    assert!(error(&["vocab.txt"], &config).contains("a BertweetTokenizer can't be built from vocab.txt"));
+    assert!(error(&["vocab.txt"], &config).contains("tk does not know what a BertweetTokenizer does"));
     let added = [("added_tokens.json", r#"{"<x>": 400}"#)];
-    let message = r#"DIR: the added token "<x>" has id 400, and 392 is its place behind vocab.txt"#;
+    let message = r#"DIR: added_tokens.json gives the added token "<x>" the id 400, and 392 is its place behind vocab.txt"#;
     assert_eq!(error(&["vocab.txt"], &added), message);
     let message = error(&["vocab.txt"], &[("tokenizer_config.json", "[]")]);
     assert!(message.starts_with("DIR/tokenizer_config.json is not a JSON object: "));
+}
+
+/// A directory with files of a model; `tokenizer_config.json` and others changed by JSON merge patches, where a text is
+/// the whole file.
+fn patched(name: &str, copied: &[&str], patches: &[(&str, Value)]) -> tempfile::TempDir {
+    fn merge(into: &mut Value, patch: &Value) {
+        match (into, patch) {
+            (Value::Object(into), Value::Object(patch)) => {
+                for (key, value) in patch {
+                    match value.as_str() {
+                        Some("absent") => drop(into.remove(key)),
+                        _ => merge(into.entry(key.clone()).or_insert(Value::Null), value),
+                    }
+                }
+            }
+            (into, patch) => *into = patch.clone(),
+        }
+    }
+    let dir = tempfile::tempdir().unwrap();
+    for file in copied {
+        std::fs::copy(model(name).join(file), dir.path().join(file)).unwrap();
+    }
+    for (file, patch) in patches {
+        let path = dir.path().join(file);
+        if let Some(text) = patch.as_str() {
+            std::fs::write(path, text).unwrap();
+            continue;
+        }
+        let mut value = match std::fs::read(&path) {
+            Ok(bytes) => serde_json::from_slice(&bytes).unwrap(),
+            Err(_) => json!({}),
+        };
+        merge(&mut value, patch);
+        std::fs::write(path, value.to_string()).unwrap();
+    }
+    dir
+}
+
+/// Holds the ids of texts, cut at twelve tokens, against those of transformers 4.57.6; those of the saved directory
+/// too.
+#[track_caller]
+fn assert_ids(dir: &tempfile::TempDir, expected: &[(&str, &[u32])]) {
+    let to = tempfile::tempdir().unwrap();
+    let tokenizer = Tokenizer::open(dir.path()).unwrap();
+    tokenizer.save(dir.path(), to.path()).unwrap();
+    if dir.path().join("config.json").exists() {
+        std::fs::copy(dir.path().join("config.json"), to.path().join("config.json")).unwrap();
+    }
+    let saved = Tokenizer::open(to.path()).unwrap();
+    assert_eq!(saved.hash(), tokenizer.hash());
+    for (text, ids) in expected {
+        assert_eq!(tokenizer.encode(text, None, 12).unwrap().ids, *ids, "{text:?}");
+        assert_eq!(saved.encode(text, None, 12).unwrap().ids, *ids, "{text:?}, saved");
+    }
+}
+
+// by transformers 4.57.6
+const BERT_CASED: &[(&str, &[u32])] = &[
+    ("Good Film is café not BAD", &[2, 1, 1, 301, 1, 297, 1, 3]),
+    ("é à good", &[2, 1, 1, 319, 3]),
+    ("你好世界 the 今日は", &[2, 1, 252, 1, 1, 293, 1, 258, 1, 3]),
+];
+const BERT_ACCENTS: &[(&str, &[u32])] = &[
+    ("Good Film is café not BAD", &[2, 319, 337, 301, 1, 297, 320, 3]),
+    ("é à good", &[2, 1, 1, 319, 3]),
+    ("你好世界 the 今日は", &[2, 1, 293, 1, 3]),
+];
+const BERT_SILENT: &[(&str, &[u32])] = &[
+    ("Good Film is café not BAD", &[2, 319, 337, 301, 49, 83, 88, 87, 297, 320, 3]),
+    ("é à good", &[2, 51, 47, 319, 3]),
+    ("你好世界 the 今日は", &[2, 1, 252, 1, 1, 293, 1, 258, 1, 3]),
+];
+const BERT_PLAIN: &[(&str, &[u32])] = &[
+    ("Good Film is café not BAD", &[2, 319, 337, 301, 49, 83, 88, 87, 297, 320, 3]),
+    ("é à good", &[2, 51, 47, 319, 3]),
+    ("你好世界 the 今日は", &[2, 1, 252, 1, 1, 293, 1, 258, 1, 3]),
+];
+const BERT_DECODER: &[(&str, &[u32])] =
+    &[("a <X> b<X>c FOO foo Foo <l> z", &[2, 47, 392, 48, 392, 49, 393, 393, 393, 394, 72, 3])];
+const BERT_LEGACY: &[(&str, &[u32])] = &[("<w> bar Bar BAR<w>", &[2, 392, 393, 393, 393, 392, 3])];
+const BERT_MAP: &[(&str, &[u32])] = &[
+    ("<u>the good thegood <v> w <v>", &[2, 392, 293, 319, 293, 89, 97, 97, 86, 393, 69, 3]),
+    ("a [MASK] b", &[2, 47, 4, 48, 3]),
+];
+const BERT_SPLIT: &[(&str, &[u32])] =
+    &[("the cat [MASK] sat  [MASK]. <mask> x <mask>y", &[2, 293, 49, 83, 102, 27, 59, 83, 101, 93, 29, 3])];
+const GPT2_DECODER: &[(&str, &[u32])] = &[(
+    "<|user|>the cat kilowatt<|bot|> <|r|> the",
+    &[407, 317, 220, 66, 268, 220, 408, 349, 65, 281, 372, 409],
+)];
+const GPT2_LEGACY: &[(&str, &[u32])] =
+    &[("<|user|>the cat kilowatt<|bot|> the", &[407, 317, 220, 66, 268, 220, 408, 349, 65, 281, 372, 267])];
+const GPT2_PREFIX: &[(&str, &[u32])] = &[
+    ("Good Film is café not BAD", &[220, 38, 334, 220, 37, 310, 76, 320, 220, 307, 69, 127]),
+    (" leading", &[270, 68, 306, 319]),
+];
+const GPT2_NO_PREFIX: &[(&str, &[u32])] = &[
+    ("Good Film is café not BAD", &[38, 334, 220, 37, 310, 76, 320, 220, 307, 69, 127, 102]),
+    (" leading", &[270, 68, 306, 319]),
+];
+const NEOX_ENDS: &[(&str, &[u32])] = &[
+    ("Good Film is café not BAD", &[406, 38, 334, 220, 37, 310, 76, 320, 220, 307, 69, 406]),
+    ("", &[406, 406]),
+];
+const GPT2_BOS: &[(&str, &[u32])] =
+    &[("Good Film is café not BAD", &[406, 38, 334, 220, 37, 310, 76, 320, 220, 307, 69, 127]), ("", &[406])];
+const ROBERTA: &[(&str, &[u32])] = &[
+    ("Good Film is café not BAD", &[0, 42, 338, 224, 41, 314, 80, 324, 224, 311, 73, 2]),
+    ("the cat [MASK] sat  [MASK]. <mask> x <mask>y", &[0, 321, 224, 70, 272, 224, 62, 48, 36, 54, 46, 2]),
+];
+const ROBERTA_PREFIX: &[(&str, &[u32])] = &[
+    ("Good Film is café not BAD", &[0, 224, 42, 338, 224, 41, 314, 80, 324, 224, 311, 2]),
+    ("<e1>x <s>NOTUSED", &[0, 412, 224, 91, 224, 0, 224, 49, 50, 55, 56, 2]),
+];
+const BERT_VOCAB: &[(&str, &[u32])] = &[
+    ("Good Film is café not BAD", &[2, 319, 337, 301, 49, 83, 88, 87, 297, 320, 3]),
+    ("你好世界 the 今日は", &[2, 1, 252, 1, 1, 293, 1, 258, 1, 3]),
+];
+const CUT_LEFT: &[u32] = &[2, 89, 90, 102, 60, 91, 96, 87, 66, 87, 96, 3];
+const CUT_RIGHT: &[u32] = &[2, 293, 312, 87, 66, 105, 97, 66, 90, 384, 87, 3];
+const ROBERTA_PAIR: [u32; 12] = [0, 406, 284, 90, 82, 2, 2, 295, 275, 81, 224, 2];
+
+const BERT: [&str; 3] = ["tokenizer.json", "tokenizer_config.json", "config.json"];
+const CONFIG: &str = "tokenizer_config.json";
+
+#[test]
+fn what_tokenizer_config_says_of_berts_normalizer_holds() {
+    let bert = |patches: &[(&str, Value)]| patched("tiny-bert-single", &BERT, patches);
+    let cased = json!({"do_lower_case": false});
+    assert_ids(&bert(&[(CONFIG, cased.clone())]), BERT_CASED);
+    let accents = json!({"strip_accents": false, "tokenize_chinese_chars": false});
+    assert_ids(&bert(&[(CONFIG, accents)]), BERT_ACCENTS);
+    // the other way round; where nothing is said, the class's own settings hold
+    let normalizer = json!({"normalizer": {"lowercase": false, "strip_accents": false}});
+    let silent = json!({"do_lower_case": "absent", "strip_accents": "absent"});
+    assert_ids(&bert(&[("tokenizer.json", normalizer.clone()), (CONFIG, silent)]), BERT_SILENT);
+    // a class that leaves tokenizer.json as it is, wherever it is named
+    let plain = json!({"tokenizer_class": "PreTrainedTokenizerFast", "do_lower_case": false});
+    assert_ids(&bert(&[(CONFIG, plain)]), BERT_PLAIN);
+    let (none, class) =
+        (json!({"tokenizer_class": "absent", "do_lower_case": false}), "PreTrainedTokenizerFast");
+    assert_ids(&bert(&[(CONFIG, none), ("config.json", json!({"tokenizer_class": class}))]), BERT_PLAIN);
+    // another normalizer than BERT's has no such settings
+    let chain = json!({"normalizer": {"type": "Sequence", "normalizers": [{"type": "Lowercase"}]}});
+    let dir = bert(&[("tokenizer.json", chain), (CONFIG, cased)]);
+    assert_eq!(Tokenizer::open(dir.path()).unwrap().built, None);
+}
+#[test]
+fn the_side_that_tokenizer_json_cuts_is_kept_unless_tokenizer_config_names_one() {
+    let left = json!({"truncation":
+        {"direction": "Left", "max_length": 64, "strategy": "LongestFirst", "stride": 0}});
+    let left = [("tokenizer.json", left)];
+    let text = "the one two three four five six seven eight nine ten";
+    assert_ids(&patched("tiny-bert-single", &BERT, &left), &[(text, CUT_LEFT)]);
+    let [left] = left;
+    let right = (CONFIG, json!({"truncation_side": "right", "do_lower_case": false}));
+    assert_ids(&patched("tiny-bert-single", &BERT, &[left, right]), &[(text, CUT_RIGHT)]);
+    let dir = patched("tiny-bert-single", &BERT, &[(CONFIG, json!({"truncation_side": "up"}))]);
+    let error = Tokenizer::open(dir.path()).err().unwrap();
+    assert!(error.to_string().ends_with(r#"truncation_side is "up", expected "left" or "right""#));
+}
+
+#[test]
+fn added_tokens_are_read_from_every_file_with_their_flags() {
+    let token = |content: &str, strip: bool, normalized: bool, special: bool| {
+        json!({"content": content, "lstrip": strip, "rstrip": strip, "single_word": false,
+            "normalized": normalized, "special": special})
+    };
+    let decoder = json!({"added_tokens_decoder": {"392": token("<X>", false, false, false),
+        "393": token("Foo", false, true, false), "394": token("<l>", true, false, true)}});
+    for copied in [&BERT[..], &["vocab.txt", CONFIG, "config.json"]] {
+        assert_ids(&patched("tiny-bert-single", copied, &[(CONFIG, decoder.clone())]), BERT_DECODER);
+        let no_decoder = (CONFIG, json!({"added_tokens_decoder": "absent"}));
+        let added = ("added_tokens.json", json!({"<w>": 392, "Bar": 393}));
+        assert_ids(&patched("tiny-bert-single", copied, &[no_decoder, added]), BERT_LEGACY);
+    }
+    let map = json!({"additional_special_tokens": ["<u>", token("<v>", false, false, false)],
+        "mask_token": token("[MASK]", false, false, false)});
+    let no_decoder = (CONFIG, json!({"added_tokens_decoder": "absent"}));
+    assert_ids(
+        &patched("tiny-bert-single", &BERT, &[no_decoder, ("special_tokens_map.json", map)]),
+        BERT_MAP,
+    );
+    let split = (CONFIG, json!({"split_special_tokens": true}));
+    assert_ids(&patched("tiny-bert-single", &BERT, &[split]), BERT_SPLIT);
+
+    let files = ["vocab.json", "merges.txt", CONFIG, "config.json"];
+    let decoder = json!({"added_tokens_decoder": {"407": token("<|user|>", false, false, true),
+        "408": token("kilowatt", false, true, false), "409": token("<|r|>", true, false, false)}});
+    assert_ids(&patched("tiny-gpt2-single", &files, &[(CONFIG, decoder)]), GPT2_DECODER);
+    let added = ("added_tokens.json", json!({"<|user|>": 407, "kilowatt": 408}));
+    let no_decoder = (CONFIG, json!({"added_tokens_decoder": "absent"}));
+    assert_ids(&patched("tiny-gpt2-single", &files, &[no_decoder, added]), GPT2_LEGACY);
+}
+
+#[test]
+fn a_space_in_front_follows_tokenizer_config() {
+    let files = ["tokenizer.json", CONFIG, "config.json"];
+    let own = |prefix: bool| ("tokenizer.json", json!({"pre_tokenizer": {"add_prefix_space": prefix}}));
+    let said =
+        |prefix: Value, class: &str| (CONFIG, json!({"add_prefix_space": prefix, "tokenizer_class": class}));
+    for class in ["GPT2Tokenizer", "PreTrainedTokenizerFast", "GPTNeoXTokenizerFast"] {
+        let dir = |own, said| patched("tiny-gpt2-single", &files, &[own, said]);
+        assert_ids(&dir(own(false), said(json!(true), class)), GPT2_PREFIX);
+        assert_ids(&dir(own(true), said(json!("absent"), class)), GPT2_NO_PREFIX);
+    }
+    let ends =
+        json!({"tokenizer_class": "GPTNeoXTokenizerFast", "add_bos_token": true, "add_eos_token": true});
+    assert_ids(&patched("tiny-gpt2-single", &files, &[(CONFIG, ends)]), NEOX_ENDS);
+    let built = ["vocab.json", "merges.txt", CONFIG, "config.json"];
+    assert_ids(&patched("tiny-gpt2-single", &built, &[(CONFIG, json!({"add_bos_token": true}))]), GPT2_BOS);
+}
+
+#[test]
+fn a_roberta_tokenizer_is_built_from_vocab_json_and_merges() {
+    let gpt2 = settings(&model("tiny-gpt2-single").join("vocab.json")).unwrap();
+    let mut vocab = json!({"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": gpt2.len() + 4});
+    for (token, id) in gpt2 {
+        vocab[token] = (id.as_u64().unwrap() + 4).into();
+    }
+    let dir = |config: Value, model: Value| {
+        patched(
+            "tiny-gpt2-single",
+            &["merges.txt"],
+            &[("vocab.json", vocab.clone()), (CONFIG, config), ("config.json", model)],
+        )
+    };
+    let plain = dir(json!({}), json!({"model_type": "roberta"}));
+    assert_ids(&plain, ROBERTA);
+    let tokenizer = Tokenizer::open(plain.path()).unwrap();
+    let pair = tokenizer
+        .encode("one two three four five six", Some("seven eight nine ten eleven twelve"), 12)
+        .unwrap();
+    assert_eq!(pair.ids, ROBERTA_PAIR);
+    assert_eq!((pair.type_ids, tokenizer.pad_id()), (vec![0; 12], 1));
+    let prefix = json!({"tokenizer_class": "RobertaTokenizer", "add_prefix_space": true,
+        "additional_special_tokens": ["<e1>"]});
+    assert_ids(&dir(prefix, json!({})), ROBERTA_PREFIX);
+}
+
+#[test]
+fn empty_lines_of_vocab_txt_ask_for_no_row() {
+    let text = std::fs::read_to_string(model("tiny-bert-single").join("vocab.txt")).unwrap();
+    for text in [format!("{text}\n\n\n"), text.replace('\n', "\r\n")] {
+        let dir = patched("tiny-bert-single", &["config.json"], &[("vocab.txt", text.into())]);
+        let mut tokenizer = Tokenizer::open(dir.path()).unwrap();
+        tokenizer.check_fits(392, Some(2)).unwrap();
+        assert_ids(&dir, BERT_VOCAB);
+    }
+}
+
+#[test]
+fn a_special_token_without_a_row_is_refused_where_a_text_holds_it() {
+    let files = ["tokenizer.json", CONFIG, "config.json"];
+    let dir = patched("tiny-gpt2-single", &files, &[(CONFIG, json!({"pad_token": "[PAD]"}))]);
+    let mut tokenizer = Tokenizer::open(dir.path()).unwrap();
+    tokenizer.check_fits(407, None).unwrap();
+    assert_eq!(tokenizer.pad_id(), 0);
+    tokenizer.encode("the cat", None, 12).unwrap();
+    let error = tokenizer.encode("the [PAD] cat", None, 12).unwrap_err();
+    assert_eq!(crate::error::exit_code(&error), 2);
+    assert_eq!(
+        error.to_string(),
+        r#"the text holds "[PAD]", id 407 of tokenizer.json, and the model's word embeddings have 407 rows"#
+    );
+}
+
+#[test]
+fn files_that_can_not_be_a_tokenizer_are_errors() {
+    let error = |name: &str, copied: &[&str], patches: &[(&str, Value)]| {
+        let dir = patched(name, copied, patches);
+        let error = Tokenizer::open(dir.path()).err().expect("a refusal");
+        assert_eq!(crate::error::exit_code(&error), 2, "{error:#}");
+        format!("{error:#}").replace(&dir.path().display().to_string(), "DIR")
+    };
+    let bert = |file: &str, patch: Value| error("tiny-bert-single", &BERT, &[(file, patch)]);
+    assert_eq!(
+        bert(CONFIG, json!({"do_lower_case": 1})),
+        "DIR/tokenizer_config.json: do_lower_case is 1, expected true or false"
+    );
+    assert!(bert(CONFIG, json!({"do_lower_case": null})).contains("do_lower_case is null"));
+    let other = json!({"normalizer": null});
+    let message = error(
+        "tiny-bert-single",
+        &BERT,
+        &[("tokenizer.json", other), (CONFIG, json!({"do_lower_case": true}))],
+    );
+    assert!(
+        message.contains("tokenizer_config.json") && message.contains("tokenizer.json has no normalizer"),
+        "{message}"
+    );
+    for value in [
+        json!({"-1": {"content": "x"}}),
+        json!({"1e3": {"content": "x"}}),
+        json!({"392": "x"}),
+        json!([]),
+        json!({"392": {"content": 7}}),
+        json!({"392": {"content": "x", "lstrip": 1}}),
+        json!({"18446744073709551615": {"content": "<x>"}}),
+    ] {
+        bert(CONFIG, json!({"added_tokens_decoder": value}));
+    }
+    let legacy = (CONFIG, json!({"added_tokens_decoder": "absent"}));
+    for value in [json!({"x": -1}), json!({"x": "392"}), json!({"x": 1e300}), json!("[]")] {
+        error("tiny-bert-single", &BERT, &[legacy.clone(), ("added_tokens.json", value)]);
+    }
+    for deep in ["[".repeat(100_000), "{\"a\":".repeat(100_000)] {
+        for file in ["tokenizer.json", CONFIG, "config.json"] {
+            bert(file, deep.clone().into());
+        }
+    }
+    let template = json!({"post_processor": {"single": [{"SpecialToken": {"id": "[X]", "type_id": 0}}]}});
+    assert!(bert("tokenizer.json", template).contains(r#"names "[X]", which its special_tokens lack"#));
+    let files = ["vocab.json", "merges.txt", "config.json"];
+    for id in [json!(u32::MAX), json!(-1), json!("1"), json!(1u64 << 40), json!(1.5)] {
+        error("tiny-gpt2-single", &files, &[("vocab.json", json!({"a": id}))]);
+    }
+    let prefix = json!({"model": {"continuing_subword_prefix": "a long prefix"}});
+    error("tiny-gpt2-single", &["tokenizer.json", "config.json"], &[("tokenizer.json", prefix)]);
+    let merges = ("merges.txt", json!("#version: 0.2\na b\na b c\n"));
+    let message = error("tiny-gpt2-single", &files, &[merges]);
+    assert_eq!(message, r#"DIR/merges.txt:3: "a b c" is no merge: expected two tokens"#);
+}
+
+#[test]
+fn a_class_whose_files_tk_can_not_read_is_refused() {
+    let error = |copied: &[&str], patches: &[(&str, Value)]| {
+        let dir = patched("tiny-bert-single", copied, patches);
+        format!("{:#}", Tokenizer::open(dir.path()).err().expect("a refusal"))
+    };
+    let class = json!({"tokenizer_class": "BertJapaneseTokenizer"});
+    for file in [CONFIG, "config.json"] {
+        let copied = ["vocab.txt", "config.json"];
+        let message = error(&copied, &[(file, class.clone())]);
+        assert!(message.contains(file) && message.contains("BertJapaneseTokenizer does"), "{message}");
+    }
+    let message = error(&["vocab.txt"], &[("config.json", json!({"model_type": "roberta"}))]);
+    assert!(message.contains("can't be built from vocab.txt"), "{message}");
+    let message = error(&["config.json"], &[("sentencepiece.bpe.model", json!("x"))]);
+    assert!(message.contains("(sentencepiece.bpe.model), which tk does not read"), "{message}");
 }
 
 proptest! {
