@@ -62,8 +62,8 @@ fn main() -> Result<()> {
     };
     let bytes = weights(&model, precision)?;
     for batch in batches {
-        slots.resize(0, 0);
-        slots.resize(batch, capacity);
+        slots.resize(0, 0)?;
+        slots.resize(batch, capacity)?;
         run(&mut slots, &prompts, 4)?;
         let mut runs = (0..repeat).map(|_| run(&mut slots, &prompts, new)).collect::<Result<Vec<_>>>()?;
         let mut median = |seconds: fn(&Run) -> f64| {

@@ -276,3 +276,124 @@ fn greedy_tokens_are_those_of_transformers() {
         assert_eq!(all[prompt.len()..], expected);
     }
 }
+
+fn fields(path: PathBuf, more: Value) {
+    let mut config = json(path.clone());
+    config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    std::fs::write(path, config.to_string()).unwrap();
+}
+
+fn generate(dir: &Path, prompt: &str) -> assert_cmd::assert::Assert {
+    tk().arg("generate").arg(dir).args([prompt, "--max-new-tokens", "12"]).assert()
+}
+
+#[test]
+fn a_model_from_scratch_learns_what_texts_begin_with_and_fine_tuning_says_where_it_does_not() {
+    let bench = Bench::new();
+    fields(
+        bench.path("model/config.json"),
+        json!({"pad_token_id": 50256, "bos_token_id": 50256, "eos_token_id": [50256], "decoder_start_token_id": 50256}),
+    );
+    std::fs::write(
+        bench.path("model/generation_config.json"),
+        json!({"eos_token_id": 50256, "pad_token_id": 50256, "suppress_tokens": [50256], "max_new_tokens": 9}).to_string(),
+    )
+    .unwrap();
+    let line = json!({"text": "one two three four five six seven"}).to_string() + "\n";
+    std::fs::write(bench.path("train.jsonl"), line.repeat(64)).unwrap();
+    bench
+        .train("out", &["--from-scratch", "--epochs", "30", "--learning-rate", "5e-3", "--dropout", "0"])
+        .success();
+    let out = bench.path("out");
+    let (config, generation) = (json(out.join("config.json")), json(out.join("generation_config.json")));
+    let end = json(out.join("tokenizer.json"))["model"]["vocab"]["<|endoftext|>"].clone();
+    for key in ["bos_token_id", "eos_token_id", "pad_token_id"] {
+        assert_eq!((&config[key], &generation[key]), (&end, &end), "{key}");
+    }
+    assert!(config.get("decoder_start_token_id").is_none() && generation.get("suppress_tokens").is_none());
+    assert_eq!(generation["max_new_tokens"], 9);
+    tk().args(["export", "--quiet"]).arg(&out).assert().success();
+    for (prompt, expected) in [("", "one two"), ("one", " two three")] {
+        let assert = generate(&out, prompt).success();
+        let text = String::from_utf8_lossy(&assert.get_output().stdout).into_owned();
+        assert!(text.starts_with(expected), "{prompt:?}: {text:?}");
+    }
+
+    // fine-tuned as transformers does, a text's first token is learnt by nobody
+    copy_dir(&models("tiny-gpt2-lm"), &bench.path("model"));
+    let exported = |name: &str, more: &[&str]| {
+        bench.train(name, &[&["--max-steps", "1"], more].concat()).success();
+        tk().args(["export", "--quiet"]).arg(bench.path(name)).assert().success();
+        bench.path(name)
+    };
+    let tuned = exported("tuned", &[]);
+    let refused = generate(&tuned, "").code(2);
+    assert!(stderr(&refused).contains("not learnt what a text begins with"), "{}", stderr(&refused));
+    generate(&tuned, "the").success();
+    std::fs::write(bench.path("p.jsonl"), "{\"prompt\": \"\"}\n{\"prompt\": \"the\"}\n").unwrap();
+    let assert =
+        tk().arg("serve-batch").arg(&tuned).arg("--input").arg(bench.path("p.jsonl")).assert().success();
+    let lines = String::from_utf8_lossy(&assert.get_output().stdout).into_owned();
+    assert!(lines.contains("not learnt") && lines.contains("\"finish_reason\""), "{lines}");
+    generate(&exported("joined", &["--concatenate"]), "").success();
+    let untouched = bench.path("untouched");
+    copy_dir(&models("tiny-gpt2-lm"), &untouched);
+    tk().args(["export", "--quiet"]).arg(&untouched).assert().success();
+    generate(&untouched, "").success();
+}
+
+#[test]
+fn a_list_of_ends_is_kept_and_generation_config_goes_with_the_model() {
+    let bench = Bench::new();
+    copy_dir(&models("tiny-gpt2-lm"), &bench.path("model"));
+    fields(bench.path("model/config.json"), json!({"eos_token_id": [406, 247]}));
+    fields(bench.path("model/generation_config.json"), json!({"eos_token_id": [247], "top_k": 7}));
+    let assert = bench.train("out", &["--max-steps", "1"]).success();
+    assert!(
+        stderr(&assert).contains("end by 406, the first of eos_token_id [406, 247]"),
+        "{}",
+        stderr(&assert)
+    );
+    let generation = json(bench.path("out/generation_config.json"));
+    assert_eq!(json(bench.path("out/config.json"))["eos_token_id"], json!([406, 247]));
+    assert_eq!((&generation["eos_token_id"], &generation["top_k"]), (&json!([247, 406]), &json!(7)));
+    fields(bench.path("model/config.json"), json!({"pad_token_id": 50256}));
+    let assert = bench.train("other", &["--max-steps", "1"]).code(2);
+    assert!(stderr(&assert).contains("config.json: pad_token_id is 50256"), "{}", stderr(&assert));
+}
+
+/// The numbers are transformers 4.57.6's, of the same tokens.
+#[test]
+fn losses_are_those_of_transformers_joined_and_in_windows() {
+    let bench = Bench::new();
+    copy_dir(&models("tiny-gpt2-lm"), &bench.path("model"));
+    let pairs = [
+        json!({"prompt": "the cat sat on the mat and the dog ran", "completion": " home"}),
+        json!({"prompt": "the dog sat on the log and the cat ran", "completion": " away"}),
+    ];
+    std::fs::write(bench.path("train.jsonl"), format!("{}\n{}\n", pairs[0], pairs[1])).unwrap();
+    let assert = bench
+        .train(
+            "out",
+            &["--epochs", "1", "--max-steps", "1", "--max-length", "64", "--dropout", "0", "--concatenate"],
+        )
+        .success();
+    let result: Value = serde_json::from_slice(&assert.get_output().stdout).unwrap();
+    assert!(stderr(&assert).contains("; 7 tokens are learnt"), "{}", stderr(&assert));
+    assert!((result["train_loss"].as_f64().unwrap() - 7.513_095).abs() < 1e-4, "{result}");
+}
+
+#[test]
+fn what_is_cut_is_said_in_eval_too() {
+    let bench = Bench::new();
+    copy_dir(&models("tiny-gpt2-lm"), &bench.path("model"));
+    let long = "the cat sat on the mat ".repeat(40);
+    let write = |record: Value| std::fs::write(bench.path("long.jsonl"), record.to_string()).unwrap();
+    let eval =
+        || tk().arg("eval").arg(bench.path("model")).arg("--input").arg(bench.path("long.jsonl")).assert();
+    write(json!({"prompt": "the cat", "completion": long}));
+    assert!(!stderr(&eval().success()).contains("cut"));
+    write(json!({"prompt": long, "completion": " home"}));
+    let said = stderr(&eval().success());
+    assert!(said.contains("1 of 1 examples are longer than --max-length 128 and are cut"), "{said}");
+}

@@ -7,6 +7,9 @@ use std::path::{Path, PathBuf};
 
 use assert_cmd::assert::Assert;
 use common::{copy_dir, json, models, tk};
+use proptest::prelude::*;
+use proptest::strategy::ValueTree;
+use proptest::test_runner::{Config, TestRunner};
 use serde_json::{Value, json};
 use tk::data::tokens::Tokenizer;
 use tk::generate::{Engine, Finish, Generated, Limits, Request, Settings};
@@ -40,7 +43,7 @@ impl Bench {
     }
 
     fn engine(&self, limits: Limits) -> Engine<'_> {
-        Engine::new(self.slots(), self.tokenizer.inner(), END, POSITIONS, limits)
+        Engine::new(self.slots(), self.tokenizer.inner(), vec![END], POSITIONS, limits)
     }
 
     fn run(&self, limits: Limits, requests: &[Request]) -> Vec<Vec<Generated>> {
@@ -219,7 +222,11 @@ fn records_are_answered_in_their_order_with_their_own_settings() {
     let prompt = bench.tokenizer.encode(&"x ".repeat(60), None, usize::MAX).unwrap().len();
     assert_eq!((get(7, "tokens"), get(7, "finish_reason")), (json!(POSITIONS - prompt), json!("length")));
     let cut = lines(bench.serve(&input, &["--truncate-prompt"]));
-    assert_eq!(cut[4]["tokens"], 1);
+    // as much of it stays as leaves room for all that may be written; one token at least
+    assert_eq!((&cut[4]["tokens"], &cut[4]["truncated"]), (&json!(POSITIONS - 1), &json!(true)));
+    assert_eq!((&cut[0]["tokens"], cut[0].get("truncated")), (&json!(30), None));
+    let cut = lines(bench.serve(&input, &["--truncate-prompt", "--max-new-tokens", "20"]));
+    assert_eq!(cut[4]["tokens"], 20);
     let refused = bench.serve(&input, &["--strict"]).code(2);
     assert!(stderr(&refused).contains("prompts.jsonl:3:"), "{}", stderr(&refused));
 }
@@ -367,4 +374,235 @@ fn a_prompt_is_gone_on_with_on_standard_output() {
     let result: Value = serde_json::from_str(&generate(&["--max-new-tokens", "9", "--json"])).unwrap();
     assert_eq!(text, format!("{}\n", result["texts"][0]["text"].as_str().unwrap()));
     assert_eq!(generate(&["--num-return-sequences", "2", "--top-k", "9"]).matches("\n---\n").count(), 1);
+}
+
+/// Sets fields of a JSON file; null takes one away.
+fn set(path: PathBuf, fields: Value) {
+    let mut config = json(path.clone());
+    let object = config.as_object_mut().unwrap();
+    for (key, value) in fields.as_object().unwrap() {
+        if value == "absent" {
+            object.remove(key)
+        } else {
+            object.insert(key.clone(), value.clone())
+        };
+    }
+    std::fs::write(path, config.to_string()).unwrap();
+}
+
+#[test]
+fn any_of_the_end_tokens_ends_a_text_and_generation_config_goes_before() {
+    let bench = Bench::new();
+    let input = bench.input(&[json!({"prompt": "the cat sat", "max_new_tokens": 12})]);
+    let beams = bench.dir.path().join("beams.jsonl");
+    std::fs::write(
+        &beams,
+        json!({"prompt": "the cat sat", "max_new_tokens": 12, "num_beams": 2}).to_string(),
+    )
+    .unwrap();
+    let path = |name: &str| bench.dir.path().join(name);
+    // transformers: 268 133 81 247 …, by two beams 268 133 81 96 315 317 139 81 279 77 247
+    let answered = |input: &Path| {
+        let found = lines(bench.serve(input, &[])).remove(0);
+        (found["tokens"].as_u64().unwrap(), found["finish_reason"].as_str().unwrap().to_owned())
+    };
+    let (stop, length) = ((3, "stop".to_owned()), (12, "length".to_owned()));
+    for (config, generation, expected) in [
+        (json!(406), json!([406, 247]), &stop),
+        (json!(406), json!(247), &stop),
+        (json!([406, 247]), json!(406), &length),
+        (json!([406, 247]), json!(null), &length),
+        (json!([406, 247]), json!("absent"), &length),
+    ] {
+        set(path("config.json"), json!({"eos_token_id": config}));
+        set(path("generation_config.json"), json!({"eos_token_id": generation}));
+        assert_eq!(&answered(&input), expected, "{config} {generation}");
+    }
+    set(path("generation_config.json"), json!({"eos_token_id": [406, 247]}));
+    assert_eq!(answered(&beams), (10, "stop".to_owned()));
+    std::fs::write(path("generation_config.json"), "{\"eos_token_id\": [406, 407]}").unwrap();
+    let refused = bench.serve(&input, &[]).code(2);
+    assert!(
+        stderr(&refused).contains("generation_config.json: eos_token_id is [406,407]"),
+        "{}",
+        stderr(&refused)
+    );
+    std::fs::remove_file(path("generation_config.json")).unwrap();
+    for (config, expected) in [(json!([406, 247]), &stop), (json!([247]), &stop), (json!(null), &length)] {
+        set(path("config.json"), json!({"eos_token_id": config}));
+        assert_eq!(&answered(&input), expected, "{config}");
+    }
+}
+
+#[test]
+fn every_record_draws_numbers_of_its_own_and_a_seed_of_its_own_repeats() {
+    let bench = Bench::new();
+    let line = json!({"prompt": "the cat sat on the mat", "temperature": 1.0, "max_new_tokens": 5});
+    let mut prompts = vec![line.clone(); 60];
+    for (at, seed) in [(60, 7), (61, 8), (62, 7)] {
+        prompts.push(line.clone());
+        prompts[at]["seed"] = json!(seed);
+    }
+    let input = bench.input(&prompts);
+    let texts = |more: &[&str]| {
+        lines(bench.serve(&input, more)).iter().map(|line| line["text"].to_string()).collect::<Vec<_>>()
+    };
+    let first = texts(&[]);
+    let different: std::collections::HashSet<&String> = first[..60].iter().collect();
+    assert!(different.len() > 50, "{}", different.len());
+    assert_eq!((&first[60], first[61] == first[60]), (&first[62], false));
+    assert_eq!(texts(&["--window", "7", "--slots", "3"]), first, "whoever stands beside whom");
+    assert_ne!(texts(&["--seed", "1"])[0], first[0]);
+}
+
+#[test]
+fn what_training_cut_texts_at_bounds_no_text_that_is_written() {
+    let bench = Bench::new();
+    set(bench.dir.path().join("tokenizer_config.json"), json!({"model_max_length": 8}));
+    let input = bench
+        .input(&[json!({"prompt": "the cat sat on the mat and the dog ran home", "max_new_tokens": 20})]);
+    assert_eq!(lines(bench.serve(&input, &[]))[0]["tokens"], 20);
+    let prompt = ["the cat sat on the mat and the dog ran home", "--max-new-tokens", "20"];
+    tk().arg("generate").arg(bench.dir.path()).args(prompt).assert().success();
+    for length in ["0", "1"] {
+        let refused = bench.serve(&input, &["--max-length", length, "--truncate-prompt"]).code(2);
+        assert!(stderr(&refused).contains("no room for"), "{}", stderr(&refused));
+        let text = bench.dir.path().join("text.jsonl");
+        std::fs::write(&text, json!({"text": "the cat"}).to_string()).unwrap();
+        let refused = tk()
+            .arg("eval")
+            .arg(bench.dir.path())
+            .args(["--max-length", length, "--input"])
+            .arg(&text)
+            .assert();
+        let refused = refused.code(2);
+        assert!(stderr(&refused).contains("no room for"), "{}", stderr(&refused));
+    }
+}
+
+/// Records of extreme values in every field: an answer or an error stands in each one's place.
+#[test]
+fn no_record_ends_a_run() {
+    let bench = Bench::new();
+    let extremes: Vec<Value> = [
+        "0",
+        "1",
+        "-1",
+        "2",
+        "3",
+        "4097",
+        "1e-50",
+        "1e-300",
+        "1e300",
+        "-1e300",
+        "1e38",
+        "0.5",
+        "null",
+        "true",
+        "\"\"",
+        "\"x\"",
+        "\"nan\"",
+        "\"-inf\"",
+        "[]",
+        "{}",
+        "4294967296",
+        "281474976710656",
+        "1000000000000",
+        "9223372036854775807",
+        "9223372036854775808",
+        "18446744073709551615",
+        "18446744073709551616",
+        "\"18446744073709551615\"",
+        "18446744073709551612",
+    ]
+    .iter()
+    .map(|text| serde_json::from_str(text).unwrap())
+    .collect();
+    let fields = [
+        "max_new_tokens",
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "repetition_penalty",
+        "num_beams",
+        "length_penalty",
+        "num_return_sequences",
+        "seed",
+        "stop",
+    ];
+    let value = proptest::sample::select(extremes.clone());
+    let field = proptest::sample::select(fields.to_vec());
+    let record = proptest::collection::vec((field, value), 1..4);
+    let mut runner = TestRunner::deterministic();
+    let mut records = Vec::new();
+    for field in fields {
+        for value in &extremes {
+            records.push(json!({"prompt": "the cat", field: value}));
+            records.push(json!({"prompt": "the cat", "temperature": 1, field: value}));
+        }
+    }
+    for _ in 0..300 {
+        let mut line = json!({"prompt": "the cat"});
+        for (key, value) in record.new_tree(&mut runner).unwrap().current() {
+            line[key] = value;
+        }
+        records.push(line);
+    }
+    let input = bench.input(&records);
+    let found = lines(bench.serve(&input, &["--cache-mb", "1", "--max-new-tokens", "3"]));
+    assert_eq!(found.len(), records.len());
+    for (i, line) in found.iter().enumerate() {
+        assert_eq!(line["index"], i);
+        assert!(
+            ["error", "text", "texts"].iter().any(|key| line.get(key).is_some()),
+            "{} {line}",
+            records[i]
+        );
+    }
+    let tokens = |fields: &Value| {
+        let at = records.iter().position(|record| record == fields).unwrap();
+        found[at]["tokens"].clone()
+    };
+    let all = tokens(&json!({"prompt": "the cat", "max_new_tokens": i64::MAX}));
+    assert_eq!(tokens(&json!({"prompt": "the cat", "max_new_tokens": u64::MAX})), all);
+}
+
+#[test]
+fn no_flag_ends_a_run_but_by_a_result_or_an_error_of_its_own() {
+    let bench = Bench::new();
+    let flags = [
+        "max-new-tokens",
+        "temperature",
+        "top-k",
+        "top-p",
+        "min-p",
+        "repetition-penalty",
+        "num-beams",
+        "length-penalty",
+        "num-return-sequences",
+        "seed",
+        "stop",
+        "slots",
+        "cache-mb",
+    ];
+    let values = ["0", "-1", "1e300", "nan", "", "4294967295", "281474976710656", "18446744073709551615"];
+    let cases = flags.iter().flat_map(|flag| values.iter().map(move |value| (*flag, *value)));
+    let cases: Vec<(&str, &str)> = cases.collect();
+    let config = Config { cases: 40, failure_persistence: None, ..Config::default() };
+    TestRunner::new_with_rng(
+        config,
+        proptest::test_runner::TestRng::deterministic_rng(proptest::test_runner::RngAlgorithm::ChaCha),
+    )
+    .run(&proptest::sample::select(cases), |(flag, value)| {
+        let out = tk()
+            .arg("generate")
+            .arg(bench.dir.path())
+            .args(["the cat", &format!("--{flag}={value}")])
+            .output();
+        let code = out.unwrap().status.code();
+        prop_assert!(matches!(code, Some(0 | 2)), "--{flag}={value}: {code:?}");
+        Ok(())
+    })
+    .unwrap();
 }

@@ -346,7 +346,7 @@ fn every_verb_gives_the_reference_in_place() {
         }
         let (_dir, path) = going_on(case, Kind::in_place(Precision::Fp32));
         let mut slots = Slots::open(&path, 1, Say { quiet: true, ..Say::default() }).unwrap();
-        slots.resize(case.batch.len(), 32);
+        slots.resize(case.batch.len(), 32).unwrap();
         let mut found = vec![Vec::new(); case.batch.len()];
         for half in 0..2 {
             for (slot, encoding) in case.batch.iter().enumerate() {

@@ -60,6 +60,11 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     let max_length = saved.checked_max_length(args.max_length)?;
     let examples =
         examples::load(&args.input, &args.fields, &saved.task, &saved.tokenizer, max_length, false)?;
+    let cut = examples.iter().filter(|example| example.encoding.truncated).count();
+    if cut > 0 {
+        let all = examples.len();
+        say.warn(format!("{cut} of {all} examples are longer than --max-length {max_length} and are cut"));
+    }
     let started = Instant::now();
     let metrics = match args.runtime {
         Runtime::Eager => Evaluator::open(&saved, &device::open(&args.device)?)?.measure(&examples)?,
@@ -91,5 +96,8 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
         examples.len(),
         shown.join("  ")
     );
-    say.result(human, &json!({"records": examples.len(), "seconds": seconds, "metrics": metrics}))
+    say.result(
+        human,
+        &json!({"records": examples.len(), "truncated": cut, "seconds": seconds, "metrics": metrics}),
+    )
 }

@@ -16,7 +16,7 @@ use crate::saved::Saved;
 use crate::say::Say;
 use crate::serve::served;
 use crate::task::Form;
-use crate::task::causal_lm::Document;
+use crate::task::causal_lm::{Cutting, Document};
 use crate::task::examples::{self, Fields};
 use crate::{Result, bail_unusable, checkpoint, files, generate, unusable};
 
@@ -250,7 +250,10 @@ fn in_blocks(args: &Args, place: &Place) -> Result<()> {
     let (tokenizer, longest) = (&saved.tokenizer, saved.max_length);
     let examples = match &args.input {
         Some(input) => examples::load(input, &args.fields, &saved.task, tokenizer, longest, false)?,
-        None => lm.examples(&Document::of_texts(generate::english()), tokenizer, longest)?,
+        None => {
+            let english = Document::of_texts(generate::english());
+            lm.examples(&english, tokenizer, longest, Cutting::Evaluation)?
+        }
     };
     let kind = Kind { block: args.block_size, ..Kind::in_place(precision) };
     let target = served::generating(&saved.dir, precision);

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use serde_json::json;
 
 use super::generation::Flags;
-use crate::generate::{Engine, Request};
+use crate::generate::{Ends, Engine, Prompt, Prompts};
 use crate::onnx::Precision;
 use crate::runtime::Slots;
 use crate::saved::Saved;
@@ -35,25 +35,18 @@ pub struct Args {
 pub fn run(args: &Args, say: Say) -> Result<()> {
     let (settings, limits) = (args.generation.settings()?, args.generation.limits()?);
     let saved = Saved::open(&args.dir)?;
-    let end = saved.task.causal_lm("generate")?.end;
+    let lm = saved.task.causal_lm("generate")?;
+    let (ends, positions) = (Ends::of(&saved.dir, lm)?, saved.config.max_positions());
+    let prompts = Prompts::new(&saved, lm, &ends, positions, args.generation.truncates())?;
+    let Prompt { request, truncated } = prompts.request(&args.prompt, settings)?;
+    if truncated {
+        say.warn(format!("the prompt is cut to its last {} tokens", request.prompt.len()));
+    }
     let model = served::checked_generating(&saved, args.precision)?;
     let cores = || std::thread::available_parallelism().map_or(1, usize::from);
     let slots = Slots::open(&model, args.threads.map_or_else(cores, |n| n as usize), say)?;
-    let most = saved.max_length - 1;
-    let mut prompt = saved.tokenizer.encode(&args.prompt, None, usize::MAX)?.ids;
-    if prompt.len() > most && !args.generation.truncates() {
-        bail_unusable!(
-            "the prompt has {} tokens, and {most} leave room for a new one; --truncate-prompt cuts its front",
-            prompt.len()
-        );
-    }
-    prompt.drain(..prompt.len().saturating_sub(most));
-    if prompt.is_empty() {
-        prompt.push(end); // what stands in front of a text
-    }
-    let streams = settings.num_return_sequences == 1 && !say.json;
-    let request = Request { prompt, settings };
-    let mut engine = Engine::new(slots, saved.tokenizer.inner(), end, saved.max_length, limits);
+    let streams = request.settings.num_return_sequences == 1 && !say.json;
+    let mut engine = Engine::new(slots, saved.tokenizer.inner(), ends.ends, positions, limits);
     if !engine.fits(&request) {
         bail_unusable!("the prompt and its text take more than --cache-mb allows");
     }
@@ -73,5 +66,8 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     if streams {
         return Ok(());
     }
-    say.result(human.join("\n---\n"), &json!({"prompt_tokens": request.prompt.len(), "texts": result}))
+    say.result(
+        human.join("\n---\n"),
+        &json!({"prompt_tokens": request.prompt.len(), "truncated": truncated, "texts": result}),
+    )
 }

@@ -43,10 +43,10 @@ pub struct Flags {
     #[arg(long, value_name = "TEXT", help_heading = "Generation")]
     #[serde(skip_serializing_if = "Vec::is_empty")]
     stop: Vec<String>,
-    /// The same seed draws the same tokens [default: 42].
+    /// The same seed draws the same tokens for the same record [default: 42].
     #[arg(long, value_name = "N", help_heading = "Generation")]
     seed: Option<u64>,
-    /// Cut the front of a prompt that leaves no room for new tokens, which is an error otherwise.
+    /// Cut the front of a prompt so that max-new-tokens fit behind it; one that leaves no room at all is an error otherwise.
     #[arg(long, help_heading = "Generation")]
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     truncate_prompt: bool,

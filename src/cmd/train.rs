@@ -12,14 +12,15 @@ use crate::checkpoint::{self, Weights, file_hash};
 use crate::data::hub;
 use crate::data::tokens::{self, Tokenizer};
 use crate::eager::{Init, Params};
-use crate::model::{Family, ModelConfig};
+use crate::model::{Family, ModelConfig, token_ids};
 use crate::say::{Say, peak_rss_bytes};
 use crate::serve::served;
+use crate::task::causal_lm::Cutting;
 use crate::task::examples::{self, Fields};
 use crate::task::{CausalLm, Example, Metrics, Problem, Task};
 use crate::train::checkpoint::Folder;
 use crate::train::{Outcome, Run, Settings};
-use crate::{Result, bail_unusable, device, files, saved, unusable};
+use crate::{Result, bail_unusable, device, files, generate, saved, unusable};
 
 /// Fine-tune a model, or pre-train one from scratch.
 #[derive(Clone, Debug, PartialEq, clap::Args, Serialize, Deserialize)]
@@ -165,6 +166,8 @@ struct Prepared {
     params: Params,
     new: Vec<String>,
     unused: Vec<String>,
+    /// What the model's generation_config.json is to say.
+    generation: Option<serde_json::Map<String, serde_json::Value>>,
     train: Vec<Example>,
     eval: Vec<Example>,
 }
@@ -188,8 +191,9 @@ impl Prepared {
             TaskName::TextClassification => None,
             TaskName::CausalLm => Some(examples::read_documents(&args.train, &args.fields)?),
         };
+        let trained = args.from_scratch && documents.is_some() && !Tokenizer::is_in(&model);
         let mut tokenizer = match &documents {
-            Some(documents) if args.from_scratch && !Tokenizer::is_in(&model) => {
+            Some(documents) if trained => {
                 let texts: Vec<&str> = documents
                     .iter()
                     .flat_map(|document| document.prompt.iter().chain([&document.text]))
@@ -208,7 +212,10 @@ impl Prepared {
             _ => Tokenizer::open(&model)?,
         };
         tokenizer.check_fits(config.vocab_size(), config.token_types())?;
+        let in_config = || model.join("config.json").display().to_string();
+        token_ids::check(&config.raw, config.vocab_size()).with_context(in_config)?;
 
+        let (mut tokenizer, mut generation) = (tokenizer, None);
         let (task, train) = match &documents {
             None => {
                 let records = examples::read(&args.train, &args.fields)?;
@@ -217,10 +224,24 @@ impl Prepared {
                 (Task::TextClassification(task), train)
             }
             Some(documents) => {
-                let lm = CausalLm::from_config(&config)?;
-                let (length, concatenate) = (settings.max_length, args.concatenate);
-                let train =
-                    examples::of_documents(documents, &args.train, &lm, &tokenizer, length, concatenate)?;
+                let mut lm = CausalLm::from_config(&config).with_context(in_config)?;
+                let cutting = if args.concatenate { Cutting::Concatenated } else { Cutting::Training };
+                if let (true, Some(start)) = (args.from_scratch, lm.start)
+                    && tokenizer.around()?.0.is_empty()
+                {
+                    // so that first tokens are learnt, by the end of what may have stood before
+                    tokenizer = tokenizer.starting_with(start)?;
+                }
+                lm.begins = CausalLm::shows_beginnings(documents, &tokenizer, cutting)?;
+                generation = generation_config(&model, &lm, trained, say)?;
+                let train = examples::of_documents(
+                    documents,
+                    &args.train,
+                    &lm,
+                    &tokenizer,
+                    settings.max_length,
+                    cutting,
+                )?;
                 (Task::CausalLm(lm), train)
             }
         };
@@ -253,7 +274,8 @@ impl Prepared {
                 config.raw.insert(key.to_owned(), "float32".into()); // what is saved
             }
         }
-        Ok(Self { model, config, task, tokenizer, params, new: fit.new, unused: fit.unused, train, eval })
+        let (new, unused) = (fit.new, fit.unused);
+        Ok(Self { model, config, task, tokenizer, params, new, unused, generation, train, eval })
     }
 
     fn describe(&self, args: &Args, say: &Say) {
@@ -276,6 +298,21 @@ impl Prepared {
                 self.unused[..shown].join(", "),
                 if self.unused.len() > shown { " …" } else { "" }
             ));
+        }
+        if let Task::CausalLm(lm) = &self.task {
+            match lm.ends[..] {
+                [] => say.line("eos_token_id is null, so no token is learnt to end a text"),
+                [_] => {}
+                [end, ..] => say.line(format!(
+                    "texts are learnt to end by {end}, the first of eos_token_id {:?}",
+                    lm.ends
+                )),
+            }
+            if generate::text::TextStream::new(self.tokenizer.inner(), &[]).is_err() {
+                say.warn(
+                    "the tokenizer is no byte-level BPE: tk generate and serve-batch will refuse this model",
+                );
+            }
         }
         let cut = |examples: &[Example]| examples.iter().filter(|example| example.encoding.truncated).count();
         let tokens: usize = self.train.iter().map(|example| example.encoding.len()).sum();
@@ -312,8 +349,11 @@ impl Prepared {
         if let Some(path) = &args.eval {
             inputs.push(("eval".to_owned(), file_hash(path)?));
         }
-        let mut names: Vec<PathBuf> =
-            ["config.json"].iter().chain(&tokens::FILES).map(PathBuf::from).collect();
+        let mut names: Vec<PathBuf> = ["config.json", generate::prompt::GENERATION_CONFIG]
+            .iter()
+            .chain(&tokens::FILES)
+            .map(PathBuf::from)
+            .collect();
         if !args.from_scratch {
             let weights = checkpoint::weight_files(&self.model)?;
             if !weights.contains(&self.model.join("model.safetensors")) {
@@ -331,6 +371,42 @@ impl Prepared {
         }
         Ok(inputs)
     }
+}
+
+/// What generation_config.json says of the trained model: what it said of the model that training started from, and that
+/// texts end by the token that they are learnt to end by. None where there was none. Of a vocabulary that was trained
+/// anew it keeps no token.
+fn generation_config(
+    model: &Path,
+    lm: &CausalLm,
+    trained: bool,
+    say: &Say,
+) -> Result<Option<serde_json::Map<String, serde_json::Value>>> {
+    let Some(mut fields) = generate::prompt::read(model)? else { return Ok(None) };
+    let path = model.join(generate::prompt::GENERATION_CONFIG);
+    if trained {
+        let of_tokens = ["token_id", "_tokens", "_words_ids", "decoder_ids", "sequence_bias"];
+        fields.retain(|key, _| key.starts_with("m") || !of_tokens.iter().any(|part| key.ends_with(part)));
+        for key in ["bos_token_id", "pad_token_id"] {
+            fields.insert(key.to_owned(), json!(lm.start));
+        }
+    }
+    token_ids::check(&fields, lm.vocabulary).with_context(|| path.display().to_string())?;
+    let mut ends = token_ids::read(&fields, "eos_token_id", lm.vocabulary)?.unwrap_or_default();
+    if let Some(&end) = lm.ends.first()
+        && !ends.contains(&end)
+    {
+        if !trained {
+            say.line(format!(
+                "{}: {end}, which texts are learnt to end by, is added to eos_token_id",
+                path.display()
+            ));
+        }
+        ends.push(end);
+        let ends = if let [end] = ends[..] { json!(end) } else { json!(ends) };
+        fields.insert("eos_token_id".to_owned(), ends);
+    }
+    Ok(Some(fields))
 }
 
 /// Refuses an output directory that holds something of somebody else's, or a run that nobody spoke of.
@@ -439,11 +515,22 @@ fn write_model(args: &Args, prepared: &Prepared) -> Result<()> {
     prepared.tokenizer.save(&prepared.model, output)?;
     let pads = match prepared.config.family {
         Family::Bert(_) => None, // has a token of its own for it
-        Family::Gpt2(_) => prepared.config.raw.get("eos_token_id").and_then(serde_json::Value::as_u64),
+        Family::Gpt2(_) => {
+            token_ids::read(&prepared.config.raw, "eos_token_id", prepared.config.vocab_size())?
+        }
     };
-    let pad_token = pads.and_then(|id| prepared.tokenizer.inner().id_to_token(id as u32));
+    let pads = pads.and_then(|ends| ends.first().copied());
+    let pad_token = pads.and_then(|id| prepared.tokenizer.inner().id_to_token(id));
     saved::finish_tokenizer_config(output, args.settings.max_length, pad_token.as_deref())?;
     files::write(&output.join("config.json"), serde_json::to_string_pretty(&prepared.config.raw)? + "\n")?;
+    let generation = output.join(generate::prompt::GENERATION_CONFIG);
+    match &prepared.generation {
+        Some(fields) => files::write(&generation, serde_json::to_string_pretty(fields)? + "\n")?,
+        None if generation.exists() => {
+            std::fs::remove_file(&generation).with_context(|| generation.display().to_string())?; // an earlier run's
+        }
+        None => {}
+    }
     files::put(temporary, &weights).with_context(|| weights.display().to_string())
 }
 

@@ -3,6 +3,7 @@
 mod added;
 mod byte_level;
 mod class;
+mod language;
 mod trained;
 mod wordpiece;
 
@@ -20,6 +21,7 @@ use self::added::Added;
 use self::class::{Class, Files, Kind};
 use crate::data::batch::Encoding;
 use crate::{Result, bail_unusable, files, unusable};
+pub use language::Body;
 
 /// The files that a tokenizer may consist of.
 pub const FILES: [&str; 8] = [
@@ -274,15 +276,6 @@ impl Tokenizer {
             self.encode(text.as_ref(), pair.as_ref().map(|pair| pair.as_ref()), max_length)
         };
         texts.par_iter().map(encode).collect()
-    }
-
-    /// How many bytes of text a token of a byte-level vocabulary stands for: one a character of its name. A special
-    /// token stands for none.
-    pub fn bytes(&self, id: u32) -> usize {
-        if self.inner.get_added_tokens_decoder().contains_key(&id) {
-            return 0;
-        }
-        self.inner.id_to_token(id).map_or(0, |token| token.chars().count())
     }
 
     /// The id that fills a batch's shorter rows; 0 where the tokenizer has no padding token.

@@ -18,7 +18,7 @@ pub struct Beams {
     returned: usize,
     length_penalty: f64,
     repetition_penalty: f32,
-    end: u32,
+    ends: Vec<u32>,
     max_length: usize,
 }
 
@@ -61,9 +61,9 @@ struct Candidate {
 }
 
 impl Beams {
-    /// A search that ends a sequence at the token `end`, or at `max_length` tokens, the prompt's counted; of
+    /// A search that ends a sequence at one of the tokens `ends`, or at `max_length` tokens, the prompt's counted; of
     /// a prompt that has as many already, after one more.
-    pub fn new(prompt: &[u32], settings: &Settings, end: u32, max_length: usize) -> Self {
+    pub fn new(prompt: &[u32], settings: &Settings, ends: &[u32], max_length: usize) -> Self {
         Self {
             prompt: prompt.len(),
             running: vec![Beam { ids: prompt.to_vec(), score: 0.0 }],
@@ -72,7 +72,7 @@ impl Beams {
             returned: settings.num_return_sequences,
             length_penalty: settings.length_penalty.into(),
             repetition_penalty: settings.repetition_penalty,
-            end,
+            ends: ends.to_vec(),
             max_length,
         }
     }
@@ -93,7 +93,7 @@ impl Beams {
         ensure!(width > 0 && len == rows * width, "{len} scores are no {rows} rows, one for each beam");
 
         // as many that, if all sequences end, enough others are left
-        let mut candidates = Best::new(self.num_beams.saturating_mul(2));
+        let mut candidates = Best::new(self.num_beams.saturating_mul(2.max(1 + self.ends.len())));
         for (row, (logits, beam)) in logits.chunks_exact_mut(width).zip(&self.running).enumerate() {
             log_softmax(logits);
             penalise(logits, &beam.ids, self.repetition_penalty);
@@ -111,7 +111,7 @@ impl Beams {
         let divisor = ((length - self.prompt) as f64).powf(self.length_penalty) as f32;
 
         // only the first `num_beams` may finish, the others stand in for them
-        let ends = |candidate: &&Candidate| full || candidate.token == self.end;
+        let ends = |candidate: &&Candidate| full || self.ends.contains(&candidate.token);
         let finishing = candidates.list.iter().take(self.num_beams).filter(ends);
         self.finished.extend(finishing.map(|candidate| grown(candidate, candidate.score / divisor)));
         self.finished.sort_by(|a, b| b.score.total_cmp(&a.score));
@@ -143,7 +143,7 @@ impl Beams {
     pub fn best(self) -> Vec<Hypothesis> {
         let hypothesis = |Beam { ids, score }| {
             let mut ids = ids[self.prompt..].to_vec();
-            let ended = ids.pop_if(|id| *id == self.end).is_some();
+            let ended = ids.pop_if(|id| self.ends.contains(id)).is_some();
             Hypothesis { ids, score, ended }
         };
         self.finished.into_iter().take(self.returned).map(hypothesis).collect()
@@ -196,7 +196,7 @@ mod tests {
     /// The answers, and how often the model was asked. The caller's rows follow `from` and `tokens`, as a
     /// cache does.
     fn search(prompt: &[u32], settings: &Settings) -> (Vec<Hypothesis>, usize) {
-        let mut beams = Beams::new(prompt, settings, END, prompt.len() + settings.max_new_tokens);
+        let mut beams = Beams::new(prompt, settings, &[END], prompt.len() + settings.max_new_tokens);
         let (mut rows, mut asked) = (vec![prompt.to_vec()], 0);
         loop {
             let mut logits: Vec<f32> = rows.iter().flat_map(|ids| scores(ids)).collect();
@@ -317,7 +317,7 @@ mod tests {
     #[test]
     fn scores_of_another_shape_are_an_error_and_odd_ones_are_none() {
         let settings = Settings { num_beams: 2, ..Settings::default() };
-        let mut beams = Beams::new(&[1], &settings, END, 9);
+        let mut beams = Beams::new(&[1], &settings, &[END], 9);
         assert!(beams.step(&mut []).is_err());
         let step = beams.step(&mut [f32::NEG_INFINITY, 1.0, 0.0]).unwrap();
         assert_eq!(step, Step { from: vec![0, 0], tokens: vec![1, 2], done: false });
@@ -325,7 +325,7 @@ mod tests {
         let step = beams.step(&mut [f32::NAN; 6]).unwrap();
         assert!(step.done && beams.best().is_empty());
         // a vocabulary that is smaller than the beams, and a prompt that fills the length
-        let mut beams = Beams::new(&[1], &Settings { num_beams: 5, ..Settings::default() }, END, 1);
+        let mut beams = Beams::new(&[1], &Settings { num_beams: 5, ..Settings::default() }, &[END], 1);
         assert!(beams.step(&mut [0.0, 1.0]).unwrap().done);
         assert_eq!(beams.best()[0].ids, [1]);
     }

@@ -91,7 +91,7 @@ pub struct Limits {
 pub struct Engine<'t> {
     slots: Slots,
     tokenizer: &'t Tokenizer,
-    end: u32,
+    ends: Vec<u32>,
     positions: usize,
     limits: Limits,
 }
@@ -139,14 +139,20 @@ struct Results<'a> {
 }
 
 impl<'t> Engine<'t> {
-    /// Generates with a graph; `end` is the token that ends a text.
-    pub fn new(slots: Slots, tokenizer: &'t Tokenizer, end: u32, positions: usize, limits: Limits) -> Self {
-        Self { slots, tokenizer, end, positions, limits }
+    /// Generates with a graph; any of `ends` ends a text.
+    pub fn new(
+        slots: Slots,
+        tokenizer: &'t Tokenizer,
+        ends: Vec<u32>,
+        positions: usize,
+        limits: Limits,
+    ) -> Self {
+        Self { slots, tokenizer, ends, positions, limits }
     }
 
     /// The tokens of the longest text, with its prompt.
     fn most(&self, request: &Request) -> usize {
-        self.positions.min(request.prompt.len() + request.settings.max_new_tokens)
+        self.positions.min(request.prompt.len().saturating_add(request.settings.max_new_tokens))
     }
 
     /// Whether the cache may grow as large as a request asks for.
@@ -156,8 +162,8 @@ impl<'t> Engine<'t> {
 
     /// The bytes of cache that a request takes at most.
     fn bytes(&self, request: &Request) -> usize {
-        let tokens = self.most(request).next_multiple_of(STEP).min(self.positions);
-        request.settings.num_beams * tokens * self.slots.token_bytes()
+        let tokens = rounded(self.most(request)).min(self.positions);
+        request.settings.num_beams.saturating_mul(tokens).saturating_mul(self.slots.token_bytes())
     }
 
     /// Generates for every request, and gives for each its texts, as many as it asked for. `tell` hears of every
@@ -178,6 +184,7 @@ impl<'t> Engine<'t> {
                 self.positions
             );
             anyhow::ensure!(self.fits(request), "a prompt's cache is too large");
+            request.settings.check()?;
         }
         let texts =
             requests.iter().map(|request| vec![None; request.settings.num_return_sequences]).collect();
@@ -208,9 +215,9 @@ impl<'t> Engine<'t> {
                 usize::MAX - sequence,
             )
         });
-        let count = self.limits.slots.min(waiting.len()).min(self.limits.cache_bytes / largest);
-        self.slots.resize(0, 0); // what another run has left would decide what is copied
-        self.slots.resize(count, STEP.min(self.positions));
+        let count = self.limits.slots.min(waiting.len()).min(self.limits.cache_bytes / largest.max(1));
+        self.slots.resize(0, 0)?; // what another run has left would decide what is copied
+        self.slots.resize(count, STEP.min(self.positions))?;
         let mut slots: Vec<Slot> = (0..count).map(|_| Slot::default()).collect();
         loop {
             self.read_prompts(&mut slots, &mut waiting, requests, results)?;
@@ -305,7 +312,7 @@ impl<'t> Engine<'t> {
             read.extend_from_slice(part);
         }
         let longest = parts.iter().map(Vec::len).max().unwrap_or(0);
-        self.make_room(lengths.iter().max().map_or(0, |length| length + longest));
+        self.make_room(lengths.iter().max().map_or(0, |length| length + longest))?;
         let padded =
             |part: &Vec<i64>| part.iter().copied().chain(repeat_n(0, longest - part.len())).collect();
         let ids = parts.iter().map(padded).collect::<Vec<Vec<i64>>>().concat();
@@ -365,10 +372,11 @@ impl<'t> Engine<'t> {
         }
     }
 
-    fn make_room(&mut self, tokens: usize) {
+    fn make_room(&mut self, tokens: usize) -> Result<()> {
         if tokens > self.slots.capacity() {
-            self.slots.resize(self.slots.slots(), tokens.next_multiple_of(STEP).min(self.positions));
+            self.slots.resize(self.slots.slots(), rounded(tokens).min(self.positions))?;
         }
+        Ok(())
     }
 
     /// One token for each slot that writes. The others' rows are computed for nobody, behind what they have read.
@@ -379,7 +387,7 @@ impl<'t> Engine<'t> {
             }
         }
         let lengths: Vec<usize> = slots.iter().map(|slot| slot.read.len()).collect();
-        self.make_room(lengths.iter().max().map_or(0, |longest| longest + 1));
+        self.make_room(lengths.iter().max().map_or(0, |longest| longest + 1))?;
         let last = |slot: &Slot| match &slot.line {
             Some(line) if slot.writes() => line.ids.last().map_or(0, |&id| i64::from(id)),
             _ => 0,
@@ -414,7 +422,7 @@ impl<'t> Engine<'t> {
     /// Adds a token to a slot's text, which may be over with it.
     fn add(&self, slot: &mut Slot<'t>, id: u32, results: &mut Results) -> Result<()> {
         let Some(line) = &mut slot.line else { return Ok(()) };
-        let ended = id == self.end;
+        let ended = self.ends.contains(&id);
         let mut finish = ended.then_some(Finish::Stop);
         if !ended {
             line.ids.push(id);
@@ -440,9 +448,9 @@ impl<'t> Engine<'t> {
     /// The best sequences of a beam search: a slot a beam.
     fn search(&mut self, request: &Request, place: usize, results: &mut Results) -> Result<()> {
         let Request { prompt, settings } = request;
-        self.slots.resize(0, 0);
-        self.slots.resize(settings.num_beams, self.positions.min(prompt.len().next_multiple_of(STEP)));
-        let mut beams = Beams::new(prompt, settings, self.end, self.most(request));
+        self.slots.resize(0, 0)?;
+        self.slots.resize(settings.num_beams, self.positions.min(rounded(prompt.len())))?;
+        let mut beams = Beams::new(prompt, settings, &self.ends, self.most(request));
         let mut step = None;
         for (i, part) in prompt.chunks(PART).enumerate() {
             let ids: Vec<i64> = part.iter().map(|&id| i64::from(id)).collect();
@@ -462,7 +470,7 @@ impl<'t> Engine<'t> {
                 next.from.iter().copied().enumerate().map(|(to, from)| (from, to)).collect();
             let moved: Vec<(usize, usize)> = moved.into_iter().filter(|(from, to)| from != to).collect();
             self.slots.copy(&moved, prompt.len()..length);
-            self.make_room(length + 1);
+            self.make_room(length + 1)?;
             let ids: Vec<i64> = next.tokens.iter().map(|&id| i64::from(id)).collect();
             let lengths = vec![length; ids.len()];
             let reading = Reading { slots: &(0..ids.len()), ids: &ids, lengths: &lengths, asked: &[0] };
@@ -485,6 +493,11 @@ impl Results<'_> {
     fn tell(&mut self, request: usize, sequence: usize, tokens: usize, text: &str) -> Result<()> {
         (self.tell)(News { request, sequence, tokens, text })
     }
+}
+
+/// Tokens in whole steps.
+fn rounded(tokens: usize) -> usize {
+    tokens.checked_next_multiple_of(STEP).unwrap_or(usize::MAX)
 }
 
 /// How many tokens a prompt has in common with what was read. Its last one is not among them: it is read for its scores.

@@ -3,10 +3,12 @@
 pub mod beams;
 pub mod engine;
 mod measure;
+pub mod prompt;
 pub mod sampler;
 pub mod settings;
 pub mod text;
 
 pub use engine::{Engine, Finish, Generated, Limits, News, Request};
 pub use measure::{english, measure};
+pub use prompt::{Ends, Prompt, Prompts};
 pub use settings::Settings;

@@ -8,8 +8,8 @@ use super::settings::Settings;
 /// How many of the best tokens are first sorted to find those that reach `top_p`.
 const SORTED: usize = 128;
 
-/// Chooses the tokens of one sequence. What it draws depends on the seed, the sequence and how many tokens it
-/// drew before, on nothing else.
+/// Chooses the tokens of one sequence. What it draws depends on the seed, the record, the sequence and how many tokens
+/// it drew before, on nothing else.
 pub struct Sampler {
     temperature: f64,
     top_k: usize,
@@ -25,7 +25,10 @@ pub struct Sampler {
 impl Sampler {
     /// A sampler for the `sequence`-th of the answers for a prompt.
     pub fn new(settings: &Settings, sequence: u64) -> Self {
-        let mut rng = ChaCha8Rng::seed_from_u64(settings.seed);
+        let mut key = [0; 32];
+        key[..8].copy_from_slice(&settings.seed.to_le_bytes());
+        key[8..16].copy_from_slice(&settings.record.to_le_bytes());
+        let mut rng = ChaCha8Rng::from_seed(key);
         rng.set_stream(sequence);
         Self {
             temperature: settings.temperature.into(),
@@ -290,6 +293,13 @@ mod tests {
         assert_eq!(drawn(1, 0), drawn(1, 0));
         assert_ne!(drawn(1, 0), drawn(1, 1));
         assert_ne!(drawn(1, 0), drawn(2, 0));
+        let of_record = |record| -> Vec<u32> {
+            let settings = Settings { seed: 1, record, temperature: 3.0, ..sampling() };
+            let mut sampler = Sampler::new(&settings, 0);
+            (0..32).map(|_| sampler.next(&mut LOGITS.clone(), &[])).collect()
+        };
+        assert_eq!(of_record(0), drawn(1, 0));
+        assert_ne!(of_record(1), of_record(2));
         // the place in the sequence decides, not what could be drawn before it
         let (mut one, mut other) = (Sampler::new(&sampling(), 0), Sampler::new(&sampling(), 0));
         one.next(&mut [0.0], &[]);

@@ -34,7 +34,18 @@ pub struct Settings {
     pub stop: Vec<String>,
     /// The seed of what is drawn.
     pub seed: u64,
+    /// Which of many records with one seed this is: each draws numbers of its own. 0 where the seed alone decides.
+    pub record: u64,
 }
+
+/// The most beams of a search.
+pub const MOST_BEAMS: usize = 4096;
+
+/// The most answers for a prompt.
+pub const MOST_SEQUENCES: usize = 4096;
+
+/// The most stop texts, and the most bytes of one.
+pub const MOST_STOPS: (usize, usize) = (256, 4096);
 
 impl Default for Settings {
     fn default() -> Self {
@@ -50,6 +61,7 @@ impl Default for Settings {
             num_return_sequences: 1,
             stop: Vec::new(),
             seed: 42,
+            record: 0,
         }
     }
 }
@@ -73,9 +85,19 @@ impl Settings {
         number("min_p", &self.min_p, (0.0..=1.0).contains(&self.min_p), "a number from 0 to 1")?;
         let positive = penalty.is_finite() && penalty > 0.0;
         number("repetition_penalty", &penalty, positive, "a finite number above 0")?;
-        number("num_beams", &beams, beams > 0, "1 or more")?;
+        number("num_beams", &beams, (1..=MOST_BEAMS).contains(&beams), "1 to 4096")?;
         number("length_penalty", &self.length_penalty, self.length_penalty.is_finite(), "a finite number")?;
-        number("num_return_sequences", &returned, returned > 0, "1 or more")?;
+        let sequences = (1..=MOST_SEQUENCES).contains(&returned);
+        number("num_return_sequences", &returned, sequences, "1 to 4096; more records give more")?;
+        number(
+            "stop",
+            &format_args!("a list of {}", self.stop.len()),
+            self.stop.len() <= MOST_STOPS.0,
+            "256 at most",
+        )?;
+        if let Some(stop) = self.stop.iter().find(|stop| stop.len() > MOST_STOPS.1) {
+            bail_unusable!("stop has a text of {} bytes, expected {} at most", stop.len(), MOST_STOPS.1);
+        }
         if self.num_beams > 1 && !self.stop.is_empty() {
             bail_unusable!(
                 "stop is given and num_beams is {}: a beam search ends by its tokens alone",
@@ -112,7 +134,7 @@ impl Settings {
     }
 
     /// These settings with those that a record gives by their names: numbers, also as text, and for `stop` a
-    /// text or a list. Null is none given; other keys are not looked at. A record that asks for `top_k`,
+    /// text or a list. A seed that a record gives repeats wherever the record stands. Null is none given; other keys are not looked at. A record that asks for `top_k`,
     /// `top_p` or `min_p` where the settings are greedy asks for drawing: its temperature is 1 unless it
     /// gives one.
     ///
@@ -129,7 +151,9 @@ impl Settings {
         set(&mut settings.num_beams, overrides, "num_beams", count)?;
         set(&mut settings.length_penalty, overrides, "length_penalty", number)?;
         set(&mut settings.num_return_sequences, overrides, "num_return_sequences", count)?;
-        set(&mut settings.seed, overrides, "seed", count)?;
+        if set(&mut settings.seed, overrides, "seed", count)? {
+            settings.record = 0;
+        }
         let given = |key: &str| overrides.get(key).is_some_and(|value| !value.is_null());
         if !set(&mut settings.temperature, overrides, "temperature", number)?
             && settings.temperature == 0.0
@@ -209,6 +233,10 @@ mod tests {
             (json!({"temperature": 1, "num_beams": 2}), "num_beams is 2 and temperature is 1"),
             (json!({"num_return_sequences": 2}), "all would be equal"),
             (json!({"num_return_sequences": 3, "num_beams": 2}), "at most num_beams, 2"),
+            (json!({"num_beams": 1u64 << 48}), "num_beams is 281474976710656, expected 1 to 4096"),
+            (json!({"num_return_sequences": u64::MAX, "temperature": 1}), "expected 1 to 4096"),
+            (json!({"stop": (vec!["a"; 257])}), "stop is a list of 257, expected 256 at most"),
+            (json!({"stop": "a".repeat(4097)}), "stop has a text of 4097 bytes"),
         ] {
             let error = refused(record);
             assert!(error.contains(names), "{error}");
@@ -239,6 +267,10 @@ mod tests {
         assert_eq!(with(&base, json!({"stop": ["a", "b"]})).unwrap().stop, ["a", "b"]);
         assert_eq!(with(&base, json!({"stop": [], "num_beams": 3})).unwrap().stop, [""; 0]);
         assert_eq!(with(&base, json!({})).unwrap(), base);
+        let placed = Settings { record: 3, ..base.clone() };
+        assert_eq!(with(&placed, json!({})).unwrap().record, 3);
+        assert_eq!(with(&placed, json!({"seed": null})).unwrap().record, 3);
+        assert_eq!(with(&placed, json!({"seed": 1})).unwrap().record, 0, "repeats by its seed alone");
         assert_eq!(refused(json!({"top_k": [1]})), "top_k is [1], expected a whole number");
         assert_eq!(refused(json!({"seed": -1})), "seed is -1, expected a whole number");
         assert_eq!(refused(json!({"num_beams": 1.5})), "num_beams is 1.5, expected a whole number");

@@ -180,14 +180,16 @@ impl ModelConfig {
         }
     }
 
-    /// Takes a vocabulary of another size, whose texts begin and end with the token `end`.
+    /// Takes a vocabulary of another size, whose texts begin and end with the token `end`, which pads too. Other tokens
+    /// of the old vocabulary are none of this one.
     pub fn set_vocabulary(&mut self, size: usize, end: u32) {
         match &mut self.family {
             Family::Bert(c) => c.vocab_size = size,
             Family::Gpt2(c) => c.vocab_size = size,
         }
         self.raw.insert("vocab_size".to_owned(), size.into());
-        for key in ["bos_token_id", "eos_token_id"] {
+        self.raw.retain(|key, _| !key.ends_with("_token_id"));
+        for key in ["bos_token_id", "eos_token_id", "pad_token_id"] {
             self.raw.insert(key.to_owned(), end.into());
         }
     }

@@ -7,6 +7,7 @@ pub mod gpt2;
 pub mod heads;
 pub mod manifest;
 pub mod ops;
+pub mod token_ids;
 
 pub use config::{Family, ModelConfig};
 pub use ops::Ops;

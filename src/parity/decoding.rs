@@ -62,7 +62,7 @@ pub fn in_place(saved: &Saved, graph: &Path, encodings: &[Encoding], tolerance: 
     let evaluator = Evaluator::open(saved, &candle_core::Device::Cpu)?;
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let mut slots = Slots::open(graph, threads, Say::default())?;
-    slots.resize(TOGETHER, saved.config.max_positions());
+    slots.resize(TOGETHER, saved.config.max_positions())?;
     let new = |expected: &[Vec<f32>], found: &[Vec<f32>]| {
         let runtime = Runtime::Ort(Provider::Cpu);
         let compared = Compared::new(runtime, Runtime::Eager, expected, found, tolerance)?;

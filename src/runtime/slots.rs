@@ -192,22 +192,30 @@ impl Slots {
 
     /// What a token of a slot takes, in bytes.
     pub fn token_bytes(&self) -> usize {
-        self.caches.iter().map(|cache| cache.heads * cache.width * size_of::<f32>()).sum()
+        let bytes = |cache: &Cache| cache.heads.saturating_mul(cache.width).saturating_mul(size_of::<f32>());
+        self.caches.iter().map(bytes).fold(0, usize::saturating_add)
     }
 
     /// Makes so many slots with room for so many tokens each. What the kept slots have read stays, as far as there is
     /// room for it.
     ///
-    /// # Panics
-    /// No memory could hold them.
-    pub fn resize(&mut self, slots: usize, capacity: usize) {
+    /// # Errors
+    /// There is no memory for them; nothing is changed then.
+    pub fn resize(&mut self, slots: usize, capacity: usize) -> Result<()> {
         if (slots, capacity) == (self.slots, self.capacity) {
-            return;
+            return Ok(());
         }
+        let length = |cache: &Cache| {
+            [cache.heads, capacity, cache.width].into_iter().try_fold(slots, usize::checked_mul)
+        };
+        // asked for before anything is changed: where it can't be had, that ends no process
+        let largest = self.caches.iter().map(length).max().flatten().unwrap_or(0);
+        let all = self.caches.iter().map(length).try_fold(0, |sum: usize, n| sum.checked_add(n?));
+        let can_be_had = all.is_some() && Vec::<f32>::new().try_reserve_exact(largest).is_ok();
+        anyhow::ensure!(can_be_had, "{slots} slots of {capacity} tokens are more than the memory holds");
         self.bindings.clear(); // they point at what is freed below
         for cache in &mut self.caches {
-            let length = [cache.heads, capacity, cache.width].into_iter().try_fold(slots, usize::checked_mul);
-            let mut numbers = Numbers::zeros(length.expect("a cache smaller than the address space"));
+            let mut numbers = Numbers::zeros(length(cache).unwrap_or(0)); // it was checked above
             let values = numbers.as_mut_slice();
             pages::ask_for(values);
             let kept = self.capacity.min(capacity) * cache.width;
@@ -220,6 +228,7 @@ impl Slots {
             cache.numbers = numbers;
         }
         (self.slots, self.capacity) = (slots, capacity);
+        Ok(())
     }
 
     /// Reads a sequence alone, in parts, from its start in the first slot, and hands on the scores behind each of its
@@ -234,7 +243,7 @@ impl Slots {
     ) -> Result<()> {
         /// Rows of scores that are held at once.
         const PART: usize = 128;
-        self.resize(self.slots.max(1), self.capacity.max(ids.len()));
+        self.resize(self.slots.max(1), self.capacity.max(ids.len()))?;
         for (i, part) in ids.chunks(PART).enumerate() {
             let start = i * PART;
             let ids: Vec<i64> = part.iter().map(|&id| i64::from(id)).collect();

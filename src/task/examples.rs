@@ -6,7 +6,7 @@ use anyhow::Context;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::causal_lm::Document;
+use super::causal_lm::{Cutting, Document};
 use super::{CausalLm, Example, Problem, Task, TextClassification};
 use crate::Result;
 use crate::data::batch::Encoding;
@@ -152,7 +152,7 @@ pub fn read_documents(path: &Path, fields: &Fields) -> Result<Vec<Document>> {
     })
 }
 
-/// Reads a file as examples of a task; `concatenate` as in [`CausalLm::concatenated`].
+/// Reads a file as examples of a task to measure on; `concatenate` joins a language model's documents.
 ///
 /// # Errors
 /// As [`read`] and [`encode`].
@@ -169,7 +169,8 @@ pub fn load(
             encode(&read(path, fields)?, path, classification, tokenizer, max_length)
         }
         Task::CausalLm(lm) => {
-            of_documents(&read_documents(path, fields)?, path, lm, tokenizer, max_length, concatenate)
+            let cutting = if concatenate { Cutting::Concatenated } else { Cutting::Evaluation };
+            of_documents(&read_documents(path, fields)?, path, lm, tokenizer, max_length, cutting)
         }
     }
 }
@@ -184,13 +185,9 @@ pub fn of_documents(
     lm: &CausalLm,
     tokenizer: &Tokenizer,
     max_length: usize,
-    concatenate: bool,
+    cutting: Cutting,
 ) -> Result<Vec<Example>> {
-    let examples = if concatenate {
-        lm.concatenated(documents, tokenizer, max_length)?
-    } else {
-        lm.examples(documents, tokenizer, max_length)?
-    };
+    let examples = lm.examples(documents, tokenizer, max_length, cutting)?;
     if examples.is_empty() {
         crate::bail_unusable!("{}: no text has a token that could be predicted", path.display());
     }

@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use crate::data::batch::Encoding;
 use crate::model::ops::{Ops, Param};
-use crate::model::{Family, ModelConfig, manifest};
+use crate::model::{Family, ModelConfig, manifest, token_ids};
 use crate::{Result, bail_unusable};
 pub use causal_lm::{CausalLm, Next};
 pub use text_classification::{Problem, TextClassification};
@@ -100,8 +100,10 @@ impl Task {
     /// The task that a trained model directory's `config.json` speaks of.
     ///
     /// # Errors
-    /// `architectures` names no head that tk knows, or the labels are inconsistent.
+    /// `architectures` names no head that tk knows, the labels are inconsistent, or a token id is none of the
+    /// vocabulary.
     pub fn from_config(config: &ModelConfig) -> Result<Self> {
+        token_ids::check(&config.raw, config.vocab_size())?;
         let architecture =
             config.raw.get("architectures").and_then(|list| list.get(0)).and_then(Value::as_str);
         match architecture {

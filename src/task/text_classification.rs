@@ -239,6 +239,7 @@ impl TextClassification {
         if matches!(config.family, Family::Gpt2(_)) && raw.get("pad_token_id").is_none_or(Value::is_null) {
             // transformers finds the last token of a padded row by it
             let end = raw.get("eos_token_id").cloned().unwrap_or_else(|| json!(50_256));
+            let end = end.get(0).cloned().unwrap_or(end); // the first of a list
             raw.insert("pad_token_id".to_owned(), end);
         }
     }

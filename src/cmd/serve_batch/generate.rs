@@ -5,8 +5,7 @@ use serde_json::{Map, Value, json};
 use super::{Answer, Job, Progress, Work};
 use crate::cmd::generation::{fields, on_cpu};
 use crate::data::records::{BadRow, Columns, Row};
-use crate::data::tokens::Tokenizer;
-use crate::generate::{Engine, Generated, Request, Settings};
+use crate::generate::{Ends, Engine, Generated, Prompt, Prompts, Request, Settings};
 use crate::runtime::{Provider, Slots};
 use crate::saved::Saved;
 use crate::serve::served;
@@ -19,12 +18,6 @@ const WINDOW: u64 = 256;
 struct Generate<'a> {
     engine: Engine<'a>,
     cache_mb: usize,
-}
-
-/// A record's request, and whether its prompt was cut.
-struct Prompt {
-    request: Request,
-    truncated: bool,
 }
 
 /// Generates for every record.
@@ -42,7 +35,10 @@ pub(super) fn run(job: &Job, saved: &Saved, task: &CausalLm) -> Result<()> {
     }
     on_cpu(&args.ep)?;
     let (base, limits) = (args.generation.settings()?, args.generation.limits()?);
-    let positions = saved.checked_max_length(args.max_length)?;
+    // what training cut texts at doesn't bound what is written
+    let positions = saved.checked_max_length(args.max_length.or(Some(saved.config.max_positions())))?;
+    let ends = Ends::of(&saved.dir, task)?;
+    let prompts = Prompts::new(saved, task, &ends, positions, args.generation.truncates())?;
     let model = served::checked_generating(saved, args.precision)?;
     let slots = Slots::open(&model, job.threads(), job.say)?;
     let settings = json!({
@@ -51,29 +47,21 @@ pub(super) fn run(job: &Job, saved: &Saved, task: &CausalLm) -> Result<()> {
         "prompt_column": args.prompt_column,
         "generation": args.generation.given()?,
         "max_length": positions,
+        "ends": ends.ends,
+        "start": ends.start,
     });
-    let reader = Reader {
-        tokenizer: saved.tokenizer.clone(),
-        columns: Columns::default().with("prompt", args.prompt_column.clone()),
-        base,
-        positions,
-        truncates: args.generation.truncates(),
-        start: task.end,
-    };
-    let engine = Engine::new(slots, saved.tokenizer.inner(), task.end, positions, limits);
+    let reader =
+        Reader { prompts, columns: Columns::default().with("prompt", args.prompt_column.clone()), base };
+    let engine = Engine::new(slots, saved.tokenizer.inner(), ends.ends, positions, limits);
     let work = Generate { engine, cache_mb: limits.cache_bytes >> 20 };
     job.answer(work, Box::new(move |row| reader.prompt(row)), job.window(WINDOW), settings)
 }
 
 /// Makes requests of records.
 struct Reader {
-    tokenizer: Tokenizer,
+    prompts: Prompts,
     columns: Columns,
     base: Settings,
-    positions: usize,
-    truncates: bool,
-    /// What a text begins with where there is no prompt.
-    start: u32,
 }
 
 impl Reader {
@@ -86,22 +74,10 @@ impl Reader {
         };
         let mut fields = row.fields.clone();
         fields.retain(|_, value| value != ""); // a cell that is left empty
-        let settings = self.base.with(&fields).map_err(|error| row.bad(format!("{error:#}")))?;
-        let encoding = self.tokenizer.encode(text, None, usize::MAX);
-        let mut prompt = encoding.map_err(|error| row.bad(format!("{error:#}")))?.ids;
-        if prompt.is_empty() {
-            prompt.push(self.start);
-        }
-        let most = self.positions - 1;
-        let truncated = prompt.len() > most;
-        if truncated && !self.truncates {
-            return Err(row.bad(format!(
-                "the prompt has {} tokens, and {most} leave room for a new one; --truncate-prompt cuts its front",
-                prompt.len()
-            )));
-        }
-        prompt.drain(..prompt.len().saturating_sub(most));
-        Ok(Prompt { request: Request { prompt, settings }, truncated })
+        // each record draws numbers of its own, unless it has a seed of its own
+        let base = Settings { record: row.line as u64, ..self.base.clone() };
+        let prompt = base.with(&fields).and_then(|settings| self.prompts.request(text, settings));
+        prompt.map_err(|error| row.bad(format!("{error:#}")))
     }
 }
 
@@ -131,7 +107,11 @@ impl Work for Generate<'_> {
                     self.cache_mb
                 ));
             }
-            Ok(texts.next().map(|texts| record(&texts)).unwrap_or_default())
+            let mut fields = texts.next().map(|texts| record(&texts)).unwrap_or_default();
+            if prompt.truncated {
+                fields.insert("truncated".to_owned(), json!(true));
+            }
+            Ok(fields)
         };
         progress.truncated += prompts.iter().filter(|prompt| prompt.truncated).count();
         Ok(prompts.iter().map(&mut answer).collect())

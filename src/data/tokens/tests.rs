@@ -104,11 +104,11 @@ fn a_trained_tokenizer_gives_every_text_back_and_is_the_same_every_time() {
     for text in ["the same words", "never seen: 你好👋🏽\r\n\t", "naïve"] {
         let ids = tokenizer.encode(text, None, 999).unwrap().ids;
         assert_eq!(tokenizer.inner().decode(&ids, false).unwrap(), text);
-        assert_eq!(ids.iter().map(|&id| tokenizer.bytes(id)).sum::<usize>(), text.len());
+        let body = tokenizer.body(text).unwrap();
+        assert_eq!((body.ids, body.bytes.iter().sum()), (ids, text.len()));
     }
     let end = tokenizer.end().unwrap();
     assert_eq!(tokenizer.encode("a<|endoftext|>", None, 9).unwrap().ids.last(), Some(&end));
-    assert_eq!(tokenizer.bytes(end), 0);
     assert!(Tokenizer::train(&texts, 200).is_err());
 }
 
@@ -616,4 +616,44 @@ proptest! {
         let encoding = tokenizer.encode(&text, pair.as_deref(), 7).unwrap();
         prop_assert!(encoding.len() <= 7 && encoding.ids.iter().all(|&id| id < 392));
     }
+}
+
+#[test]
+fn the_bytes_of_tokens_are_those_of_the_text_whatever_the_tokenizer_makes_of_it() {
+    let bert = Tokenizer::open(&model("tiny-bert-single")).unwrap();
+    let trained = Tokenizer::train(&["the cat 東京"], 300).unwrap();
+    for text in ["", " ", "The Cat\u{0} sat  ", "東京 café e\u{301}", "[MASK] [CLS]", "👋🏽 x\u{ad}\u{200b}"]
+    {
+        for tokenizer in [&bert, &trained] {
+            let body = tokenizer.body(text).unwrap();
+            assert_eq!(body.ids.len(), body.bytes.len());
+            let expected = if body.ids.is_empty() { 0 } else { text.len() };
+            assert_eq!(body.bytes.iter().sum::<usize>(), expected, "{text:?}");
+        }
+    }
+    // spaces count, and the name of a token does not
+    assert_eq!(bert.body("the the").unwrap().bytes, [3, 4]);
+    // bytes that make a character together
+    let plain = Tokenizer::train(&["x"], 257).unwrap();
+    assert_eq!(plain.body("東a").unwrap().bytes, [1, 1, 1, 1]);
+}
+
+#[test]
+fn what_a_tokenizer_puts_around_a_text_is_known_and_can_be_put_there() {
+    let bert = Tokenizer::open(&model("tiny-bert-single")).unwrap();
+    assert_eq!(bert.around().unwrap(), (vec![2], vec![3]));
+    assert_eq!(bert.body("[CLS] a").unwrap().ids[0], 2, "a text's own are its own");
+    let trained = Tokenizer::train(&["the cat"], 300).unwrap();
+    assert_eq!(trained.around().unwrap(), (vec![], vec![]));
+    let end = trained.end().unwrap();
+    let begun = trained.starting_with(end).unwrap();
+    assert_eq!(begun.around().unwrap(), (vec![end], vec![]));
+    let ids = trained.encode("the cat", None, 99).unwrap().ids;
+    assert_eq!(begun.encode("the cat", None, 99).unwrap().ids, [&[end], &ids[..]].concat());
+    assert_eq!(begun.body("the cat").unwrap().ids, ids);
+    let dir = tempfile::tempdir().unwrap();
+    begun.save(dir.path(), dir.path()).unwrap();
+    let saved = Tokenizer::open(dir.path()).unwrap();
+    assert_eq!((saved.around().unwrap(), saved.hash()), (begun.around().unwrap(), begun.hash()));
+    assert!(trained.starting_with(99_999).is_err());
 }
