@@ -12,7 +12,7 @@ use tk::data::batch::Encoding;
 use tk::eager::kernels::gemm::{Matrix, MatrixMut, Write, parallel_product};
 use tk::eager::{Init, Params};
 use tk::model::ops::{Param, Part, Role};
-use tk::model::{Family, ModelConfig};
+use tk::model::{Head, ModelConfig};
 use tk::say::peak_rss_bytes;
 use tk::task::{CausalLm, Example, Next, Problem, Target, Task, TextClassification};
 use tk::train::Settings;
@@ -71,9 +71,9 @@ fn report(model: &str, (batch, length): (usize, usize), repeat: usize, as_json: 
 /// The median seconds of a step, and of its bare products; the process's peak memory after two steps.
 fn measure(model: &str, batch: usize, length: usize, repeat: usize) -> Result<(f64, f64, u64)> {
     let config = ModelConfig::parse(&config(model)?)?;
-    let task = match config.family {
-        Family::Gpt2(_) => Task::CausalLm(CausalLm::from_config(&config)?),
-        Family::Bert(_) => Task::TextClassification(TextClassification {
+    let task = match config.family.class(Head::CausalLm { wanted: None }) {
+        Some(_) => Task::CausalLm(CausalLm::from_config(&config)?),
+        None => Task::TextClassification(TextClassification {
             problem: Problem::SingleLabelClassification,
             labels: ["a", "b", "c"].map(str::to_owned).to_vec(),
         }),

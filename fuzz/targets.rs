@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde_json::Map;
 use tk::checkpoint::Weights;
-use tk::data::records::{self, Columns, Source};
+use tk::data::records::{self, Columns, How, Source};
 use tk::data::tokens::Tokenizer;
 use tk::generate::Settings;
 use tk::model::ModelConfig;
@@ -37,7 +37,7 @@ pub const TARGETS: [Target; 12] = [
     Target {
         file: "model.safetensors",
         seeds: &["tiny-bert-single/weights_after_steps.safetensors"],
-        beside: &[],
+        beside: &["tiny-bert-single/config.json"],
         read: weights,
     },
     Target {
@@ -46,6 +46,7 @@ pub const TARGETS: [Target; 12] = [
             "tiny-bert-single/config.json",
             "tiny-bert-regression/config.json",
             "tiny-gpt2-lm/config.json",
+            "tiny-roberta-single/config.json",
         ],
         beside: &[],
         read: config,
@@ -72,7 +73,7 @@ pub const TARGETS: [Target; 12] = [
 
 /// Every record of a file, with its texts and a label.
 fn rows(path: &Path) {
-    let Ok(rows) = records::read(&Source::Path(path.into()), None) else { return };
+    let Ok(rows) = records::read(&Source::Path(path.into()), &How::default()) else { return };
     let columns = Columns::default();
     for row in rows {
         let Ok(Ok(mut row)) = row else { continue };
@@ -87,7 +88,7 @@ fn rows(path: &Path) {
 fn requests(dir: &Path) {
     let Ok(tokenizer) = Tokenizer::open(dir) else { return };
     let source = Source::Path(dir.join("requests.jsonl"));
-    let Ok(rows) = records::read(&source, None) else { return };
+    let Ok(rows) = records::read(&source, &How::default()) else { return };
     let columns = Columns::default();
     let windows = Windows {
         rows,
@@ -105,15 +106,13 @@ fn requests(dir: &Path) {
     };
     for window in windows {
         let Ok(window) = window else { return };
-        window
-            .entries
-            .iter()
-            .for_each(|entry| drop((Map::from_iter(entry.key.record()), entry.item.is_ok())));
+        window.entries.iter().for_each(|entry| drop((entry.key.answer(&Map::new()), entry.item.is_ok())));
     }
 }
 
 fn weights(dir: &Path) {
-    let Ok(weights) = Weights::open(dir) else { return };
+    let Ok(config) = ModelConfig::read(dir) else { return };
+    let Ok(weights) = Weights::open(dir, config.family.names()) else { return };
     let names: Vec<&str> = weights.names().collect();
     names.iter().for_each(|name| drop((weights.shape(name), weights.f32(name).map(|values| values.len()))));
 }
@@ -126,7 +125,7 @@ fn config(dir: &Path) {
 }
 
 fn tokenizer(dir: &Path) {
-    let Ok(tokenizer) = Tokenizer::open(dir) else { return };
+    let Ok(mut tokenizer) = Tokenizer::open(dir) else { return };
     let _ = (tokenizer.check_fits(512, Some(2)), tokenizer.end(), tokenizer.pad_id());
     for text in ["", "a plain text, of no kind", "Ça va 中文 😀 \u{0} \u{202e}[SEP] <|endoftext|>"] {
         for (pair, longest) in [(None, 2), (None, 64), (Some("and another"), 5), (Some(""), usize::MAX)] {

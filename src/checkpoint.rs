@@ -1,7 +1,7 @@
 //! Hugging Face checkpoints: a directory's safetensors → named f32 weights, and back.
 //!
-//! Names are made canonical here and nowhere else: the family's prefix is put where it lacks,
-//! `gamma` and `beta` become `weight` and `bias`, buffers are dropped.
+//! Names are made canonical here and nowhere else, by what the family says of them: its prefix is put where it
+//! lacks, `gamma` and `beta` become `weight` and `bias`, buffers are dropped.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -14,7 +14,8 @@ use memmap2::Mmap;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use sha2::{Digest, Sha256};
 
-use crate::model::ops::{Param, Part};
+use crate::model::family::Names;
+use crate::model::ops::{Param, Part, Role};
 use crate::{Result, bail_unusable, unusable};
 
 /// What lists the files that weights are spread over.
@@ -34,6 +35,9 @@ struct Entry {
     shape: Vec<usize>,
 }
 
+/// The types that weights are read from. Others stand in checkpoints too, in buffers that no definition uses.
+const READABLE: [Dtype; 4] = [Dtype::F32, Dtype::F16, Dtype::BF16, Dtype::F64];
+
 /// How a definition's parameters and a checkpoint's weights fit.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Fit {
@@ -47,13 +51,19 @@ impl Weights {
     /// Maps `model.safetensors`, or the shards that `model.safetensors.index.json` lists.
     ///
     /// # Errors
-    /// No such file, or one that is truncated, corrupt, or of a dtype other than f32, f16, bf16 and f64.
-    pub fn open(dir: &Path) -> Result<Self> {
+    /// No such file, or one that is truncated or corrupt.
+    pub fn open(dir: &Path, names: Names) -> Result<Self> {
         let mut weights = Self { files: Vec::new(), entries: BTreeMap::new() };
         for path in weight_files(dir)? {
             weights.map(&path)?;
         }
-        weights.make_names_canonical();
+        let prefixed = weights.entries.keys().any(|name| name.starts_with(names.prefix));
+        let entries = std::mem::take(&mut weights.entries).into_iter();
+        let is_buffer = |name: &str| names.buffers.iter().any(|buffer| name.ends_with(buffer));
+        weights.entries = entries
+            .filter(|(name, _)| !is_buffer(name))
+            .map(|(name, entry)| (canonical_name(&name, names, prefixed), entry))
+            .collect();
         Ok(weights)
     }
 
@@ -80,16 +90,6 @@ impl Weights {
         let (header_len, header) = SafeTensors::read_metadata(&map).map_err(|e| broken(&e))?;
         let data = 8 + header_len; // the file starts with the header's length as a u64
         for (name, info) in header.tensors() {
-            if is_buffer(&name) {
-                continue;
-            }
-            if !matches!(info.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16 | Dtype::F64) {
-                bail_unusable!(
-                    "{}: {name} is {:?}; tk reads F32, F16, BF16 and F64 weights",
-                    path.display(),
-                    info.dtype
-                );
-            }
             let entry = Entry {
                 file: self.files.len(),
                 bytes: data + info.data_offsets.0..data + info.data_offsets.1,
@@ -100,13 +100,6 @@ impl Weights {
         }
         self.files.push((path.to_owned(), map));
         Ok(())
-    }
-
-    fn make_names_canonical(&mut self) {
-        let prefixed = self.entries.keys().any(|name| BODIES.iter().any(|(body, _)| name.starts_with(body)));
-        let entries = std::mem::take(&mut self.entries);
-        self.entries =
-            entries.into_iter().map(|(name, entry)| (canonical_name(&name, prefixed), entry)).collect();
     }
 
     /// The canonical names, sorted.
@@ -136,11 +129,15 @@ impl Weights {
         let mut wrong = Vec::new();
         for param in params {
             match (self.entries.get(&param.name), param.part) {
-                (None, Part::Head) => fit.new.push(param.name.clone()),
-                (None, Part::Body) => wrong.push(format!("{} is missing", param.name)),
+                (None, Part::Head | Part::Labels) => fit.new.push(param.name.clone()),
+                (None, Part::Body) => wrong.push(self.missing(param)),
                 (Some(entry), _) if entry.shape != param.shape => wrong.push(format!(
                     "{} has shape {:?}, config.json asks for {:?}",
                     param.name, entry.shape, param.shape
+                )),
+                (Some(entry), _) if !READABLE.contains(&entry.dtype) => wrong.push(format!(
+                    "{} is {:?}; tk reads F32, F16, BF16 and F64 weights",
+                    param.name, entry.dtype
                 )),
                 (Some(_), _) => {}
             }
@@ -157,6 +154,22 @@ impl Weights {
         fit.unused =
             self.names().filter(|name| !params.iter().any(|p| p.name == **name)).map(str::to_owned).collect();
         Ok(fit)
+    }
+
+    /// Says that a weight is missing, and which other one may be it: of tied weights `safetensors.torch.save_model`
+    /// keeps one, under the name that comes first in the alphabet.
+    fn missing(&self, param: &Param) -> String {
+        let head = self.entries.iter().find(|(name, entry)| {
+            param.role == Role::Table && **name == "lm_head.weight" && entry.shape == param.shape
+        });
+        match head {
+            Some((name, _)) => format!(
+                "{} is missing, and {name} has its shape: if the two are tied, it was saved under that name alone; \
+                 load the model in transformers, set the table from it, and save_pretrained() it",
+                param.name
+            ),
+            None => format!("{} is missing", param.name),
+        }
     }
 
     /// Drops a weight, so that [`Weights::fit`] takes its parameter for new. Returns whether it was there.
@@ -239,14 +252,20 @@ pub fn weight_files(dir: &Path) -> Result<Vec<PathBuf>> {
     if single.is_file() {
         return Ok(vec![single]);
     }
-    let index = dir.join(INDEX);
-    if index.is_file() {
+    let index_path = dir.join(INDEX);
+    if index_path.is_file() {
         #[derive(serde::Deserialize)]
         struct Index {
             weight_map: BTreeMap<String, String>,
         }
-        let text = std::fs::read_to_string(&index).with_context(|| index.display().to_string())?;
-        let index: Index = serde_json::from_str(&text).map_err(|e| unusable!("{}: {e}", index.display()))?;
+        let text = std::fs::read_to_string(&index_path).with_context(|| index_path.display().to_string())?;
+        let index: Index =
+            serde_json::from_str(&text).map_err(|e| unusable!("{}: {e}", index_path.display()))?;
+        for name in index.weight_map.values() {
+            if !is_file_name(name) {
+                bail_unusable!("{}: {name:?} is not the name of a file beside it", index_path.display());
+            }
+        }
         let mut files: Vec<PathBuf> = index.weight_map.values().map(|file| dir.join(file)).collect();
         files.sort();
         files.dedup();
@@ -264,28 +283,21 @@ pub fn weight_files(dir: &Path) -> Result<Vec<PathBuf>> {
     )
 }
 
-fn is_buffer(name: &str) -> bool {
-    // the last two are GPT-2's causal masks
-    ["embeddings.position_ids", "embeddings.token_type_ids", ".attn.bias", ".attn.masked_bias"]
-        .iter()
-        .any(|buffer| name.ends_with(buffer))
+/// Whether a name that stands in a file can be that of a file beside it, and of no other one.
+pub fn is_file_name(name: &str) -> bool {
+    !name.is_empty() && name != "." && name != ".." && !name.contains(['/', '\\'])
 }
 
-/// The prefix of a family's body, and what begins with it: a checkpoint of the bare body has no prefix.
-const BODIES: [(&str, &[&str]); 2] =
-    [("bert.", &["embeddings.", "encoder.", "pooler."]), ("transformer.", &["wte.", "wpe.", "h.", "ln_f."])];
-
-fn canonical_name(name: &str, prefixed: bool) -> String {
+fn canonical_name(name: &str, names: Names, prefixed: bool) -> String {
     let name = match name.rsplit_once('.') {
         Some((module, "gamma")) => format!("{module}.weight"),
         Some((module, "beta")) => format!("{module}.bias"),
         _ => name.to_owned(),
     };
-    let body = BODIES.iter().find(|(_, parts)| parts.iter().any(|part| name.starts_with(part)));
-    match body {
-        Some((body, _)) if !prefixed => format!("{body}{name}"),
-        _ => name,
+    if !prefixed && names.parts.iter().any(|part| name.starts_with(part)) {
+        return format!("{}{name}", names.prefix);
     }
+    name
 }
 
 fn as_f32<'a>(view: &TensorView<'a>) -> Cow<'a, [f32]> {
@@ -317,6 +329,10 @@ fn shortened(lines: &[String], most: usize) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::ops::At;
+
+    const BERT: Names =
+        Names { prefix: "bert.", parts: &["embeddings.", "encoder."], buffers: &["embeddings.position_ids"] };
 
     #[test]
     fn names_become_canonical() {
@@ -325,11 +341,55 @@ mod tests {
             ("bert.embeddings.LayerNorm.beta", true, "bert.embeddings.LayerNorm.bias"),
             ("classifier.weight", false, "classifier.weight"),
             ("encoder.layer.0.output.dense.weight", false, "bert.encoder.layer.0.output.dense.weight"),
-            ("h.0.attn.c_attn.weight", false, "transformer.h.0.attn.c_attn.weight"),
-            ("transformer.wte.weight", true, "transformer.wte.weight"),
-            ("score.weight", false, "score.weight"),
+            ("encoder.layer.0.output.dense.weight", true, "encoder.layer.0.output.dense.weight"),
         ] {
-            assert_eq!(canonical_name(stored, prefixed), canonical);
+            assert_eq!(canonical_name(stored, BERT, prefixed), canonical);
+        }
+    }
+
+    #[test]
+    fn buffers_of_any_type_are_passed_over_and_a_weight_that_is_used_must_be_a_number() {
+        let dir = tempfile::tempdir().unwrap();
+        let bytes = [0; 16];
+        let view = |dtype, n: usize| TensorView::new(dtype, vec![n], &bytes).unwrap();
+        let tensors = [
+            ("bert.embeddings.position_ids", view(Dtype::I64, 2)),
+            ("norm.num_batches_tracked", view(Dtype::I64, 2)),
+            ("position_ids", view(Dtype::BOOL, 16)),
+            ("x.weight", view(Dtype::I32, 4)),
+        ];
+        safetensors::serialize_to_file(tensors, None, &dir.path().join("model.safetensors")).unwrap();
+        let weights = Weights::open(dir.path(), BERT).unwrap();
+        let mut params = vec![At::head("y").table(2, 2).weight];
+        assert_eq!(weights.fit(&params).unwrap().unused.len(), 3);
+        params[0] = Param { name: "x.weight".to_owned(), shape: vec![4], ..params[0].clone() };
+        let error = weights.fit(&params).unwrap_err().to_string();
+        assert!(error.contains("x.weight is I32; tk reads F32"), "{error}");
+    }
+
+    #[test]
+    fn a_table_that_was_saved_as_the_head_is_hinted_at() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("model.safetensors");
+        write_safetensors(&file, [("lm_head.weight", &[2usize, 1][..], &[1.0f32, 2.0][..])]).unwrap();
+        let weights = Weights::open(dir.path(), BERT).unwrap();
+        let error = weights.fit(&[At::body("transformer.wte").table(2, 1).weight]).unwrap_err().to_string();
+        assert!(
+            error.contains("transformer.wte.weight is missing, and lm_head.weight has its shape"),
+            "{error}"
+        );
+        let error = weights.fit(&[At::body("transformer.wte").table(3, 1).weight]).unwrap_err().to_string();
+        assert!(!error.contains("lm_head"), "{error}");
+    }
+
+    #[test]
+    fn a_shard_stands_beside_its_index() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["../x.safetensors", "/x.safetensors", "a/b", "..", ""] {
+            let index = serde_json::json!({"weight_map": {"x": name}}).to_string();
+            std::fs::write(dir.path().join("model.safetensors.index.json"), index).unwrap();
+            let error = Weights::open(dir.path(), BERT).err().unwrap().to_string();
+            assert!(error.contains("is not the name of a file beside it"), "{error}");
         }
     }
 
@@ -340,7 +400,7 @@ mod tests {
             [1.5f32, -2.0].iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect();
         let view = TensorView::new(Dtype::F16, vec![2], &values).unwrap();
         safetensors::serialize_to_file([("x", view)], None, &dir.path().join("model.safetensors")).unwrap();
-        assert_eq!(Weights::open(dir.path()).unwrap().f32("x").unwrap().as_ref(), [1.5, -2.0]);
+        assert_eq!(Weights::open(dir.path(), BERT).unwrap().f32("x").unwrap().as_ref(), [1.5, -2.0]);
     }
 
     #[test]
@@ -348,7 +408,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("model.safetensors");
         write_safetensors(&file, [("a", &[2usize, 1][..], &[1.0f32, 2.0][..])]).unwrap();
-        let weights = Weights::open(dir.path()).unwrap();
+        let weights = Weights::open(dir.path(), BERT).unwrap();
         assert_eq!(weights.shape("a"), Some(&[2, 1][..]));
         assert_eq!(weights.f32("a").unwrap().as_ref(), [1.0, 2.0]);
     }

@@ -42,7 +42,7 @@ impl Saved {
         let max_length = config.max_positions().min(model_max_length(dir)?.unwrap_or(usize::MAX));
         let mut tokenizer = Tokenizer::open(dir)?;
         tokenizer.check_fits(config.vocab_size(), config.token_types())?;
-        let weights = Weights::open(dir)?;
+        let weights = Weights::open(dir, config.family.names())?;
         Ok(Self { dir: dir.to_owned(), config, task, tokenizer, weights, max_length })
     }
 }

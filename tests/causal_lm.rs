@@ -149,7 +149,7 @@ fn what_does_not_fit_is_refused_by_name_before_anything_is_written() {
         ),
         (json!({"scale_attn_weights": false}), "scale_attn_weights is false"),
         (json!({"tie_word_embeddings": false}), "tie_word_embeddings is false"),
-        (json!({"activation_function": "mish"}), "activation_function is \"mish\""),
+        (json!({"activation_function": "mish"}), "activation_function: \"mish\" is no activation"),
     ] {
         let mut config = json(bench.path("model/config.json"));
         config.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());

@@ -25,7 +25,8 @@ fn names(dir: &Path) -> Vec<String> {
 
 /// Rewrites the weights of a model directory.
 fn change_weights(dir: &Path, change: impl Fn(&str, &mut Vec<f32>)) {
-    let weights = Weights::open(dir).unwrap();
+    let names = tk::model::ModelConfig::read(dir).unwrap().family.names();
+    let weights = Weights::open(dir, names).unwrap();
     let tensors: Vec<(String, Vec<usize>, Vec<f32>)> = weights
         .names()
         .map(|name| {

@@ -2,6 +2,8 @@
 
 mod common;
 
+use std::path::Path;
+
 use common::{json, models};
 use prost::Message;
 use tk::checkpoint::Weights;
@@ -12,7 +14,14 @@ use tk::runtime::{Model, OrtSession, Provider, Providers};
 use tk::say::Say;
 use tk::task::Task;
 
-const TINY: [&str; 4] = ["tiny-bert-single", "tiny-bert-multi", "tiny-bert-regression", "tiny-gpt2-single"];
+const TINY: [&str; 6] = [
+    "tiny-bert-single",
+    "tiny-bert-multi",
+    "tiny-bert-regression",
+    "tiny-roberta-single",
+    "tiny-xlm-roberta-single",
+    "tiny-gpt2-single",
+];
 
 fn exported(name: &str, opset: i64) -> ModelProto {
     built(name, |task| Kind::fp32(task.form(), opset))
@@ -22,7 +31,11 @@ fn built(name: &str, kind: impl Fn(&Task) -> Kind) -> ModelProto {
     let dir = models(name);
     let config = ModelConfig::read(&dir).unwrap();
     let task = Task::from_config(&config).unwrap();
-    model::build(&config, &task, &Weights::open(&dir).unwrap(), "tokenizer", kind(&task)).unwrap()
+    model::build(&config, &task, &weights(&dir), "tokenizer", kind(&task)).unwrap()
+}
+
+fn weights(dir: &Path) -> Weights {
+    Weights::open(dir, ModelConfig::read(dir).unwrap().family.names()).unwrap()
 }
 
 fn open(model: Model) -> OrtSession {
@@ -79,16 +92,26 @@ fn the_same_weights_give_the_same_bytes() {
 }
 
 #[test]
-fn initializers_are_the_checkpoints_bytes() {
+fn initializers_are_the_checkpoints_numbers_and_matrices_stand_as_matmul_takes_them() {
     for name in TINY.into_iter().chain(["tiny-gpt2-lm"]) {
-        let weights = Weights::open(&models(name)).unwrap();
+        let weights = weights(&models(name));
         let model = exported(name, 18);
         let initializers = &model.graph.as_ref().unwrap().initializer;
         for weight in weights.names() {
-            let tensor = initializers.iter().find(|t| t.name == weight).unwrap();
-            let shape: Vec<usize> = tensor.dims.iter().map(|&n| n as usize).collect();
-            assert_eq!(weights.shape(weight).unwrap(), shape);
-            assert_eq!(tk::checkpoint::f32_bytes(&weights.f32(weight).unwrap()).as_ref(), tensor.raw_data);
+            let (shape, values) = (weights.shape(weight).unwrap(), weights.f32(weight).unwrap());
+            let found = initializers.iter().find_map(|t| Some((t, t.name.strip_prefix(weight)?)));
+            let (tensor, behind) = found.filter(|(_, behind)| ["", ".T"].contains(behind)).unwrap();
+            let dims: Vec<usize> = tensor.dims.iter().map(|&n| n as usize).collect();
+            if behind.is_empty() {
+                assert_eq!(shape, dims);
+                assert_eq!(tk::checkpoint::f32_bytes(&values).as_ref(), tensor.raw_data);
+                continue;
+            }
+            let [rows, columns] = *shape else { panic!("{weight} is no matrix") };
+            assert_eq!([columns, rows], dims[..]);
+            let columns = |column| (0..rows).map(move |row| row * columns + column);
+            let wanted: Vec<f32> = (0..dims[0]).flat_map(columns).map(|at| values[at]).collect();
+            assert_eq!(tk::checkpoint::f32_bytes(&wanted).as_ref(), tensor.raw_data);
         }
     }
 }
@@ -110,8 +133,7 @@ fn an_opset_that_tk_does_not_write_is_refused_by_name() {
     let dir = models("tiny-bert-single");
     let config = ModelConfig::read(&dir).unwrap();
     let task = Task::from_config(&config).unwrap();
-    let error = model::build(&config, &task, &Weights::open(&dir).unwrap(), "", Kind::fp32(task.form(), 22))
-        .unwrap_err();
+    let error = model::build(&config, &task, &weights(&dir), "", Kind::fp32(task.form(), 22)).unwrap_err();
     assert_eq!(error.to_string(), "opset 22: tk writes the opsets 13 to 21 (default 18)");
     assert_eq!(tk::error::exit_code(&error), 2);
 }
@@ -206,7 +228,7 @@ fn weights_that_diverged_are_not_exported() {
     let dir = tempfile::tempdir().unwrap();
     let source = models("tiny-bert-single");
     std::fs::copy(source.join("config.json"), dir.path().join("config.json")).unwrap();
-    let weights = Weights::open(&source).unwrap();
+    let weights = weights(&source);
     let mut tensors: Vec<(String, Vec<usize>, Vec<f32>)> = weights
         .names()
         .map(|name| {
@@ -220,9 +242,8 @@ fn weights_that_diverged_are_not_exported() {
 
     let config = ModelConfig::read(dir.path()).unwrap();
     let task = Task::from_config(&config).unwrap();
-    let error =
-        model::build(&config, &task, &Weights::open(dir.path()).unwrap(), "", Kind::fp32(task.form(), 18))
-            .unwrap_err();
+    let diverged = Weights::open(dir.path(), config.family.names()).unwrap();
+    let error = model::build(&config, &task, &diverged, "", Kind::fp32(task.form(), 18)).unwrap_err();
     assert!(error.to_string().contains("classifier.bias"), "{error}");
     assert_eq!(tk::error::exit_code(&error), 2);
 }

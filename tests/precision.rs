@@ -25,11 +25,13 @@ impl Tiny {
     fn load() -> Self {
         let dir = models("tiny-bert-single");
         let mut config = ModelConfig::read(&dir).unwrap();
-        config.set_dropout(0.1);
+        config.set_dropout(0.1).unwrap();
         let task = Task::from_config(&config).unwrap();
         let manifest = task.params(&config.family).unwrap();
         let init = Init { seed: 0, std: 0.0 };
-        let (params, _) = Params::load(&manifest, &Weights::open(&dir).unwrap(), init, &Device::Cpu).unwrap();
+        let (params, _) =
+            Params::load(&manifest, &Weights::open(&dir, config.family.names()).unwrap(), init, &Device::Cpu)
+                .unwrap();
         let json = json(dir.join("reference.json"));
         let ids = |key: &str, i: usize| serde_json::from_value::<Vec<u32>>(json[key][i].clone()).unwrap();
         let classification = task.text_classification("test").unwrap();

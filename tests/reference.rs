@@ -9,16 +9,35 @@ use serde_json::Value;
 use tk::checkpoint::Weights;
 use tk::data::batch::{Encoding, Packed};
 use tk::eager::{Eager, Init, Kernels, Mode, Params, X, logits};
-use tk::model::ModelConfig;
+use tk::model::manifest::manifest;
 use tk::model::ops::At;
+use tk::model::{Head, ModelConfig};
 use tk::task::{CausalLm, Example, Next, Target, Task};
 use tk::train::plan::Plan;
 use tk::train::{Settings, Trainer};
 
-const CLASSIFIERS: [&str; 4] =
-    ["tiny-bert-single", "tiny-bert-multi", "tiny-bert-regression", "tiny-gpt2-single"];
-const MODELS: [&str; 5] =
-    ["tiny-bert-single", "tiny-bert-multi", "tiny-bert-regression", "tiny-gpt2-single", "tiny-gpt2-lm"];
+const CLASSIFIERS: [&str; 6] = [
+    "tiny-bert-single",
+    "tiny-bert-multi",
+    "tiny-bert-regression",
+    "tiny-roberta-single",
+    "tiny-xlm-roberta-single",
+    "tiny-gpt2-single",
+];
+const MODELS: [&str; 7] = [
+    "tiny-bert-single",
+    "tiny-bert-multi",
+    "tiny-bert-regression",
+    "tiny-roberta-single",
+    "tiny-xlm-roberta-single",
+    "tiny-gpt2-single",
+    "tiny-gpt2-lm",
+];
+
+/// Softmax cancels what a bias adds to every key: its gradient is rounding alone.
+fn is_key_bias(name: &str) -> bool {
+    name.ends_with("self.key.bias")
+}
 
 struct Reference {
     config: ModelConfig,
@@ -33,9 +52,9 @@ impl Reference {
     fn load(name: &'static str) -> Self {
         let dir = models(name);
         let mut config = ModelConfig::read(&dir).unwrap();
-        config.set_dropout(0.0);
+        config.set_dropout(0.0).unwrap();
         let task = Task::from_config(&config).unwrap();
-        let weights = Weights::open(&dir).unwrap();
+        let weights = Weights::open(&dir, config.family.names()).unwrap();
         let manifest = task.params(&config.family).unwrap();
         let (params, fit) =
             Params::load(&manifest, &weights, Init { seed: 0, std: 0.0 }, &Device::Cpu).unwrap();
@@ -113,8 +132,7 @@ fn loss_and_every_gradient_are_those_of_transformers() {
             for (param, _) in r.params.iter() {
                 let gradient = gradient(&r.params, &param.name, &store, kernels);
                 let expected = floats(&file, &param.name);
-                // softmax cancels what a bias adds to every key: its gradient is rounding alone
-                if param.name.ends_with("self.key.bias") {
+                if is_key_bias(&param.name) {
                     assert!(norm(&gradient) <= 1e-5 * largest, "{name}: {}", param.name);
                 } else {
                     let error = relative(&gradient, &expected);
@@ -129,10 +147,9 @@ fn norm(values: &[f32]) -> f64 {
     values.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>().sqrt()
 }
 
-/// The scores of every record's next tokens, and the batch of that record alone.
-fn scores(r: &Reference, i: usize, kernels: Kernels) -> (Eager<'_>, X) {
-    let batch = Packed::new([&r.examples[i].encoding]);
-    let eager = Eager::new(&r.params, &batch, &Device::Cpu, Mode::Evaluation).with_kernels(kernels);
+/// The scores of a record's next tokens.
+fn scores<'a>(r: &'a Reference, batch: &'a Packed, kernels: Kernels) -> (Eager<'a>, X) {
+    let eager = Eager::new(&r.params, batch, &Device::Cpu, Mode::Evaluation).with_kernels(kernels);
     let scores = r.task.define(&eager, &r.config.family).unwrap().remove(0);
     (eager, scores)
 }
@@ -145,7 +162,8 @@ fn the_scores_of_next_tokens_are_those_of_transformers() {
     assert_eq!(file.len(), r.examples.len());
     for kernels in [Kernels::Fused, Kernels::Composite] {
         for i in 0..r.examples.len() {
-            let (_, scores) = scores(&r, i, kernels);
+            let batch = Packed::new([&r.examples[i].encoding]);
+            let (_, scores) = scores(&r, &batch, kernels);
             let found: Vec<f32> = scores.tensor().unwrap().flatten_all().unwrap().to_vec1().unwrap();
             let (worst, at) = max_abs(&found, &floats(&file, &i.to_string()));
             assert!(worst <= 2e-5, "{kernels:?}, record {i}: {worst:e} at {at}");
@@ -160,7 +178,8 @@ fn losses_of_texts_and_of_completions_are_those_of_transformers() {
     let loss = |i: usize, first: usize, kernels| -> f32 {
         let predicted = (0..r.examples[i].encoding.len()).map(|at| at >= first).collect();
         let target = Target::Next(Next { predicted, bytes: 0 });
-        let (eager, scores) = scores(&r, i, kernels);
+        let batch = Packed::new([&r.examples[i].encoding]);
+        let (eager, scores) = scores(&r, &batch, kernels);
         eager
             .losses(&scores, &CausalLm::targets(&[&r.examples[i].encoding], &[&target]))
             .unwrap()
@@ -197,7 +216,7 @@ fn label_smoothing_is_pytorchs() {
 /// One more witness: candle-transformers' BERT, which can't be trained but computes the same.
 #[test]
 fn hidden_states_are_those_of_candle_transformers() {
-    for name in MODELS.into_iter().filter(|name| name.contains("bert")) {
+    for name in MODELS.into_iter().filter(|name| name.starts_with("tiny-bert")) {
         let r = Reference::load(name);
         let text = std::fs::read_to_string(models(name).join("config.json")).unwrap();
         let text = text.replace("gelu_new", "geluapproximate"); // candle-transformers' own name for it
@@ -210,9 +229,8 @@ fn hidden_states_are_those_of_candle_transformers() {
             let (ids, types) = (row(&example.encoding.ids), row(&example.encoding.type_ids));
             let hidden =
                 theirs.forward(&ids, &types, None).unwrap().flatten_all().unwrap().to_vec1().unwrap();
-            let eager =
-                Eager::new(&r.params, &Packed::new([&example.encoding]), &Device::Cpu, Mode::Evaluation);
-            let eager = eager.with_taps();
+            let batch = Packed::new([&example.encoding]);
+            let eager = Eager::new(&r.params, &batch, &Device::Cpu, Mode::Evaluation).with_taps();
             r.task.define(&eager, &r.config.family).unwrap();
             let taps = eager.into_taps();
             let (_, last) = taps.iter().find(|(tap, _)| tap == "bert.encoder.layer.1").unwrap();
@@ -224,12 +242,112 @@ fn hidden_states_are_those_of_candle_transformers() {
     }
 }
 
+/// The same for its XLM-R, whose last hidden states are those of token classification's body.
+#[test]
+fn hidden_states_of_xlm_roberta_are_those_of_candle_transformers() {
+    use candle_transformers::models::xlm_roberta;
+    let config = |name: &str| std::fs::read_to_string(models(name).join("config.json")).unwrap();
+    let vb = |name: &str, prefix: &str| {
+        let bytes = std::fs::read(models(name).join("model.safetensors")).unwrap();
+        candle_nn::VarBuilder::from_buffered_safetensors(bytes, DType::F32, &Device::Cpu).unwrap().pp(prefix)
+    };
+    let compare = |name: &str, tap: &str, theirs: &dyn Fn(&Tensor) -> Tensor| {
+        let (config, params, json) = tokens(name);
+        for (i, encoding) in encodings(&json).iter().enumerate() {
+            let ids = Tensor::from_slice(&encoding.ids, (1, encoding.len()), &Device::Cpu).unwrap();
+            let hidden = theirs(&ids).flatten_all().unwrap().to_vec1().unwrap();
+            let batch = Packed::new([encoding]);
+            let eager = Eager::new(&params, &batch, &Device::Cpu, Mode::Evaluation).with_taps();
+            config.family.define(&eager, Head::TokenClassification { labels: 5 }).unwrap();
+            let taps = eager.into_taps();
+            let (_, last) = taps.iter().find(|(name, _)| name == tap).unwrap();
+            let (worst, _) = max_abs(&last.flatten_all().unwrap().to_vec1().unwrap(), &hidden);
+            assert!(worst <= 1e-5, "{name}, record {i}: {worst:e}");
+        }
+    };
+
+    let name = "tiny-xlm-roberta-tokens";
+    let their_config: xlm_roberta::Config = serde_json::from_str(&config(name)).unwrap();
+    let theirs = xlm_roberta::XLMRobertaModel::new(&their_config, vb(name, "roberta")).unwrap();
+    compare(name, "roberta.encoder.layer.1", &|ids| {
+        let (mask, types) = (ids.ones_like().unwrap(), ids.zeros_like().unwrap());
+        theirs.forward(ids, &mask, &types, None, None, None).unwrap()
+    });
+}
+
+const TAGGERS: [&str; 3] = ["tiny-bert-tokens", "tiny-roberta-tokens", "tiny-xlm-roberta-tokens"];
+
+/// A model with a head of 5 labels a token.
+fn tokens(name: &str) -> (ModelConfig, Params, Value) {
+    let dir = models(name);
+    let mut config = ModelConfig::read(&dir).unwrap();
+    config.set_dropout(0.0).unwrap();
+    let head = Head::TokenClassification { labels: 5 };
+    let manifest = manifest(|o| config.family.define(o, head).map(drop)).unwrap();
+    let weights = Weights::open(&dir, config.family.names()).unwrap();
+    let (params, fit) = Params::load(&manifest, &weights, Init { seed: 0, std: 0.0 }, &Device::Cpu).unwrap();
+    assert!(fit.new.is_empty() && fit.unused.is_empty(), "{name}: {fit:?}");
+    assert!(config.has(head), "{name}: {:?}", config.architecture());
+    (config, params, json(dir.join("reference.json")))
+}
+
+fn encodings(json: &Value) -> Vec<Encoding> {
+    let list = |key: &str| -> Vec<Vec<u32>> { serde_json::from_value(json[key].clone()).unwrap() };
+    let pairs = list("ids").into_iter().zip(list("type_ids"));
+    pairs.map(|(ids, type_ids)| Encoding { ids, type_ids, truncated: false }).collect()
+}
+
+#[test]
+fn a_row_of_scores_a_token_its_loss_and_every_gradient_are_those_of_transformers() {
+    for name in TAGGERS {
+        for kernels in [Kernels::Fused, Kernels::Composite] {
+            let (config, params, json) = tokens(name);
+            let encodings = encodings(&json);
+            let batch = Packed::new(&encodings);
+            let eager =
+                Eager::new(&params, &batch, &Device::Cpu, Mode::Training { key: 0 }).with_kernels(kernels);
+            let scores = config.family.define(&eager, Head::TokenClassification { labels: 5 }).unwrap();
+            let scores = scores.tensor().unwrap();
+
+            let file = std::fs::read(models(name).join("logits.safetensors")).unwrap();
+            let file = safetensors::SafeTensors::deserialize(&file).unwrap();
+            let expected: Vec<f32> =
+                (0..encodings.len()).flat_map(|i| floats(&file, &i.to_string())).collect();
+            let (worst, at) = max_abs(&scores.flatten_all().unwrap().to_vec1().unwrap(), &expected);
+            assert!(worst <= 1e-5, "{name}, {kernels:?}: {worst:e} at {at}");
+
+            let targets: Vec<Vec<i64>> = serde_json::from_value(json["targets"].clone()).unwrap();
+            let targets = targets.concat();
+            let one_hot: Vec<f32> = targets
+                .iter()
+                .flat_map(|&target| (0..5).map(move |i| f32::from(u8::from(i == target))))
+                .collect();
+            let one_hot = Tensor::from_vec(one_hot, scores.shape(), &Device::Cpu).unwrap();
+            let count = targets.iter().filter(|&&target| target >= 0).count();
+            let log_p = candle_nn::ops::log_softmax(&scores, 1).unwrap();
+            let loss = ((log_p * one_hot).unwrap().sum_all().unwrap().neg().unwrap() / count as f64).unwrap();
+            let (value, wanted) = (loss.to_scalar::<f32>().unwrap(), json["loss"].as_f64().unwrap() as f32);
+            assert!((value - wanted).abs() <= 1e-5, "{name}: loss {value}, {wanted}");
+
+            let store = loss.backward().unwrap();
+            let file = std::fs::read(models(name).join("gradients.safetensors")).unwrap();
+            let file = safetensors::SafeTensors::deserialize(&file).unwrap();
+            assert_eq!(file.len(), params.len());
+            for (param, _) in params.iter().filter(|(param, _)| !is_key_bias(&param.name)) {
+                let found = gradient(&params, &param.name, &store, kernels);
+                let error = relative(&found, &floats(&file, &param.name));
+                assert!(error <= 1e-4, "{name}, {kernels:?}: {} {error:e}", param.name);
+            }
+        }
+    }
+}
+
 #[test]
 fn a_parameter_that_no_gradient_reaches_ends_training_at_the_first_step() {
     let r = Reference::load("tiny-bert-single");
     let mut manifest = r.task.params(&r.config.family).unwrap();
     manifest.push(At::head("forgotten").linear(4, 4).weight);
-    let weights = Weights::open(&models(r.name)).unwrap();
+    let weights = Weights::open(&models(r.name), r.config.family.names()).unwrap();
     let (params, _) = Params::load(&manifest, &weights, Init { seed: 1, std: 0.02 }, &Device::Cpu).unwrap();
     let before = params.values().unwrap();
     let settings = Settings::default();
@@ -280,8 +398,7 @@ fn a_step_over_micro_batches_of_any_size_has_the_loss_and_gradients_of_the_padde
                 let bytes = r.file("gradients.safetensors");
                 let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
                 for ((param, _), (gradient, _)) in r.params.iter().zip(trainer.optimizer.state().unwrap()) {
-                    // softmax cancels what a bias adds to every key: its gradient is rounding alone
-                    if !param.name.ends_with("self.key.bias") {
+                    if !is_key_bias(&param.name) {
                         let error = relative(&gradient, &floats(&file, &param.name));
                         assert!(error <= 1e-4, "{place}: {} {error:e}", param.name);
                     }

@@ -28,7 +28,7 @@ const TOLERANCE: f32 = 3e-6;
 /// The same for gradients, relative to the gradient's norm.
 const GRADIENT_TOLERANCE: f64 = 3e-6;
 
-const CASES: [&str; 22] = [
+const CASES: [&str; 24] = [
     "embed_tokens",
     "embed_types",
     "embed_positions",
@@ -51,6 +51,8 @@ const CASES: [&str; 22] = [
     "linear_without_bias",
     "split",
     "tied",
+    "embed_positions_behind",
+    "embed_zero",
 ];
 
 /// A case's definition: `x` is looked up in a table of its own, so that its gradient is the table's.
@@ -65,6 +67,11 @@ fn define<O: Ops>(o: &O, case: &Case) -> Result<O::X> {
         "embed_tokens" => x(),
         "embed_types" => o.embed(table("types"), Ids::TokenTypes),
         "embed_positions" => o.embed(table("positions"), Ids::Positions),
+        // added to something, as every family has it: a graph may give one row for all tokens
+        "embed_positions_behind" => {
+            o.add(&x()?, &o.embed(table("positions"), Ids::PositionsBehind { padding: 5 })?)
+        }
+        "embed_zero" => o.add(&x()?, &o.embed(table("types"), Ids::Zero)?),
         "linear" => {
             let shape = case.shape("f.weight");
             o.linear(At::body("f").linear(shape[1], shape[0]), &x()?)
@@ -209,8 +216,8 @@ fn eager(case: &Case, kernels: Kernels, mode: Mode) -> (Params, Tensor) {
     let (_dir, weights) = case.weights();
     let init = Init { seed: 0, std: 0.0 };
     let (params, _) = Params::load(&case.params(), &weights, init, &Device::Cpu).unwrap();
-    let interpreter =
-        Eager::new(&params, &Packed::new(&case.batch), &Device::Cpu, mode).with_kernels(kernels);
+    let packed = Packed::new(&case.batch);
+    let interpreter = Eager::new(&params, &packed, &Device::Cpu, mode).with_kernels(kernels);
     let y = define(&interpreter, case).unwrap().tensor().unwrap();
     (params, y)
 }
@@ -333,9 +340,10 @@ fn every_verb_gives_the_reference_in_candle_onnx() {
     });
 }
 
-/// What a graph that generates is never asked for: types of tokens, tokens that see those behind them, and the first
-/// token of a sequence.
-const NOT_IN_PLACE: [&str; 4] = ["embed_types", "attention", "attention_of_first", "pick_first"];
+/// What a graph that generates is never asked for: types of tokens, tokens that see those behind them, the first token
+/// of a sequence, and positions that are counted in all of its tokens.
+const NOT_IN_PLACE: [&str; 5] =
+    ["embed_types", "attention", "attention_of_first", "pick_first", "embed_positions_behind"];
 
 /// Each sequence in a slot of its own, its first half and then the other, all sequences' halves one after another.
 #[test]

@@ -12,7 +12,8 @@ use crate::checkpoint::{self, Weights, file_hash};
 use crate::data::hub;
 use crate::data::tokens::{self, Tokenizer};
 use crate::eager::{Init, Params};
-use crate::model::{Family, ModelConfig, token_ids};
+use crate::model::ops::{Param, Part};
+use crate::model::{ModelConfig, token_ids};
 use crate::say::{Say, peak_rss_bytes};
 use crate::serve::served;
 use crate::task::causal_lm::Cutting;
@@ -178,7 +179,7 @@ impl Prepared {
         let model = hub::model_dir(&args.model, say.quiet)?;
         let mut config = ModelConfig::read(&model)?;
         if let Some(p) = settings.dropout {
-            config.set_dropout(p);
+            config.set_dropout(p)?;
         }
         if settings.max_length > config.max_positions() {
             bail_unusable!(
@@ -201,7 +202,7 @@ impl Prepared {
                     .collect();
                 let tokenizer = Tokenizer::train(&texts, config.vocab_size())?;
                 if let Some(end) = tokenizer.end() {
-                    config.set_vocabulary(tokenizer.vocab_size(), end);
+                    config.set_vocabulary(tokenizer.vocab_size(), end)?;
                 }
                 say.line(format!(
                     "trained a tokenizer of {} tokens on the texts",
@@ -257,10 +258,10 @@ impl Prepared {
         let (params, fit) = if args.from_scratch {
             (Params::from_scratch(&manifest, init, device)?, Default::default())
         } else {
-            let mut weights = Weights::open(&model)?;
+            let mut weights = Weights::open(&model, config.family.names())?;
             if Task::from_config(&config).ok().as_ref() != Some(&task) {
                 // a head that was trained for other labels
-                for name in ["classifier.weight", "classifier.bias", "score.weight"] {
+                for Param { name, .. } in manifest.iter().filter(|param| param.part == Part::Labels) {
                     if weights.forget(name) {
                         say.line(format!("{name} was trained for other labels and starts anew"));
                     }
@@ -513,11 +514,9 @@ fn write_model(args: &Args, prepared: &Prepared) -> Result<()> {
         _ => {}
     }
     prepared.tokenizer.save(&prepared.model, output)?;
-    let pads = match prepared.config.family {
-        Family::Bert(_) => None, // has a token of its own for it
-        Family::Gpt2(_) => {
-            token_ids::read(&prepared.config.raw, "eos_token_id", prepared.config.vocab_size())?
-        }
+    let pads = match prepared.config.family.pads_with_the_end() {
+        false => None, // has a token of its own for it
+        true => token_ids::read(&prepared.config.raw, "eos_token_id", prepared.config.vocab_size())?,
     };
     let pads = pads.and_then(|ends| ends.first().copied());
     let pad_token = pads.and_then(|id| prepared.tokenizer.inner().id_to_token(id));

@@ -88,6 +88,23 @@ impl Packed {
     pub fn positions(&self) -> Vec<u32> {
         self.spans.iter().flat_map(|span| 0..span.len() as u32).collect()
     }
+
+    /// [`crate::model::ops::Ids::PositionsBehind`]: `padding` + 1, + 2 … in every sequence, and `padding` for each
+    /// token that is `padding` and not counted. (T)
+    pub fn positions_behind(&self, padding: u32) -> Vec<u32> {
+        let mut positions = Vec::with_capacity(self.ids.len());
+        for span in self.spans.iter() {
+            let mut last = padding;
+            positions.extend(self.ids[span].iter().map(|&id| {
+                if id == padding {
+                    return padding;
+                }
+                last += 1;
+                last
+            }));
+        }
+        positions
+    }
 }
 
 /// Sequences of one batch padded to the longest, as exported graphs take them.
@@ -140,6 +157,12 @@ mod tests {
         assert_eq!(packed.ids, [5, 6, 7, 8, 9, 10]);
         assert_eq!(packed.positions(), [0, 1, 0, 0, 1, 2]);
         assert_eq!(packed.spans.iter().collect::<Vec<_>>(), [0..2, 2..3, 3..6]);
+    }
+
+    #[test]
+    fn positions_behind_padding_count_what_is_none() {
+        let packed = Packed::new(&[encoding(&[5, 1, 6]), encoding(&[1, 1, 7, 8])]);
+        assert_eq!(packed.positions_behind(1), [2, 1, 3, 1, 1, 2, 3]);
     }
 
     #[test]

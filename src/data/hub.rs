@@ -15,7 +15,7 @@ use hf_hub::{Cache, Repo, RepoType};
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 
 use crate::data::tokens;
-use crate::{Result, bail_unusable, unusable};
+use crate::{Result, bail_unusable, checkpoint, unusable};
 
 const CONFIG: &str = "config.json";
 const WEIGHTS: &str = "model.safetensors";
@@ -140,7 +140,7 @@ fn shards(dir: &Path) -> Result<BTreeSet<String>> {
     let files = index["weight_map"].as_object().into_iter().flatten().filter_map(|(_, file)| file.as_str());
     let files: BTreeSet<_> = files.map(str::to_owned).collect();
     // they become paths in the cache
-    match files.iter().find(|name| name.contains(['/', '\\'])) {
+    match files.iter().find(|name| !checkpoint::is_file_name(name)) {
         Some(name) => Err(unusable!("{}: {name:?} is not the name of a file beside it", path.display())),
         None if files.is_empty() => Err(unusable!("{} names no file", path.display())),
         None => Ok(files),

@@ -240,14 +240,7 @@ impl Tokenizer {
         };
         let (encoding, truncated) =
             cut().map_err(|error: tokenizers::Error| anyhow!(error)).context("tokenizing")?;
-        if let Some(&id) = encoding.get_ids().iter().find(|&&id| id as usize >= self.rows) {
-            bail_unusable!(
-                "the text holds {:?}, id {id} of {}, and the model's word embeddings have {} rows",
-                self.inner.id_to_token(id).unwrap_or_default(),
-                self.name(),
-                self.rows
-            );
-        }
+        self.check_rows(encoding.get_ids())?;
         if pair.is_some() && !self.takes_pairs() {
             bail_unusable!(
                 "the model's token type embeddings have {} rows, too few for the second text of a pair",
@@ -286,6 +279,19 @@ impl Tokenizer {
     /// The highest id, added tokens included, plus one.
     pub fn vocab_size(&self) -> usize {
         self.vocab_size
+    }
+
+    /// Holds a text's ids against the model's word embeddings.
+    fn check_rows(&self, ids: &[u32]) -> Result<()> {
+        if let Some(&id) = ids.iter().find(|&&id| id as usize >= self.rows) {
+            bail_unusable!(
+                "the text holds {:?}, id {id} of {}, and the model's word embeddings have {} rows",
+                self.inner.id_to_token(id).unwrap_or_default(),
+                self.name(),
+                self.rows
+            );
+        }
+        Ok(())
     }
 
     /// Holds the ids against the model's embeddings, and remembers their rows: [`Tokenizer::encode`] then refuses what

@@ -67,8 +67,8 @@ impl Evaluator {
 
     /// What the definition taps, over one packed batch of all the examples: (T, C), or (B, C) behind `pick`.
     pub fn taps(&self, examples: &[Encoding]) -> Result<Vec<(String, Tensor)>> {
-        let eager =
-            Eager::new(&self.params, &Packed::new(examples), &self.device, Mode::Evaluation).with_taps();
+        let packed = Packed::new(examples);
+        let eager = Eager::new(&self.params, &packed, &self.device, Mode::Evaluation).with_taps();
         self.task.define(&eager, &self.family)?;
         Ok(eager.into_taps())
     }

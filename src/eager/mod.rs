@@ -43,7 +43,7 @@ pub struct Eager<'a> {
     params: &'a Params,
     ids: Arc<[u32]>,
     type_ids: Arc<[u32]>,
-    positions: Arc<[u32]>,
+    batch: &'a Packed,
     spans: Arc<Spans>,
     tape: Arc<Tape>,
     kernels: Kernels,
@@ -57,12 +57,12 @@ pub struct Eager<'a> {
 
 impl<'a> Eager<'a> {
     /// An interpreter for one batch, with the fastest kernels that the device runs.
-    pub fn new(params: &'a Params, batch: &Packed, device: &Device, mode: Mode) -> Self {
+    pub fn new(params: &'a Params, batch: &'a Packed, device: &Device, mode: Mode) -> Self {
         Self {
             params,
             ids: batch.ids.as_slice().into(),
             type_ids: batch.type_ids.as_slice().into(),
-            positions: batch.positions().into(),
+            batch,
             spans: Arc::new(batch.spans.clone()),
             tape: Arc::new(Tape::new(mode != Mode::Evaluation)),
             kernels: Kernels::of(device, DType::F32),
@@ -132,7 +132,9 @@ impl Ops for Eager<'_> {
         let ids = match ids {
             Ids::Tokens => &self.ids,
             Ids::TokenTypes => &self.type_ids,
-            Ids::Positions => &self.positions,
+            Ids::Positions => &self.batch.positions().into(),
+            Ids::PositionsBehind { padding } => &self.batch.positions_behind(padding).into(),
+            Ids::Zero => &vec![0; self.ids.len()].into(),
         };
         let rows = self.weight(&table.weight)?;
         let x = match self.kernels {

@@ -1,5 +1,5 @@
 //! `config.json` in Hugging Face's layout → a checked configuration. Unknown keys are kept, so that
-//! what is saved says all that was loaded.
+//! what is saved says all that was loaded. What the fields mean is the family's to say.
 
 use std::path::Path;
 
@@ -8,6 +8,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
+use crate::model::family::{Family, Head};
 use crate::model::ops::Activation;
 use crate::{Result, bail_unusable, unusable};
 
@@ -17,120 +18,6 @@ pub struct ModelConfig {
     pub family: Family,
     /// `config.json` as it was read; a task writes its labels into it.
     pub raw: Map<String, Value>,
-}
-
-/// The architectures that tk defines, each with its dimensions.
-#[derive(Clone, Debug)]
-pub enum Family {
-    Bert(BertConfig),
-    Gpt2(Gpt2Config),
-}
-
-/// What [`crate::model::bert`] needs. Field names and defaults are `transformers.BertConfig`'s.
-#[derive(Clone, Debug, Deserialize)]
-pub struct BertConfig {
-    pub vocab_size: usize,
-    pub hidden_size: usize,
-    pub num_hidden_layers: usize,
-    pub num_attention_heads: usize,
-    pub intermediate_size: usize,
-    pub max_position_embeddings: usize,
-    #[serde(default = "two")]
-    pub type_vocab_size: usize,
-    #[serde(default = "gelu", deserialize_with = "activation")]
-    pub hidden_act: Activation,
-    #[serde(default = "tenth")]
-    pub hidden_dropout_prob: f32,
-    #[serde(default = "tenth")]
-    pub attention_probs_dropout_prob: f32,
-    /// Dropout in front of a classifier; `hidden_dropout_prob` where it is absent.
-    #[serde(default)]
-    pub classifier_dropout: Option<f32>,
-    #[serde(default = "bert_eps")]
-    pub layer_norm_eps: f64,
-    #[serde(default = "fiftieth")]
-    pub initializer_range: f64,
-}
-
-/// What [`crate::model::gpt2`] needs. Field names and defaults are `transformers.GPT2Config`'s.
-#[derive(Clone, Debug, Deserialize)]
-pub struct Gpt2Config {
-    pub vocab_size: usize,
-    pub n_positions: usize,
-    pub n_embd: usize,
-    pub n_layer: usize,
-    pub n_head: usize,
-    /// The width inside a feed-forward layer; four times `n_embd` where it is absent.
-    #[serde(default)]
-    pub n_inner: Option<usize>,
-    #[serde(default = "gelu_new", deserialize_with = "activation_function")]
-    pub activation_function: Activation,
-    #[serde(default = "tenth")]
-    pub resid_pdrop: f32,
-    #[serde(default = "tenth")]
-    pub embd_pdrop: f32,
-    #[serde(default = "tenth")]
-    pub attn_pdrop: f32,
-    #[serde(default = "gpt2_eps")]
-    pub layer_norm_epsilon: f64,
-    #[serde(default = "fiftieth")]
-    pub initializer_range: f64,
-}
-
-fn gelu_new() -> Activation {
-    Activation::GeluTanh
-}
-fn gpt2_eps() -> f64 {
-    1e-5
-}
-fn two() -> usize {
-    2
-}
-fn tenth() -> f32 {
-    0.1
-}
-fn fiftieth() -> f64 {
-    0.02
-}
-fn bert_eps() -> f64 {
-    1e-12
-}
-fn gelu() -> Activation {
-    Activation::Gelu
-}
-
-/// The activations that tk knows, under transformers' names.
-const ACTIVATIONS: [(&str, Activation); 8] = [
-    ("gelu", Activation::Gelu),
-    ("gelu_python", Activation::Gelu),
-    ("gelu_new", Activation::GeluTanh),
-    ("gelu_pytorch_tanh", Activation::GeluTanh),
-    ("relu", Activation::Relu),
-    ("silu", Activation::Silu),
-    ("swish", Activation::Silu),
-    ("tanh", Activation::Tanh),
-];
-
-fn activation<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Activation, D::Error> {
-    activation_of("hidden_act", deserializer)
-}
-
-fn activation_function<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Activation, D::Error> {
-    activation_of("activation_function", deserializer)
-}
-
-fn activation_of<'de, D: serde::Deserializer<'de>>(
-    field: &str,
-    deserializer: D,
-) -> Result<Activation, D::Error> {
-    let name = String::deserialize(deserializer)?;
-    ACTIVATIONS.iter().find(|(known, _)| *known == name).map(|&(_, is)| is).ok_or_else(|| {
-        let known: Vec<&str> = ACTIVATIONS.iter().map(|&(known, _)| known).collect();
-        serde::de::Error::custom(format!(
-            "{field} is \"{name}\", which tk does not know; it knows {}",
-            known.join(", ")
-        ))
-    })
 }
 
 impl ModelConfig {
@@ -153,186 +40,286 @@ impl ModelConfig {
     pub fn parse(text: &str) -> Result<Self> {
         let raw: Map<String, Value> =
             serde_json::from_str(text).map_err(|e| unusable!("not a JSON object: {e}"))?;
-        let family = match raw.get("model_type").and_then(Value::as_str) {
-            Some("bert") => Family::Bert(checked(&raw, BertConfig::wrong)?),
-            Some("gpt2") => Family::Gpt2(checked(&raw, Gpt2Config::wrong)?),
-            Some(other) => bail_unusable!("model_type is \"{other}\"; tk runs bert and gpt2"),
-            None => bail_unusable!("model_type is missing; tk runs bert and gpt2"),
-        };
-        Ok(Self { family, raw })
+        Ok(Self { family: Family::read(&raw)?, raw })
     }
 
-    /// Sets every dropout probability of the model, in the architecture and in what is saved.
-    pub fn set_dropout(&mut self, p: f32) {
-        let keys = match &mut self.family {
-            Family::Bert(c) => {
-                (c.hidden_dropout_prob, c.attention_probs_dropout_prob, c.classifier_dropout) =
-                    (p, p, Some(p));
-                ["hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"]
-            }
-            Family::Gpt2(c) => {
-                (c.resid_pdrop, c.embd_pdrop, c.attn_pdrop) = (p, p, p);
-                ["resid_pdrop", "embd_pdrop", "attn_pdrop"]
-            }
-        };
-        for key in keys {
-            self.raw.insert(key.to_owned(), p.into());
-        }
+    /// Changes what is saved, and the architecture with it.
+    ///
+    /// # Errors
+    /// The family refuses a value.
+    pub fn set(&mut self, values: impl IntoIterator<Item = (&'static str, Value)>) -> Result<()> {
+        self.raw.extend(values.into_iter().map(|(key, value)| (key.to_owned(), value)));
+        self.family = Family::read(&self.raw)?;
+        Ok(())
+    }
+
+    /// Sets every dropout probability of the model.
+    ///
+    /// # Errors
+    /// It is no probability.
+    pub fn set_dropout(&mut self, p: f32) -> Result<()> {
+        self.set(self.family.dropouts().iter().map(|&key| (key, p.into())))
     }
 
     /// Takes a vocabulary of another size, whose texts begin and end with the token `end`, which pads too. Other tokens
     /// of the old vocabulary are none of this one.
-    pub fn set_vocabulary(&mut self, size: usize, end: u32) {
-        match &mut self.family {
-            Family::Bert(c) => c.vocab_size = size,
-            Family::Gpt2(c) => c.vocab_size = size,
-        }
-        self.raw.insert("vocab_size".to_owned(), size.into());
+    ///
+    /// # Errors
+    /// The family refuses the size.
+    pub fn set_vocabulary(&mut self, size: usize, end: u32) -> Result<()> {
         self.raw.retain(|key, _| !key.ends_with("_token_id"));
-        for key in ["bos_token_id", "eos_token_id", "pad_token_id"] {
-            self.raw.insert(key.to_owned(), end.into());
-        }
+        let ends = ["bos_token_id", "eos_token_id", "pad_token_id"].map(|key| (key, end.into()));
+        self.set([("vocab_size", size.into())].into_iter().chain(ends))
     }
 
-    /// The number of rows of the position table: no sequence may be longer.
+    /// The class in `transformers` that the directory was saved from, the first of `architectures`.
+    pub fn architecture(&self) -> Option<&str> {
+        self.raw.get("architectures")?.get(0)?.as_str()
+    }
+
+    /// Whether the directory was saved with this head.
+    pub fn has(&self, head: Head) -> bool {
+        self.family.class(head).is_some_and(|class| self.architecture() == Some(&class))
+    }
+
+    /// The tokens of the longest sequence.
     pub fn max_positions(&self) -> usize {
-        match &self.family {
-            Family::Bert(c) => c.max_position_embeddings,
-            Family::Gpt2(c) => c.n_positions,
-        }
+        self.family.limits().positions
     }
 
     /// The number of rows of the token table: every token id must be smaller.
     pub fn vocab_size(&self) -> usize {
-        match &self.family {
-            Family::Bert(c) => c.vocab_size,
-            Family::Gpt2(c) => c.vocab_size,
-        }
+        self.family.limits().vocabulary
     }
 
     /// How many kinds of token types there are: a pair of texts needs two. None where the model reads no types.
     pub fn token_types(&self) -> Option<usize> {
-        match &self.family {
-            Family::Bert(c) => Some(c.type_vocab_size),
-            Family::Gpt2(_) => None,
-        }
+        self.family.limits().token_types
     }
 
     /// The standard deviation that new weights are drawn with.
     pub fn initializer_range(&self) -> f64 {
-        match &self.family {
-            Family::Bert(c) => c.initializer_range,
-            Family::Gpt2(c) => c.initializer_range,
-        }
+        self.family.initializer_range()
     }
 }
 
 /// Reads a family's fields and says all that is wrong with them at once.
-fn checked<C: DeserializeOwned>(
+///
+/// # Errors
+/// Unusable: a field of another kind, or what `check` finds.
+pub(super) fn checked<C: DeserializeOwned>(
     raw: &Map<String, Value>,
-    wrong: impl Fn(&C, &Map<String, Value>) -> Vec<String>,
+    check: impl Fn(&C, &mut Findings),
 ) -> Result<C> {
-    let config = serde_json::from_value(Value::Object(raw.clone())).map_err(|e| unusable!("{e}"))?;
-    let wrong = wrong(&config, raw);
-    if !wrong.is_empty() {
-        bail_unusable!("{}", wrong.join("; "));
+    let config = serde_path_to_error::deserialize(Value::Object(raw.clone())).map_err(|e| {
+        let field = e.path().to_string();
+        if field == "." { unusable!("{}", e.inner()) } else { unusable!("{field}: {}", e.inner()) }
+    })?;
+    let mut findings = Findings { raw, wrong: Vec::new() };
+    check(&config, &mut findings);
+    if !findings.wrong.is_empty() {
+        bail_unusable!("{}", findings.wrong.join("; "));
     }
     Ok(config)
 }
 
-impl BertConfig {
-    /// What tk can't run of it.
-    fn wrong(&self, raw: &Map<String, Value>) -> Vec<String> {
-        let mut wrong = Vec::new();
-        check_sizes(
-            &mut wrong,
-            &[
-                ("hidden_size", self.hidden_size),
-                ("num_attention_heads", self.num_attention_heads),
-                ("vocab_size", self.vocab_size),
-                ("intermediate_size", self.intermediate_size),
-                ("max_position_embeddings", self.max_position_embeddings),
-                ("type_vocab_size", self.type_vocab_size),
-            ],
-        );
-        check_probabilities(
-            &mut wrong,
-            &[
-                ("hidden_dropout_prob", self.hidden_dropout_prob),
-                ("attention_probs_dropout_prob", self.attention_probs_dropout_prob),
-                ("classifier_dropout", self.classifier_dropout.unwrap_or(0.0)),
-            ],
-        );
-        if let Some(kind) = raw.get("position_embedding_type").and_then(Value::as_str)
-            && kind != "absolute"
+/// The most layers of a model: far above what there is, and few enough to list.
+const MOST_LAYERS: usize = 4096;
+
+/// The most channels of a model, inside a layer too: two of them multiplied are far from overflowing.
+const MOST_CHANNELS: usize = 1 << 20;
+
+/// The most rows of a table.
+const MOST_ROWS: usize = 1 << 28;
+
+/// What is found to be wrong with a configuration.
+pub(super) struct Findings<'a> {
+    raw: &'a Map<String, Value>,
+    wrong: Vec<String>,
+}
+
+impl Findings<'_> {
+    fn size(&mut self, field: &str, size: usize, most: usize) {
+        if size == 0 {
+            self.wrong.push(format!("{field} is 0"));
+        } else if size > most {
+            self.wrong.push(format!("{field} is {size}, above the {most} that tk takes"));
+        }
+    }
+
+    /// The number of layers, which may be none.
+    pub fn layers(&mut self, field: &str, layers: usize) {
+        if layers > 0 {
+            self.size(field, layers, MOST_LAYERS);
+        }
+    }
+
+    /// The model's width and the number of heads that it is cut into.
+    pub fn heads(&mut self, (field, width): (&str, usize), (heads_field, heads): (&str, usize)) {
+        self.channels(field, width);
+        self.channels(heads_field, heads);
+        if heads != 0 && !width.is_multiple_of(heads) {
+            self.wrong.push(format!("{field} {width} is not a multiple of {heads_field} {heads}"));
+        }
+    }
+
+    /// A number of channels.
+    pub fn channels(&mut self, field: &str, channels: usize) {
+        self.size(field, channels, MOST_CHANNELS);
+    }
+
+    /// The rows of a table.
+    pub fn rows(&mut self, field: &str, rows: usize) {
+        self.size(field, rows, MOST_ROWS);
+    }
+
+    /// The probability of a dropout.
+    pub fn probability(&mut self, field: &str, p: f32) {
+        if !(0.0..1.0).contains(&p) {
+            self.wrong.push(format!("{field} is {p}, expected a probability in [0, 1)"));
+        }
+    }
+
+    /// What a layer norm adds to the variance, and the standard deviation of new weights.
+    pub fn small(&mut self, field: &str, value: f64) {
+        if !(0.0..=1.0).contains(&value) {
+            self.wrong.push(format!("{field} is {value}, expected a number from 0 to 1"));
+        }
+    }
+
+    /// A flag that tk runs with one value alone.
+    pub fn never(&mut self, field: &str, is: bool, why: &str) {
+        if self.raw.get(field).and_then(Value::as_bool) == Some(is) {
+            self.wrong.push(format!("{field} is {is}; {why}"));
+        }
+    }
+
+    /// A name that tk runs with one value alone, which is the default.
+    pub fn only(&mut self, field: &str, runs: &str) {
+        if let Some(found) = self.raw.get(field).filter(|value| !value.is_null())
+            && found.as_str() != Some(runs)
         {
-            wrong.push(format!("position_embedding_type is \"{kind}\"; tk runs \"absolute\""));
+            self.wrong.push(format!("{field} is {found}; tk runs \"{runs}\""));
         }
-        for field in ["is_decoder", "add_cross_attention"] {
-            if raw.get(field).and_then(Value::as_bool) == Some(true) {
-                wrong.push(format!("{field} is true; tk runs BERT as an encoder"));
-            }
-        }
-        wrong
+    }
+
+    /// Anything else.
+    pub fn say(&mut self, wrong: String) {
+        self.wrong.push(wrong);
     }
 }
 
-impl Gpt2Config {
-    /// The width inside a feed-forward layer.
-    pub fn inner(&self) -> usize {
-        self.n_inner.unwrap_or(4 * self.n_embd)
+/// The activations that tk knows, under transformers' names.
+const ACTIVATIONS: [(&str, Activation); 8] = [
+    ("gelu", Activation::Gelu),
+    ("gelu_python", Activation::Gelu),
+    ("gelu_new", Activation::GeluTanh),
+    ("gelu_pytorch_tanh", Activation::GeluTanh),
+    ("relu", Activation::Relu),
+    ("silu", Activation::Silu),
+    ("swish", Activation::Silu),
+    ("tanh", Activation::Tanh),
+];
+
+/// Reads the name of an activation.
+pub(super) fn activation<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Activation, D::Error> {
+    let name = String::deserialize(deserializer)?;
+    ACTIVATIONS.iter().find(|(known, _)| *known == name).map(|&(_, is)| is).ok_or_else(|| {
+        let known: Vec<&str> = ACTIVATIONS.iter().map(|&(known, _)| known).collect();
+        serde::de::Error::custom(format!(
+            "\"{name}\" is no activation that tk knows; it knows {}",
+            known.join(", ")
+        ))
+    })
+}
+
+/// Defaults of `transformers`' configurations, for serde.
+pub(super) mod default {
+    use crate::model::ops::Activation;
+
+    pub fn two() -> usize {
+        2
+    }
+    pub fn tenth() -> f32 {
+        0.1
+    }
+    /// A standard deviation of new weights.
+    pub fn fiftieth() -> f64 {
+        0.02
+    }
+    pub fn eps_1e_12() -> f64 {
+        1e-12
+    }
+    pub fn eps_1e_5() -> f64 {
+        1e-5
+    }
+    pub fn gelu() -> Activation {
+        Activation::Gelu
+    }
+    pub fn gelu_new() -> Activation {
+        Activation::GeluTanh
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn parse(more: Value) -> Result<ModelConfig> {
+        let mut raw = json!({
+            "model_type": "bert", "vocab_size": 9, "hidden_size": 4, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "intermediate_size": 8, "max_position_embeddings": 16,
+        });
+        raw.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        ModelConfig::parse(&raw.to_string())
     }
 
-    /// What tk can't run of it.
-    fn wrong(&self, raw: &Map<String, Value>) -> Vec<String> {
-        let mut wrong = Vec::new();
-        check_sizes(
-            &mut wrong,
-            &[
-                ("n_embd", self.n_embd),
-                ("n_head", self.n_head),
-                ("vocab_size", self.vocab_size),
-                ("n_inner", self.inner()),
-                ("n_positions", self.n_positions),
-            ],
-        );
-        check_probabilities(
-            &mut wrong,
-            &[
-                ("resid_pdrop", self.resid_pdrop),
-                ("embd_pdrop", self.embd_pdrop),
-                ("attn_pdrop", self.attn_pdrop),
-            ],
-        );
-        for (field, is, why) in [
-            ("scale_attn_weights", false, "tk scales attention scores by the root of a head's width"),
-            ("scale_attn_by_inverse_layer_idx", true, "tk scales the attention of every layer alike"),
-            ("add_cross_attention", true, "tk runs GPT-2 as a decoder alone"),
+    #[test]
+    fn every_finding_is_named_at_once() {
+        let found = parse(json!({
+            "vocab_size": 0, "num_hidden_layers": 1_000_000_000_000_000_000_u64, "num_attention_heads": 3,
+            "intermediate_size": 1_u64 << 40, "layer_norm_eps": -1.0, "hidden_dropout_prob": 1.5,
+            "position_embedding_type": "relative_key", "is_decoder": true, "initializer_range": 1e300,
+        }));
+        let found = found.unwrap_err().to_string();
+        for part in [
+            "vocab_size is 0",
+            "num_hidden_layers is 1000000000000000000, above the 4096",
+            "hidden_size 4 is not a multiple of num_attention_heads 3",
+            "intermediate_size is 1099511627776, above",
+            "layer_norm_eps is -1, expected a number from 0 to 1",
+            "hidden_dropout_prob is 1.5",
+            "position_embedding_type is \"relative_key\"",
+            "is_decoder is true",
+            "initializer_range is ",
         ] {
-            if raw.get(field).and_then(Value::as_bool) == Some(is) {
-                wrong.push(format!("{field} is {is}; {why}"));
-            }
+            assert!(found.contains(part), "{part}: {found}");
         }
-        wrong
     }
-}
 
-/// Notes sizes that are zero. The first two are the model's width and its number of heads.
-fn check_sizes(wrong: &mut Vec<String>, sizes: &[(&str, usize)]) {
-    wrong.extend(sizes.iter().filter(|(_, size)| *size == 0).map(|(field, _)| format!("{field} is 0")));
-    if let [(width_field, width), (heads_field, heads), ..] = sizes
-        && *heads != 0
-        && !width.is_multiple_of(*heads)
-    {
-        wrong.push(format!("{width_field} {width} is not a multiple of {heads_field} {heads}"));
-    }
-}
-
-/// Notes what is no probability of a dropout.
-fn check_probabilities(wrong: &mut Vec<String>, probabilities: &[(&str, f32)]) {
-    for (field, p) in probabilities {
-        if !(0.0..1.0).contains(p) {
-            wrong.push(format!("{field} is {p}, expected a probability in [0, 1)"));
+    #[test]
+    fn a_model_type_that_tk_does_not_run_is_refused_by_name() {
+        for (value, said) in [
+            (json!("t5"), "model_type is \"t5\"; tk runs bert, roberta"),
+            (json!(null), "model_type is null"),
+            (json!(["bert"]), "model_type is [\"bert\"]"),
+        ] {
+            let error = parse(json!({"model_type": value})).unwrap_err();
+            assert!(error.to_string().starts_with(said), "{error}");
+            assert_eq!(crate::error::exit_code(&error), 2);
         }
+    }
+
+    #[test]
+    fn what_is_set_is_saved_and_computed_with() {
+        let mut config = parse(json!({})).unwrap();
+        config.set_dropout(0.25).unwrap();
+        config.set_vocabulary(50, 7).unwrap();
+        assert_eq!((config.vocab_size(), &config.raw["eos_token_id"]), (50, &json!(7)));
+        assert!(matches!(&config.family, Family::Bert(c) if c.hidden_dropout_prob == 0.25));
+        assert_eq!(config.raw["classifier_dropout"], json!(0.25));
+        assert!(config.set_dropout(1.0).is_err());
     }
 }

@@ -1,12 +1,127 @@
 //! GPT-2 (Radford et al. 2019), pre-norm causal decoder, over the vocabulary.
 
-use crate::Result;
-use crate::model::config::Gpt2Config;
-use crate::model::ops::{At, Attend, Ids, Ops, Pick, Sees, Table};
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+use crate::model::config::{activation, checked, default};
+use crate::model::family::{Architecture, Head, Limits, Names};
+use crate::model::ops::{Activation, At, Attend, Ids, Ops, Pick, Sees, Table};
+use crate::{Result, bail_unusable};
+
+/// The configuration. Field names and defaults are `transformers.GPT2Config`'s.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Gpt2 {
+    pub vocab_size: usize,
+    pub n_positions: usize,
+    pub n_embd: usize,
+    pub n_layer: usize,
+    pub n_head: usize,
+    /// The width inside a feed-forward layer; four times `n_embd` where it is absent.
+    #[serde(default)]
+    pub n_inner: Option<usize>,
+    #[serde(default = "default::gelu_new", deserialize_with = "activation")]
+    pub activation_function: Activation,
+    #[serde(default = "default::tenth")]
+    pub resid_pdrop: f32,
+    #[serde(default = "default::tenth")]
+    pub embd_pdrop: f32,
+    #[serde(default = "default::tenth")]
+    pub attn_pdrop: f32,
+    #[serde(default = "default::eps_1e_5")]
+    pub layer_norm_epsilon: f64,
+    #[serde(default = "default::fiftieth")]
+    pub initializer_range: f64,
+}
+
+impl Architecture for Gpt2 {
+    const MODEL_TYPES: &'static [&'static str] = &["gpt2"];
+    const DROPOUTS: &'static [&'static str] = &["resid_pdrop", "embd_pdrop", "attn_pdrop"];
+
+    fn read(raw: &Map<String, Value>) -> Result<Self> {
+        checked(raw, |c: &Self, found| {
+            found.rows("vocab_size", c.vocab_size);
+            found.heads(("n_embd", c.n_embd), ("n_head", c.n_head));
+            found.layers("n_layer", c.n_layer);
+            found.channels("n_inner", c.inner());
+            found.rows("n_positions", c.n_positions);
+            found.probability("resid_pdrop", c.resid_pdrop);
+            found.probability("embd_pdrop", c.embd_pdrop);
+            found.probability("attn_pdrop", c.attn_pdrop);
+            found.small("layer_norm_epsilon", c.layer_norm_epsilon);
+            found.small("initializer_range", c.initializer_range);
+            found.never(
+                "scale_attn_weights",
+                false,
+                "tk scales attention scores by the root of a head's width",
+            );
+            found.never(
+                "scale_attn_by_inverse_layer_idx",
+                true,
+                "tk scales the attention of every layer alike",
+            );
+            found.never("add_cross_attention", true, "tk runs GPT-2 as a decoder alone");
+        })
+    }
+
+    fn names(&self) -> Names {
+        Names {
+            prefix: "transformer.",
+            parts: &["wte.", "wpe.", "h.", "ln_f."],
+            buffers: &[".attn.bias", ".attn.masked_bias"], // causal masks
+        }
+    }
+
+    fn limits(&self) -> Limits {
+        Limits { vocabulary: self.vocab_size, positions: self.n_positions, token_types: None, pairs: false }
+    }
+
+    fn initializer_range(&self) -> f64 {
+        self.initializer_range
+    }
+
+    fn class(&self, head: Head) -> Option<String> {
+        match head {
+            Head::SequenceClassification { .. } | Head::CausalLm { .. } => {
+                Some(format!("GPT2{}", head.suffix()))
+            }
+            Head::TokenClassification { .. } => None,
+        }
+    }
+
+    fn define<O: Ops>(&self, o: &O, head: Head) -> Result<O::X> {
+        let at = At::body("transformer");
+        match head {
+            Head::SequenceClassification { labels } => {
+                let x = body(o, &at, self, Some(Pick::Last))?;
+                o.linear(At::labels("score").linear(self.n_embd, labels).without_bias(), &x)
+            }
+            Head::CausalLm { wanted } => {
+                // the head is the table of words
+                let x = body(o, &at, self, wanted)?;
+                o.linear(words(&at, self).tied(), &x)
+            }
+            Head::TokenClassification { .. } => bail_unusable!(
+                "token-classification needs a model that sees a token's whole sentence, such as bert; a gpt2 sees \
+                 what stands before it alone"
+            ),
+        }
+    }
+
+    fn pads_with_the_end(&self) -> bool {
+        true
+    }
+}
+
+impl Gpt2 {
+    /// The width inside a feed-forward layer.
+    fn inner(&self) -> usize {
+        self.n_inner.unwrap_or(self.n_embd.saturating_mul(4))
+    }
+}
 
 /// Token ids → hidden states behind the last layer norm, one (C) a token, or of one token of every sequence alone:
 /// then the last layer computes nothing for the others but their keys and values.
-pub fn gpt2<O: Ops>(o: &O, at: &At, c: &Gpt2Config, wanted: Option<Pick>) -> Result<O::X> {
+fn body<O: Ops>(o: &O, at: &At, c: &Gpt2, wanted: Option<Pick>) -> Result<O::X> {
     let words = o.embed(words(at, c), Ids::Tokens)?;
     let places = o.embed(at.to("wpe").table(c.n_positions, c.n_embd), Ids::Positions)?;
     let x = o.dropout(&o.add(&words, &places)?, c.embd_pdrop)?;
@@ -24,11 +139,11 @@ pub fn gpt2<O: Ops>(o: &O, at: &At, c: &Gpt2Config, wanted: Option<Pick>) -> Res
 }
 
 /// The table of tokens, whose weight the language model's head shares.
-pub fn words(at: &At, c: &Gpt2Config) -> Table {
+fn words(at: &At, c: &Gpt2) -> Table {
     at.to("wte").table(c.vocab_size, c.n_embd)
 }
 
-fn block<O: Ops>(o: &O, at: &At, c: &Gpt2Config, x: &O::X, wanted: Option<Pick>) -> Result<O::X> {
+fn block<O: Ops>(o: &O, at: &At, c: &Gpt2, x: &O::X, wanted: Option<Pick>) -> Result<O::X> {
     let (width, inner, summands) = (c.n_embd, c.inner(), 2 * c.n_layer);
     let h = attention(o, at, c, x, wanted)?;
     let x = match wanted {
@@ -45,7 +160,7 @@ fn block<O: Ops>(o: &O, at: &At, c: &Gpt2Config, x: &O::X, wanted: Option<Pick>)
 }
 
 /// What attention adds to the residual stream.
-fn attention<O: Ops>(o: &O, at: &At, c: &Gpt2Config, x: &O::X, wanted: Option<Pick>) -> Result<O::X> {
+fn attention<O: Ops>(o: &O, at: &At, c: &Gpt2, x: &O::X, wanted: Option<Pick>) -> Result<O::X> {
     let width = c.n_embd;
     let h = o.layer_norm(at.to("ln_1").norm(width, c.layer_norm_epsilon), x)?;
     let at = at.to("attn");

@@ -1,6 +1,7 @@
 //! The interpreter that computes nothing: a definition → the list of its parameters.
 
 use std::cell::RefCell;
+use std::collections::HashMap;
 
 use crate::Result;
 use crate::model::ops::{Activation, Attend, Ids, Linear, Norm, Ops, Param, Pick, Table};
@@ -19,14 +20,19 @@ pub fn manifest(define: impl FnOnce(&Manifest) -> Result<()>) -> Result<Vec<Para
 #[derive(Default)]
 pub struct Manifest {
     params: RefCell<Vec<Param>>,
+    /// Where each name stands in the list.
+    places: RefCell<HashMap<String, usize>>,
 }
 
 impl Manifest {
     fn note(&self, params: impl IntoIterator<Item = Param>) -> Result<()> {
-        let mut list = self.params.borrow_mut();
+        let (mut list, mut places) = (self.params.borrow_mut(), self.places.borrow_mut());
         for param in params {
-            match list.iter().find(|known| known.name == param.name) {
-                None => list.push(param),
+            match places.get(&param.name).map(|&place| &list[place]) {
+                None => {
+                    places.insert(param.name.clone(), list.len());
+                    list.push(param);
+                }
                 Some(known) if known.shape == param.shape => {} // a tied weight
                 Some(known) => anyhow::bail!(
                     "{} is used with shape {:?} and with shape {:?}",

@@ -1,13 +1,15 @@
 //! Model definitions: the vocabulary, the families written in it, and the list of their parameters.
-//! Knows no candle and no ONNX.
+//! Knows no candle and no ONNX. A family is one file and its name in [`family`].
 
 pub mod bert;
 pub mod config;
+pub mod family;
 pub mod gpt2;
-pub mod heads;
 pub mod manifest;
 pub mod ops;
+pub mod roberta;
 pub mod token_ids;
 
-pub use config::{Family, ModelConfig};
+pub use config::ModelConfig;
+pub use family::{Architecture, Family, Head};
 pub use ops::Ops;

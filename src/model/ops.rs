@@ -30,6 +30,8 @@ pub enum Part {
     Body,
     /// What a task puts on top: missing from a checkpoint, it is initialised and said so.
     Head,
+    /// The last map of a head, whose rows are labels: it is never taken from a model of other labels.
+    Labels,
 }
 
 /// What a parameter is to its verb. Decides how it is initialised and whether weight decay applies.
@@ -143,6 +145,11 @@ impl At {
         Self { prefix: name.to_owned(), part: Part::Head }
     }
 
+    /// The map of a head whose rows are a task's labels, e.g. `classifier`.
+    pub fn labels(name: &str) -> Self {
+        Self { prefix: name.to_owned(), part: Part::Labels }
+    }
+
     /// A module inside this one. The name is Hugging Face's, written literally where it is used.
     pub fn to(&self, name: &str) -> Self {
         Self { prefix: format!("{}.{name}", self.prefix), part: self.part }
@@ -210,6 +217,12 @@ pub enum Ids {
     TokenTypes,
     /// 0, 1, 2 … in every sequence.
     Positions,
+    /// RoBERTa's positions, which are found in the tokens: `padding` + 1, + 2 … for the tokens of a sequence, and
+    /// `padding` for each that is the token of padding and is not counted (`create_position_ids_from_input_ids` in
+    /// `transformers`).
+    PositionsBehind { padding: u32 },
+    /// 0 for every token.
+    Zero,
 }
 
 /// Which keys a query sees. An intent: each interpreter turns it into what it runs.

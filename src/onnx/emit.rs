@@ -1,8 +1,10 @@
 //! The interpreter that writes ONNX: a definition → nodes and initializers.
 //!
-//! Weights keep their Hugging Face names and layout, so a graph's initializers are byte for byte those of
-//! `model.safetensors`; the transpose in front of a matrix product is constant, and runtimes fold it. Shapes
-//! are written with 0 (copied from the input) where a batch or a length stands, so nothing is baked in.
+//! Weights keep their Hugging Face names. A matrix that is multiplied with stands as MatMul takes it, (in, out), which
+//! the tools that look for constant weights expect: one that a checkpoint holds as (out, in) is written transposed,
+//! under its name with `.T` behind it. A table that is a head's matrix too is stored once, as it is, with a Transpose in
+//! front of the product; all else is byte for byte that of `model.safetensors`. Shapes are written with 0 (copied from
+//! the input) where a batch or a length stands, so nothing is baked in.
 
 mod in_place;
 
@@ -14,7 +16,7 @@ use super::proto::tensor_proto::DataType;
 use super::proto::{ModelProto, OperatorSetIdProto};
 use super::{Kind, check, checked_opset, fuse};
 use crate::Result;
-use crate::model::ops::{Activation, Attend, Ids, Layout, Linear, Norm, Ops, Param, Pick, Sees, Table};
+use crate::model::ops::{Activation, Attend, Ids, Layout, Linear, Norm, Ops, Param, Pick, Role, Sees, Table};
 use crate::task::{Dim, Form, Output};
 
 /// What a masked score becomes: the lowest f32. Finite, so a row without any key stays finite too.
@@ -227,6 +229,26 @@ impl Emit {
         graph.shared("positions", |g| g.node("position_ids", "Expand", &[range, shape], Vec::new()))
     }
 
+    /// [`Ids::PositionsBehind`]: (B, T), of the tokens that are not `padding`.
+    ///
+    /// # Errors
+    /// The graph goes on from a past, whose tokens it does not see.
+    fn positions_behind(&self, padding: u32) -> Result<Value> {
+        anyhow::ensure!(self.kind.form == Form::Whole, "positions are not counted in a past's tokens");
+        Ok(self.graph.borrow_mut().shared("positions_behind", |g| {
+            let (ids, at) = (g.input("input_ids"), "position_ids");
+            let (padding, axis) = (g.i64s(&[], &[i64::from(padding)]), g.i64s(&[], &[1]));
+            let pads = g.node(at, "Equal", &[ids, padding], Vec::new());
+            let counts = g.node(at, "Not", &[pads], Vec::new());
+            // candle-onnx 0.11.1 sums no integers up
+            let counts = g.node(at, "Cast", &[counts], vec![int("to", DataType::Float as i64)]);
+            let place = g.node(at, "CumSum", &[counts, axis], Vec::new());
+            let place = g.node(at, "Mul", &[place, counts], Vec::new());
+            let place = g.node(at, "Cast", &[place], vec![int("to", DataType::Int64 as i64)]);
+            g.node(at, "Add", &[place, padding], Vec::new())
+        }))
+    }
+
     /// Where the last token of every sequence stands among all of the batch's, (B). Padding may stand on either side.
     fn last(&self) -> Value {
         let (Tokens { shape, length, range }, opset) = (self.tokens(), self.kind.opset);
@@ -296,6 +318,8 @@ impl Ops for Emit {
                 Form::Whole => self.positions(),
                 Form::Cached | Form::InPlace => self.graph.borrow_mut().input("position_ids"),
             },
+            Ids::PositionsBehind { padding } => self.positions_behind(padding)?,
+            Ids::Zero => self.graph.borrow_mut().i64s(&[], &[0]), // one row, (C), which is added to every token
         };
         let value = match bits {
             None => {
@@ -314,10 +338,14 @@ impl Ops for Emit {
             let value = self.product_with_blocks(&scope, &map, bits, x)?;
             return Ok(X { value, scope, width, every: x.every });
         }
-        let mut weight = self.param(&map.weight)?;
-        if map.layout == Layout::OutIn {
-            weight = self.transpose(&scope, weight, &[1, 0]);
-        }
+        let weight = match (map.layout, map.weight.role) {
+            (Layout::InOut, _) => self.param(&map.weight)?,
+            (Layout::OutIn, Role::Table) => {
+                let table = self.param(&map.weight)?;
+                self.transpose(&scope, table, &[1, 0])
+            }
+            (Layout::OutIn, _) => self.graph.borrow_mut().transposed(&map.weight)?,
+        };
         let mut value = self.plain(&scope, "MatMul", &[x.value, weight]);
         if let Some(bias) = &map.bias {
             value = self.plain(&scope, "Add", &[value, self.param(bias)?]);

@@ -59,11 +59,33 @@ pub(super) struct Graph {
     nodes: Vec<Node>,
     node_names: BTreeMap<String, usize>,
     inputs: Vec<Outlet>,
-    params: Vec<(Param, Value)>,
+    params: Vec<Weight>,
     blocks: Vec<InBlocks>,
     constants: Vec<(TensorProto, Value)>,
     /// What is computed once for the whole graph, e.g. the mask.
     shared: BTreeMap<&'static str, Value>,
+}
+
+/// A weight that is stored as numbers, and its value.
+struct Weight {
+    param: Param,
+    /// Whether it is a matrix whose rows are written as columns.
+    transposed: bool,
+    value: Value,
+}
+
+impl Weight {
+    fn name(&self) -> String {
+        if self.transposed { format!("{}.T", self.param.name) } else { self.param.name.clone() }
+    }
+
+    fn shape(&self) -> Vec<usize> {
+        let mut shape = self.param.shape.clone();
+        if self.transposed {
+            shape.reverse();
+        }
+        shape
+    }
 }
 
 /// A weight that is stored in blocks, and the values of its numbers and its scales.
@@ -144,18 +166,31 @@ impl Graph {
 
     /// A weight, declared by its first use; the same name again is the same (tied) weight.
     pub fn param(&mut self, param: &Param) -> Result<Value> {
-        match self.params.iter().find(|(known, _)| known.name == param.name) {
-            Some((known, value)) if known.shape == param.shape => return Ok(*value),
-            Some((known, _)) => anyhow::bail!(
-                "{} is used with shape {:?} and with shape {:?}",
+        self.weight(param, false)
+    }
+
+    /// A matrix that a checkpoint stores as (out, in), as (in, out).
+    pub fn transposed(&mut self, param: &Param) -> Result<Value> {
+        self.weight(param, true)
+    }
+
+    fn weight(&mut self, param: &Param, transposed: bool) -> Result<Value> {
+        match self.params.iter().find(|known| known.param.name == param.name) {
+            Some(known) if known.param.shape == param.shape && known.transposed == transposed => {
+                return Ok(known.value);
+            }
+            Some(known) => anyhow::bail!(
+                "{} is used with shape {:?} and with shape {:?}, or in two layouts",
                 param.name,
-                known.shape,
+                known.param.shape,
                 param.shape
             ),
             None => {}
         }
-        let value = self.fixed_value(&param.name);
-        self.params.push((param.clone(), value));
+        let mut weight = Weight { param: param.clone(), transposed, value: 0 };
+        weight.value = self.fixed_value(&weight.name());
+        let value = weight.value;
+        self.params.push(weight);
         Ok(value)
     }
 
@@ -180,7 +215,7 @@ impl Graph {
 
     /// Whether a value is a weight with so many dimensions.
     pub fn is_weight(&self, value: Value, dims: usize) -> bool {
-        self.params.iter().any(|(param, known)| *known == value && param.shape.len() == dims)
+        self.params.iter().any(|known| known.value == value && known.param.shape.len() == dims)
     }
 
     /// The nodes, to be rewritten.
@@ -200,7 +235,7 @@ impl Graph {
         }
         kept.reverse();
         self.nodes = kept;
-        self.params.retain(|(_, value)| used.contains(value));
+        self.params.retain(|weight| used.contains(&weight.value));
         self.constants.retain(|(_, value)| used.contains(value));
     }
 
@@ -295,9 +330,14 @@ impl Graph {
             raw_data,
             ..Default::default()
         };
-        for (param, _) in &self.params {
-            let values = f32_bytes(&weights(param)?).into_owned();
-            graph.initializer.push(tensor(&param.name, DataType::Float, &param.shape, values));
+        for weight in &self.params {
+            let values = weights(&weight.param)?;
+            let values = if weight.transposed {
+                f32_bytes(&transpose(&values, weight.param.shape[0])).into_owned()
+            } else {
+                f32_bytes(&values).into_owned()
+            };
+            graph.initializer.push(tensor(&weight.name(), DataType::Float, &weight.shape(), values));
         }
         for InBlocks { param, blocks, numbers, scales } in &self.blocks {
             let values = weights(param)?;
@@ -330,6 +370,12 @@ impl Graph {
             .collect();
         Ok(graph)
     }
+}
+
+/// A matrix of so many rows, its columns one after another.
+fn transpose(values: &[f32], rows: usize) -> Vec<f32> {
+    let columns = values.len() / rows.max(1);
+    (0..columns).flat_map(|column| values[column..].iter().step_by(columns).copied()).collect()
 }
 
 fn listed(dims: &[i64], values: &[i64]) -> String {

@@ -59,7 +59,7 @@ pub fn builtin(saved: &Saved) -> Result<Vec<Text>> {
     let (specials, with_one) = (length("")?, length("the")?);
     let most = saved.max_length.saturating_sub(specials) / with_one.saturating_sub(specials).max(1);
 
-    let pairs = saved.config.token_types().is_some_and(|types| types > 1);
+    let pairs = saved.config.family.limits().pairs;
     let mut texts: Vec<Text> = TEXTS.iter().map(|&text| (text.to_owned(), None)).collect();
     texts.extend((1..=12).map(|n| (words(n), None)));
     if pairs {

@@ -7,7 +7,7 @@ use crate::data::batch::Encoding;
 use crate::data::tokens::{Body, Tokenizer};
 use crate::model::ops::{Ops, Pick};
 use crate::model::token_ids::{self, GPT2_END};
-use crate::model::{Family, ModelConfig, heads, manifest};
+use crate::model::{Family, Head, ModelConfig, manifest};
 use crate::{Result, bail_unusable};
 
 /// The key of config.json that is false where a model was fine-tuned without seeing how texts begin.
@@ -147,7 +147,7 @@ impl CausalLm {
     /// # Errors
     /// The family predicts no next token, or no token of the model's ends a text.
     pub fn from_config(config: &ModelConfig) -> Result<Self> {
-        manifest::manifest(|o| heads::causal_lm(o, &config.family, None).map(drop))?;
+        manifest::manifest(|o| config.family.define(o, Head::CausalLm { wanted: None }).map(drop))?;
         if config.raw.get("tie_word_embeddings").and_then(Value::as_bool) == Some(false) {
             bail_unusable!(
                 "tie_word_embeddings is false; tk's head shares the weight of the word embeddings"
@@ -170,11 +170,11 @@ impl CausalLm {
     }
 
     pub(super) fn define<O: Ops>(&self, o: &O, family: &Family) -> Result<O::X> {
-        heads::causal_lm(o, family, None)
+        family.define(o, Head::CausalLm { wanted: None })
     }
 
     pub(super) fn generate<O: Ops>(&self, o: &O, family: &Family) -> Result<O::X> {
-        heads::causal_lm(o, family, Some(Pick::Last))
+        family.define(o, Head::CausalLm { wanted: Some(Pick::Last) })
     }
 
     pub(super) fn outputs(&self, form: Form) -> Vec<Output> {
@@ -183,7 +183,8 @@ impl CausalLm {
     }
 
     pub(super) fn write_config(&self, config: &mut ModelConfig) {
-        config.raw.insert("architectures".to_owned(), json!(["GPT2LMHeadModel"]));
+        let class = config.family.class(Head::CausalLm { wanted: None });
+        config.raw.insert("architectures".to_owned(), json!([class]));
         // a list stays one; where fields are absent, transformers takes GPT-2's
         config.raw.entry("eos_token_id").or_insert_with(|| json!(self.ends.first()));
         if let Some(start) = self.start.filter(|_| GPT2_END as usize >= self.vocabulary) {

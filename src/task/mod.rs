@@ -8,11 +8,9 @@ pub mod text_classification;
 
 use std::collections::BTreeMap;
 
-use serde_json::Value;
-
 use crate::data::batch::Encoding;
 use crate::model::ops::{Ops, Param};
-use crate::model::{Family, ModelConfig, manifest, token_ids};
+use crate::model::{Family, Head, ModelConfig, manifest, token_ids};
 use crate::{Result, bail_unusable};
 pub use causal_lm::{CausalLm, Next};
 pub use text_classification::{Problem, TextClassification};
@@ -104,13 +102,13 @@ impl Task {
     /// vocabulary.
     pub fn from_config(config: &ModelConfig) -> Result<Self> {
         token_ids::check(&config.raw, config.vocab_size())?;
-        let architecture =
-            config.raw.get("architectures").and_then(|list| list.get(0)).and_then(Value::as_str);
-        match architecture {
-            Some(name) if name.ends_with("ForSequenceClassification") => {
+        match config.architecture() {
+            _ if config.has(Head::SequenceClassification { labels: 0 }) => {
                 Ok(Self::TextClassification(TextClassification::from_config(config)?))
             }
-            Some(name) if name.ends_with("LMHeadModel") => Ok(Self::CausalLm(CausalLm::from_config(config)?)),
+            _ if config.has(Head::CausalLm { wanted: None }) => {
+                Ok(Self::CausalLm(CausalLm::from_config(config)?))
+            }
             Some(name) => bail_unusable!(
                 "architectures is [\"{name}\"], which is no trained task of tk's \
                  (BertForSequenceClassification and GPT2LMHeadModel are): fine-tune it first with `tk train`"

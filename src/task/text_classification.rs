@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 
 use super::{Dim, Metrics, Output, Target, metrics};
 use crate::model::ops::Ops;
-use crate::model::{Family, ModelConfig, heads};
+use crate::model::{Family, Head, ModelConfig};
 use crate::{Result, bail_unusable, unusable};
 
 /// The labels and what a text may have of them.
@@ -213,8 +213,12 @@ impl TextClassification {
         })
     }
 
+    pub(super) fn head(&self) -> Head {
+        Head::SequenceClassification { labels: self.labels.len() }
+    }
+
     pub(super) fn define<O: Ops>(&self, o: &O, family: &Family) -> Result<O::X> {
-        heads::sequence_classification(o, family, self.labels.len())
+        family.define(o, self.head())
     }
 
     pub(super) fn outputs(&self) -> Vec<Output> {
@@ -222,21 +226,19 @@ impl TextClassification {
     }
 
     pub(super) fn write_config(&self, config: &mut ModelConfig) {
-        let family = match config.family {
-            Family::Bert(_) => "Bert",
-            Family::Gpt2(_) => "GPT2",
-        };
         let id2label: Map<String, Value> =
             self.labels.iter().enumerate().map(|(id, name)| (id.to_string(), json!(name))).collect();
         let label2id: Map<String, Value> =
             self.labels.iter().enumerate().map(|(id, name)| (name.clone(), json!(id))).collect();
+        let (class, pads_with_the_end) =
+            (config.family.class(self.head()), config.family.pads_with_the_end());
         let raw = &mut config.raw;
-        raw.insert("architectures".to_owned(), json!([format!("{family}ForSequenceClassification")]));
+        raw.insert("architectures".to_owned(), json!([class]));
         raw.insert("problem_type".to_owned(), json!(self.problem.name()));
         raw.insert("id2label".to_owned(), Value::Object(id2label));
         raw.insert("label2id".to_owned(), Value::Object(label2id));
         raw.remove("num_labels"); // transformers derives it from id2label
-        if matches!(config.family, Family::Gpt2(_)) && raw.get("pad_token_id").is_none_or(Value::is_null) {
+        if pads_with_the_end && raw.get("pad_token_id").is_none_or(Value::is_null) {
             // transformers finds the last token of a padded row by it
             let end = raw.get("eos_token_id").cloned().unwrap_or_else(|| json!(50_256));
             let end = end.get(0).cloned().unwrap_or(end); // the first of a list

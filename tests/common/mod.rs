@@ -56,7 +56,7 @@ pub fn weights(tensors: &[(Param, Vec<f32>)]) -> (tempfile::TempDir, Weights) {
     let file = dir.path().join("model.safetensors");
     let named = tensors.iter().map(|(p, v)| (p.name.as_str(), p.shape.as_slice(), v.as_slice()));
     tk::checkpoint::write_safetensors(&file, named).unwrap();
-    let weights = Weights::open(dir.path()).unwrap();
+    let weights = Weights::open_file(&file).unwrap();
     (dir, weights)
 }
 

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use serde_json::{Value, json};
 use tokenizers::{Encoding, Token};
 
-use super::Tokenizer;
+use super::{Tokenizer, parsed};
 use crate::{Result, bail_unusable};
 
 /// A text's own tokens.
@@ -38,10 +38,11 @@ impl Tokenizer {
     /// The tokens of a text, without special tokens of the tokenizer's own.
     ///
     /// # Errors
-    /// The tokenizer fails.
+    /// The tokenizer fails. Unusable: the text holds a token that the model has no row for.
     pub fn body(&self, text: &str) -> Result<Body> {
         let encoding = self.inner.encode(text, false);
         let encoding = encoding.map_err(|error| anyhow!(error)).context("tokenizing")?;
+        self.check_rows(encoding.get_ids())?;
         let bytes = bytes(text.len(), encoding.get_offsets(), encoding.get_tokens());
         Ok(Body { ids: encoding.get_ids().to_vec(), bytes })
     }
@@ -78,8 +79,18 @@ impl Tokenizer {
             first => json!({"type": "Sequence", "processors": [first, template]}),
         };
         let json = serde_json::to_string_pretty(&whole)?;
-        let new = Self::of(json.clone().as_bytes(), None, None, Some((json, self.name())))?;
-        Ok(Self { pad_id: self.pad_id, direction: self.direction, ..new })
+        let mut inner = parsed(json.as_bytes())?;
+        inner.set_encode_special_tokens(self.inner.get_encode_special_tokens());
+        let (bytes, direction) = (json.clone().into_bytes(), Some(self.direction));
+        let new = Self::of(inner, &bytes, None, direction, Some((json, self.name())))?;
+        Ok(Self {
+            pad_id: self.pad_id,
+            vocab_size: self.vocab_size,
+            rows: self.rows,
+            token_types: self.token_types,
+            pair_types: self.pair_types,
+            ..new
+        })
     }
 }
 

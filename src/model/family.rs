@@ -1,0 +1,174 @@
+//! What a family is: all that is particular to one `model_type` stands in one file, which implements
+//! [`Architecture`]; [`Family`] is the one list of them. Nothing else names a family.
+
+use serde_json::{Map, Value};
+
+use crate::model::bert::Bert;
+use crate::model::gpt2::Gpt2;
+use crate::model::ops::{Ops, Pick};
+use crate::model::roberta::Roberta;
+use crate::{Result, bail_unusable};
+
+/// What a task asks a family for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Head {
+    /// One row of scores a sequence, (B, labels): `transformers`' `…ForSequenceClassification`.
+    SequenceClassification { labels: usize },
+    /// One row of scores a token, (T, labels): `…ForTokenClassification`.
+    TokenClassification { labels: usize },
+    /// The scores of the next token behind every token, (T, V), or behind one token of every sequence alone, (B, V):
+    /// `…LMHeadModel`.
+    CausalLm { wanted: Option<Pick> },
+}
+
+impl Head {
+    /// The task that asks for it, as `--task` has it.
+    pub fn task(self) -> &'static str {
+        match self {
+            Self::SequenceClassification { .. } => "text-classification",
+            Self::TokenClassification { .. } => "token-classification",
+            Self::CausalLm { .. } => "causal-lm",
+        }
+    }
+
+    /// What the name of its class in `transformers` ends with, for most families.
+    pub fn suffix(self) -> &'static str {
+        match self {
+            Self::SequenceClassification { .. } => "ForSequenceClassification",
+            Self::TokenClassification { .. } => "ForTokenClassification",
+            Self::CausalLm { .. } => "LMHeadModel",
+        }
+    }
+}
+
+/// How a family's checkpoints name their weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Names {
+    /// What the names of the body begin with, such as `bert.`: a checkpoint of the bare body lacks it.
+    pub prefix: &'static str,
+    /// What the names of the body begin with behind the prefix.
+    pub parts: &'static [&'static str],
+    /// What the names of buffers end with, which are no weights.
+    pub buffers: &'static [&'static str],
+}
+
+/// What a model can take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// V, the rows of the token table: every token id is smaller.
+    pub vocabulary: usize,
+    /// The tokens of the longest sequence.
+    pub positions: usize,
+    /// How many kinds of tokens there are, of which a pair of texts needs two. None where the model reads no types.
+    pub token_types: Option<usize>,
+    /// Whether a pair of texts can be told apart, by token types or by the tokens between them.
+    pub pairs: bool,
+}
+
+/// One `model_type`, or several that are one network: its configuration, body, heads, names and limits.
+pub trait Architecture: Sized {
+    /// The `model_type`s of `config.json` that it reads.
+    const MODEL_TYPES: &'static [&'static str];
+    /// The keys of `config.json` that hold a dropout probability.
+    const DROPOUTS: &'static [&'static str];
+
+    /// Reads and checks the fields of `config.json`.
+    ///
+    /// # Errors
+    /// Unusable: names every field that tk can't run.
+    fn read(raw: &Map<String, Value>) -> Result<Self>;
+
+    /// How its checkpoints name their weights.
+    fn names(&self) -> Names;
+
+    /// What it can take.
+    fn limits(&self) -> Limits;
+
+    /// The standard deviation that new weights are drawn with.
+    fn initializer_range(&self) -> f64;
+
+    /// The name of the class in `transformers` that is this model with a head, such as
+    /// `BertForSequenceClassification`. None where it has no such head.
+    fn class(&self, head: Head) -> Option<String>;
+
+    /// The model with a head: the head's row a sequence, or a row a token.
+    ///
+    /// # Errors
+    /// It has no such head, which the error says by name.
+    fn define<O: Ops>(&self, o: &O, head: Head) -> Result<O::X>;
+
+    /// Whether its tokenizers have no token for padding, so that the end of a text stands for it.
+    fn pads_with_the_end(&self) -> bool {
+        false
+    }
+}
+
+/// Makes the list of families: an enum over what their files define, each call handed to the one that is meant.
+macro_rules! families {
+    ($($family:ident),+) => {
+        /// A model's architecture with its configuration: one of all that tk defines.
+        #[derive(Clone, Debug)]
+        pub enum Family {
+            $($family($family)),+
+        }
+
+        impl Family {
+            /// Every `model_type` that tk runs.
+            pub fn model_types() -> Vec<&'static str> {
+                [$($family::MODEL_TYPES),+].concat()
+            }
+
+            /// Reads the architecture that `config.json` speaks of.
+            ///
+            /// # Errors
+            /// Unusable: another `model_type`, or fields that the family refuses.
+            pub fn read(raw: &Map<String, Value>) -> Result<Self> {
+                let known = || Self::model_types().join(", ");
+                match raw.get("model_type") {
+                    $(Some(Value::String(name)) if $family::MODEL_TYPES.contains(&name.as_str()) => {
+                        Ok(Self::$family($family::read(raw)?))
+                    })+
+                    Some(other) => bail_unusable!("model_type is {other}; tk runs {}", known()),
+                    None => bail_unusable!("model_type is missing; tk runs {}", known()),
+                }
+            }
+
+            /// The keys of `config.json` that hold a dropout probability.
+            pub fn dropouts(&self) -> &'static [&'static str] {
+                match self { $(Self::$family(_) => $family::DROPOUTS),+ }
+            }
+
+            /// See [`Architecture::names`].
+            pub fn names(&self) -> Names {
+                match self { $(Self::$family(family) => family.names()),+ }
+            }
+
+            /// See [`Architecture::limits`].
+            pub fn limits(&self) -> Limits {
+                match self { $(Self::$family(family) => family.limits()),+ }
+            }
+
+            /// See [`Architecture::initializer_range`].
+            pub fn initializer_range(&self) -> f64 {
+                match self { $(Self::$family(family) => family.initializer_range()),+ }
+            }
+
+            /// See [`Architecture::class`].
+            pub fn class(&self, head: Head) -> Option<String> {
+                match self { $(Self::$family(family) => family.class(head)),+ }
+            }
+
+            /// See [`Architecture::define`].
+            pub fn define<O: Ops>(&self, o: &O, head: Head) -> Result<O::X> {
+                match self { $(Self::$family(family) => family.define(o, head)),+ }
+            }
+
+            /// See [`Architecture::pads_with_the_end`].
+            pub fn pads_with_the_end(&self) -> bool {
+                match self { $(Self::$family(family) => family.pads_with_the_end()),+ }
+            }
+        }
+    };
+}
+
+families!(Bert, Roberta, Gpt2);
