@@ -46,6 +46,7 @@ pub const TARGETS: [Target; 12] = [
             "tiny-bert-single/config.json",
             "tiny-bert-regression/config.json",
             "tiny-gpt2-lm/config.json",
+            "tiny-distilbert-single/config.json",
             "tiny-roberta-single/config.json",
         ],
         beside: &[],

@@ -14,10 +14,11 @@ use tk::runtime::{Model, OrtSession, Provider, Providers};
 use tk::say::Say;
 use tk::task::Task;
 
-const TINY: [&str; 6] = [
+const TINY: [&str; 7] = [
     "tiny-bert-single",
     "tiny-bert-multi",
     "tiny-bert-regression",
+    "tiny-distilbert-single",
     "tiny-roberta-single",
     "tiny-xlm-roberta-single",
     "tiny-gpt2-single",

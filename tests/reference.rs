@@ -16,18 +16,20 @@ use tk::task::{CausalLm, Example, Next, Target, Task};
 use tk::train::plan::Plan;
 use tk::train::{Settings, Trainer};
 
-const CLASSIFIERS: [&str; 6] = [
+const CLASSIFIERS: [&str; 7] = [
     "tiny-bert-single",
     "tiny-bert-multi",
     "tiny-bert-regression",
+    "tiny-distilbert-single",
     "tiny-roberta-single",
     "tiny-xlm-roberta-single",
     "tiny-gpt2-single",
 ];
-const MODELS: [&str; 7] = [
+const MODELS: [&str; 8] = [
     "tiny-bert-single",
     "tiny-bert-multi",
     "tiny-bert-regression",
+    "tiny-distilbert-single",
     "tiny-roberta-single",
     "tiny-xlm-roberta-single",
     "tiny-gpt2-single",
@@ -36,7 +38,7 @@ const MODELS: [&str; 7] = [
 
 /// Softmax cancels what a bias adds to every key: its gradient is rounding alone.
 fn is_key_bias(name: &str) -> bool {
-    name.ends_with("self.key.bias")
+    name.ends_with("self.key.bias") || name.ends_with("k_lin.bias")
 }
 
 struct Reference {
@@ -242,17 +244,20 @@ fn hidden_states_are_those_of_candle_transformers() {
     }
 }
 
-/// The same for its XLM-R, whose last hidden states are those of token classification's body.
+/// The same for its DistilBERT and its XLM-R, whose last hidden states are those of token classification's body.
 #[test]
-fn hidden_states_of_xlm_roberta_are_those_of_candle_transformers() {
-    use candle_transformers::models::xlm_roberta;
+fn hidden_states_of_distilbert_and_xlm_roberta_are_those_of_candle_transformers() {
+    use candle_transformers::models::{distilbert, xlm_roberta};
     let config = |name: &str| std::fs::read_to_string(models(name).join("config.json")).unwrap();
     let vb = |name: &str, prefix: &str| {
         let bytes = std::fs::read(models(name).join("model.safetensors")).unwrap();
         candle_nn::VarBuilder::from_buffered_safetensors(bytes, DType::F32, &Device::Cpu).unwrap().pp(prefix)
     };
     let compare = |name: &str, tap: &str, theirs: &dyn Fn(&Tensor) -> Tensor| {
-        let (config, params, json) = tokens(name);
+        let (mut config, params, json) = tokens(name);
+        if name.contains("distilbert") {
+            config.set([("activation", "gelu_new".into())]).unwrap(); // what theirs computes for "gelu"
+        }
         for (i, encoding) in encodings(&json).iter().enumerate() {
             let ids = Tensor::from_slice(&encoding.ids, (1, encoding.len()), &Device::Cpu).unwrap();
             let hidden = theirs(&ids).flatten_all().unwrap().to_vec1().unwrap();
@@ -266,6 +271,15 @@ fn hidden_states_of_xlm_roberta_are_those_of_candle_transformers() {
         }
     };
 
+    let name = "tiny-distilbert-tokens";
+    let their_config: distilbert::Config = serde_json::from_str(&config(name)).unwrap();
+    let theirs = distilbert::DistilBertModel::load(vb(name, "distilbert"), &their_config).unwrap();
+    compare(name, "distilbert.transformer.layer.1", &|ids| {
+        let length = ids.dim(1).unwrap();
+        let mask = Tensor::zeros((length, length), DType::U8, &Device::Cpu).unwrap();
+        theirs.forward(ids, &mask).unwrap()
+    });
+
     let name = "tiny-xlm-roberta-tokens";
     let their_config: xlm_roberta::Config = serde_json::from_str(&config(name)).unwrap();
     let theirs = xlm_roberta::XLMRobertaModel::new(&their_config, vb(name, "roberta")).unwrap();
@@ -275,7 +289,8 @@ fn hidden_states_of_xlm_roberta_are_those_of_candle_transformers() {
     });
 }
 
-const TAGGERS: [&str; 3] = ["tiny-bert-tokens", "tiny-roberta-tokens", "tiny-xlm-roberta-tokens"];
+const TAGGERS: [&str; 4] =
+    ["tiny-bert-tokens", "tiny-distilbert-tokens", "tiny-roberta-tokens", "tiny-xlm-roberta-tokens"];
 
 /// A model with a head of 5 labels a token.
 fn tokens(name: &str) -> (ModelConfig, Params, Value) {

@@ -243,6 +243,9 @@ pub(super) mod default {
     pub fn tenth() -> f32 {
         0.1
     }
+    pub fn fifth() -> f32 {
+        0.2
+    }
     /// A standard deviation of new weights.
     pub fn fiftieth() -> f64 {
         0.02
@@ -302,7 +305,7 @@ mod tests {
     #[test]
     fn a_model_type_that_tk_does_not_run_is_refused_by_name() {
         for (value, said) in [
-            (json!("t5"), "model_type is \"t5\"; tk runs bert, roberta"),
+            (json!("t5"), "model_type is \"t5\"; tk runs bert, distilbert"),
             (json!(null), "model_type is null"),
             (json!(["bert"]), "model_type is [\"bert\"]"),
         ] {

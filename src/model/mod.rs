@@ -3,6 +3,7 @@
 
 pub mod bert;
 pub mod config;
+pub mod distilbert;
 pub mod family;
 pub mod gpt2;
 pub mod manifest;
