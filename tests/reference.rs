@@ -8,7 +8,7 @@ use common::{floats, gradient, json, max_abs, models, relative};
 use serde_json::Value;
 use tk::checkpoint::Weights;
 use tk::data::batch::{Encoding, Packed};
-use tk::eager::{Eager, Init, Kernels, Mode, Params, X, logits};
+use tk::eager::{Eager, Forward, Init, Kernels, Mode, Params, X};
 use tk::model::manifest::manifest;
 use tk::model::ops::At;
 use tk::model::{Head, ModelConfig};
@@ -96,9 +96,11 @@ fn logits_are_those_of_transformers() {
     for name in CLASSIFIERS {
         let r = Reference::load(name);
         let encodings: Vec<Encoding> = r.examples.iter().map(|e| e.encoding.clone()).collect();
-        let rows = logits(&r.params, &r.config.family, &r.task, &encodings, &Device::Cpu).unwrap();
-        for (i, row) in rows.iter().enumerate() {
-            let (worst, _) = max_abs(row, &numbers(&r.json["logits"][i]));
+        let Reference { params, config, task, .. } = &r;
+        let forward = Forward { params, family: &config.family, task, device: &Device::Cpu };
+        for (i, outputs) in forward.outputs(&encodings).unwrap().iter().enumerate() {
+            let row: Vec<f32> = outputs[0].iter().copied().collect();
+            let (worst, _) = max_abs(&row, &numbers(&r.json["logits"][i]));
             assert!(worst <= 1e-5, "{name}, record {i}: {worst:e}");
         }
     }
@@ -116,7 +118,7 @@ fn loss_and_every_gradient_are_those_of_transformers() {
             let outputs = r.task.define(&eager, &r.config.family).unwrap();
             let encodings: Vec<&Encoding> = r.examples.iter().map(|e| &e.encoding).collect();
             let losses = targets.iter().map(|target| target.losses()).sum();
-            let loss = eager.loss(&r.task, outputs, &encodings, &targets, 0.0, losses).unwrap();
+            let loss = r.task.loss(&eager, outputs, &encodings, &targets, 0.0, losses).unwrap();
             let value = loss.to_scalar::<f32>().unwrap();
             let expected = r.json["loss"].as_f64().unwrap() as f32;
             assert!(
@@ -209,7 +211,7 @@ fn label_smoothing_is_pytorchs() {
     let targets: Vec<&Target> = r.examples.iter().map(|e| &e.target).collect();
     let eager = Eager::new(&r.params, &batch, &Device::Cpu, Mode::Evaluation);
     let outputs = r.task.define(&eager, &r.config.family).unwrap();
-    let loss = eager.loss(&r.task, outputs, &[], &targets, 0.1, targets.len()).unwrap();
+    let loss = r.task.loss(&eager, outputs, &[], &targets, 0.1, targets.len()).unwrap();
     let loss = loss.to_scalar::<f32>().unwrap();
     let expected = r.json["loss_smoothed"].as_f64().unwrap() as f32;
     assert!((loss - expected).abs() <= 1e-5, "{loss}, {expected}");

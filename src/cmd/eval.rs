@@ -5,7 +5,6 @@ use std::time::Instant;
 
 use serde_json::json;
 
-use crate::data::batch::Encoding;
 use crate::eager::Evaluator;
 use crate::onnx::Precision;
 use crate::runtime::{Providers, Slots};
@@ -13,7 +12,7 @@ use crate::saved::Saved;
 use crate::say::Say;
 use crate::serve::{Pool, served};
 use crate::task::examples::{self, Fields};
-use crate::task::{Form, Target, Task};
+use crate::task::{Example, Form, Task};
 use crate::{Result, bail_unusable, device, generate};
 
 /// Measure a trained model on labelled records.
@@ -73,12 +72,9 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
             match &saved.task {
                 Task::TextClassification(task) => {
                     let graph = served::checked(&saved)?;
-                    let mut pool =
-                        Pool::open(&graph, &args.ep, threads, None, saved.tokenizer.pad_id(), say)?;
-                    let encodings: Vec<&Encoding> =
-                        examples.iter().map(|example| &example.encoding).collect();
-                    let targets: Vec<&Target> = examples.iter().map(|example| &example.target).collect();
-                    task.measure(&pool.logits(&encodings)?, &targets)?
+                    let mut pool = Pool::open(&saved, &graph, &args.ep, threads, None, say)?;
+                    let (encodings, targets) = Example::apart(&examples);
+                    task.measure(&pool.outputs(&encodings)?, &targets)?
                 }
                 Task::CausalLm(_) => {
                     super::generation::on_cpu(&args.ep)?;

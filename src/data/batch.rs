@@ -120,6 +120,12 @@ pub struct Padded {
 }
 
 impl Padded {
+    /// The number of tokens of each sequence.
+    pub fn lengths(&self) -> Vec<usize> {
+        let ones = |row: &[i64]| row.iter().filter(|&&one| one == 1).count();
+        self.mask.chunks(self.width.max(1)).take(self.rows).map(ones).collect()
+    }
+
     /// Pads on the right to the longest encoding.
     pub fn new(encodings: &[&Encoding], pad_id: u32) -> Self {
         let width = encodings.iter().map(|e| e.len()).max().unwrap_or(0);

@@ -1,21 +1,83 @@
-//! A trained model in candle: encoded examples → logits, without dropout or gradients.
+//! A model in candle: encoded examples → its outputs, without dropout or gradients.
 
 use std::borrow::Borrow;
 
 use anyhow::Context;
 use candle_core::{Device, Tensor};
+use ndarray::Array2;
 
 use super::{Eager, Init, Mode, Params, tensors};
 use crate::Result;
 use crate::data::batch::{Encoding, Packed};
 use crate::model::Family;
 use crate::saved::Saved;
-use crate::task::{CausalLm, Example, Metrics, Target, Task};
+use crate::task::output::Standing;
+use crate::task::{Example, Metrics, Outputs, Task};
 
 /// Tokens of one packed batch: enough for the matrix products, little enough for the memory.
 const BATCH_TOKENS: usize = 2048;
 
-/// Computes what a model's graph computes, in candle.
+/// A model whose parameters are given, in candle, without dropout or gradients.
+#[derive(Clone, Copy)]
+pub struct Forward<'a> {
+    pub params: &'a Params,
+    pub family: &'a Family,
+    pub task: &'a Task,
+    pub device: &'a Device,
+}
+
+impl Forward<'_> {
+    /// Each example's outputs, in order.
+    ///
+    /// # Errors
+    /// The definition gives other rows than its outputs say.
+    pub fn outputs<E: Borrow<Encoding>>(&self, examples: &[E]) -> Result<Vec<Outputs>> {
+        let scopes = self.task.scopes();
+        let mut of_examples = vec![Outputs::new(); examples.len()];
+        for batch in batches(examples.iter().map(|example| example.borrow().len())) {
+            let packed = Packed::new(batch.iter().map(|&i| examples[i].borrow()));
+            let lengths: Vec<usize> = packed.spans.iter().map(|span| span.len()).collect();
+            let eager = Eager::new(self.params, &packed, self.device, Mode::Evaluation);
+            let outputs = tensors(self.task.define(&eager, self.family)?)?;
+            anyhow::ensure!(outputs.len() == scopes.len(), "the definition gives {} outputs", outputs.len());
+            for (scope, output) in scopes.iter().zip(outputs) {
+                let shape = output.dims2()?;
+                let rows = Array2::from_shape_vec(shape, output.flatten_all()?.to_vec1()?)?;
+                for (&i, own) in batch.iter().zip(scope.unpack(rows.view(), &lengths, Standing::Packed)?) {
+                    of_examples[i].push(own);
+                }
+            }
+        }
+        Ok(of_examples)
+    }
+
+    /// The sum of all losses of the first output's rows. `wanted` gives the target of each row of a packed batch, of
+    /// which it is told the examples. The rows themselves are never held, where the head is a linear map.
+    pub fn losses(
+        &self,
+        examples: &[&Encoding],
+        wanted: impl Fn(&[usize]) -> Vec<Option<u32>>,
+    ) -> Result<f64> {
+        let mut losses = 0.0;
+        for batch in batches(examples.iter().map(|example| example.len())) {
+            let packed = Packed::new(batch.iter().map(|&i| examples[i]));
+            let eager = Eager::new(self.params, &packed, self.device, Mode::Evaluation);
+            let scores = self.task.define(&eager, self.family)?;
+            let wanted = wanted(&batch);
+            let of_rows = eager.losses(scores.first().context("the model has no output")?, &wanted)?;
+            anyhow::ensure!(
+                of_rows.len() == wanted.len(),
+                "{} losses for {} tokens",
+                of_rows.len(),
+                wanted.len()
+            );
+            losses += of_rows.into_iter().map(f64::from).sum::<f64>();
+        }
+        Ok(losses)
+    }
+}
+
+/// A trained model of a directory in candle.
 pub struct Evaluator {
     family: Family,
     task: Task,
@@ -43,26 +105,29 @@ impl Evaluator {
         Ok(Self { family, task, params, device: device.clone() })
     }
 
-    /// Each example's logits, one flat row an example, in order.
-    pub fn logits(&self, examples: &[Encoding]) -> Result<Vec<Vec<f32>>> {
-        logits(&self.params, &self.family, &self.task, examples, &self.device)
+    fn forward(&self) -> Forward<'_> {
+        let Self { params, family, task, device } = self;
+        Forward { params, family, task, device }
     }
 
-    /// A language model's scores behind each token of each example: V numbers a token.
+    /// Each example's outputs, in order.
+    pub fn outputs(&self, examples: &[Encoding]) -> Result<Vec<Outputs>> {
+        self.forward().outputs(examples)
+    }
+
+    /// A language model's scores behind each token of each example: V numbers a token. One example at a time, because
+    /// they are many.
     pub fn scores(&self, examples: &[&Encoding]) -> Result<Vec<Vec<Vec<f32>>>> {
-        examples
-            .iter()
-            .map(|example| {
-                let packed = Packed::new([*example]);
-                let eager = Eager::new(&self.params, &packed, &self.device, Mode::Evaluation);
-                rows(&tensors(self.task.define(&eager, &self.family)?)?, example.len())
-            })
-            .collect()
+        let of_one = |example: &&Encoding| {
+            let outputs = self.forward().outputs(&[*example])?.concat();
+            Ok(outputs.iter().flat_map(|output| output.rows()).map(|row| row.to_vec()).collect())
+        };
+        examples.iter().map(of_one).collect()
     }
 
     /// The task's metrics and mean loss over examples.
     pub fn measure(&self, examples: &[Example]) -> Result<Metrics> {
-        measure(&self.params, &self.family, &self.task, examples, &self.device)
+        self.task.measure(&self.forward(), examples)
     }
 
     /// What the definition taps, over one packed batch of all the examples: (T, C), or (B, C) behind `pick`.
@@ -71,73 +136,6 @@ impl Evaluator {
         let eager = Eager::new(&self.params, &packed, &self.device, Mode::Evaluation).with_taps();
         self.task.define(&eager, &self.family)?;
         Ok(eager.into_taps())
-    }
-}
-
-/// Each example's logits with the given parameters, one flat row an example, in order.
-pub fn logits<E: Borrow<Encoding>>(
-    params: &Params,
-    family: &Family,
-    task: &Task,
-    examples: &[E],
-    device: &Device,
-) -> Result<Vec<Vec<f32>>> {
-    let mut of_examples = vec![Vec::new(); examples.len()];
-    for batch in batches(examples.iter().map(|example| example.borrow().len())) {
-        let packed = Packed::new(batch.iter().map(|&i| examples[i].borrow()));
-        let eager = Eager::new(params, &packed, device, Mode::Evaluation);
-        let outputs = tensors(task.define(&eager, family)?)?;
-        for (&i, row) in batch.iter().zip(rows(&outputs, batch.len())?) {
-            of_examples[i] = row;
-        }
-    }
-    Ok(of_examples)
-}
-
-/// The first output of a definition, (`count`, C), as rows.
-///
-/// # Errors
-/// There is none, or it has another number of rows.
-fn rows(outputs: &[Tensor], count: usize) -> Result<Vec<Vec<f32>>> {
-    let rows: Vec<Vec<f32>> = outputs.first().context("the model has no output")?.to_vec2()?;
-    anyhow::ensure!(rows.len() == count, "the model gives {} rows where {count} are due", rows.len());
-    Ok(rows)
-}
-
-/// The task's metrics and mean loss over examples.
-pub fn measure(
-    params: &Params,
-    family: &Family,
-    task: &Task,
-    examples: &[Example],
-    device: &Device,
-) -> Result<Metrics> {
-    let encodings: Vec<&Encoding> = examples.iter().map(|example| &example.encoding).collect();
-    let targets: Vec<&Target> = examples.iter().map(|example| &example.target).collect();
-    match task {
-        Task::TextClassification(classification) => {
-            classification.measure(&logits(params, family, task, &encodings, device)?, &targets)
-        }
-        Task::CausalLm(_) => {
-            let mut losses = 0.0;
-            for batch in batches(encodings.iter().map(|encoding| encoding.len())) {
-                let encodings: Vec<&Encoding> = batch.iter().map(|&i| encodings[i]).collect();
-                let targets: Vec<&Target> = batch.iter().map(|&i| targets[i]).collect();
-                let packed = Packed::new(encodings.iter().copied());
-                let eager = Eager::new(params, &packed, device, Mode::Evaluation);
-                let scores = task.define(&eager, family)?;
-                let wanted = CausalLm::targets(&encodings, &targets);
-                let of_rows = eager.losses(scores.first().context("the model has no output")?, &wanted)?;
-                anyhow::ensure!(
-                    of_rows.len() == wanted.len(),
-                    "{} losses for {} tokens",
-                    of_rows.len(),
-                    wanted.len()
-                );
-                losses += of_rows.into_iter().map(f64::from).sum::<f64>();
-            }
-            Ok(CausalLm::measured(losses, &targets))
-        }
     }
 }
 
@@ -160,18 +158,4 @@ fn batches(lengths: impl Iterator<Item = usize>) -> Vec<Vec<usize>> {
         }
     }
     batches
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_output_that_lacks_a_row_is_refused() {
-        let output = Tensor::zeros((2, 3), candle_core::DType::F32, &Device::Cpu).unwrap();
-        assert_eq!(rows(std::slice::from_ref(&output), 2).unwrap().len(), 2);
-        let error = rows(&[output], 3).unwrap_err();
-        assert_eq!(error.to_string(), "the model gives 2 rows where 3 are due");
-        assert!(rows(&[], 0).is_err());
-    }
 }

@@ -1,8 +1,7 @@
-//! A task's loss over a batch: what training walks back from, and what evaluation measures.
+//! The losses that tasks are made of: what training walks back from, and what evaluation measures.
 
 use std::sync::Arc;
 
-use anyhow::Context;
 use candle_core::{D, DType, Tensor};
 
 use super::kernels::cross_entropy::{composite_losses, linear_cross_entropy, linear_losses};
@@ -10,40 +9,14 @@ use super::kernels::linear::Map;
 use super::kernels::residual::Branch;
 use super::tape::Value;
 use super::x::{State, X};
-use super::{Eager, Mode, tensors};
+use super::{Eager, Mode};
 use crate::Result;
-use crate::data::batch::Encoding;
-use crate::task::{CausalLm, Target, Task};
 
 impl Eager<'_> {
-    /// The sum of the examples' losses over the given outputs of the task's definition, divided by `of`; gradients
-    /// flow back through it. The examples are those of the batch.
-    pub fn loss(
-        &self,
-        task: &Task,
-        outputs: Vec<X>,
-        examples: &[&Encoding],
-        targets: &[&Target],
-        label_smoothing: f64,
-        of: usize,
-    ) -> Result<Tensor> {
-        match task {
-            Task::TextClassification(task) => {
-                let outputs = tensors(outputs)?;
-                let logits = outputs.first().context("the model has no output")?;
-                Ok((task.loss(logits, targets, label_smoothing)? / of as f64)?)
-            }
-            Task::CausalLm(_) => {
-                let wanted = CausalLm::targets(examples, targets);
-                let scores = outputs.first().context("the model has no output")?;
-                self.cross_entropy(scores, &wanted, label_smoothing as f32, 1.0 / of as f32)
-            }
-        }
-    }
-
-    /// The sum of the rows' losses times `scale`. Of a linear map that is not computed yet, the scores are computed in
+    /// The cross-entropy of rows of scores, (rows, C), with the targets of those that have one: the sum of the rows'
+    /// losses times `scale`. Of a linear map that is not computed yet, the scores are computed in
     /// chunks, and turn into their gradients at once: those of the whole batch are never held.
-    fn cross_entropy(
+    pub fn cross_entropy(
         &self,
         scores: &X,
         targets: &[Option<u32>],

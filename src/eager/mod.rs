@@ -13,7 +13,7 @@ use std::sync::Arc;
 use anyhow::Context;
 use candle_core::{DType, Device, Tensor};
 
-pub use evaluator::{Evaluator, logits, measure};
+pub use evaluator::{Evaluator, Forward};
 pub use kernels::{Kernels, Weight};
 pub use params::{Init, Params};
 pub use x::X;

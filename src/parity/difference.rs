@@ -1,5 +1,6 @@
 //! Where two runtimes part: the first tap of the definition whose values differ.
 
+use ndarray::Array2;
 use serde::Serialize;
 
 use super::compare::distance;
@@ -9,6 +10,7 @@ use crate::Result;
 use crate::data::batch::Encoding;
 use crate::eager::Evaluator;
 use crate::runtime::session::Values;
+use crate::task::{Outputs, Scope};
 
 /// One number that differs.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -29,11 +31,15 @@ pub struct Difference {
 pub fn first(
     subject: &Subject,
     runtime: Runtime,
-    wanted: &[Vec<f32>],
-    found: &[Vec<f32>],
+    wanted: &[Outputs],
+    found: &[Outputs],
     tolerance: f32,
 ) -> Result<Option<Difference>> {
-    let apart = |i: &usize| !same(&wanted[*i], &found[*i], tolerance);
+    let apart = |i: &usize| {
+        let pairs = wanted[*i].iter().zip(&found[*i]);
+        wanted[*i].len() != found[*i].len()
+            || pairs.map(|(a, b)| (flat(a), flat(b))).any(|(a, b)| !same(&a, &b, tolerance))
+    };
     let Some(record) = (0..wanted.len()).find(apart) else {
         return Ok(None);
     };
@@ -57,15 +63,26 @@ pub fn first(
             }
         }
     }
-    let (expected, found) = (&wanted[record], &found[record]);
-    Ok(in_row(expected, found, tolerance).map(|(channel, expected, found)| Difference {
-        tap: "logits".to_owned(),
-        record,
-        token: None,
-        channel,
-        expected,
-        found,
-    }))
+    let outputs = subject.saved.task.outputs(subject.saved.task.form());
+    for (output, (expected, found)) in outputs.iter().zip(wanted[record].iter().zip(&found[record])) {
+        let width = expected.ncols().max(1);
+        if let Some((at, expected, found)) = in_row(&flat(expected), &flat(found), tolerance) {
+            return Ok(Some(Difference {
+                tap: output.name.to_owned(),
+                record,
+                token: (output.scope() == Scope::Token).then_some(at / width),
+                channel: at % width,
+                expected,
+                found,
+            }));
+        }
+    }
+    Ok(None)
+}
+
+/// An output's numbers, row by row.
+fn flat(output: &Array2<f32>) -> Vec<f32> {
+    output.iter().copied().collect()
 }
 
 /// Compares packed rows, one a token or one a record, with a padded output.

@@ -16,6 +16,7 @@ pub use runtimes::Runtime;
 use crate::Result;
 use crate::data::batch::Encoding;
 use crate::saved::Saved;
+use crate::task::Outputs;
 
 /// How far a logit may be from the reference's: what float32 rounding explains, and no more.
 pub const TOLERANCE: f32 = 1e-4;
@@ -39,16 +40,23 @@ pub fn run(subject: &Subject, runtimes: &[Runtime], tolerance: f32) -> Result<Ve
     let Some((&reference, others)) = runtimes.split_first() else {
         return Ok(Vec::new());
     };
-    let wanted = runtimes::logits(reference, subject)?;
+    let wanted = runtimes::outputs(reference, subject)?;
     others
         .iter()
         .map(|&runtime| {
-            let found = runtimes::logits(runtime, subject)?;
-            let mut compared = Compared::new(runtime, reference, &wanted, &found, tolerance)?;
+            let found = runtimes::outputs(runtime, subject)?;
+            let (expected, given) = (rows(&wanted), rows(&found));
+            let mut compared = Compared::new(runtime, reference, &expected, &given, tolerance)?;
+            compared.records = subject.encodings.len();
             if !compared.pass {
                 compared.first_difference = difference::first(subject, runtime, &wanted, &found, tolerance)?;
             }
             Ok(compared)
         })
         .collect()
+}
+
+/// The rows of all outputs of all records, one after another.
+fn rows(records: &[Outputs]) -> Vec<Vec<f32>> {
+    records.iter().flatten().flat_map(|output| output.rows()).map(|row| row.to_vec()).collect()
 }

@@ -1,4 +1,4 @@
-//! What can run a model: each takes records and gives their logits.
+//! What can run a model: each takes records and gives their outputs.
 
 use std::path::Path;
 use std::str::FromStr;
@@ -12,6 +12,8 @@ use crate::onnx::write;
 use crate::runtime::session::Values;
 use crate::runtime::{Model, OrtSession, Provider, Providers, probe};
 use crate::say::Say;
+use crate::serve::pool;
+use crate::task::Outputs;
 use crate::{Result, unusable};
 
 /// A way to run a model.
@@ -69,31 +71,32 @@ impl FromStr for Runtime {
     }
 }
 
-/// Each record's logits on a runtime, in order.
-pub fn logits(runtime: Runtime, subject: &Subject) -> Result<Vec<Vec<f32>>> {
-    let rows = match runtime {
+/// Each record's outputs on a runtime, in order.
+pub fn outputs(runtime: Runtime, subject: &Subject) -> Result<Vec<Outputs>> {
+    let found = match runtime {
         Runtime::Eager => {
-            Evaluator::open(subject.saved, &candle_core::Device::Cpu)?.logits(subject.encodings)
+            Evaluator::open(subject.saved, &candle_core::Device::Cpu)?.outputs(subject.encodings)
         }
         _ => {
             let mut graph = Graph::open(runtime, subject, &[])?;
-            let mut rows = Vec::with_capacity(subject.encodings.len());
+            let scopes = subject.saved.task.scopes();
+            let mut found = Vec::with_capacity(subject.encodings.len());
             for batch in subject.encodings.chunks(BATCH) {
-                let outputs = graph.run(&padded(subject, batch))?;
-                rows.extend(outputs.first().context("the graph has no output")?.rows(batch.len())?);
+                let batch = padded(subject, batch);
+                found.extend(pool::unpack(&graph.run(&batch)?, &batch, &scopes)?);
             }
-            Ok(rows)
+            Ok(found)
         }
     };
-    let rows = rows.with_context(|| format!("runtime {}", runtime.name()))?;
+    let found = found.with_context(|| format!("runtime {}", runtime.name()))?;
     anyhow::ensure!(
-        rows.len() == subject.encodings.len(),
-        "{} gave {} rows for {} records",
+        found.len() == subject.encodings.len(),
+        "{} gave {} outputs for {} records",
         runtime.name(),
-        rows.len(),
+        found.len(),
         subject.encodings.len()
     );
-    Ok(rows)
+    Ok(found)
 }
 
 /// A batch as graphs take it.

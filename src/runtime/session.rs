@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::path::Path;
 
 use anyhow::Context;
+use ndarray::{Array2, ArrayView2};
 use ort::environment::Environment;
 use ort::session::builder::{AutoDevicePolicy, SessionBuilder};
 use ort::session::{Session, SessionInputValue};
@@ -13,6 +14,8 @@ use super::library;
 use super::providers::{Provider, Providers};
 use crate::data::batch::Padded;
 use crate::say::Say;
+use crate::task::Scope;
+use crate::task::output::Standing;
 use crate::{Result, bail_unusable, unusable};
 
 /// Where a model's bytes are.
@@ -49,20 +52,31 @@ pub struct Values {
 }
 
 impl Values {
-    /// An output of shape (`count`, …) as that many flat rows of one width.
+    /// An output of a padded batch, cut into what each of its sequences has: (1, C) or (T, C).
     ///
     /// # Errors
-    /// It has another number of rows, or values that its shape does not speak of.
-    pub fn rows(&self, count: usize) -> Result<Vec<Vec<f32>>> {
-        let values = self.shape.iter().try_fold(1usize, |product, &n| product.checked_mul(n));
-        anyhow::ensure!(
-            self.shape.first() == Some(&count) && values == Some(self.values.len()) && values != Some(0),
-            "{} has the shape {:?} and {} values, for {count} sequences",
-            self.name,
-            self.shape,
-            self.values.len()
-        );
-        Ok(self.values.chunks_exact(self.values.len() / count).map(<[f32]>::to_vec).collect())
+    /// Its shape is not (B, C) or (B, T, C) of the batch, or it has other values than its shape speaks of.
+    pub fn unpack(&self, scope: Scope, batch: &Padded) -> Result<Vec<Array2<f32>>> {
+        let place = || {
+            format!(
+                "{} has the shape {:?} and {} values, for {} sequences of {} tokens",
+                self.name,
+                self.shape,
+                self.values.len(),
+                batch.rows,
+                batch.width
+            )
+        };
+        let (rows, width) = match (scope, &self.shape[..]) {
+            (Scope::Sequence, &[rows, width]) => (rows, width),
+            (Scope::Token, &[sequences, columns, width]) if columns == batch.width => {
+                (sequences.saturating_mul(columns), width)
+            }
+            _ => anyhow::bail!("{}", place()),
+        };
+        let rows = ArrayView2::from_shape((rows, width), &self.values).with_context(place)?;
+        let standing = Standing::Padded { columns: batch.width };
+        scope.unpack(rows, &batch.lengths(), standing).with_context(place)
     }
 }
 
@@ -210,24 +224,34 @@ fn options(environment: &Environment, threads: usize, waiting: Waiting) -> ort::
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::data::batch::Encoding;
 
     #[test]
-    fn an_output_has_a_row_for_each_sequence_or_is_refused() {
+    fn an_output_is_cut_by_sequence_or_refused() {
+        let encoding = |n: usize| Encoding { ids: vec![1; n], type_ids: vec![0; n], truncated: false };
+        let batch = Padded::new(&[&encoding(1), &encoding(3)], 0);
         let output = |shape: &[usize], values: usize| Values {
             name: "logits".to_owned(),
             shape: shape.to_vec(),
             values: vec![1.0; values],
         };
-        assert_eq!(output(&[2, 3], 6).rows(2).unwrap(), vec![vec![1.0; 3]; 2]);
-        for (shape, values, count) in [
-            (&[2, 3][..], 6, 3),
-            (&[3, 2], 6, 2),
-            (&[2, 3], 5, 2),
-            (&[2, 0], 0, 2),
-            (&[], 1, 1),
-            (&[0, 3], 0, 0),
+        let shapes = |scope, shape: &[usize], values| {
+            let found = output(shape, values).unpack(scope, &batch)?;
+            Ok::<_, anyhow::Error>(found.iter().map(|own| own.dim()).collect::<Vec<_>>())
+        };
+        assert_eq!(shapes(Scope::Sequence, &[2, 5], 10).unwrap(), [(1, 5), (1, 5)]);
+        assert_eq!(shapes(Scope::Token, &[2, 3, 5], 30).unwrap(), [(1, 5), (3, 5)]);
+        for (scope, shape, values) in [
+            (Scope::Sequence, &[3, 5][..], 15),
+            (Scope::Sequence, &[2, 5], 9),
+            (Scope::Sequence, &[2, 3, 5], 30),
+            (Scope::Token, &[2, 5], 10),
+            (Scope::Token, &[2, 4, 5], 40),
+            (Scope::Token, &[usize::MAX, 3, 5], 30),
+            (Scope::Sequence, &[], 0),
         ] {
-            assert!(output(shape, values).rows(count).is_err(), "{shape:?} {values} {count}");
+            let error = shapes(scope, shape, values).unwrap_err();
+            assert!(format!("{error:#}").contains(&format!("logits has the shape {shape:?}")), "{error:#}");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Several sessions with one thread each: encoded records in, their logits out.
+//! Several sessions with one thread each: encoded records in, their outputs out.
 
 use std::path::Path;
 use std::sync::Mutex;
@@ -9,8 +9,11 @@ use anyhow::Context;
 use super::batching::batches;
 use crate::Result;
 use crate::data::batch::{Encoding, Padded};
+use crate::runtime::session::Values;
 use crate::runtime::{Model, OrtSession, Provider, Providers};
+use crate::saved::Saved;
 use crate::say::Say;
+use crate::task::{Outputs, Scope};
 
 /// Padded tokens of a batch: on CPU small batches keep each thread's data in its cache, on a GPU large ones
 /// fill it.
@@ -22,6 +25,8 @@ pub struct Pool {
     sessions: Vec<OrtSession>,
     pad_id: u32,
     batch_tokens: usize,
+    /// Of the task's outputs.
+    scopes: Vec<Scope>,
 }
 
 impl Pool {
@@ -30,11 +35,11 @@ impl Pool {
     /// # Errors
     /// As [`OrtSession::open`].
     pub fn open(
+        saved: &Saved,
         model: &Path,
         providers: &Providers,
         threads: usize,
         batch_tokens: Option<usize>,
-        pad_id: u32,
         say: Say,
     ) -> Result<Self> {
         let mut sessions = vec![OrtSession::open(Model::File(model), providers, 1, say)?];
@@ -46,7 +51,8 @@ impl Pool {
         for _ in 1..count {
             sessions.push(OrtSession::open(Model::File(model), &Providers::only(provider), 1, say)?);
         }
-        Ok(Self { sessions, pad_id, batch_tokens: batch_tokens.unwrap_or(default) })
+        let (pad_id, scopes) = (saved.tokenizer.pad_id(), saved.task.scopes());
+        Ok(Self { sessions, pad_id, batch_tokens: batch_tokens.unwrap_or(default), scopes })
     }
 
     /// What runs the model.
@@ -59,28 +65,28 @@ impl Pool {
         self.batch_tokens
     }
 
-    /// Each record's logits, in order. The batches, and so the last bits of the results, depend on the
+    /// Each example's outputs, in order. The batches, and so the last bits of the results, depend on the
     /// lengths and the budget alone, not on how many sessions there are or which is faster.
-    pub fn logits(&mut self, encodings: &[&Encoding]) -> Result<Vec<Vec<f32>>> {
+    pub fn outputs(&mut self, encodings: &[&Encoding]) -> Result<Vec<Outputs>> {
         let lengths: Vec<usize> = encodings.iter().map(|encoding| encoding.len()).collect();
         let batches = batches(&lengths, self.batch_tokens);
-        let pad_id = self.pad_id;
+        let (pad_id, scopes) = (self.pad_id, &self.scopes);
         // from the longest, so that the sessions finish together
         let (left, failed) = (AtomicUsize::new(batches.len()), AtomicBool::new(false));
-        let rows = Mutex::new(vec![Vec::new(); encodings.len()]);
+        let found_so_far = Mutex::new(vec![Outputs::new(); encodings.len()]);
         let work = |session: &mut OrtSession| -> Result<()> {
             while !failed.load(Ordering::Relaxed) {
                 let taken = left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1));
                 let Ok(n) = taken else { break };
                 let batch = &batches[n - 1];
                 let members: Vec<&Encoding> = batch.iter().map(|&i| encodings[i]).collect();
-                let found = run(session, &Padded::new(&members, pad_id));
+                let found = run(session, &Padded::new(&members, pad_id), scopes);
                 if found.is_err() {
                     failed.store(true, Ordering::Relaxed);
                 }
-                let mut rows = rows.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-                for (&i, row) in batch.iter().zip(found?) {
-                    rows[i] = row;
+                let mut all = found_so_far.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+                for (&i, outputs) in batch.iter().zip(found?) {
+                    all[i] = outputs;
                 }
             }
             Ok(())
@@ -97,12 +103,31 @@ impl Pool {
                 })
                 .collect::<Result<Vec<()>>>()
         })?;
-        Ok(rows.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner()))
+        Ok(found_so_far.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner()))
     }
 }
 
-/// The logits of a batch, a row a sequence.
-fn run(session: &mut OrtSession, batch: &Padded) -> Result<Vec<Vec<f32>>> {
+/// The outputs of each sequence of a batch.
+fn run(session: &mut OrtSession, batch: &Padded, scopes: &[Scope]) -> Result<Vec<Outputs>> {
     let outputs = session.run(batch)?;
-    outputs.first().context("the graph has no output")?.rows(batch.rows)
+    unpack(&outputs, batch, scopes)
+}
+
+/// A graph's outputs, by sequence.
+///
+/// # Errors
+/// There are fewer than the task has, or of other shapes.
+pub fn unpack(outputs: &[Values], batch: &Padded, scopes: &[Scope]) -> Result<Vec<Outputs>> {
+    anyhow::ensure!(
+        outputs.len() >= scopes.len(),
+        "the graph has {} outputs where {} are due: export it again",
+        outputs.len(),
+        scopes.len()
+    );
+    let mut by_sequence = vec![Outputs::new(); batch.rows];
+    for (values, &scope) in outputs.iter().zip(scopes) {
+        let own = values.unpack(scope, batch)?;
+        by_sequence.iter_mut().zip(own).for_each(|(outputs, own)| outputs.push(own));
+    }
+    Ok(by_sequence)
 }

@@ -4,15 +4,21 @@
 pub mod causal_lm;
 pub mod examples;
 mod metrics;
+pub mod output;
 pub mod text_classification;
 
 use std::collections::BTreeMap;
 
+use anyhow::Context;
+use candle_core::Tensor;
+
 use crate::data::batch::Encoding;
+use crate::eager::{Eager, Forward, X, tensors};
 use crate::model::ops::{Ops, Param};
 use crate::model::{Family, Head, ModelConfig, manifest, token_ids};
 use crate::{Result, bail_unusable};
 pub use causal_lm::{CausalLm, Next};
+pub use output::{Dim, Output, Outputs, Scope};
 pub use text_classification::{Problem, TextClassification};
 
 /// What a model is trained for and serves.
@@ -50,6 +56,13 @@ pub struct Example {
     pub target: Target,
 }
 
+impl Example {
+    /// Examples' encodings and targets.
+    pub fn apart(examples: &[Self]) -> (Vec<&Encoding>, Vec<&Target>) {
+        examples.iter().map(|example| (&example.encoding, &example.target)).unzip()
+    }
+}
+
 /// Whether a graph goes on from tokens that it has read before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Form {
@@ -64,31 +77,6 @@ pub enum Form {
     /// out as `present…`. Scores are given for the tokens at the columns `logits_at` alone. ONNX Runtime's own
     /// operators; what tk generates with.
     InPlace,
-}
-
-/// The name and the symbolic shape of a graph's output.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Output {
-    pub name: &'static str,
-    pub dims: Vec<Dim>,
-}
-
-/// One dimension of a graph's input or output.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Dim {
-    /// Symbolic, `batch_size`.
-    Batch,
-    /// Symbolic, `sequence_length`.
-    Sequence,
-    /// Symbolic, `past_sequence_length`: tokens whose keys and values come in.
-    Past,
-    /// Symbolic, `past_sequence_length + sequence_length`.
-    Total,
-    /// Symbolic, `capacity`: tokens that a buffer has room for.
-    Capacity,
-    /// Symbolic, `asked`: tokens whose scores are asked for.
-    Asked,
-    Of(usize),
 }
 
 /// Metrics by name, in alphabetical order. Not a number where a metric is not defined.
@@ -164,6 +152,55 @@ impl Task {
         match self {
             Self::TextClassification(task) => task.outputs(),
             Self::CausalLm(task) => task.outputs(form),
+        }
+    }
+
+    /// What the rows of each output stand for.
+    pub fn scopes(&self) -> Vec<Scope> {
+        self.outputs(self.form()).iter().map(Output::scope).collect()
+    }
+
+    /// The sum of the examples' losses over the outputs of [`Task::define`], divided by `of`; gradients flow back through
+    /// it. The examples are those of the batch.
+    ///
+    /// # Errors
+    /// The outputs do not fit the targets.
+    pub fn loss(
+        &self,
+        eager: &Eager,
+        outputs: Vec<X>,
+        examples: &[&Encoding],
+        targets: &[&Target],
+        label_smoothing: f64,
+        of: usize,
+    ) -> Result<Tensor> {
+        match self {
+            Self::TextClassification(task) => {
+                let outputs = tensors(outputs)?;
+                let logits = outputs.first().context("the model has no output")?;
+                Ok((task.loss(logits, targets, label_smoothing)? / of as f64)?)
+            }
+            Self::CausalLm(_) => {
+                let wanted = CausalLm::targets(examples, targets);
+                let scores = outputs.first().context("the model has no output")?;
+                eager.cross_entropy(scores, &wanted, label_smoothing as f32, 1.0 / of as f32)
+            }
+        }
+    }
+
+    /// The metrics and the mean loss of what a model computes in candle.
+    pub fn measure(&self, model: &Forward, examples: &[Example]) -> Result<Metrics> {
+        let (encodings, targets) = Example::apart(examples);
+        match self {
+            Self::TextClassification(task) => task.measure(&model.outputs(&encodings)?, &targets),
+            Self::CausalLm(_) => {
+                let losses = model.losses(&encodings, |batch| {
+                    let of = |i: &usize| (encodings[*i], targets[*i]);
+                    let (encodings, targets): (Vec<&Encoding>, Vec<&Target>) = batch.iter().map(of).unzip();
+                    CausalLm::targets(&encodings, &targets)
+                })?;
+                Ok(CausalLm::measured(losses, &targets))
+            }
         }
     }
 

@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use super::{Dim, Metrics, Output, Target, metrics};
+use super::{Dim, Metrics, Output, Outputs, Target, metrics};
 use crate::model::ops::Ops;
 use crate::model::{Family, Head, ModelConfig};
 use crate::{Result, bail_unusable, unusable};
@@ -285,6 +285,21 @@ impl TextClassification {
         matrix
     }
 
+    /// One example's logits, of its outputs.
+    ///
+    /// # Errors
+    /// They are not one a label.
+    pub fn logits(&self, outputs: &Outputs) -> Result<Vec<f32>> {
+        let labels = self.labels.len();
+        match &outputs[..] {
+            [logits] if logits.dim() == (1, labels) => Ok(logits.iter().copied().collect()),
+            _ => {
+                let shapes: Vec<_> = outputs.iter().map(|output| output.dim()).collect();
+                anyhow::bail!("the model gives outputs of {shapes:?} for {labels} labels: export it again")
+            }
+        }
+    }
+
     /// A prediction as a record's fields, from one example's logits.
     pub fn prediction(&self, logits: &[f32], with_logits: bool) -> Map<String, Value> {
         let mut record = Map::new();
@@ -339,11 +354,15 @@ impl TextClassification {
     }
 
     /// The metrics over a whole evaluation set, and the mean `loss`.
-    pub fn measure(&self, logits: &[Vec<f32>], targets: &[&Target]) -> Result<Metrics> {
+    ///
+    /// # Errors
+    /// An example has other logits than one a label.
+    pub fn measure(&self, outputs: &[Outputs], targets: &[&Target]) -> Result<Metrics> {
         let width = self.labels.len();
+        let logits = outputs.iter().map(|outputs| self.logits(outputs)).collect::<Result<Vec<_>>>()?;
         let matrix = Tensor::from_vec(logits.concat(), (logits.len(), width), &Device::Cpu)?;
         let loss = self.loss(&matrix.to_dtype(DType::F64)?, targets, 0.0)?.to_scalar::<f32>()?;
-        let mut metrics = self.compare(logits, targets);
+        let mut metrics = self.compare(&logits, targets);
         metrics.insert("loss".to_owned(), f64::from(loss) / logits.len() as f64);
         Ok(metrics)
     }

@@ -13,7 +13,7 @@ use super::log::Log;
 use super::plan::Plan;
 use super::trainer::{Step, Trainer};
 use crate::Result;
-use crate::eager::{Params, measure};
+use crate::eager::{Forward, Params};
 use crate::model::Family;
 use crate::say::Say;
 use crate::task::{Example, Task};
@@ -157,7 +157,8 @@ impl Run<'_> {
     }
 
     fn evaluate(&self, log: &mut Log, bar: &ProgressBar, progress: &mut Progress, plan: &Plan) -> Result<()> {
-        let metrics = measure(self.params, self.family, self.task, self.eval, self.device)?;
+        let Self { params, family, task, device, .. } = *self;
+        let metrics = task.measure(&Forward { params, family, task, device }, self.eval)?;
         let (name, more_is_better) = self.deciding_metric()?;
         let new = Best { step: progress.step, metrics };
         let is_better = is_better(

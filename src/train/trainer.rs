@@ -112,7 +112,7 @@ impl<'a> Trainer<'a> {
         let eager = if self.settings.checkpoint_activations { eager.with_recomputation() } else { eager };
         let outputs = self.task.define(&eager, self.family)?;
         let smoothing = self.settings.label_smoothing;
-        let loss = eager.loss(self.task, outputs, &encodings, &targets, smoothing, of)?;
+        let loss = self.task.loss(&eager, outputs, &encodings, &targets, smoothing, of)?;
         let value = f64::from(loss.to_scalar::<f32>()?);
         let mut store = loss.backward()?;
         let mut missing = Vec::new();

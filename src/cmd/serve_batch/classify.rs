@@ -40,7 +40,7 @@ pub(super) fn run(job: &Job, saved: &Saved, task: &TextClassification) -> Result
     saved.tokenizer.encode("", saved.tokenizer.takes_pairs().then_some("a pair"), max_length)?;
     let model = served::checked(saved)?;
     let batch_tokens = args.batch_tokens.map(|n| n as usize);
-    let pool = Pool::open(&model, &args.ep, job.threads(), batch_tokens, saved.tokenizer.pad_id(), job.say)?;
+    let pool = Pool::open(saved, &model, &args.ep, job.threads(), batch_tokens, job.say)?;
     let settings = json!({
         "model_sha256": checkpoint::file_hash(&model)?,
         "columns": [&args.texts.text_column, &args.texts.text_pair_column],
@@ -76,12 +76,9 @@ impl Work for Classify<'_> {
                 Err(format!("the model's logits are not finite: {row:?}"))
             }
         };
-        let rows = self.pool.logits(encodings)?;
-        let labels = self.task.labels.len();
-        if let Some(row) = rows.iter().find(|row| row.len() != labels) {
-            anyhow::bail!("the graph gives {} logits for {labels} labels: export it again", row.len());
-        }
-        let answers = rows.into_iter().map(answer).collect();
+        let outputs = self.pool.outputs(encodings)?;
+        let answers =
+            outputs.iter().map(|outputs| Ok(answer(self.task.logits(outputs)?))).collect::<Result<_>>()?;
         progress.tokens += encodings.iter().map(|encoding| encoding.len()).sum::<usize>();
         progress.truncated += encodings.iter().filter(|encoding| encoding.truncated).count();
         Ok(answers)
