@@ -4,3 +4,4 @@ pub mod batch;
 pub mod hub;
 pub mod records;
 pub mod tokens;
+pub mod windows;

@@ -4,6 +4,7 @@
 //! answers it in its place (serving) or lists it (training). Only what ends the reading is an error.
 
 mod columns;
+mod conll;
 mod encoding;
 mod exact;
 mod parquet;
@@ -19,6 +20,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 pub use columns::{Columns, describe};
+pub use conll::{BadSentence, Sentence, Sentences, TagColumn};
 pub use encoding::TextEncoding;
 
 use crate::{Result, bail_unusable, unusable};

@@ -6,6 +6,7 @@ pub mod examples;
 mod metrics;
 pub mod output;
 pub mod text_classification;
+pub mod token_classification;
 
 use std::collections::BTreeMap;
 
