@@ -381,6 +381,25 @@ fn losses_are_those_of_transformers_joined_and_in_windows() {
     let result: Value = serde_json::from_slice(&assert.get_output().stdout).unwrap();
     assert!(stderr(&assert).contains("; 7 tokens are learnt"), "{}", stderr(&assert));
     assert!((result["train_loss"].as_f64().unwrap() - 7.513_095).abs() < 1e-4, "{result}");
+
+    // 360 tokens and the end behind a prompt of 4, in windows of 128
+    let completion = " sat on the mat and the dog ran home".repeat(20);
+    let record = json!({"prompt": "the cat", "completion": completion});
+    std::fs::write(bench.path("long.jsonl"), record.to_string()).unwrap();
+    let metrics = &bench.eval(&bench.path("model"), "long.jsonl")["metrics"];
+    assert!((metrics["loss"].as_f64().unwrap() - 6.427_1).abs() < 1e-4, "{metrics}");
+}
+
+#[test]
+fn flags_that_are_no_finite_numbers_are_refused_and_do_not_fall_back() {
+    let flags = ["--temperature", "--top-p", "--min-p", "--repetition-penalty", "--length-penalty"];
+    for flag in flags {
+        for value in ["nan", "inf", "-inf", "1e400", "1e39"] {
+            let flag = format!("{flag}={value}");
+            let said = stderr(&tk().args(["generate", "model", "the cat", &flag]).assert().code(2));
+            assert!(said.contains("a finite number"), "{flag}: {said}");
+        }
+    }
 }
 
 #[test]

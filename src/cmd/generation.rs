@@ -16,25 +16,25 @@ pub struct Flags {
     #[arg(long, value_name = "N", help_heading = "Generation")]
     max_new_tokens: Option<usize>,
     /// Below 1 likely tokens become likelier; 0 takes the most likely one.
-    #[arg(long, value_name = "X", help_heading = "Generation")]
+    #[arg(long, value_name = "X", help_heading = "Generation", value_parser = finite)]
     temperature: Option<f32>,
     /// Draw from the K most likely tokens.
     #[arg(long, value_name = "K", help_heading = "Generation")]
     top_k: Option<usize>,
     /// Draw from the most likely tokens that together have this probability.
-    #[arg(long, value_name = "P", help_heading = "Generation")]
+    #[arg(long, value_name = "P", help_heading = "Generation", value_parser = finite)]
     top_p: Option<f32>,
     /// Draw from tokens of this share of the most likely one's probability.
-    #[arg(long, value_name = "P", help_heading = "Generation")]
+    #[arg(long, value_name = "P", help_heading = "Generation", value_parser = finite)]
     min_p: Option<f32>,
     /// Above 1 tokens that stand there already become less likely.
-    #[arg(long, value_name = "X", help_heading = "Generation")]
+    #[arg(long, value_name = "X", help_heading = "Generation", value_parser = finite)]
     repetition_penalty: Option<f32>,
     /// Beams of a beam search.
     #[arg(long, value_name = "N", help_heading = "Generation")]
     num_beams: Option<usize>,
     /// Above 0 a beam search favours long texts, below 0 short ones [default: 1].
-    #[arg(long, value_name = "X", help_heading = "Generation")]
+    #[arg(long, value_name = "X", help_heading = "Generation", value_parser = finite)]
     length_penalty: Option<f32>,
     /// Texts for a prompt, by sampling or beams.
     #[arg(long, value_name = "N", help_heading = "Generation")]
@@ -56,6 +56,14 @@ pub struct Flags {
     /// Megabytes that the keys and values of these texts may take [default: 2048].
     #[arg(long, value_name = "MB", help_heading = "Generation", value_parser = clap::value_parser!(u32).range(1..))]
     cache_mb: Option<u32>,
+}
+
+/// A number of a flag. JSON, in which flags go on to [`Settings`], has no others.
+fn finite(text: &str) -> std::result::Result<f32, String> {
+    match text.parse() {
+        Ok(number) if f32::is_finite(number) => Ok(number),
+        _ => Err("expected a finite number of 32 bits".to_owned()),
+    }
 }
 
 /// A text as a record.
