@@ -223,7 +223,8 @@ fn open(path: &Path) -> Result<Opened> {
         Ok(_) if path.is_dir() => {
             bail_unusable!("{} is a directory; a file of records was expected", path.display())
         }
-        Ok(file) => Ok(Opened::File(file)),
+        Ok(file) if file.metadata().is_ok_and(|about| about.is_file()) => Ok(Opened::File(file)),
+        Ok(pipe) => Ok(Opened::Stream(Box::new(BufReader::with_capacity(1 << 17, pipe)))),
         Err(error) => bail_unusable!("{} can't be opened: {error}", path.display()),
     }
 }

@@ -95,13 +95,19 @@ impl<T: Send> Windows<T> {
         while rows.len() < self.size {
             let Some(row) = self.rows.next() else { break };
             let mut row = row?;
+            let mut key = None;
+            if let Ok(record) = &mut row {
+                match record.take_any(&self.columns, "id") {
+                    Ok(id) => {
+                        let written = record.exact.get(self.columns.of("id")).cloned();
+                        key = id.map(|id| written.map_or(Key::Id(id), Key::Written));
+                    }
+                    Err(bad) => row = Err(bad),
+                }
+            }
             if let (true, Err(bad)) = (self.strict, &row) {
                 return Err(self.refused(bad));
             }
-            let key = row.as_mut().ok().and_then(|row| {
-                let id = row.take(&self.columns, "id")?;
-                Some(row.exact.get(self.columns.of("id")).cloned().map_or(Key::Id(id), Key::Written))
-            });
             rows.push((key.unwrap_or(Key::Index(self.read)), row));
             self.read += 1;
         }

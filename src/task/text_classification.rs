@@ -150,8 +150,13 @@ impl TextClassification {
         if problem == Problem::MultiLabelClassification && multi_hot_width(labels).is_some() {
             return Vec::new();
         }
+        let are_named = labels.iter().any(|label| label.as_str().is_some_and(|name| !is_integer(name)));
         let check = |label: &Value| match problem {
             Problem::Regression => number_of(label).map(drop),
+            // the booleans are 0 and 1, and "true" is a label of its own
+            _ if are_named && label.is_boolean() => {
+                Err(unusable!("label is {label}, among labels that are names: write all of them as text"))
+            }
             _ => label_names(label, problem).map(drop),
         };
         labels.iter().enumerate().filter_map(|(i, label)| Some((i, check(label).err()?))).collect()

@@ -7,6 +7,14 @@ use super::{BadRow, Row};
 /// How many columns an error lists.
 const LISTED: usize = 10;
 
+/// The key of what stands in place of a value that can't be read; its value is the type in the file.
+pub(super) const UNREADABLE: &str = "unreadable type of Parquet";
+
+/// The type of a value that can't be read.
+fn unreadable(value: &Value) -> Option<&str> {
+    value.get(UNREADABLE)?.as_str()
+}
+
 /// Under which column a wanted field stands in the user's file.
 #[derive(Clone, Debug, Default)]
 pub struct Columns(Vec<(&'static str, Option<String>)>);
@@ -81,6 +89,18 @@ impl Row {
         value.filter(|value| !value.is_null())
     }
 
+    /// As [`Row::take`], of a field that is given back as it is: an id.
+    ///
+    /// # Errors
+    /// Its type can't be read.
+    pub fn take_any(&mut self, columns: &Columns, wanted: &str) -> Result<Option<Value>, BadRow> {
+        let value = self.take(columns, wanted);
+        match value.as_ref().filter(|value| unreadable(value).is_some()) {
+            Some(value) => Err(self.bad(format!("field {:?} is {}", columns.of(wanted), describe(value)))),
+            None => Ok(value),
+        }
+    }
+
     /// An error that stands at this row.
     pub fn bad(&self, message: impl Into<String>) -> BadRow {
         BadRow { line: self.line, message: message.into() }
@@ -110,6 +130,9 @@ pub fn describe(value: &Value) -> String {
         Value::String(value) if value.chars().nth(40).is_none() => format!("a string ({value:?})"),
         Value::String(value) => format!("a string ({:?} …)", value.chars().take(40).collect::<String>()),
         Value::Array(_) => "a list".into(),
-        Value::Object(_) => "an object".into(),
+        value @ Value::Object(_) => match unreadable(value) {
+            Some(of) => format!("of a type of Parquet that can't be read ({of})"),
+            None => "an object".into(),
+        },
     }
 }

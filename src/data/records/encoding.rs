@@ -20,12 +20,22 @@ impl FromStr for TextEncoding {
 
     fn from_str(name: &str) -> Result<Self> {
         // Python's spellings
-        let label = match name.to_lowercase().replace('_', "-").as_str() {
-            "latin-1" => "latin1".to_owned(),
-            "utf-8-sig" => "utf-8".to_owned(),
-            _ => name.to_owned(),
+        let dashed = name.to_lowercase().replace('_', "-");
+        let label = match dashed.as_str() {
+            "latin-1" => "latin1",
+            "latin9" | "latin-9" => "iso-8859-15",
+            "utf-8-sig" => "utf-8",
+            "utf-16-le" => "utf-16le",
+            "utf-16-be" => "utf-16be",
+            "cp932" => "shift_jis",
+            "cp936" => "gbk",
+            "cp949" => "euc-kr",
+            "mac-roman" => "macintosh",
+            _ => name,
         };
-        match Encoding::for_label(label.as_bytes()).filter(|encoding| *encoding != REPLACEMENT) {
+        let encoding =
+            Encoding::for_label(label.as_bytes()).or_else(|| Encoding::for_label(dashed.as_bytes()));
+        match encoding.filter(|encoding| *encoding != REPLACEMENT) {
             Some(encoding) => Ok(Self(encoding)),
             None => Err(unusable!(
                 "{name:?} is no encoding of the Encoding Standard, such as utf-8, utf-16, windows-1252, shift_jis or gb18030"

@@ -10,6 +10,7 @@ use parquet::record::{Field, Row as Record};
 use parquet::schema::types::{ColumnDescriptor, Type};
 use serde_json::{Map, Number, Value, json};
 
+use super::columns::UNREADABLE;
 use super::{BadRow, Item, Row, TextEncoding};
 use crate::{Result, bail_unusable, unusable};
 
@@ -55,9 +56,7 @@ pub(super) fn rows(
     let left_out: Map<String, Value> = columns
         .iter()
         .zip(odd)
-        .filter_map(|(column, odd)| {
-            Some((column.name().to_owned(), json!({"unreadable type of Parquet": odd?})))
-        })
+        .filter_map(|(column, odd)| Some((column.name().to_owned(), json!({UNREADABLE: odd?}))))
         .collect();
     Ok(Box::new(records.enumerate().map(move |(i, record)| {
         let line = i + 1;

@@ -48,7 +48,20 @@ pub(super) fn failed(error: Error) -> anyhow::Error {
 
 /// The line's text.
 fn text_of(line: usize, bytes: &[u8], encoding: Option<TextEncoding>) -> Result<&str, BadRow> {
-    std::str::from_utf8(bytes).map_err(|error| BadRow { line, message: not_text(bytes, &error, encoding) })
+    match std::str::from_utf8(bytes) {
+        // letters of UTF-16 are UTF-8 too, with zeros between them
+        Ok(_) if is_wide(bytes) => Err(BadRow { line, message: WIDE.into() }),
+        Ok(text) => Ok(text),
+        Err(error) => Err(BadRow { line, message: not_text(bytes, &error, encoding) }),
+    }
+}
+
+const WIDE: &str = "every second byte is 0, as in UTF-16: give --encoding utf-16le or utf-16be";
+
+/// Whether there are as many zeros as UTF-16 has where at least every second character is ASCII.
+fn is_wide(bytes: &[u8]) -> bool {
+    let zeros = bytes.iter().filter(|&&byte| byte == 0).count();
+    zeros > 0 && zeros * 4 >= bytes.len()
 }
 
 fn not_text(line: &[u8], error: &std::str::Utf8Error, encoding: Option<TextEncoding>) -> String {
@@ -64,20 +77,28 @@ fn not_text(line: &[u8], error: &std::str::Utf8Error, encoding: Option<TextEncod
 
 /// Refuses the beginning of a file in UTF-16 or UTF-32 that is about to be read as UTF-8.
 fn refuse_wide(bytes: &[u8]) -> std::io::Result<()> {
-    let zeros = |start: usize, wanted: bool| {
-        bytes.iter().skip(start).step_by(2).take(32).all(|&byte| (byte == 0) == wanted)
-    };
-    let alternate =
-        bytes.len() >= 4 && (zeros(0, true) && zeros(1, false) || zeros(0, false) && zeros(1, true));
+    let start = &bytes[..bytes.len().min(64)];
     let message = if bytes.starts_with(&[0xff, 0xfe, 0, 0]) || bytes.starts_with(&[0, 0, 0xfe, 0xff]) {
         "UTF-32, which tk does not read: `iconv -f UTF-32 -t UTF-8` turns it into UTF-8"
     } else if bytes.starts_with(&[0xff, 0xfe]) || bytes.starts_with(&[0xfe, 0xff]) {
         "UTF-16: give --encoding utf-16"
-    } else if alternate {
-        "every second byte is 0, as in UTF-16: give --encoding utf-16le or utf-16be"
+    } else if start.len() >= 4 && is_wide(start) {
+        WIDE
     } else {
         return Ok(());
     };
+    Err(Error::new(ErrorKind::InvalidData, message))
+}
+
+/// Refuses the beginning of a text that was decoded from UTF-16 of the other byte order: letters are U+6100 and so on.
+fn refuse_swapped(bytes: &[u8]) -> std::io::Result<()> {
+    let text = String::from_utf8_lossy(&bytes[..bytes.len().min(96)]);
+    let swapped = text.chars().filter(|&c| c != '\0' && u32::from(c) & 0xff == 0).count();
+    if swapped * 2 <= text.chars().count() {
+        return Ok(());
+    }
+    let message =
+        "its bytes stand the other way round: give --encoding utf-16be, or utf-16le where that was given";
     Err(Error::new(ErrorKind::InvalidData, message))
 }
 
@@ -99,8 +120,9 @@ impl Lines {
         self.number += 1;
         let mut line = self.bytes.as_slice();
         if self.number == 1 {
-            if self.encoding.is_none() {
-                refuse_wide(line)?;
+            match self.encoding {
+                None => refuse_wide(line)?,
+                Some(_) => refuse_swapped(line)?,
             }
             line = line.strip_prefix(BOM).unwrap_or(line);
         }
@@ -171,7 +193,7 @@ fn whole(mut input: Input, encoding: Option<TextEncoding>, name: &str) -> Result
     let mut bytes = Vec::new();
     let read = input.read_to_end(&mut bytes).and_then(|_| match encoding {
         None => refuse_wide(&bytes),
-        Some(_) => Ok(()),
+        Some(_) => refuse_swapped(&bytes),
     });
     read.map_err(|error| failed(error).context(format!("reading {name}")))?;
     if bytes.starts_with(BOM) {

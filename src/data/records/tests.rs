@@ -30,8 +30,12 @@ fn items_of(name: &str, bytes: impl AsRef<[u8]>, how: How) -> Vec<(usize, Result
 
 /// The error of opening or reading whole.
 fn refused(name: &str, bytes: impl AsRef<[u8]>) -> String {
+    refused_of(name, bytes, How::default())
+}
+
+fn refused_of(name: &str, bytes: impl AsRef<[u8]>, how: How) -> String {
     let (_dir, path) = file(name, bytes);
-    let error = read_examples(&path, &How::default(), Ok).unwrap_err();
+    let error = read_examples(&path, &how, Ok).unwrap_err();
     assert_eq!(crate::error::exit_code(&error), 2, "{error:#}");
     format!("{error:#}").replace(&format!("{}/", path.parent().unwrap().display()), "")
 }
@@ -227,7 +231,7 @@ fn a_parquet_column_of_an_odd_type_is_no_fault_before_it_is_used() {
     let columns = Columns::default().with("text", Some("span".into()));
     assert_eq!(
         row.text(&columns, "text").unwrap_err().message,
-        "field \"span\" is an object; a string was expected"
+        "field \"span\" is of a type of Parquet that can't be read (FIXED_LEN_BYTE_ARRAY INTERVAL); a string was expected"
     );
     assert!(fields["span"].to_string().contains("FIXED_LEN_BYTE_ARRAY INTERVAL"), "{fields}");
 }
@@ -324,6 +328,43 @@ fn an_encoding_is_decoded_before_anything_is_read() {
     assert_eq!(rows, [(1, Err(undecoded.into())), (2, Ok(json!({"text": "b"})))]);
     for unknown in ["klingon", "", "replacement", "iso-2022-kr"] {
         assert!(unknown.parse::<TextEncoding>().is_err(), "{unknown}");
+    }
+    // as Python spells them
+    for (spelt, label) in [
+        ("latin-1", "windows-1252"),
+        ("latin9", "iso-8859-15"),
+        ("utf_8", "utf-8"),
+        ("utf_8_sig", "utf-8"),
+        ("utf-16-le", "utf-16le"),
+        ("utf_16_be", "utf-16be"),
+        ("cp932", "shift_jis"),
+        ("shift_jis", "shift_jis"),
+        ("cp949", "euc-kr"),
+        ("EUC_JP", "euc-jp"),
+        ("koi8_r", "koi8-r"),
+    ] {
+        let parse = |name: &str| name.parse::<TextEncoding>().unwrap();
+        assert_eq!(parse(spelt), parse(label), "{spelt}");
+    }
+}
+
+#[test]
+fn utf16_without_its_mark_is_never_taken_for_other_text() {
+    let text = "日 a, good\nbad\n日\n\nok\n";
+    let little: Vec<u8> = text.encode_utf16().flat_map(u16::to_le_bytes).collect();
+    let big: Vec<u8> = text.encode_utf16().flat_map(u16::to_be_bytes).collect();
+    let late: Vec<u8> = [b"text\nfine\n", &little[..]].concat();
+    for bytes in [&little, &big] {
+        assert!(refused("a.txt", bytes).contains("every second byte is 0"));
+    }
+    let rows = items("a.txt", &late);
+    assert!(rows[2..].iter().all(|(_, row)| row.is_err()) && rows[1].1.is_ok(), "{rows:?}");
+    for (name, bytes) in [("utf-16be", &little), ("utf-16le", &big), ("utf-16", &big)] {
+        for file in ["a.txt", "a.csv", "a.json"] {
+            let how = How { encoding: Some(name.parse().unwrap()), ..How::default() };
+            let message = refused_of(file, bytes, how);
+            assert!(message.contains("the other way round"), "{name} {file}: {message}");
+        }
     }
 }
 
