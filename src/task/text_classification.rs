@@ -674,6 +674,8 @@ mod tests {
             names.reverse();
             assert_eq!(found(json!([&names[..], &names[..]].concat()), json!({})).unwrap().labels, expected);
         }
+        let mixed = found(json!(["2", "1a", "10", "2"]), json!({})).unwrap();
+        assert_eq!(mixed.labels, ["10", "1a", "2"]); // as text, for one of them is no integer
     }
 
     #[test]
