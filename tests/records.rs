@@ -222,6 +222,23 @@ fn labels_that_cannot_be_used_are_listed_with_file_and_line() {
     assert!(!said.contains("many.jsonl:11:") && said.contains("and 2 more"), "{said}");
 }
 
+#[test]
+#[cfg(unix)]
+fn training_from_a_pipe_is_refused_and_does_not_wait() {
+    let bench = Bench::new("tiny-bert-single");
+    records_file("tiny-bert-single", 1, &bench.path("in.jsonl"));
+    let name = std::ffi::CString::new(bench.path("pipe.jsonl").to_str().unwrap()).unwrap();
+    // SAFETY: the name is a whole C string.
+    assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
+    for args in
+        [["--train", "pipe.jsonl", "--eval", "in.jsonl"], ["--train", "in.jsonl", "--eval", "pipe.jsonl"]]
+    {
+        let said = stderr(&bench.train("text-classification", "out", &args).code(2));
+        assert!(said.contains("pipe.jsonl is a pipe or a device"), "{said}");
+    }
+    assert!(!bench.path("out").exists());
+}
+
 /// A Parquet file of two texts, in a codec, with a column of an interval where `interval` asks for it.
 fn parquet(path: &Path, codec: Compression, interval: bool) {
     let more = if interval { "required fixed_len_byte_array(12) since (INTERVAL);" } else { "" };

@@ -154,6 +154,15 @@ impl Args {
             bail_unusable!("--{flag} says nothing to this task");
         }
         let files = [&self.train].into_iter().chain(&self.eval).map(PathBuf::as_path);
+        for file in files.clone() {
+            // a second look at a pipe would wait for ever
+            if file.metadata().is_ok_and(|about| !about.is_file() && !about.is_dir()) {
+                bail_unusable!(
+                    "{} is a pipe or a device, and training reads its records and then hashes them: give a file",
+                    file.display()
+                );
+            }
+        }
         self.fields.check_unit(self.task == TaskName::CausalLm, files)
     }
 }
