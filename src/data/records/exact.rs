@@ -12,7 +12,7 @@ pub(super) fn fields(object: &str, fields: &Map<String, Value>) -> BTreeMap<Stri
         return BTreeMap::new();
     }
     let differs = |key: &str, raw: &str| {
-        fields.get(key).is_some_and(|value| has_fraction(value) && value.to_string() != raw)
+        fields.get(key).is_some_and(|value| has_fraction(value) && format!("{value}") != raw)
     };
     let members = members(object).into_iter().filter(|(key, raw)| differs(key, raw));
     // within strings JSON has no line ends, so these are spaces between values

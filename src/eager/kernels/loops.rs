@@ -207,11 +207,11 @@ fn a_matrix_that_is_not_inside_its_numbers_is_refused() {
             std::hint::black_box(Matrix::new(data, rows, columns, stride).transposed());
         });
         assert!(read.contains("are not inside of 8 numbers"), "{place}: {read}");
-        let written = refused(&|data| drop(MatrixMut::new(data, rows, columns, stride)));
+        let written = refused(&|data| _ = MatrixMut::new(data, rows, columns, stride));
         assert!(written.contains("are not inside of 8 numbers"), "{place}: {written}");
     }
     for (rows, columns, stride) in [(2, 4, 3), (3, 2, 0)] {
-        let overlapping = refused(&|data| drop(MatrixMut::new(data, rows, columns, stride)));
+        let overlapping = refused(&|data| _ = MatrixMut::new(data, rows, columns, stride));
         assert!(overlapping.contains("overlap"), "{rows} rows of {columns}, {stride} apart: {overlapping}");
     }
     // rows that are the same numbers again and again can be read
