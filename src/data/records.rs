@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 pub use columns::{Columns, describe};
-pub use conll::{BadSentence, Sentence, Sentences, TagColumn};
+pub use conll::TagColumn;
 pub use encoding::TextEncoding;
 
 use crate::{Result, bail_unusable, unusable};
@@ -88,6 +88,8 @@ pub enum Format {
     Parquet,
     /// A text a line; an empty line is an empty text. [`TextUnit`] asks for longer ones.
     Txt,
+    /// A token a line with its tag, a blank line between sentences: a sentence is a record of `tokens` and `tags`.
+    Conll,
 }
 
 /// What one text of a `.txt` file is.
@@ -112,15 +114,20 @@ pub struct How {
     pub encoding: Option<TextEncoding>,
     /// What a text of `txt` is; a line where there is none.
     pub unit: Option<TextUnit>,
+    /// The column of `conll` that is the tag; the last where there is none.
+    pub tag_column: Option<TagColumn>,
+    /// Whether of `conll` the tokens alone are read, as for predictions.
+    pub untagged: bool,
 }
 
-const FORMATS: [(&str, Format); 6] = [
+const FORMATS: [(&str, Format); 7] = [
     ("jsonl", Format::Jsonl),
     ("json", Format::Json),
     ("csv", Format::Csv),
     ("tsv", Format::Tsv),
     ("parquet", Format::Parquet),
     ("txt", Format::Txt),
+    ("conll", Format::Conll),
 ];
 
 impl Format {
@@ -139,9 +146,6 @@ impl FromStr for Format {
 
     fn from_str(name: &str) -> Result<Self> {
         let name = name.to_lowercase();
-        if name == "conll" {
-            bail_unusable!(r#""conll" is for token-classification; the other tasks read {}"#, known());
-        }
         match FORMATS.iter().find(|(known, _)| *known == name) {
             Some((_, format)) => Ok(*format),
             None => Err(unusable!("{name:?} is none of {}", known())),

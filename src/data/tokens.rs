@@ -6,6 +6,7 @@ mod class;
 mod language;
 mod trained;
 mod wordpiece;
+mod words;
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -22,6 +23,7 @@ use self::class::{Class, Files, Kind};
 use crate::data::batch::Encoding;
 use crate::{Result, bail_unusable, files, unusable};
 pub use language::Body;
+pub use words::Pieces;
 
 /// The files that a tokenizer may consist of.
 pub const FILES: [&str; 8] = [
@@ -49,6 +51,10 @@ pub struct Tokenizer {
     pad_id: u32,
     vocab_size: usize,
     direction: TruncationDirection,
+    /// What stands for a piece of text that the vocabulary lacks.
+    unknown: Option<u32>,
+    /// Whether tokenizer_config.json is to say `add_prefix_space`, whatever it says.
+    prefix_space: bool,
     /// Of the model that it was held against: rows of the word embeddings, and of the token types'.
     rows: usize,
     token_types: usize,
@@ -196,6 +202,7 @@ impl Tokenizer {
         let beyond = |token: &str| optional.contains(token) && inner.get_model().token_to_id(token).is_none();
         let ids = inner.get_vocab(true).into_iter().filter(|(token, _)| !token.is_empty() && !beyond(token));
         let vocab_size = ids.map(|(_, id)| id as usize + 1).max().unwrap_or(0);
+        let unknown = added.and_then(|added| inner.token_to_id(&added.role("unk_token")?));
         let hash = Sha256::digest(json).iter().map(|byte| format!("{byte:02x}")).collect();
         Ok(Self {
             inner,
@@ -204,6 +211,8 @@ impl Tokenizer {
             pad_id: pad_id.unwrap_or(0),
             vocab_size,
             direction,
+            unknown,
+            prefix_space: false,
             rows: usize::MAX,
             token_types: usize::MAX,
             pair_types: 0,
@@ -349,12 +358,34 @@ impl Tokenizer {
                 std::fs::read(from.join(name)).with_context(|| format!("reading {}", from.display()))?;
             files::write(&to.join(name), bytes)?;
         }
+        if self.prefix_space {
+            let path = to.join("tokenizer_config.json");
+            let mut config = settings(&path)?;
+            config.insert("add_prefix_space".to_owned(), true.into());
+            files::write(&path, serde_json::to_string_pretty(&config)? + "\n")?;
+        }
         self.built.as_ref().map_or(Ok(()), |(json, _)| files::write(&to.join("tokenizer.json"), json))
     }
 
     /// The library's tokenizer, without padding and truncation: for offsets and for decoding.
     pub fn inner(&self) -> &tokenizers::Tokenizer {
         &self.inner
+    }
+
+    /// What tokenizer.json says of it.
+    fn as_json(&self) -> Result<Value> {
+        let json = self.inner.to_string(false).map_err(|error| anyhow!(error))?;
+        serde_json::from_str(&json).context("a tokenizer as JSON")
+    }
+
+    /// The tokenizer that a changed tokenizer.json of this one's says, for the same model.
+    fn rebuilt(&self, whole: &Value) -> Result<Self> {
+        let json = serde_json::to_string_pretty(whole)?;
+        let mut inner = parsed(json.as_bytes())?;
+        inner.set_encode_special_tokens(self.inner.get_encode_special_tokens());
+        let (bytes, direction) = (json.clone().into_bytes(), Some(self.direction));
+        let new = Self::of(inner, &bytes, None, direction, Some((json, self.name())))?;
+        Ok(Self { inner: new.inner, built: new.built, hash: new.hash, ..self.clone() })
     }
 
     fn name(&self) -> &'static str {

@@ -57,6 +57,39 @@ impl Row {
         self.get(columns, wanted).ok_or_else(|| self.missing(columns, wanted))
     }
 
+    /// A field that must be a list of strings.
+    pub fn words(&self, columns: &Columns, wanted: &str) -> Result<Vec<String>, BadRow> {
+        let word = |value: &Value| value.as_str().map(str::to_owned);
+        self.list(columns, wanted, "strings", word)
+    }
+
+    /// A field that must be a list of names or integers, as text.
+    pub fn labels(&self, columns: &Columns, wanted: &str) -> Result<Vec<String>, BadRow> {
+        self.list(columns, wanted, "names or integers", |value| match value {
+            Value::String(name) if !name.trim().is_empty() => Some(name.clone()),
+            Value::Number(id) if id.is_i64() || id.is_u64() => Some(id.to_string()),
+            _ => None,
+        })
+    }
+
+    fn list(
+        &self,
+        columns: &Columns,
+        wanted: &str,
+        kind: &str,
+        read: impl Fn(&Value) -> Option<String>,
+    ) -> Result<Vec<String>, BadRow> {
+        let value = self.value(columns, wanted)?;
+        let place = || format!("field {:?}", columns.of(wanted));
+        let list = value.as_array().ok_or_else(|| {
+            self.bad(format!("{} is {}; a list of {kind} was expected", place(), describe(value)))
+        })?;
+        let read = |value| {
+            read(value).ok_or_else(|| self.bad(format!("{} holds {value}; {kind} were expected", place())))
+        };
+        list.iter().map(read).collect()
+    }
+
     /// A field that must be a string.
     pub fn text(&self, columns: &Columns, wanted: &str) -> Result<&str, BadRow> {
         let value = self.value(columns, wanted)?;

@@ -1,14 +1,17 @@
 //! CoNLL files: a word a line with its columns, a blank line between sentences.
 
-use std::io::BufRead;
 use std::str::FromStr;
 
+use serde::{Deserialize, Serialize};
+
+use super::BadRow;
+use super::readers::{CR_ALONE, Lines, text_of};
 use crate::task::token_classification::scheme::{OUTSIDE, split};
 use crate::{Result, unusable};
 
 /// One sentence.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Sentence {
+pub(super) struct Sentence {
     pub tokens: Vec<String>,
     /// A tag a token; `None` where tokens alone were asked for.
     pub tags: Option<Vec<String>>,
@@ -16,23 +19,16 @@ pub struct Sentence {
     pub lines: Vec<usize>,
 }
 
-/// One sentence that can't be used; those after it can.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("line {line}: {message}")]
-pub struct BadSentence {
-    /// The line at fault.
-    pub line: usize,
-    pub message: String,
-}
-
 /// Which column is the tag.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub enum TagColumn {
+    /// Written `last`.
     #[default]
     Last,
     /// From 1.
     Number(usize),
-    /// A name out of a line `# global.columns = …`, or one of CoNLL-U's ten.
+    /// A name (none is `last`) out of a line `# global.columns = …`, or one of CoNLL-U's ten.
     Name(String),
 }
 
@@ -43,8 +39,27 @@ impl FromStr for TagColumn {
         match text.parse() {
             Ok(0) => Err(unusable!("column 0: columns are counted from 1, and 1 is the token")),
             Ok(number) => Ok(Self::Number(number)),
+            Err(_) if text == "last" => Ok(Self::Last),
             Err(_) if text.is_empty() => Err(unusable!("a column's number or name was expected")),
             Err(_) => Ok(Self::Name(text.to_owned())),
+        }
+    }
+}
+
+impl TryFrom<String> for TagColumn {
+    type Error = anyhow::Error;
+
+    fn try_from(text: String) -> Result<Self> {
+        text.parse()
+    }
+}
+
+impl From<TagColumn> for String {
+    fn from(column: TagColumn) -> Self {
+        match column {
+            TagColumn::Last => "last".to_owned(),
+            TagColumn::Number(number) => number.to_string(),
+            TagColumn::Name(name) => name,
         }
     }
 }
@@ -53,8 +68,8 @@ const CONLL_U: [&str; 10] =
     ["ID", "FORM", "LEMMA", "UPOS", "XPOS", "FEATS", "HEAD", "DEPREL", "DEPS", "MISC"];
 
 /// Reads sentences one by one. Memory holds one of them.
-pub struct Sentences<R> {
-    input: R,
+pub(super) struct Sentences {
+    lines: Lines,
     column: TagColumn,
     /// Whether tags are read; without one, a token is then an error.
     tagged: bool,
@@ -73,33 +88,32 @@ struct Shape {
     conll_u: bool,
 }
 
-impl<R: BufRead> Sentences<R> {
-    /// Reads from `input`. Where `tagged`, every token must have a tag; else tokens alone are
+impl Sentences {
+    /// Reads from `lines`. Where `tagged`, every token must have a tag; else tokens alone are
     /// read, and what else stands in the file is passed over.
-    pub fn new(input: R, column: TagColumn, tagged: bool) -> Self {
-        Self { input, column, tagged, line: 0, shape: None, names: None }
+    pub fn new(lines: Lines, column: TagColumn, tagged: bool) -> Self {
+        Self { lines, column, tagged, line: 0, shape: None, names: None }
     }
 
-    /// The next line, without what ends it. `Err` in it: bytes that are no UTF-8.
-    fn next_line(&mut self) -> std::io::Result<Option<Result<String, BadSentence>>> {
-        let mut bytes = Vec::new();
-        if self.input.read_until(b'\n', &mut bytes)? == 0 {
-            return Ok(None);
-        }
-        self.line += 1;
-        let Ok(line) = String::from_utf8(bytes) else {
-            return Ok(Some(Err(self.bad("not UTF-8: --encoding names another".to_owned()))));
-        };
-        let line = if self.line == 1 { line.trim_start_matches('\u{feff}') } else { &line };
-        Ok(Some(Ok(line.trim_end_matches(BLANK).to_owned())))
+    /// The next line, without what ends it. `Err` in it: bytes that are no text.
+    fn next_line(&mut self) -> std::io::Result<Option<Result<String, BadRow>>> {
+        let encoding = self.lines.encoding;
+        let Some((line, bytes, end)) = self.lines.next()? else { return Ok(None) };
+        self.line = line;
+        Ok(Some(text_of(line, bytes, encoding).and_then(|text| {
+            if line == 1 && !end.ends_with(b"\n") && text.contains('\r') {
+                return Err(BadRow { line, message: CR_ALONE.to_owned() });
+            }
+            Ok(text.trim_end_matches(BLANK).to_owned())
+        })))
     }
 
-    fn bad(&self, message: String) -> BadSentence {
-        BadSentence { line: self.line, message }
+    fn bad(&self, message: String) -> BadRow {
+        BadRow { line: self.line, message }
     }
 
     /// Adds a line's token to a sentence.
-    fn add(&mut self, line: &str, sentence: &mut Sentence) -> Result<(), BadSentence> {
+    fn add(&mut self, line: &str, sentence: &mut Sentence) -> Result<(), BadRow> {
         let tabs = line.contains('\t') || self.shape.is_some_and(|shape| shape.tabs);
         let columns = columns(line, tabs);
         let here = Shape {
@@ -151,7 +165,7 @@ impl<R: BufRead> Sentences<R> {
     }
 
     /// The columns of the token and of the tag, from 0.
-    fn places(&self, shape: Shape) -> Result<(usize, Option<usize>), BadSentence> {
+    fn places(&self, shape: Shape) -> Result<(usize, Option<usize>), BadRow> {
         let conll_u = shape.conll_u.then(|| CONLL_U.map(str::to_owned).to_vec());
         let names = self.names.as_ref().or(conll_u.as_ref());
         let place = |name: &str| names.and_then(|names| names.iter().position(|known| known == name));
@@ -224,8 +238,8 @@ fn is_id(text: &str) -> bool {
         && text.chars().all(|c| c.is_ascii_digit() || c == '-' || c == '.')
 }
 
-impl<R: BufRead> Iterator for Sentences<R> {
-    type Item = std::io::Result<Result<Sentence, BadSentence>>;
+impl Iterator for Sentences {
+    type Item = std::io::Result<Result<Sentence, BadRow>>;
 
     fn next(&mut self) -> Option<Self::Item> {
         let mut sentence = Sentence::default();
@@ -269,14 +283,19 @@ mod tests {
 
     use super::*;
 
-    fn read(text: &str, column: &str, tagged: bool) -> Vec<Result<String, BadSentence>> {
+    fn of(text: impl AsRef<[u8]>, column: TagColumn, tagged: bool) -> Sentences {
+        let bytes = std::io::Cursor::new(text.as_ref().to_vec());
+        Sentences::new(Lines::new(Box::new(bytes), None), column, tagged)
+    }
+
+    fn read(text: &str, column: &str, tagged: bool) -> Vec<Result<String, BadRow>> {
         let column = if column.is_empty() { TagColumn::Last } else { column.parse().unwrap() };
         let show = |s: Sentence| {
             let tags = s.tags.unwrap_or_else(|| vec![String::new(); s.tokens.len()]);
             let words = s.tokens.iter().zip(&tags).zip(&s.lines);
             words.map(|((token, tag), line)| format!("{token}/{tag}@{line}")).collect::<Vec<_>>().join(" ")
         };
-        Sentences::new(text.as_bytes(), column, tagged).map(|item| item.unwrap().map(show)).collect()
+        of(text, column, tagged).map(|item| item.unwrap().map(show)).collect()
     }
 
     fn good(text: &str, column: &str) -> Vec<String> {
@@ -355,7 +374,7 @@ mod tests {
             assert!(error.line == line && error.message.contains(what), "{error}");
         }
         let bytes: &[u8] = b"a\tO\n\xff\tO\n\nb\tO\n";
-        let read: Vec<_> = Sentences::new(bytes, TagColumn::Last, true).map(Result::unwrap).collect();
+        let read: Vec<_> = of(bytes, TagColumn::Last, true).map(Result::unwrap).collect();
         assert_eq!(read[0].as_ref().unwrap_err().line, 2);
         assert!(read[1].is_ok());
     }
@@ -380,7 +399,7 @@ mod tests {
     proptest! {
         #[test]
         fn what_is_written_is_read(
-            sentences in prop::collection::vec(prop::collection::vec(("[^\t\r\n]{0,5}", "[A-Z][A-Z_-]{0,4}"), 1..6), 1..5),
+            sentences in prop::collection::vec(prop::collection::vec(("[^\t\r\n\0]{0,5}", "[A-Z][A-Z_-]{0,4}"), 1..6), 1..5),
             end in prop::sample::select(vec!["\n", "\r\n"]),
         ) {
             let mut text = String::new();
@@ -395,7 +414,7 @@ mod tests {
                 token.starts_with('\u{feff}') || token == "-DOCSTART-" || token.starts_with("# ")
             };
             prop_assume!(!sentences.iter().flatten().any(|(token, _)| special(token)));
-            let read: Vec<_> = Sentences::new(text.as_bytes(), TagColumn::Last, true).map(|item| item.unwrap().unwrap()).collect();
+            let read: Vec<_> = of(&text, TagColumn::Last, true).map(|item| item.unwrap().unwrap()).collect();
             let read: Vec<Vec<(String, String)>> =
                 read.into_iter().map(|s| s.tokens.into_iter().zip(s.tags.unwrap()).collect()).collect();
             prop_assert_eq!(read, sentences);
@@ -404,8 +423,8 @@ mod tests {
         #[test]
         fn no_bytes_break_it(bytes: Vec<u8>, parts in prop::collection::vec("[#\t ABO=0-9.\n-]{0,9}", 0..9), tagged: bool) {
             for bytes in [bytes, parts.join("\n").into_bytes()] {
-                for sentence in Sentences::new(&bytes[..], TagColumn::Last, tagged) {
-                    if let Ok(sentence) = sentence.unwrap() {
+                for sentence in of(&bytes, TagColumn::Last, tagged) {
+                    if let Ok(Ok(sentence)) = sentence {
                         prop_assert_eq!(sentence.lines.len(), sentence.tokens.len());
                         prop_assert_eq!(sentence.tags.map(|tags| tags.len()), tagged.then_some(sentence.tokens.len()));
                     }

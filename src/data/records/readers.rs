@@ -1,9 +1,10 @@
-//! Bytes of jsonl, json, csv, tsv and txt → rows.
+//! Bytes of jsonl, json, csv, tsv, txt and conll → rows.
 
 use std::io::{BufRead, Cursor, Error, ErrorKind, Read};
 
 use serde_json::{Map, Value};
 
+use super::conll::{Sentence, Sentences};
 use super::{BadRow, EMPTY_LINE, Format, How, Input, Item, Row, TextEncoding, TextUnit, describe, exact};
 use crate::{Result, bail_unusable, unusable};
 
@@ -17,7 +18,7 @@ pub(super) fn rows(input: Input, format: Format, how: &How, name: &str) -> Resul
         Some(encoding) => encoding.decoded(input),
         None => input,
     };
-    let lines = |input| Lines { input, encoding: how.encoding, number: 0, bytes: Vec::new() };
+    let lines = |input| Lines::new(input, how.encoding);
     Ok(match (format, how.unit.unwrap_or_default()) {
         (Format::Jsonl, _) => by_line(lines(input), |line, text, _| jsonl_row(line, text)),
         (Format::Txt, TextUnit::Line) => by_line(lines(input), |line, text, end| {
@@ -31,11 +32,12 @@ pub(super) fn rows(input: Input, format: Format, how: &How, name: &str) -> Resul
         (Format::Tsv, _) => tsv(lines(input), name)?,
         (Format::Csv, _) => csv(lines(input), name)?,
         (Format::Json, _) => json(input, how, name)?,
+        (Format::Conll, _) => sentences(lines(input), how),
         (Format::Parquet, _) => unreachable!("Parquet is not a text format"),
     })
 }
 
-const CR_ALONE: &str = "the lines end with a carriage return alone, which ends no line here: \
+pub(super) const CR_ALONE: &str = "the lines end with a carriage return alone, which ends no line here: \
                         `tr '\\r' '\\n' < FILE > NEW` mends that";
 
 /// An error of reading: what stands in the file is the user's to mend.
@@ -47,7 +49,7 @@ pub(super) fn failed(error: Error) -> anyhow::Error {
 }
 
 /// The line's text.
-fn text_of(line: usize, bytes: &[u8], encoding: Option<TextEncoding>) -> Result<&str, BadRow> {
+pub(super) fn text_of(line: usize, bytes: &[u8], encoding: Option<TextEncoding>) -> Result<&str, BadRow> {
     match std::str::from_utf8(bytes) {
         // letters of UTF-16 are UTF-8 too, with zeros between them
         Ok(_) if is_wide(bytes) => Err(BadRow { line, message: WIDE.into() }),
@@ -103,18 +105,22 @@ fn refuse_swapped(bytes: &[u8]) -> std::io::Result<()> {
 }
 
 /// A line's number, its bytes and its end (nothing at the end of the input).
-type Line<'a> = (usize, &'a [u8], &'a [u8]);
+pub(super) type Line<'a> = (usize, &'a [u8], &'a [u8]);
 
 /// Lines without their end (`\n` or `\r\n`). A final end begins no line; a byte order mark is dropped.
-struct Lines {
+pub(super) struct Lines {
     input: Input,
-    encoding: Option<TextEncoding>,
+    pub(super) encoding: Option<TextEncoding>,
     number: usize,
     bytes: Vec<u8>,
 }
 
 impl Lines {
-    fn next(&mut self) -> std::io::Result<Option<Line<'_>>> {
+    pub(super) fn new(input: Input, encoding: Option<TextEncoding>) -> Self {
+        Self { input, encoding, number: 0, bytes: Vec::new() }
+    }
+
+    pub(super) fn next(&mut self) -> std::io::Result<Option<Line<'_>>> {
         self.bytes.clear();
         self.input.read_until(b'\n', &mut self.bytes)?;
         self.number += 1;
@@ -209,6 +215,17 @@ fn whole(mut input: Input, encoding: Option<TextEncoding>, name: &str) -> Result
             Ok(_) => unusable!("{name}:{line}: {error}"),
         }
     })
+}
+
+/// A row for each sentence.
+fn sentences(lines: Lines, how: &How) -> Boxed {
+    let sentences = Sentences::new(lines, how.tag_column.clone().unwrap_or_default(), !how.untagged);
+    let row = |sentence: Sentence| {
+        let lists = [("tokens", Some(sentence.tokens)), ("tags", sentence.tags)];
+        let fields = lists.into_iter().filter_map(|(name, list)| Some((name.to_owned(), list?.into())));
+        Row::new(sentence.lines[0], fields.collect())
+    };
+    Box::new(sentences.map(move |sentence| sentence.map(|sentence| sentence.map(row)).map_err(failed)))
 }
 
 fn jsonl_row(line: usize, text: &str) -> Result<Row, BadRow> {

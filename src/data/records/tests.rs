@@ -466,10 +466,10 @@ fn examples_and_lines_are_refused_together() {
 fn formats_are_known_by_extension() {
     assert_eq!(Format::of(Path::new("x/A.JSONL")).unwrap(), Format::Jsonl);
     let message = |path| Format::of(Path::new(path)).unwrap_err().to_string();
-    let known = "jsonl, json, csv, tsv, parquet, txt";
+    let known = "jsonl, json, csv, tsv, parquet, txt, conll";
     assert_eq!(message("a.xml"), format!("a.xml: the format is not known: \"xml\" is none of {known}"));
     assert_eq!(message("a"), format!("a: the format is not known: no extension; the known ones are {known}"));
-    assert!(message("ner.conll").contains("is for token-classification"));
+    assert_eq!(Format::of(Path::new("ner.conll")).unwrap(), Format::Conll);
     assert!(
         read(&Source::of("no/such.csv"), &How::default())
             .is_err_and(|e| e.to_string().contains("No such file"))
@@ -602,4 +602,77 @@ proptest! {
             }
         }
     }
+}
+
+const SENTENCES: &str = "\u{feff}-DOCSTART- -X- O O\r\n\r\nEU NNP I-NP B-ORG\r\nrejects VBZ I-VP O\r\n\r\n \r\n\
+                         caf\u{e9} NN I-NP O\r\nbare\r\n\r\nPeter NNP I-NP B-PER";
+
+#[test]
+fn a_sentence_of_conll_is_a_row_of_tokens_and_tags() {
+    let peter = (10, Ok(json!({"tokens": ["Peter"], "tags": ["B-PER"]})));
+    let bad = r#""bare" has no tag: a token and a tag were expected, with a tab or a space between"#;
+    assert_eq!(
+        items("a.conll", SENTENCES),
+        [
+            (3, Ok(json!({"tokens": ["EU", "rejects"], "tags": ["B-ORG", "O"]}))),
+            (8, Err(bad.to_owned())),
+            peter.clone(),
+        ]
+    );
+    let message = refused("a.conll", SENTENCES);
+    assert!(message.contains(&format!("1 of 3 records can't be used:\n  a.conll:8: {bad}")), "{message}");
+    assert_eq!(
+        items("a.conll", "New York\tB-LOC\n!\tO\n"),
+        [(1, Ok(json!({"tokens": ["New York", "!"], "tags": ["B-LOC", "O"]})),)]
+    );
+    let column = How { tag_column: Some("2".parse().unwrap()), ..How::default() };
+    let pos = items_of("a.conll", SENTENCES, column);
+    assert_eq!(pos[0], (3, Ok(json!({"tokens": ["EU", "rejects"], "tags": ["NNP", "VBZ"]}))));
+    let untagged = items_of("a.conll", "EU\nrejects\n\nPeter\n", How { untagged: true, ..How::default() });
+    assert_eq!(
+        untagged,
+        [(1, Ok(json!({"tokens": ["EU", "rejects"]}))), (4, Ok(json!({"tokens": ["Peter"]})))]
+    );
+    assert!(refused("a.conll", "-DOCSTART-\n\n").contains("has no records"));
+    assert!(items("a.conll", "a O\rb O\r")[0].1.as_ref().unwrap_err().contains("carriage return alone"));
+}
+
+#[test]
+fn conll_is_read_in_the_asked_encoding() {
+    let (text, _, _) = encoding_rs::WINDOWS_1252.encode("caf\u{e9} O\n\nb O\n");
+    let error = items("a.conll", &text);
+    assert_eq!(
+        error[0].1,
+        Err("not UTF-8: byte 4 of the line; --encoding names another encoding".to_owned())
+    );
+    assert_eq!(error[1], (3, Ok(json!({"tokens": ["b"], "tags": ["O"]}))));
+    let how = How { encoding: Some("latin-1".parse().unwrap()), ..How::default() };
+    assert_eq!(items_of("a.conll", &text, how)[0].1, Ok(json!({"tokens": ["caf\u{e9}"], "tags": ["O"]})));
+    let wide: Vec<u8> = "EU O\n".encode_utf16().flat_map(u16::to_le_bytes).collect();
+    assert!(refused("a.conll", wide).contains("give --encoding utf-16le"));
+}
+
+#[test]
+fn a_file_of_conll_has_no_text() {
+    let (_dir, path) = file("a.conll", "EU B-ORG\n");
+    let columns = Columns::default().with("text", None);
+    let text = |row: Row| row.text(&columns, "text").map(str::to_owned);
+    let message = read_examples(&path, &How::default(), text).unwrap_err().to_string();
+    assert!(
+        message
+            .ends_with(r#"1: no field "text"; the line has "tokens", "tags" (--text-column names another)"#),
+        "{message}"
+    );
+}
+
+#[test]
+fn a_tag_column_is_written_as_it_is_read() {
+    for (text, column) in
+        [("last", TagColumn::Last), ("4", TagColumn::Number(4)), ("UPOS", TagColumn::Name("UPOS".to_owned()))]
+    {
+        assert_eq!(text.parse::<TagColumn>().unwrap(), column);
+        assert_eq!(serde_json::to_value(&column).unwrap(), text);
+        assert_eq!(serde_json::from_value::<TagColumn>(json!(text)).unwrap(), column);
+    }
+    assert!(serde_json::from_value::<TagColumn>(json!("0")).is_err());
 }

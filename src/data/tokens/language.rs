@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use serde_json::{Value, json};
 use tokenizers::{Encoding, Token};
 
-use super::{Tokenizer, parsed};
+use super::Tokenizer;
 use crate::{Result, bail_unusable};
 
 /// A text's own tokens.
@@ -64,8 +64,7 @@ impl Tokenizer {
                 self.name()
             );
         };
-        let text = self.inner.to_string(false).map_err(|error| anyhow!(error))?;
-        let mut whole: Value = serde_json::from_str(&text).context("a tokenizer as JSON")?;
+        let mut whole = self.as_json()?;
         let start = json!({"SpecialToken": {"id": token, "type_id": 0}});
         let text = |name: &str, kind: u32| json!({"Sequence": {"id": name, "type_id": kind}});
         let template = json!({
@@ -78,19 +77,7 @@ impl Tokenizer {
             Value::Null => template,
             first => json!({"type": "Sequence", "processors": [first, template]}),
         };
-        let json = serde_json::to_string_pretty(&whole)?;
-        let mut inner = parsed(json.as_bytes())?;
-        inner.set_encode_special_tokens(self.inner.get_encode_special_tokens());
-        let (bytes, direction) = (json.clone().into_bytes(), Some(self.direction));
-        let new = Self::of(inner, &bytes, None, direction, Some((json, self.name())))?;
-        Ok(Self {
-            pad_id: self.pad_id,
-            vocab_size: self.vocab_size,
-            rows: self.rows,
-            token_types: self.token_types,
-            pair_types: self.pair_types,
-            ..new
-        })
+        self.rebuilt(&whole)
     }
 }
 

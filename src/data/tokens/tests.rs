@@ -657,3 +657,131 @@ fn what_a_tokenizer_puts_around_a_text_is_known_and_can_be_put_there() {
     assert_eq!((saved.around().unwrap(), saved.hash()), (begun.around().unwrap(), begun.hash()));
     assert!(trained.starting_with(99_999).is_err());
 }
+
+const TOKENS: [&str; 3] = ["tiny-bert-tokens", "tiny-roberta-tokens", "tiny-xlm-roberta-tokens"];
+
+#[test]
+fn tokens_of_given_words_are_those_of_transformers() {
+    for name in TOKENS {
+        let tokenizer = Tokenizer::open(&model(name)).unwrap();
+        let reference: Value =
+            serde_json::from_slice(&std::fs::read(model(name).join("reference.json")).unwrap()).unwrap();
+        let most = reference["max_length"].as_u64().unwrap() as usize;
+        let (before, behind) = tokenizer.frame().unwrap();
+        let mut cut = 0;
+        for (record, ids) in
+            reference["records"].as_array().unwrap().iter().zip(reference["ids"].as_array().unwrap())
+        {
+            let given: Vec<String> = serde_json::from_value(record["tokens"].clone()).unwrap();
+            let words: Vec<Option<usize>> = serde_json::from_value(record["words"].clone()).unwrap();
+            let ids: Vec<u32> = serde_json::from_value(ids.clone()).unwrap();
+            let pieces = tokenizer.pieces_of_words(&given).unwrap();
+            let room = pieces.ids.len().min(most - before - behind);
+            cut += usize::from(room < pieces.ids.len());
+            let framed = tokenizer.framed(&pieces.ids[..room]).unwrap();
+            assert_eq!((&framed.ids, framed.truncated), (&ids, false), "{name}, {given:?}");
+            assert_eq!(framed.type_ids, vec![0; ids.len()]);
+            let own: Vec<Option<usize>> = pieces.words[..room].iter().map(|&word| Some(word)).collect();
+            assert_eq!(own, words[before..words.len() - behind], "{name}, {given:?}");
+            for (i, &word) in pieces.words.iter().enumerate() {
+                assert_eq!(pieces.continues[i], i > 0 && pieces.words[i - 1] == word);
+            }
+            let text = given.join(" ");
+            for (span, &word) in pieces.spans.iter().zip(&pieces.words) {
+                assert!(given[word].contains(&text[span.clone()]), "{name}: {span:?} of {text:?}");
+            }
+        }
+        assert!(cut > 0, "{name}: no text was too long");
+    }
+}
+
+/// The slices of a text that its tokens are, one that goes on with a word behind a `+`.
+fn slices(text: &str, pieces: &Pieces) -> Vec<String> {
+    let marked = pieces.spans.iter().zip(&pieces.continues);
+    marked.map(|(span, on)| format!("{}{}", if *on { "+" } else { "" }, &text[span.clone()])).collect()
+}
+
+#[test]
+fn tokens_stand_where_they_say() {
+    let of = |name: &str, text: &str| {
+        let pieces = Tokenizer::open(&model(name)).unwrap().pieces(text).unwrap();
+        (slices(text, &pieces), pieces.words)
+    };
+    let text = "é love!  I 東";
+    let words = |list: &[&str]| list.iter().map(|slice| (*slice).to_owned()).collect::<Vec<_>>();
+    assert_eq!(of("tiny-bert-tokens", text), (words(&["é", "love", "!", "I", "東"]), vec![0, 1, 2, 3, 4]));
+    // what is put in front of a word stands where the word begins, and behind a space no token goes on
+    let (found, own) = of("tiny-xlm-roberta-tokens", "love  I");
+    assert_eq!((&*found[0], found.last().unwrap().as_str(), own[0], own[own.len() - 1]), ("lo", "I", 0, 1));
+    let (found, own) = of("tiny-roberta-tokens", "I東");
+    // a character of several tokens is each one's
+    assert_eq!((found.last().unwrap().as_str(), own[own.len() - 1]), ("+東", 0));
+}
+
+#[test]
+fn words_are_given_spans_in_the_text_that_they_are_joined_to() {
+    let tokenizer = Tokenizer::open(&model("tiny-bert-tokens")).unwrap();
+    let given = ["", "é", "\u{200b}", "love I", "[MASK]"].map(str::to_owned);
+    let pieces = tokenizer.pieces_of_words(&given).unwrap();
+    let text = given.join(" ");
+    assert_eq!(slices(&text, &pieces), ["é", "love", "+I", "[MASK]"]);
+    assert_eq!(pieces.words, [1, 3, 3, 4]);
+    assert_eq!(tokenizer.pieces_of_words(&[]).unwrap(), Pieces::default());
+    assert_eq!(tokenizer.pieces("").unwrap(), Pieces::default());
+    assert_eq!(tokenizer.framed(&[]).unwrap().ids, [2, 3]);
+}
+
+#[test]
+fn a_token_without_a_row_is_refused_in_words_and_windows_too() {
+    let mut tokenizer = Tokenizer::open(&model("tiny-bert-tokens")).unwrap();
+    let id = tokenizer.pieces("love").unwrap().ids[0];
+    tokenizer.rows = id as usize;
+    for found in [
+        tokenizer.pieces("love").map(drop),
+        tokenizer.pieces_of_words(&["love".to_owned()]).map(drop),
+        tokenizer.framed(&[id]).map(drop),
+    ] {
+        let message = found.unwrap_err().to_string();
+        assert!(message.contains(&format!("\"love\", id {id}")), "{message}");
+    }
+}
+
+#[test]
+fn every_given_word_has_a_space_in_front_where_the_vocabulary_is_gpt2s() {
+    let without = json!({"add_prefix_space": false});
+    for (name, config) in [
+        ("tiny-gpt2-single", &without),
+        ("tiny-gpt2-single", &Value::Null),
+        ("tiny-roberta-single", &without),
+    ] {
+        let mut patches = vec![(CONFIG, config.clone())];
+        patches.retain(|(_, patch)| !patch.is_null());
+        let files = ["tokenizer.json", CONFIG, "special_tokens_map.json", "config.json"];
+        let copied: Vec<_> =
+            files.into_iter().filter(|file| *file != CONFIG || !patches.is_empty()).collect();
+        let from = patched(name, &copied, &patches);
+        let plain = Tokenizer::open(from.path()).unwrap();
+        let words = ["the", "the", "Bob"].map(str::to_owned);
+        let before = plain.pieces_of_words(&words).unwrap().ids;
+        let tokenizer = plain.clone().for_words().unwrap();
+        let pieces = tokenizer.pieces_of_words(&words).unwrap();
+        assert_ne!(pieces.ids, before, "{name}");
+        assert_eq!(pieces.ids, plain.pieces(" the the Bob").unwrap().ids, "{name}");
+        assert_eq!(tokenizer.encode("the", None, 9).unwrap(), plain.encode(" the", None, 9).unwrap());
+        let to = tempfile::tempdir().unwrap();
+        tokenizer.save(from.path(), to.path()).unwrap();
+        let saved = Tokenizer::open(to.path()).unwrap();
+        assert_eq!(saved.pieces_of_words(&words).unwrap(), pieces, "{name}");
+        assert_eq!(saved.hash(), tokenizer.hash(), "{name}");
+        assert_eq!(saved.clone().for_words().unwrap().hash(), saved.hash());
+        let says = settings(&to.path().join(CONFIG)).unwrap();
+        assert_eq!(says["add_prefix_space"], true, "{name}");
+        assert!(saved.built.is_none(), "{name}: tokenizer.json is as it is meant");
+    }
+    for name in TOKENS {
+        let tokenizer = Tokenizer::open(&model(name)).unwrap();
+        let hash = tokenizer.hash().to_owned();
+        let same = tokenizer.for_words().unwrap();
+        assert!(same.hash() == hash && same.built.is_none(), "{name}");
+    }
+}
