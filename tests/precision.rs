@@ -34,7 +34,7 @@ impl Tiny {
                 .unwrap();
         let json = json(dir.join("reference.json"));
         let ids = |key: &str, i: usize| serde_json::from_value::<Vec<u32>>(json[key][i].clone()).unwrap();
-        let classification = task.text_classification("test").unwrap();
+        let Task::TextClassification(classification) = &task else { panic!("it classifies") };
         let records = json["records"].as_array().unwrap().iter().enumerate();
         let examples = records
             .map(|(i, record)| Example {

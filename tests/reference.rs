@@ -72,6 +72,7 @@ impl Reference {
                 encoding: Encoding { ids: ids("ids", i), type_ids: ids("type_ids", i), truncated: false },
                 target: match &task {
                     Task::TextClassification(task) => task.target(&record["label"]).unwrap(),
+                    Task::TokenClassification(_) => panic!("{name} has rows of tokens"),
                     Task::CausalLm(_) => {
                         let predicted = (0..ids("ids", i).len()).map(|at| at > 0).collect();
                         Target::Next(Next { predicted, bytes: 0 })

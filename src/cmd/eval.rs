@@ -65,27 +65,28 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
         say.warn(format!("{cut} of {all} examples are longer than --max-length {max_length} and are cut"));
     }
     let started = Instant::now();
-    let metrics = match args.runtime {
+    let measured = match args.runtime {
         Runtime::Eager => Evaluator::open(&saved, &device::open(&args.device)?)?.measure(&examples)?,
         Runtime::Onnx => {
             let threads = std::thread::available_parallelism().map_or(1, usize::from);
             match &saved.task {
-                Task::TextClassification(task) => {
+                Task::TextClassification(_) | Task::TokenClassification(_) => {
                     let graph = served::checked(&saved)?;
                     let mut pool = Pool::open(&saved, &graph, &args.ep, threads, None, say)?;
                     let (encodings, targets) = Example::apart(&examples);
-                    task.measure(&pool.outputs(&encodings)?, &targets)?
+                    saved.task.measure_outputs(&pool.outputs(&encodings)?, &targets)?
                 }
                 Task::CausalLm(_) => {
                     super::generation::on_cpu(&args.ep)?;
                     let graph = served::checked_generating(&saved, args.precision)?;
-                    generate::measure(&mut Slots::open(&graph, threads, say)?, &examples)?
+                    generate::measure(&mut Slots::open(&graph, threads, say)?, &examples)?.into()
                 }
             }
         }
     };
     let seconds = started.elapsed().as_secs_f64();
-    let shown: Vec<String> = metrics.iter().map(|(name, value)| format!("{name} {value:.4}")).collect();
+    let shown: Vec<String> =
+        measured.metrics.iter().map(|(name, value)| format!("{name} {value:.4}")).collect();
     let human = format!(
         "{}: {} examples in {seconds:.1} s; {}",
         args.input.display(),
@@ -94,6 +95,6 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     );
     say.result(
         human,
-        &json!({"records": examples.len(), "truncated": cut, "seconds": seconds, "metrics": metrics}),
+        &json!({"records": examples.len(), "truncated": cut, "seconds": seconds, "metrics": measured}),
     )
 }

@@ -261,7 +261,7 @@ fn in_blocks(args: &Args, place: &Place) -> Result<()> {
     let written = place.scratch.join(&file);
     let external = write::save(place.build(kind)?, &written, false)?;
     place.say.detail(format!("measuring {}", written.display()));
-    let before = Evaluator::open(saved, &candle_core::Device::Cpu)?.measure(&examples)?["perplexity"];
+    let before = Evaluator::open(saved, &candle_core::Device::Cpu)?.measure(&examples)?.metrics["perplexity"];
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let mut slots = Slots::open(&written, threads, place.say)?;
     let after = generate::measure(&mut slots, &examples)?["perplexity"];

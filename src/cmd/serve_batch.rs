@@ -1,6 +1,7 @@
 //! `tk serve-batch`: records → predictions through ONNX Runtime, a line for a line.
 
 mod classify;
+mod entities;
 mod generate;
 mod progress;
 
@@ -20,6 +21,7 @@ use crate::serve::output::{self, Done, Output};
 use crate::serve::window::{Make, ReadAhead, Window, Windows};
 use crate::task::Task;
 use crate::task::examples::TextColumns;
+use crate::task::token_classification::AnswerFlags;
 use crate::{Result, bail_unusable};
 use progress::Progress;
 
@@ -73,6 +75,11 @@ pub struct Args {
     /// The column of the prompt [default: prompt].
     #[arg(long, value_name = "NAME", help_heading = "Records")]
     prompt_column: Option<String>,
+    /// The column of the words, where a text is given as such [default: tokens].
+    #[arg(long, value_name = "NAME", help_heading = "Records")]
+    tokens_column: Option<String>,
+    #[command(flatten)]
+    entities: AnswerFlags,
     #[command(flatten)]
     generation: Flags,
 }
@@ -98,6 +105,7 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     let saved = Saved::open(&args.dir)?;
     match &saved.task {
         Task::TextClassification(task) => classify::run(&job, &saved, task),
+        Task::TokenClassification(task) => entities::run(&job, &saved, task),
         Task::CausalLm(task) => generate::run(&job, &saved, task),
     }
 }
@@ -130,6 +138,31 @@ impl Job<'_> {
         self.args.threads.map_or_else(cores, |n| n as usize)
     }
 
+    /// Refuses what is for language models alone.
+    fn refuse_generation(&self, task: &str) -> Result<()> {
+        let args = self.args;
+        if args.precision != Precision::Fp32 {
+            bail_unusable!("--precision {}: {task} is exported in fp32", args.precision);
+        }
+        let flag = match &args.prompt_column {
+            Some(_) => Some("--prompt-column".to_owned()),
+            None => args.generation.first()?,
+        };
+        match flag {
+            Some(flag) => bail_unusable!("{flag} is for causal-lm; this is a {task} model"),
+            None => Ok(()),
+        }
+    }
+
+    /// Refuses what is for entities alone.
+    fn refuse_entities(&self, task: &str) -> Result<()> {
+        let column = self.args.tokens_column.is_some().then_some("--tokens-column");
+        match self.args.entities.first().or(column) {
+            Some(flag) => bail_unusable!("{flag} is for token-classification; this is a {task} model"),
+            None => Ok(()),
+        }
+    }
+
     /// Records of a window.
     fn window(&self, default: u64) -> usize {
         self.args.window.unwrap_or(default) as usize
@@ -141,7 +174,8 @@ impl Job<'_> {
         W::Item: 'static,
     {
         let args = self.args;
-        let rows = records::read(&self.source, &How { format: args.format, ..args.texts.how() })?;
+        let rows =
+            records::read(&self.source, &How { format: args.format, untagged: true, ..args.texts.how() })?;
         let (mut output, done) = match &self.target {
             Destination::File(target) => {
                 open(target, &self.settings(size, settings)?, size, args.resume, self.say)?
@@ -150,6 +184,7 @@ impl Job<'_> {
         };
         // all that is used, so that an id that is a text too stays in its place
         let columns = args.texts.columns().with("prompt", args.prompt_column.clone());
+        let columns = columns.with("tokens", args.tokens_column.clone());
         let columns = columns.with("id", args.id_column.clone());
         let source = self.source.to_string();
         let mut windows = Windows { rows, source, columns, make, size, strict: args.strict, read: 0 };

@@ -18,7 +18,8 @@ use crate::say::{Say, peak_rss_bytes};
 use crate::serve::served;
 use crate::task::causal_lm::Cutting;
 use crate::task::examples::{self, Fields};
-use crate::task::{CausalLm, Example, Metrics, Problem, Task};
+use crate::task::token_classification;
+use crate::task::{CausalLm, Example, Metrics, Problem, Task, TokenClassification};
 use crate::train::checkpoint::Folder;
 use crate::train::{Outcome, Run, Settings};
 use crate::{Result, bail_unusable, device, files, generate, saved, unusable};
@@ -81,6 +82,7 @@ pub struct Args {
 #[serde(rename_all = "kebab-case")]
 enum TaskName {
     TextClassification,
+    TokenClassification,
     CausalLm,
 }
 
@@ -138,20 +140,33 @@ impl Args {
 
     /// Refuses flags that the task has no use for.
     fn check_task(&self) -> Result<()> {
+        let tag_column = self.fields.tag_column.is_some().then_some("--tag-column");
+        let tags = self.fields.tags.first().or(tag_column);
         let of_others: &[(&str, bool)] = match self.task {
             TaskName::TextClassification => &[
-                ("concatenate", self.concatenate),
-                ("prompt-column", self.fields.prompt_column.is_some()),
-                ("completion-column", self.fields.completion_column.is_some()),
+                ("--concatenate", self.concatenate),
+                ("--prompt-column", self.fields.prompt_column.is_some()),
+                ("--completion-column", self.fields.completion_column.is_some()),
+                (tags.unwrap_or_default(), tags.is_some()),
+            ],
+            TaskName::TokenClassification => &[
+                ("--concatenate", self.concatenate),
+                ("--problem-type", self.problem_type.is_some()),
+                ("--label-column", self.fields.label_column.is_some()),
+                ("--text-column", self.fields.texts.text_column.is_some()),
+                ("--text-pair-column", self.fields.texts.text_pair_column.is_some()),
+                ("--prompt-column", self.fields.prompt_column.is_some()),
+                ("--completion-column", self.fields.completion_column.is_some()),
             ],
             TaskName::CausalLm => &[
-                ("problem-type", self.problem_type.is_some()),
-                ("label-column", self.fields.label_column.is_some()),
-                ("text-pair-column", self.fields.texts.text_pair_column.is_some()),
+                ("--problem-type", self.problem_type.is_some()),
+                ("--label-column", self.fields.label_column.is_some()),
+                ("--text-pair-column", self.fields.texts.text_pair_column.is_some()),
+                (tags.unwrap_or_default(), tags.is_some()),
             ],
         };
         if let Some((flag, _)) = of_others.iter().find(|(_, is_set)| *is_set) {
-            bail_unusable!("--{flag} says nothing to this task");
+            bail_unusable!("{flag} says nothing to this task");
         }
         let files = [&self.train].into_iter().chain(&self.eval).map(PathBuf::as_path);
         for file in files.clone() {
@@ -198,7 +213,7 @@ impl Prepared {
             );
         }
         let documents = match args.task {
-            TaskName::TextClassification => None,
+            TaskName::TextClassification | TaskName::TokenClassification => None,
             TaskName::CausalLm => Some(examples::read_documents(&args.train, &args.fields)?),
         };
         let trained = args.from_scratch && documents.is_some() && !Tokenizer::is_in(&model);
@@ -227,6 +242,19 @@ impl Prepared {
 
         let (mut tokenizer, mut generation) = (tokenizer, None);
         let (task, train) = match &documents {
+            None if args.task == TaskName::TokenClassification => {
+                tokenizer = tokenizer.for_words()?;
+                let sentences = token_classification::read(&args.train, &args.fields)?;
+                let task = TokenClassification::of_sentences(&sentences, &args.train, &args.fields, &config)?;
+                let all_pieces = args.fields.tags.label_all_pieces;
+                let mut train =
+                    task.examples(&sentences, &args.train, &tokenizer, settings.max_length, all_pieces)?;
+                train.retain(|example| example.target.losses() > 0);
+                if train.is_empty() {
+                    bail_unusable!("{}: no word has a token that could be learnt", args.train.display());
+                }
+                (Task::TokenClassification(task), train)
+            }
             None => {
                 let records = examples::read(&args.train, &args.fields)?;
                 let task = examples::find_task(&records, &args.train, args.problem_type, &config)?;
@@ -335,6 +363,8 @@ impl Prepared {
                 Task::TextClassification(task) if task.problem == Problem::Regression =>
                     "; the labels are numbers: a regression".to_owned(),
                 Task::TextClassification(task) => format!("; labels: {}", task.labels.join(", ")),
+                Task::TokenClassification(task) =>
+                    format!("; tags ({}): {}", task.scheme.name(), task.labels.join(", ")),
                 Task::CausalLm(_) => {
                     let predicted = self.train.iter().map(|example| example.target.losses()).sum();
                     format!("; {} tokens are learnt", grouped(predicted))

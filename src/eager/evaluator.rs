@@ -12,7 +12,7 @@ use crate::data::batch::{Encoding, Packed};
 use crate::model::Family;
 use crate::saved::Saved;
 use crate::task::output::Standing;
-use crate::task::{Example, Metrics, Outputs, Task};
+use crate::task::{Example, Measured, Outputs, Task};
 
 /// Tokens of one packed batch: enough for the matrix products, little enough for the memory.
 const BATCH_TOKENS: usize = 2048;
@@ -126,7 +126,7 @@ impl Evaluator {
     }
 
     /// The task's metrics and mean loss over examples.
-    pub fn measure(&self, examples: &[Example]) -> Result<Metrics> {
+    pub fn measure(&self, examples: &[Example]) -> Result<Measured> {
         self.task.measure(&self.forward(), examples)
     }
 

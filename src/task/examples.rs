@@ -7,10 +7,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::causal_lm::{Cutting, Document};
+use super::token_classification::{self, TagFields};
 use super::{CausalLm, Example, Problem, Task, TextClassification};
 use crate::Result;
 use crate::data::batch::Encoding;
-use crate::data::records::{self, BadRow, Columns, Format, How, Row, TextEncoding, TextUnit};
+use crate::data::records::{self, BadRow, Columns, Format, How, Row, TagColumn, TextEncoding, TextUnit};
 use crate::data::tokens::Tokenizer;
 use crate::model::ModelConfig;
 
@@ -76,12 +77,19 @@ pub struct Fields {
     #[arg(long, value_enum, value_name = "UNIT", help_heading = "Records")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub text_unit: Option<TextUnit>,
+    /// For .conll files, the column of the tags, by its number from 1 or its name [default: the last].
+    #[arg(long, value_name = "COLUMN", help_heading = "Records")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tag_column: Option<TagColumn>,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub tags: TagFields,
 }
 
 impl Fields {
     /// How files are read.
-    fn how(&self) -> How {
-        How { unit: self.text_unit, ..self.texts.how() }
+    pub(super) fn how(&self) -> How {
+        How { unit: self.text_unit, tag_column: self.tag_column.clone(), ..self.texts.how() }
     }
 
     /// Refuses `--text-unit` where none of the files is a `.txt`, or the task has no texts of one.
@@ -168,6 +176,10 @@ pub fn load(
         Task::TextClassification(classification) => {
             encode(&read(path, fields)?, path, classification, tokenizer, max_length)
         }
+        Task::TokenClassification(task) => {
+            let sentences = token_classification::read(path, fields)?;
+            task.examples(&sentences, path, tokenizer, max_length, fields.tags.label_all_pieces)
+        }
         Task::CausalLm(lm) => {
             let cutting = if concatenate { Cutting::Concatenated } else { Cutting::Evaluation };
             of_documents(&read_documents(path, fields)?, path, lm, tokenizer, max_length, cutting)
@@ -251,7 +263,11 @@ pub fn encode(
 }
 
 /// Lists the first records that can't be used, if there are any.
-fn refuse(path: &Path, what: &str, wrong: impl IntoIterator<Item = (usize, String)>) -> Result<()> {
+pub(super) fn refuse(
+    path: &Path,
+    what: &str,
+    wrong: impl IntoIterator<Item = (usize, String)>,
+) -> Result<()> {
     let mut lines: Vec<String> =
         wrong.into_iter().map(|(line, why)| format!("  {}:{line}: {why}", path.display())).collect();
     if lines.is_empty() {

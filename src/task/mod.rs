@@ -12,6 +12,8 @@ use std::collections::BTreeMap;
 
 use anyhow::Context;
 use candle_core::Tensor;
+use serde::Serialize;
+use serde_json::{Map, Value};
 
 use crate::data::batch::Encoding;
 use crate::eager::{Eager, Forward, X, tensors};
@@ -21,11 +23,13 @@ use crate::{Result, bail_unusable};
 pub use causal_lm::{CausalLm, Next};
 pub use output::{Dim, Output, Outputs, Scope};
 pub use text_classification::{Problem, TextClassification};
+pub use token_classification::{Tags, TokenClassification};
 
 /// What a model is trained for and serves.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Task {
     TextClassification(TextClassification),
+    TokenClassification(TokenClassification),
     CausalLm(CausalLm),
 }
 
@@ -36,6 +40,8 @@ pub enum Target {
     /// Label ids, ascending.
     Classes(Vec<u32>),
     Number(f32),
+    /// The tags of a sentence's words.
+    Tags(Tags),
     /// The next tokens.
     Next(Next),
 }
@@ -45,6 +51,7 @@ impl Target {
     pub fn losses(&self) -> usize {
         match self {
             Self::Next(next) => next.count(),
+            Self::Tags(tags) => tags.count(),
             Self::Class(_) | Self::Classes(_) | Self::Number(_) => 1,
         }
     }
@@ -83,6 +90,22 @@ pub enum Form {
 /// Metrics by name, in alphabetical order. Not a number where a metric is not defined.
 pub type Metrics = BTreeMap<String, f64>;
 
+/// What is measured on examples: the metrics that runs are compared by, and what else there is to say, such as a row a
+/// type of entity.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Measured {
+    #[serde(flatten)]
+    pub metrics: Metrics,
+    #[serde(flatten)]
+    pub details: Map<String, Value>,
+}
+
+impl From<Metrics> for Measured {
+    fn from(metrics: Metrics) -> Self {
+        Self { metrics, details: Map::new() }
+    }
+}
+
 impl Task {
     /// The task that a trained model directory's `config.json` speaks of.
     ///
@@ -95,12 +118,16 @@ impl Task {
             _ if config.has(Head::SequenceClassification { labels: 0 }) => {
                 Ok(Self::TextClassification(TextClassification::from_config(config)?))
             }
+            _ if config.has(Head::TokenClassification { labels: 0 }) => {
+                Ok(Self::TokenClassification(TokenClassification::from_config(config)?))
+            }
             _ if config.has(Head::CausalLm { wanted: None }) => {
                 Ok(Self::CausalLm(CausalLm::from_config(config)?))
             }
             Some(name) => bail_unusable!(
                 "architectures is [\"{name}\"], which is no trained task of tk's \
-                 (BertForSequenceClassification and GPT2LMHeadModel are): fine-tune it first with `tk train`"
+                 (BertForSequenceClassification, BertForTokenClassification and GPT2LMHeadModel are): fine-tune it first \
+                 with `tk train`"
             ),
             None => {
                 bail_unusable!("architectures is missing, so the task is unknown: fine-tune with `tk train`")
@@ -112,6 +139,7 @@ impl Task {
     pub fn name(&self) -> &'static str {
         match self {
             Self::TextClassification(_) => "text-classification",
+            Self::TokenClassification(_) => "token-classification",
             Self::CausalLm(_) => "causal-lm",
         }
     }
@@ -120,6 +148,7 @@ impl Task {
     pub fn define<O: Ops>(&self, o: &O, family: &Family) -> Result<Vec<O::X>> {
         match self {
             Self::TextClassification(task) => Ok(vec![task.define(o, family)?]),
+            Self::TokenClassification(task) => Ok(vec![family.define(o, task.head())?]),
             Self::CausalLm(task) => Ok(vec![task.define(o, family)?]),
         }
     }
@@ -130,7 +159,9 @@ impl Task {
     /// The task's model generates nothing.
     pub fn generate<O: Ops>(&self, o: &O, family: &Family) -> Result<Vec<O::X>> {
         match self {
-            Self::TextClassification(_) => bail_unusable!("a {} model generates no text", self.name()),
+            Self::TextClassification(_) | Self::TokenClassification(_) => {
+                bail_unusable!("a {} model generates no text", self.name())
+            }
             Self::CausalLm(task) => Ok(vec![task.generate(o, family)?]),
         }
     }
@@ -138,7 +169,7 @@ impl Task {
     /// What a graph of the task takes and gives beside its tokens.
     pub fn form(&self) -> Form {
         match self {
-            Self::TextClassification(_) => Form::Whole,
+            Self::TextClassification(_) | Self::TokenClassification(_) => Form::Whole,
             Self::CausalLm(_) => Form::Cached,
         }
     }
@@ -152,6 +183,7 @@ impl Task {
     pub fn outputs(&self, form: Form) -> Vec<Output> {
         match self {
             Self::TextClassification(task) => task.outputs(),
+            Self::TokenClassification(task) => task.outputs(),
             Self::CausalLm(task) => task.outputs(form),
         }
     }
@@ -181,8 +213,11 @@ impl Task {
                 let logits = outputs.first().context("the model has no output")?;
                 Ok((task.loss(logits, targets, label_smoothing)? / of as f64)?)
             }
-            Self::CausalLm(_) => {
-                let wanted = CausalLm::targets(examples, targets);
+            Self::TokenClassification(_) | Self::CausalLm(_) => {
+                let wanted = match self {
+                    Self::CausalLm(_) => CausalLm::targets(examples, targets),
+                    _ => TokenClassification::targets(targets),
+                };
                 let scores = outputs.first().context("the model has no output")?;
                 eager.cross_entropy(scores, &wanted, label_smoothing as f32, 1.0 / of as f32)
             }
@@ -190,18 +225,32 @@ impl Task {
     }
 
     /// The metrics and the mean loss of what a model computes in candle.
-    pub fn measure(&self, model: &Forward, examples: &[Example]) -> Result<Metrics> {
+    pub fn measure(&self, model: &Forward, examples: &[Example]) -> Result<Measured> {
         let (encodings, targets) = Example::apart(examples);
         match self {
-            Self::TextClassification(task) => task.measure(&model.outputs(&encodings)?, &targets),
+            Self::TextClassification(_) | Self::TokenClassification(_) => {
+                self.measure_outputs(&model.outputs(&encodings)?, &targets)
+            }
             Self::CausalLm(_) => {
                 let losses = model.losses(&encodings, |batch| {
                     let of = |i: &usize| (encodings[*i], targets[*i]);
                     let (encodings, targets): (Vec<&Encoding>, Vec<&Target>) = batch.iter().map(of).unzip();
                     CausalLm::targets(&encodings, &targets)
                 })?;
-                Ok(CausalLm::measured(losses, &targets))
+                Ok(CausalLm::measured(losses, &targets).into())
             }
+        }
+    }
+
+    /// The metrics and the mean loss of outputs, whatever has computed them.
+    ///
+    /// # Errors
+    /// The task's outputs are too many to be held: it is a language model.
+    pub fn measure_outputs(&self, outputs: &[Outputs], targets: &[&Target]) -> Result<Measured> {
+        match self {
+            Self::TextClassification(task) => Ok(task.measure(outputs, targets)?.into()),
+            Self::TokenClassification(task) => task.measure(outputs, targets),
+            Self::CausalLm(_) => anyhow::bail!("a language model is measured by its losses"),
         }
     }
 
@@ -209,21 +258,8 @@ impl Task {
     pub fn write_config(&self, config: &mut ModelConfig) {
         match self {
             Self::TextClassification(task) => task.write_config(config),
+            Self::TokenClassification(task) => task.write_config(config),
             Self::CausalLm(task) => task.write_config(config),
-        }
-    }
-
-    /// The text classification that a command which knows no other task works with.
-    ///
-    /// # Errors
-    /// Names the command and the task.
-    pub fn text_classification(&self, command: &str) -> Result<&TextClassification> {
-        match self {
-            Self::TextClassification(task) => Ok(task),
-            other => bail_unusable!(
-                "tk {command} works with text-classification; this is a {} model, which tk trains, evaluates, exports and compares",
-                other.name()
-            ),
         }
     }
 
@@ -246,6 +282,7 @@ impl Task {
     pub fn deciding_metric(&self, asked: Option<&str>) -> Result<(String, bool)> {
         let (own, known) = match self {
             Self::TextClassification(task) => task.metrics(),
+            Self::TokenClassification(task) => (task.deciding(), token_classification::METRICS),
             Self::CausalLm(_) => ("loss", causal_lm::METRICS),
         };
         let name = asked.unwrap_or(own);

@@ -231,18 +231,10 @@ impl TextClassification {
     }
 
     pub(super) fn write_config(&self, config: &mut ModelConfig) {
-        let id2label: Map<String, Value> =
-            self.labels.iter().enumerate().map(|(id, name)| (id.to_string(), json!(name))).collect();
-        let label2id: Map<String, Value> =
-            self.labels.iter().enumerate().map(|(id, name)| (name.clone(), json!(id))).collect();
-        let (class, pads_with_the_end) =
-            (config.family.class(self.head()), config.family.pads_with_the_end());
+        write_labels(config, self.head(), &self.labels);
+        let pads_with_the_end = config.family.pads_with_the_end();
         let raw = &mut config.raw;
-        raw.insert("architectures".to_owned(), json!([class]));
         raw.insert("problem_type".to_owned(), json!(self.problem.name()));
-        raw.insert("id2label".to_owned(), Value::Object(id2label));
-        raw.insert("label2id".to_owned(), Value::Object(label2id));
-        raw.remove("num_labels"); // transformers derives it from id2label
         if pads_with_the_end && raw.get("pad_token_id").is_none_or(Value::is_null) {
             // transformers finds the last token of a padded row by it
             let end = raw.get("eos_token_id").cloned().unwrap_or_else(|| json!(50_256));
@@ -284,7 +276,7 @@ impl TextClassification {
                 }
                 Target::Classes(ids) => ids.iter().for_each(|&id| row[id as usize] = 1.0),
                 Target::Number(number) => row[0] = *number,
-                Target::Next(_) => {} // of another task
+                Target::Tags(_) | Target::Next(_) => {} // of another task
             }
         }
         matrix
@@ -392,7 +384,7 @@ impl TextClassification {
                     .map(|target| match target {
                         Target::Class(id) => vec![*id],
                         Target::Classes(ids) => ids.clone(),
-                        Target::Number(_) | Target::Next(_) => Vec::new(),
+                        Target::Number(_) | Target::Tags(_) | Target::Next(_) => Vec::new(),
                     })
                     .collect();
                 match self.problem {
@@ -416,24 +408,38 @@ impl TextClassification {
     }
 }
 
+/// Writes a head's class and its labels, as transformers has them.
+pub(super) fn write_labels(config: &mut ModelConfig, head: Head, labels: &[String]) {
+    let id2label: Map<String, Value> =
+        labels.iter().enumerate().map(|(id, name)| (id.to_string(), json!(name))).collect();
+    let label2id: Map<String, Value> =
+        labels.iter().enumerate().map(|(id, name)| (name.clone(), json!(id))).collect();
+    let class = config.family.class(head);
+    let raw = &mut config.raw;
+    raw.insert("architectures".to_owned(), json!([class]));
+    raw.insert("id2label".to_owned(), Value::Object(id2label));
+    raw.insert("label2id".to_owned(), Value::Object(label2id));
+    raw.remove("num_labels"); // transformers derives it from id2label
+}
+
 /// A number with the digits that tell it from every other f32, and no more.
-fn short(x: f32) -> Value {
+pub(super) fn short(x: f32) -> Value {
     json!(x.to_string().parse().unwrap_or(f64::from(x)))
 }
 
-fn argmax(values: &[f32]) -> usize {
+pub(super) fn argmax(values: &[f32]) -> usize {
     (0..values.len()).fold(0, |best, i| if values[i] > values[best] { i } else { best })
 }
 
 /// transformers' names of labels that have none.
-fn default_names(n: usize) -> Vec<String> {
+pub(super) fn default_names(n: usize) -> Vec<String> {
     (0..n).map(|id| format!("{DEFAULT_NAME}{id}")).collect()
 }
 
 const DEFAULT_NAME: &str = "LABEL_";
 
 /// The labels that `id2label` names, by ascending id.
-fn labels_of(config: &ModelConfig) -> Result<Option<Vec<String>>> {
+pub(super) fn labels_of(config: &ModelConfig) -> Result<Option<Vec<String>>> {
     let map = match config.raw.get("id2label") {
         None | Some(Value::Null) => return Ok(None),
         Some(Value::Object(map)) if !map.is_empty() => map,

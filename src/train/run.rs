@@ -158,7 +158,7 @@ impl Run<'_> {
 
     fn evaluate(&self, log: &mut Log, bar: &ProgressBar, progress: &mut Progress, plan: &Plan) -> Result<()> {
         let Self { params, family, task, device, .. } = *self;
-        let metrics = task.measure(&Forward { params, family, task, device }, self.eval)?;
+        let metrics = task.measure(&Forward { params, family, task, device }, self.eval)?.metrics;
         let (name, more_is_better) = self.deciding_metric()?;
         let new = Best { step: progress.step, metrics };
         let is_better = is_better(

@@ -5,13 +5,12 @@ use serde_json::json;
 use super::{Answer, Job, Progress, Work};
 use crate::data::batch::Encoding;
 use crate::data::records::Row;
-use crate::onnx::Precision;
 use crate::runtime::Provider;
 use crate::saved::Saved;
 use crate::serve::{Pool, served};
 use crate::task::TextClassification;
 use crate::task::examples::TextColumns;
-use crate::{Result, bail_unusable, checkpoint};
+use crate::{Result, checkpoint};
 
 /// Records that are sorted by length and batched together.
 const WINDOW: u64 = 4096;
@@ -25,16 +24,8 @@ struct Classify<'a> {
 /// Labels every record.
 pub(super) fn run(job: &Job, saved: &Saved, task: &TextClassification) -> Result<()> {
     let args = job.args;
-    if args.precision != Precision::Fp32 {
-        bail_unusable!("--precision {}: text-classification is exported in fp32", args.precision);
-    }
-    let for_generation = match &args.prompt_column {
-        Some(_) => Some("--prompt-column".to_owned()),
-        None => args.generation.first()?,
-    };
-    if let Some(flag) = for_generation {
-        bail_unusable!("{flag} is for causal-lm; this is a text-classification model");
-    }
+    job.refuse_generation(saved.task.name())?;
+    job.refuse_entities(saved.task.name())?;
     let max_length = saved.checked_max_length(args.max_length)?;
     // room for the special tokens
     saved.tokenizer.encode("", saved.tokenizer.takes_pairs().then_some("a pair"), max_length)?;

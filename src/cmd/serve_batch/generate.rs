@@ -33,6 +33,7 @@ pub(super) fn run(job: &Job, saved: &Saved, task: &CausalLm) -> Result<()> {
             bail_unusable!("{flag} is for text-classification; this is a causal-lm model");
         }
     }
+    job.refuse_entities("causal-lm")?;
     on_cpu(&args.ep)?;
     let (base, limits) = (args.generation.settings()?, args.generation.limits()?);
     // what training cut texts at doesn't bound what is written
