@@ -89,7 +89,7 @@ fn measure(model: &str, batch: usize, length: usize, repeat: usize) -> Result<(f
                 Task::CausalLm(_) => {
                     Target::Next(Next { predicted: (0..length).map(|t| t > 0).collect(), bytes: 0 })
                 }
-                Task::TextClassification(_) => Target::Class(i as u32 % 3),
+                Task::TextClassification(_) | Task::TokenClassification(_) => Target::Class(i as u32 % 3),
             };
             Example { encoding, target }
         })
