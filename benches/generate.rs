@@ -15,10 +15,10 @@ use tk::generate::Settings;
 use tk::generate::engine::TOGETHER;
 use tk::generate::sampler::Sampler;
 use tk::onnx::Precision;
+use tk::predict::graphs;
 use tk::runtime::Slots;
 use tk::runtime::slots::Reading;
 use tk::say::Say;
-use tk::serve::served;
 
 /// One shape's seconds and what was generated.
 struct Run {
@@ -55,7 +55,7 @@ fn main() -> Result<()> {
         anyhow::bail!("MODEL is missing: a directory that `tk export` has written to")
     };
     let threads = rayon::current_num_threads();
-    let mut slots = Slots::open(&served::generating(&model, precision), threads, Say::default())?;
+    let mut slots = Slots::open(&graphs::generating(&model, precision), threads, Say::default())?;
     let prompts: Vec<Vec<i64>> = match prompts {
         Some(file) => serde_json::from_slice(&std::fs::read(file)?)?,
         None => made_up(batches.iter().copied().max().unwrap_or(1), prompt, slots.vocabulary()),
@@ -95,8 +95,8 @@ fn made_up(count: usize, length: usize, vocabulary: usize) -> Vec<Vec<i64>> {
 /// The bytes of weights that a step reads: all but the positions', of which it reads a row.
 fn weights(model: &std::path::Path, precision: Precision) -> Result<u64> {
     let file = match precision {
-        Precision::Fp32 => served::path(model).with_extension("onnx_data"),
-        _ => served::generating(model, precision),
+        Precision::Fp32 => graphs::path(model).with_extension("onnx_data"),
+        _ => graphs::generating(model, precision),
     };
     let config: serde_json::Value = serde_json::from_slice(&std::fs::read(model.join("config.json"))?)?;
     let number = |name: &str| config[name].as_u64().unwrap_or_default();

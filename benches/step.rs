@@ -11,10 +11,12 @@ use tk::Result;
 use tk::data::batch::Encoding;
 use tk::eager::kernels::gemm::{Matrix, MatrixMut, Write, parallel_product};
 use tk::eager::{Init, Params};
+use tk::model::ModelConfig;
 use tk::model::ops::{Param, Part, Role};
-use tk::model::{Head, ModelConfig};
 use tk::say::peak_rss_bytes;
-use tk::task::{CausalLm, Example, Next, Problem, Target, Task, TextClassification};
+use tk::task::causal_lm::NextTokens;
+use tk::task::text_classification::{ProblemType, Wanted};
+use tk::task::{CausalLm, Example, Objective, Target, Task, TextClassification};
 use tk::train::Settings;
 use tk::train::trainer::Trainer;
 
@@ -71,10 +73,11 @@ fn report(model: &str, (batch, length): (usize, usize), repeat: usize, as_json: 
 /// The median seconds of a step, and of its bare products; the process's peak memory after two steps.
 fn measure(model: &str, batch: usize, length: usize, repeat: usize) -> Result<(f64, f64, u64)> {
     let config = ModelConfig::parse(&config(model)?)?;
-    let task = match config.family.class(Head::CausalLm { wanted: None }) {
-        Some(_) => Task::CausalLm(CausalLm::from_config(&config)?),
-        None => Task::TextClassification(TextClassification {
-            problem: Problem::SingleLabelClassification,
+    let generates = config.family.class(CausalLm::HEAD).is_some();
+    let task = match generates {
+        true => Task::from(CausalLm::from_config(&config)?),
+        false => Task::from(TextClassification {
+            problem: ProblemType::SingleLabelClassification,
             labels: ["a", "b", "c"].map(str::to_owned).to_vec(),
         }),
     };
@@ -85,11 +88,11 @@ fn measure(model: &str, batch: usize, length: usize, repeat: usize) -> Result<(f
         .map(|i| {
             let ids = (0..length).map(|t| ((i * length + t) * 7919 % 30_000) as u32).collect();
             let encoding = Encoding { ids, type_ids: vec![0; length], truncated: false };
-            let target = match task {
-                Task::CausalLm(_) => {
-                    Target::Next(Next { predicted: (0..length).map(|t| t > 0).collect(), bytes: 0 })
+            let target = match generates {
+                true => {
+                    Target::CausalLm(NextTokens { predicted: (0..length).map(|t| t > 0).collect(), bytes: 0 })
                 }
-                Task::TextClassification(_) | Task::TokenClassification(_) => Target::Class(i as u32 % 3),
+                false => Target::TextClassification(Wanted::Class(i as u32 % 3)),
             };
             Example { encoding, target }
         })

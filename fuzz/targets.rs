@@ -9,7 +9,7 @@ use tk::data::records::{self, Columns, How, Source};
 use tk::data::tokens::Tokenizer;
 use tk::generate::Settings;
 use tk::model::ModelConfig;
-use tk::serve::window::Windows;
+use tk::predict::chunks::Chunks;
 use tk::task::Task;
 
 /// A file of any bytes, and what reads it in its folder.
@@ -91,7 +91,7 @@ fn requests(dir: &Path) {
     let source = Source::Path(dir.join("requests.jsonl"));
     let Ok(rows) = records::read(&source, &How::default()) else { return };
     let columns = Columns::default();
-    let windows = Windows {
+    let windows = Chunks {
         rows,
         source: source.to_string(),
         columns: columns.clone(),

@@ -12,11 +12,11 @@ pub mod generate;
 pub mod model;
 pub mod onnx;
 pub mod parity;
+pub mod predict;
 pub mod process;
 pub mod runtime;
 pub mod saved;
 pub mod say;
-pub mod serve;
 pub mod task;
 pub mod train;
 

@@ -1,4 +1,4 @@
-//! What this process asks of the C library, of candle and of ONNX Runtime before it computes.
+//! What this process asks of the C library, of candle and of ONNX Runtime before it computes, and the cores that it has.
 
 /// Makes the process ready; the first thing that `main` does.
 ///
@@ -42,4 +42,9 @@ unsafe fn keep_freed_memory() {
         libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
         libc::mallopt(libc::M_ARENA_MAX, 1);
     }
+}
+
+/// The cores that this process may use.
+pub fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
 }

@@ -120,7 +120,7 @@ fn what_does_not_fit_is_refused_by_name_before_anything_is_written() {
     let bert = models("tiny-bert-single").display().to_string();
     for (more, expected) in [
         (vec!["--model", &bert], "needs a model that predicts the next token (model_type gpt2)"),
-        (vec!["--from-scratch", "--label-column", "x"], "--label-column says nothing to this task"),
+        (vec!["--from-scratch", "--label-column", "x"], "--label-column is for text-classification"),
         (
             vec!["--from-scratch", "--best-metric", "accuracy"],
             "causal-lm has loss, bits_per_byte, perplexity",

@@ -14,9 +14,9 @@ use serde_json::{Value, json};
 use tk::data::tokens::Tokenizer;
 use tk::generate::{Engine, Finish, Generated, Limits, Request, Settings};
 use tk::onnx::Precision;
+use tk::predict::graphs;
 use tk::runtime::Slots;
 use tk::say::Say;
-use tk::serve::served;
 
 const MODEL: &str = "tiny-gpt2-lm";
 /// Its end token, and its positions.
@@ -39,7 +39,7 @@ impl Bench {
     }
 
     fn slots(&self) -> Slots {
-        Slots::open(&served::generating(self.dir.path(), Precision::Fp32), 1, Say::default()).unwrap()
+        Slots::open(&graphs::generating(self.dir.path(), Precision::Fp32), 1, Say::default()).unwrap()
     }
 
     fn engine(&self, limits: Limits) -> Engine<'_> {

@@ -39,7 +39,7 @@ impl Tiny {
         let examples = records
             .map(|(i, record)| Example {
                 encoding: Encoding { ids: ids("ids", i), type_ids: ids("type_ids", i), truncated: false },
-                target: classification.target(&record["label"]).unwrap(),
+                target: Target::TextClassification(classification.target(&record["label"]).unwrap()),
             })
             .collect();
         Self { config, task, params, examples }
@@ -81,12 +81,11 @@ fn every_gradient_in_bf16_is_near_that_in_fp32() {
     // more rows than bf16 can count: a sum of as many in bf16 would stall
     let examples: Vec<&Example> = tiny.examples.iter().cycle().take(100).collect();
     let batch = Packed::new(examples.iter().map(|example| &example.encoding));
-    let targets: Vec<&Target> = examples.iter().map(|example| &example.target).collect();
     let gradients = |dtype| -> Vec<(String, Vec<f32>)> {
         let eager = Eager::new(&tiny.params, &batch, &Device::Cpu, Mode::Training { key: 3 });
         let eager = eager.with_kernels(Kernels::Composite).with_dtype(dtype);
         let outputs = tiny.task.define(&eager, &tiny.config.family).unwrap();
-        let loss = tiny.task.loss(&eager, outputs, &[], &targets, 0.0, 1).unwrap();
+        let loss = tiny.task.loss(&eager, outputs, &examples, 0.0, 1).unwrap();
         let store = loss.backward().unwrap();
         let of = |name: &str| gradient(&tiny.params, name, &store, Kernels::Composite);
         tiny.params.iter().map(|(param, _)| (param.name.clone(), of(&param.name))).collect()

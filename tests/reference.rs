@@ -12,7 +12,8 @@ use tk::eager::{Eager, Forward, Init, Kernels, Mode, Params, X};
 use tk::model::manifest::manifest;
 use tk::model::ops::At;
 use tk::model::{Head, ModelConfig};
-use tk::task::{CausalLm, Example, Next, Target, Task};
+use tk::task::causal_lm::NextTokens;
+use tk::task::{CausalLm, Example, Target, Task};
 use tk::train::plan::Plan;
 use tk::train::{Settings, Trainer};
 
@@ -71,11 +72,12 @@ impl Reference {
             .map(|(i, record)| Example {
                 encoding: Encoding { ids: ids("ids", i), type_ids: ids("type_ids", i), truncated: false },
                 target: match &task {
-                    Task::TextClassification(task) => task.target(&record["label"]).unwrap(),
-                    Task::TokenClassification(_) => panic!("{name} has rows of tokens"),
+                    Task::TextClassification(task) => {
+                        Target::TextClassification(task.target(&record["label"]).unwrap())
+                    }
                     Task::CausalLm(_) => {
                         let predicted = (0..ids("ids", i).len()).map(|at| at > 0).collect();
-                        Target::Next(Next { predicted, bytes: 0 })
+                        Target::CausalLm(NextTokens { predicted, bytes: 0 })
                     }
                 },
             })
@@ -113,13 +115,12 @@ fn loss_and_every_gradient_are_those_of_transformers() {
         for kernels in [Kernels::Fused, Kernels::Composite] {
             let r = Reference::load(name);
             let batch = Packed::new(r.examples.iter().map(|e| &e.encoding));
-            let targets: Vec<&Target> = r.examples.iter().map(|e| &e.target).collect();
+            let examples: Vec<&Example> = r.examples.iter().collect();
             let eager =
                 Eager::new(&r.params, &batch, &Device::Cpu, Mode::Training { key: 0 }).with_kernels(kernels);
             let outputs = r.task.define(&eager, &r.config.family).unwrap();
-            let encodings: Vec<&Encoding> = r.examples.iter().map(|e| &e.encoding).collect();
-            let losses = targets.iter().map(|target| target.losses()).sum();
-            let loss = r.task.loss(&eager, outputs, &encodings, &targets, 0.0, losses).unwrap();
+            let losses = examples.iter().map(|example| example.target.losses()).sum();
+            let loss = r.task.loss(&eager, outputs, &examples, 0.0, losses).unwrap();
             let value = loss.to_scalar::<f32>().unwrap();
             let expected = r.json["loss"].as_f64().unwrap() as f32;
             assert!(
@@ -182,14 +183,10 @@ fn losses_of_texts_and_of_completions_are_those_of_transformers() {
     let expected = numbers(&r.json["losses"]);
     let loss = |i: usize, first: usize, kernels| -> f32 {
         let predicted = (0..r.examples[i].encoding.len()).map(|at| at >= first).collect();
-        let target = Target::Next(Next { predicted, bytes: 0 });
+        let target = NextTokens { predicted, bytes: 0 };
         let batch = Packed::new([&r.examples[i].encoding]);
         let (eager, scores) = scores(&r, &batch, kernels);
-        eager
-            .losses(&scores, &CausalLm::targets(&[&r.examples[i].encoding], &[&target]))
-            .unwrap()
-            .iter()
-            .sum()
+        eager.losses(&scores, &CausalLm::targets(&[(&r.examples[i].encoding, &target)])).unwrap().iter().sum()
     };
     for kernels in [Kernels::Fused, Kernels::Composite] {
         for (i, expected) in expected.iter().enumerate() {
@@ -209,10 +206,10 @@ fn losses_of_texts_and_of_completions_are_those_of_transformers() {
 fn label_smoothing_is_pytorchs() {
     let r = Reference::load("tiny-bert-single");
     let batch = Packed::new(r.examples.iter().map(|e| &e.encoding));
-    let targets: Vec<&Target> = r.examples.iter().map(|e| &e.target).collect();
+    let examples: Vec<&Example> = r.examples.iter().collect();
     let eager = Eager::new(&r.params, &batch, &Device::Cpu, Mode::Evaluation);
     let outputs = r.task.define(&eager, &r.config.family).unwrap();
-    let loss = r.task.loss(&eager, outputs, &[], &targets, 0.1, targets.len()).unwrap();
+    let loss = r.task.loss(&eager, outputs, &examples, 0.1, examples.len()).unwrap();
     let loss = loss.to_scalar::<f32>().unwrap();
     let expected = r.json["loss_smoothed"].as_f64().unwrap() as f32;
     assert!((loss - expected).abs() <= 1e-5, "{loss}, {expected}");

@@ -108,6 +108,12 @@ fn a_line_that_cannot_be_used_loses_nothing() {
     let out = bench.serve(&long, &[&args[..], &["--max-length", "4"]].concat()).assert().success();
     let result: Value = serde_json::from_slice(&out.get_output().stdout).unwrap();
     assert_eq!((&result["truncated"], &result["tokens"]), (&1.into(), &7.into()));
+    let lines = parse(&std::fs::read(&output).unwrap());
+    assert_eq!(
+        (&lines[0]["truncated"], lines[1].get("truncated")),
+        (&true.into(), None),
+        "what was cut says so"
+    );
 
     std::fs::remove_file(&output).unwrap();
     let error = bench.error(&input, &["--output", output.to_str().unwrap(), "--strict"]);

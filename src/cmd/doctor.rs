@@ -78,7 +78,7 @@ fn nvidia() -> Value {
 }
 
 fn cpu() -> Value {
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = crate::process::cores();
     json!({"model": cpu_model(), "threads": threads, "features": features()})
 }
 

@@ -7,13 +7,12 @@ use serde_json::json;
 
 use crate::eager::Evaluator;
 use crate::onnx::Precision;
+use crate::predict::{Options, Predictor, graphs};
 use crate::runtime::{Providers, Slots};
 use crate::saved::Saved;
 use crate::say::Say;
-use crate::serve::{Pool, served};
-use crate::task::examples::{self, Fields};
-use crate::task::{Example, Form, Task};
-use crate::{Result, bail_unusable, device, generate};
+use crate::task::{AnswerFlags, Encoder, Form, RecordFlags, TrainingFlags};
+use crate::{Result, bail_unusable, device, generate, process};
 
 /// Measure a trained model on labelled records.
 #[derive(Debug, clap::Args)]
@@ -39,7 +38,7 @@ pub struct Args {
     #[arg(long, value_enum, default_value_t)]
     precision: Precision,
     #[command(flatten)]
-    fields: Fields,
+    records: RecordFlags,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -55,10 +54,12 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     if in_blocks && (args.runtime == Runtime::Eager || saved.task.form() == Form::Whole) {
         bail_unusable!("--precision {} is for language models and --runtime onnx", args.precision);
     }
-    args.fields.check_unit(matches!(saved.task, Task::CausalLm(_)), [args.input.as_path()].into_iter())?;
+    args.records.check(saved.task.name(), &[&args.input])?;
     let max_length = saved.checked_max_length(args.max_length)?;
-    let examples =
-        examples::load(&args.input, &args.fields, &saved.task, &saved.tokenizer, max_length, false)?;
+    let training = TrainingFlags::default();
+    let (records, tokenizer) = (&args.records, &saved.tokenizer);
+    let encoder = Encoder { records, training: &training, tokenizer, max_length };
+    let examples = saved.task.examples(&args.input, &encoder)?;
     let cut = examples.iter().filter(|example| example.encoding.truncated).count();
     if cut > 0 {
         let all = examples.len();
@@ -67,21 +68,16 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     let started = Instant::now();
     let measured = match args.runtime {
         Runtime::Eager => Evaluator::open(&saved, &device::open(&args.device)?)?.measure(&examples)?,
+        Runtime::Onnx if saved.task.language_model().is_some() => {
+            generate::on_cpu(&args.ep)?;
+            let graph = graphs::checked_generating(&saved, args.precision)?;
+            saved.task.measure_in_place(&mut Slots::open(&graph, process::cores(), say)?, &examples)?
+        }
         Runtime::Onnx => {
-            let threads = std::thread::available_parallelism().map_or(1, usize::from);
-            match &saved.task {
-                Task::TextClassification(_) | Task::TokenClassification(_) => {
-                    let graph = served::checked(&saved)?;
-                    let mut pool = Pool::open(&saved, &graph, &args.ep, threads, None, say)?;
-                    let (encodings, targets) = Example::apart(&examples);
-                    saved.task.measure_outputs(&pool.outputs(&encodings)?, &targets)?
-                }
-                Task::CausalLm(_) => {
-                    super::generation::on_cpu(&args.ep)?;
-                    let graph = served::checked_generating(&saved, args.precision)?;
-                    generate::measure(&mut Slots::open(&graph, threads, say)?, &examples)?.into()
-                }
-            }
+            let (providers, flags) = (&args.ep, &AnswerFlags::default());
+            let (threads, batch_tokens, max_length) = (process::cores(), None, Some(max_length));
+            let options = Options { providers, threads, batch_tokens, max_length, flags };
+            Predictor::open(&saved, &options, say)?.measure(&examples)?
         }
     };
     let seconds = started.elapsed().as_secs_f64();

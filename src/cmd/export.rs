@@ -11,14 +11,12 @@ use crate::onnx::{
     DEFAULT_BLOCK, DEFAULT_OPSET, Kind, LARGEST_BLOCK, LEAST_BLOCK, Precision, checked_opset, model,
 };
 use crate::parity::{self, Compared, Runtime, Subject, decoding, inputs, report};
+use crate::predict::graphs;
 use crate::runtime::{Provider, Slots, library};
 use crate::saved::Saved;
 use crate::say::Say;
-use crate::serve::served;
-use crate::task::Form;
-use crate::task::causal_lm::{Cutting, Document};
-use crate::task::examples::{self, Fields};
-use crate::{Result, bail_unusable, checkpoint, files, generate, unusable};
+use crate::task::{Encoder, Form, RecordFlags, TrainingFlags};
+use crate::{Result, bail_unusable, checkpoint, files, process, unusable};
 
 /// The graph that every runtime reads.
 const MODEL: &str = "model.onnx";
@@ -55,7 +53,7 @@ pub struct Args {
     #[arg(long, value_name = "X", default_value_t = 0.1)]
     max_perplexity_increase: f64,
     #[command(flatten)]
-    fields: Fields,
+    records: RecordFlags,
 }
 
 /// Builds, writes under a temporary name, verifies, and only then puts the graphs in place.
@@ -64,7 +62,7 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     let saved = Saved::open(&args.dir)?;
     check_usage(args, &saved)?;
     library::library()?; // nothing is written that can't be verified
-    let folder = served::folder(&args.dir);
+    let folder = graphs::folder(&args.dir);
     if folder.exists() && !folder.is_dir() {
         bail_unusable!("{} is no directory, and the graph belongs there: move it away", folder.display());
     }
@@ -91,7 +89,8 @@ fn check_usage(args: &Args, saved: &Saved) -> Result<()> {
             "--input is what q8 and q4 are measured on: give --precision q8 or q4, or leave it out"
         );
     }
-    args.fields.check_unit(language_model, args.input.iter().map(PathBuf::as_path))?;
+    let files: Vec<&Path> = args.input.iter().map(PathBuf::as_path).collect();
+    args.records.check(saved.task.name(), &files)?;
     if !args.block_size.is_power_of_two() || !(LEAST_BLOCK..=LARGEST_BLOCK).contains(&args.block_size) {
         bail_unusable!("--block-size {}: expected 32, 64, 128 or 256", args.block_size);
     }
@@ -186,11 +185,11 @@ impl Place<'_> {
 fn as_trained(args: &Args, place: &Place) -> Result<()> {
     let form = place.saved.task.form();
     let kind = Kind::fp32(form, args.opset);
-    let (target, written) = (served::path(&place.saved.dir), place.scratch.join(MODEL));
+    let (target, written) = (graphs::path(&place.saved.dir), place.scratch.join(MODEL));
     let external = write::save(place.build(kind)?, &written, args.external_data || form == Form::Cached)?;
     place.say.detail(format!("verifying {}", written.display()));
     let mut compared = vec![verify(place.saved, &written, form)?];
-    let generating = served::generating(&place.saved.dir, Precision::Fp32);
+    let generating = graphs::generating(&place.saved.dir, Precision::Fp32);
     let generated = place.scratch.join(GENERATE);
     if form == Form::Cached {
         write::save_sharing(place.build(Kind::in_place(Precision::Fp32))?, &generated, &written)?;
@@ -246,25 +245,25 @@ fn as_trained(args: &Args, place: &Place) -> Result<()> {
 /// A language model's graph with its matrices in blocks of few bits, held against the trained model's perplexity.
 fn in_blocks(args: &Args, place: &Place) -> Result<()> {
     let (saved, precision) = (place.saved, args.precision);
-    let lm = saved.task.causal_lm("export --precision")?;
-    let (tokenizer, longest) = (&saved.tokenizer, saved.max_length);
+    let lm = saved.task.generating("export --precision")?;
+    let (tokenizer, max_length) = (&saved.tokenizer, saved.max_length);
     let examples = match &args.input {
-        Some(input) => examples::load(input, &args.fields, &saved.task, tokenizer, longest, false)?,
-        None => {
-            let english = Document::of_texts(generate::english());
-            lm.examples(&english, tokenizer, longest, Cutting::Evaluation)?
+        Some(input) => {
+            let (records, training) = (&args.records, &TrainingFlags::default());
+            saved.task.examples(input, &Encoder { records, training, tokenizer, max_length })?
         }
+        None => lm.builtin_examples(tokenizer, max_length)?,
     };
     let kind = Kind { block: args.block_size, ..Kind::in_place(precision) };
-    let target = served::generating(&saved.dir, precision);
+    let target = graphs::generating(&saved.dir, precision);
     let file = target.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let written = place.scratch.join(&file);
     let external = write::save(place.build(kind)?, &written, false)?;
     place.say.detail(format!("measuring {}", written.display()));
     let before = Evaluator::open(saved, &candle_core::Device::Cpu)?.measure(&examples)?.metrics["perplexity"];
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = process::cores();
     let mut slots = Slots::open(&written, threads, place.say)?;
-    let after = generate::measure(&mut slots, &examples)?["perplexity"];
+    let after = saved.task.measure_in_place(&mut slots, &examples)?.metrics["perplexity"];
     drop(slots);
     let increase = after / before - 1.0;
     let found =

@@ -4,14 +4,13 @@ use std::path::PathBuf;
 
 use serde_json::json;
 
-use super::generation::Flags;
-use crate::generate::{Ends, Engine, Prompt, Prompts};
+use crate::generate::{self, Ends, Engine, Prompt, Prompts};
 use crate::onnx::Precision;
+use crate::predict::graphs;
 use crate::runtime::Slots;
 use crate::saved::Saved;
 use crate::say::{self, Say};
-use crate::serve::served;
-use crate::{Result, bail_unusable};
+use crate::{Result, bail_unusable, process};
 
 /// Go on with a prompt, through ONNX Runtime, on standard output.
 #[derive(Debug, clap::Args)]
@@ -28,23 +27,22 @@ pub struct Args {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     threads: Option<u32>,
     #[command(flatten)]
-    generation: Flags,
+    generation: generate::Flags,
 }
 
 /// Writes the text as it arrives; several texts one after another, each when it is whole.
 pub fn run(args: &Args, say: Say) -> Result<()> {
     let (settings, limits) = (args.generation.settings()?, args.generation.limits()?);
     let saved = Saved::open(&args.dir)?;
-    let lm = saved.task.causal_lm("generate")?;
+    let lm = saved.task.generating("generate")?;
     let (ends, positions) = (Ends::of(&saved.dir, lm)?, saved.config.max_positions());
     let prompts = Prompts::new(&saved, lm, &ends, positions, args.generation.truncates())?;
     let Prompt { request, truncated } = prompts.request(&args.prompt, settings)?;
     if truncated {
         say.warn(format!("the prompt is cut to its last {} tokens", request.prompt.len()));
     }
-    let model = served::checked_generating(&saved, args.precision)?;
-    let cores = || std::thread::available_parallelism().map_or(1, usize::from);
-    let slots = Slots::open(&model, args.threads.map_or_else(cores, |n| n as usize), say)?;
+    let model = graphs::checked_generating(&saved, args.precision)?;
+    let slots = Slots::open(&model, args.threads.map_or_else(process::cores, |n| n as usize), say)?;
     let streams = request.settings.num_return_sequences == 1 && !say.json;
     let mut engine = Engine::new(slots, saved.tokenizer.inner(), ends.ends, positions, limits);
     if !engine.fits(&request) {
@@ -62,7 +60,7 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     }
     let human: Vec<&str> =
         texts.iter().filter(|_| !streams).map(|generated| generated.text.as_str()).collect();
-    let result: Vec<_> = texts.iter().map(crate::cmd::generation::fields).collect();
+    let result: Vec<_> = texts.iter().map(generate::fields).collect();
     if streams {
         return Ok(());
     }

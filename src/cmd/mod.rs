@@ -5,7 +5,6 @@ pub mod doctor;
 pub mod eval;
 pub mod export;
 pub mod generate;
-mod generation;
 pub mod parity;
 pub mod serve_batch;
 pub mod train;

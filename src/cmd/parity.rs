@@ -11,12 +11,11 @@ use crate::files::Destination;
 use crate::onnx::{DEFAULT_OPSET, Kind, Precision, model, write};
 use crate::parity::inputs::{self, Text};
 use crate::parity::{self, Compared, Runtime, Subject, decoding, report};
+use crate::predict::graphs;
 use crate::runtime::Provider;
 use crate::saved::Saved;
 use crate::say::Say;
-use crate::serve::served;
-use crate::task::Form;
-use crate::task::examples::TextColumns;
+use crate::task::{Form, Reading, TextColumns};
 use crate::{Result, bail_unusable};
 
 /// Hold the logits of a model's runtimes against each other; exit code 1 where they differ.
@@ -41,6 +40,8 @@ pub struct Args {
     #[arg(long, value_name = "N")]
     max_length: Option<usize>,
     #[command(flatten)]
+    reading: Reading,
+    #[command(flatten)]
     columns: TextColumns,
 }
 
@@ -61,7 +62,7 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     let scratch = write::Scratch::new(&std::env::temp_dir())?; // for graphs that are not there
     let graph = |path: PathBuf, kind: Kind| -> Result<PathBuf> {
         if path.exists() {
-            served::check_fresh(&saved, &path)?;
+            graphs::check_fresh(&saved, &path)?;
             return Ok(path);
         }
         say.line(format!(
@@ -75,7 +76,7 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
         Ok(path)
     };
     let form = saved.task.form();
-    let model = graph(served::path(&args.dir), Kind::fp32(form, DEFAULT_OPSET))?;
+    let model = graph(graphs::path(&args.dir), Kind::fp32(form, DEFAULT_OPSET))?;
 
     let compared = match form {
         Form::Whole => {
@@ -86,7 +87,7 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
             let texts = if args.input.is_some() { encodings } else { decoding::few(&encodings) };
             let mut compared = of_language_model(&saved, &model, &texts, &runtimes, args.tolerance)?;
             if runtimes.contains(&Runtime::Ort(Provider::Cpu)) {
-                let generating = served::generating(&args.dir, Precision::Fp32);
+                let generating = graphs::generating(&args.dir, Precision::Fp32);
                 let generating = graph(generating, Kind::in_place(Precision::Fp32))?;
                 compared.push(decoding::in_place(&saved, &generating, &texts, args.tolerance)?);
             }
@@ -178,5 +179,5 @@ fn texts(args: &Args, saved: &Saved) -> Result<Vec<Text>> {
         return inputs::builtin(saved);
     };
     let columns = args.columns.columns();
-    records::read_examples(path, &args.columns.how(), |row| TextColumns::read(&columns, &row))
+    records::read_examples(path, &args.reading.how(), |row| TextColumns::read(&columns, &row))
 }

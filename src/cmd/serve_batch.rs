@@ -1,7 +1,5 @@
 //! `tk serve-batch`: records → predictions through ONNX Runtime, a line for a line.
 
-mod classify;
-mod entities;
 mod generate;
 mod progress;
 
@@ -10,19 +8,18 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use serde_json::{Map, Value, json};
 
-use super::generation::Flags;
-use crate::data::records::{self, Format, How, Source};
+use crate::checkpoint;
+use crate::data::records::{self, Columns, How, Source};
 use crate::files::Destination;
 use crate::onnx::Precision;
+use crate::predict::chunks::{Chunk, Chunks, Make, ReadAhead};
+use crate::predict::sink::{self, Done, Sink};
+use crate::predict::{Asked, Options, Predictor};
 use crate::runtime::{Provider, Providers};
 use crate::saved::Saved;
 use crate::say::Say;
-use crate::serve::output::{self, Done, Output};
-use crate::serve::window::{Make, ReadAhead, Window, Windows};
-use crate::task::Task;
-use crate::task::examples::TextColumns;
-use crate::task::token_classification::AnswerFlags;
-use crate::{Result, bail_unusable};
+use crate::task::{Answer, AnswerFlags};
+use crate::{Result, bail_unusable, process};
 use progress::Progress;
 
 /// Predict for a file of records through ONNX Runtime: one output line for each input line, in order.
@@ -37,18 +34,12 @@ pub struct Args {
     /// written to as it is.
     #[arg(long, value_name = "FILE|-", default_value = "-")]
     output: String,
-    /// The input's format, where its name does not tell [default for standard input: jsonl].
-    #[arg(long, value_name = "FORMAT")]
-    format: Option<Format>,
     /// What computes: auto, or cpu, cuda, tensorrt; a list takes the first that can be had.
     #[arg(long, value_name = "LIST", default_value = "auto")]
     ep: Providers,
     /// Which of the exported graphs: fp32, and for language models q8 and q4.
     #[arg(long, value_enum, default_value_t)]
     precision: Precision,
-    /// Write the logits too, in the order of id2label.
-    #[arg(long)]
-    logits: bool,
     /// Tokens of the longest record; longer ones are cut [default: what the model takes].
     #[arg(long, value_name = "N")]
     max_length: Option<usize>,
@@ -67,22 +58,15 @@ pub struct Args {
     /// Go on with a run that was killed: the same bytes as if it had not been.
     #[arg(long)]
     resume: bool,
-    #[command(flatten)]
-    texts: TextColumns,
     /// The column that is carried over as id [default: id].
     #[arg(long, value_name = "NAME", help_heading = "Records")]
     id_column: Option<String>,
-    /// The column of the prompt [default: prompt].
-    #[arg(long, value_name = "NAME", help_heading = "Records")]
-    prompt_column: Option<String>,
-    /// The column of the words, where a text is given as such [default: tokens].
-    #[arg(long, value_name = "NAME", help_heading = "Records")]
-    tokens_column: Option<String>,
     #[command(flatten)]
-    entities: AnswerFlags,
-    #[command(flatten)]
-    generation: Flags,
+    flags: AnswerFlags,
 }
+
+/// Records that are sorted by length and batched together.
+const WINDOW: u64 = 4096;
 
 /// A window is held in memory.
 const LARGEST_WINDOW: u64 = 1_000_000;
@@ -103,11 +87,38 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     let job = Job { args, source: Source::of(&args.input), target, say };
     job.check_streams()?;
     let saved = Saved::open(&args.dir)?;
-    match &saved.task {
-        Task::TextClassification(task) => classify::run(&job, &saved, task),
-        Task::TokenClassification(task) => entities::run(&job, &saved, task),
-        Task::CausalLm(task) => generate::run(&job, &saved, task),
+    args.flags.check(saved.task.name())?;
+    match saved.task.language_model() {
+        Some(lm) => generate::run(&job, &saved, lm),
+        None => predict(&job, &saved),
     }
+}
+
+/// Answers every record in one pass of the model.
+fn predict(job: &Job, saved: &Saved) -> Result<()> {
+    let args = job.args;
+    if args.precision != Precision::Fp32 {
+        bail_unusable!("--precision {}: {} is exported in fp32", args.precision, saved.task.name());
+    }
+    let predictor = Predictor::open(
+        saved,
+        &Options {
+            providers: &args.ep,
+            threads: job.threads(),
+            batch_tokens: args.batch_tokens.map(|n| n as usize),
+            max_length: args.max_length,
+            flags: &args.flags,
+        },
+        job.say,
+    )?;
+    let settings = json!({
+        "model_sha256": checkpoint::file_hash(predictor.graph())?,
+        "provider": predictor.provider().name(),
+        "max_length": predictor.max_length(),
+        "batch_tokens": predictor.batch_tokens(),
+    });
+    let make = Box::new(predictor.reader());
+    job.answer(predictor, make, saved.task.columns(&args.flags), job.window(WINDOW), settings)
 }
 
 /// Answers records.
@@ -121,8 +132,20 @@ trait Work {
     fn answers(&mut self, items: &[&Self::Item], progress: &mut Progress) -> Result<Vec<Answer>>;
 }
 
-/// A record's answer, or why there is none.
-type Answer = Result<Map<String, Value>, String>;
+impl Work for Predictor {
+    type Item = Asked;
+
+    fn provider(&self) -> Provider {
+        Self::provider(self)
+    }
+
+    fn answers(&mut self, asked: &[&Asked], progress: &mut Progress) -> Result<Vec<Answer>> {
+        let answers = Self::answers(self, asked)?;
+        progress.tokens += asked.iter().map(|asked| asked.tokens()).sum::<usize>();
+        progress.truncated += asked.iter().filter(|asked| asked.truncated()).count();
+        Ok(answers)
+    }
+}
 
 /// A run of the command.
 struct Job<'a> {
@@ -134,33 +157,7 @@ struct Job<'a> {
 
 impl Job<'_> {
     fn threads(&self) -> usize {
-        let cores = || std::thread::available_parallelism().map_or(1, usize::from);
-        self.args.threads.map_or_else(cores, |n| n as usize)
-    }
-
-    /// Refuses what is for language models alone.
-    fn refuse_generation(&self, task: &str) -> Result<()> {
-        let args = self.args;
-        if args.precision != Precision::Fp32 {
-            bail_unusable!("--precision {}: {task} is exported in fp32", args.precision);
-        }
-        let flag = match &args.prompt_column {
-            Some(_) => Some("--prompt-column".to_owned()),
-            None => args.generation.first()?,
-        };
-        match flag {
-            Some(flag) => bail_unusable!("{flag} is for causal-lm; this is a {task} model"),
-            None => Ok(()),
-        }
-    }
-
-    /// Refuses what is for entities alone.
-    fn refuse_entities(&self, task: &str) -> Result<()> {
-        let column = self.args.tokens_column.is_some().then_some("--tokens-column");
-        match self.args.entities.first().or(column) {
-            Some(flag) => bail_unusable!("{flag} is for token-classification; this is a {task} model"),
-            None => Ok(()),
-        }
+        self.args.threads.map_or_else(process::cores, |n| n as usize)
     }
 
     /// Records of a window.
@@ -168,32 +165,36 @@ impl Job<'_> {
         self.args.window.unwrap_or(default) as usize
     }
 
-    /// Answers every record of the input; `settings` is what the bytes of the output depend on, beside the input.
-    fn answer<W: Work>(&self, mut work: W, make: Make<W::Item>, size: usize, settings: Value) -> Result<()>
+    /// Answers every record of the input, of which `columns` are read; `settings` is what the bytes of the output depend
+    /// on, beside the input and the flags.
+    fn answer<W: Work>(
+        &self,
+        mut work: W,
+        make: Make<W::Item>,
+        columns: Columns,
+        size: usize,
+        settings: Value,
+    ) -> Result<()>
     where
         W::Item: 'static,
     {
         let args = self.args;
-        let rows =
-            records::read(&self.source, &How { format: args.format, untagged: true, ..args.texts.how() })?;
+        let rows = records::read(&self.source, &How { untagged: true, ..args.flags.reading.how() })?;
         let (mut output, done) = match &self.target {
             Destination::File(target) => {
                 open(target, &self.settings(size, settings)?, size, args.resume, self.say)?
             }
-            stream => (Output::stream(stream)?, Done::default()),
+            stream => (Sink::stream(stream)?, Done::default()),
         };
-        // all that is used, so that an id that is a text too stays in its place
-        let columns = args.texts.columns().with("prompt", args.prompt_column.clone());
-        let columns = columns.with("tokens", args.tokens_column.clone());
         let columns = columns.with("id", args.id_column.clone());
         let source = self.source.to_string();
-        let mut windows = Windows { rows, source, columns, make, size, strict: args.strict, read: 0 };
-        windows.pass_over(done.records)?;
+        let mut chunks = Chunks { rows, source, columns, make, size, strict: args.strict, read: 0 };
+        chunks.pass_over(done.records)?;
 
         let shown = (self.target != Destination::STDOUT).then(|| args.output.clone());
         let mut progress = Progress::new(done, shown, self.say)?;
-        for window in ReadAhead::start(windows)? {
-            let answered = window.and_then(|window| output.write(&lines(&window, &mut work, &mut progress)?));
+        for chunk in ReadAhead::start(chunks)? {
+            let answered = chunk.and_then(|chunk| output.write(&lines(&chunk, &mut work, &mut progress)?));
             if let Err(error) = answered {
                 // a refused input changes nothing; work that failed can be resumed
                 if crate::error::exit_code(&error) == 2 && !args.resume {
@@ -234,7 +235,7 @@ impl Job<'_> {
             ),
             Source::Stdin => {}
             Source::Path(input) => {
-                let own = [&[file.clone()][..], &output::names(file)].concat();
+                let own = [&[file.clone()][..], &sink::names(file)].concat();
                 let is_input = |path: &PathBuf| match (input.canonicalize(), path.canonicalize()) {
                     (Ok(input), Ok(path)) => input == path,
                     _ => false,
@@ -264,9 +265,8 @@ impl Job<'_> {
         let mut settings = json!({
             "tk_version": env!("CARGO_PKG_VERSION"),
             "input": input,
-            "format": self.args.format.map(|format| format!("{format:?}")),
+            "flags": self.args.flags,
             "id_column": self.args.id_column,
-            "encoding": self.args.texts.encoding,
             "window": window,
         });
         if let (Some(settings), Value::Object(work)) = (settings.as_object_mut(), work) {
@@ -276,28 +276,28 @@ impl Job<'_> {
     }
 }
 
-fn open(target: &Path, settings: &Value, window: usize, resume: bool, say: Say) -> Result<(Output, Done)> {
+fn open(target: &Path, settings: &Value, window: usize, resume: bool, say: Say) -> Result<(Sink, Done)> {
     if resume {
-        if let Some((output, done)) = Output::resume(target, settings, window)? {
+        if let Some((output, done)) = Sink::resume(target, settings, window)? {
             say.line(format!("{}: going on behind record {}", target.display(), done.records));
             return Ok((output, done));
         }
         say.line(format!("{}: nothing was begun, so nothing is resumed", target.display()));
-    } else if Output::is_begun(target) {
+    } else if Sink::is_begun(target) {
         say.warn(format!(
             "{}: an earlier run was not finished; starting over (--resume would have gone on)",
             target.display()
         ));
     }
-    Ok((Output::begin(target, settings)?, Done::default()))
+    Ok((Sink::begin(target, settings)?, Done::default()))
 }
 
-/// A window's lines.
-fn lines<W: Work>(window: &Window<W::Item>, work: &mut W, progress: &mut Progress) -> Result<Vec<u8>> {
-    let items: Vec<&W::Item> = window.entries.iter().filter_map(|entry| entry.item.as_ref().ok()).collect();
+/// A chunk's lines.
+fn lines<W: Work>(chunk: &Chunk<W::Item>, work: &mut W, progress: &mut Progress) -> Result<Vec<u8>> {
+    let items: Vec<&W::Item> = chunk.entries.iter().filter_map(|entry| entry.item.as_ref().ok()).collect();
     let mut answers = work.answers(&items, progress)?.into_iter();
     let mut lines = Vec::new();
-    for entry in &window.entries {
+    for entry in &chunk.entries {
         let mut record = Map::new();
         let answer = match &entry.item {
             Err(error) => Err(error.clone()),

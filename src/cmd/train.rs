@@ -5,32 +5,30 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context;
 use candle_core::Device;
+use indicatif::HumanCount;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::checkpoint::{self, Weights, file_hash};
 use crate::data::hub;
-use crate::data::tokens::{self, Tokenizer};
+use crate::data::tokens;
 use crate::eager::{Init, Params};
 use crate::model::ops::{Param, Part};
 use crate::model::{ModelConfig, token_ids};
+use crate::predict::graphs;
 use crate::say::{Say, peak_rss_bytes};
-use crate::serve::served;
-use crate::task::causal_lm::Cutting;
-use crate::task::examples::{self, Fields};
-use crate::task::token_classification;
-use crate::task::{CausalLm, Example, Metrics, Problem, Task, TokenClassification};
+use crate::task::{Encoder, Example, Learning, Metrics, RecordFlags, Start, Target, Task, TrainingFlags};
 use crate::train::checkpoint::Folder;
 use crate::train::{Outcome, Run, Settings};
-use crate::{Result, bail_unusable, device, files, generate, saved, unusable};
+use crate::{Result, bail_unusable, device, files, saved, unusable};
 
 /// Fine-tune a model, or pre-train one from scratch.
 #[derive(Clone, Debug, PartialEq, clap::Args, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Args {
     /// What to train for.
-    #[arg(long, value_enum)]
-    task: TaskName,
+    #[arg(long, value_parser = clap::builder::PossibleValuesParser::new(Task::NAMES))]
+    task: String,
     /// The model to start from: a directory in Hugging Face's layout, or a hub id.
     #[arg(long, value_name = "DIR|ID", alias = "model-name-or-path")]
     model: String,
@@ -61,29 +59,15 @@ pub struct Args {
     /// Where to compute: cpu, cuda or cuda:N.
     #[arg(long, default_value = "cpu")]
     device: String,
-    /// What kind of label is learnt [default: found in the training data].
-    #[arg(long, value_enum)]
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    problem_type: Option<Problem>,
-    /// For causal-lm: join all texts and cut them at --max-length, so that tokens also see the text before theirs.
-    #[arg(long)]
-    #[serde(default)]
-    concatenate: bool,
     #[command(flatten)]
     #[serde(flatten)]
-    fields: Fields,
+    training: TrainingFlags,
+    #[command(flatten)]
+    #[serde(flatten)]
+    records: RecordFlags,
     #[command(flatten)]
     #[serde(flatten)]
     settings: Settings,
-}
-
-/// The tasks that can be trained.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-enum TaskName {
-    TextClassification,
-    TokenClassification,
-    CausalLm,
 }
 
 /// What a run is started with and goes on with.
@@ -96,7 +80,7 @@ struct Manifest {
 /// Trains and writes the model.
 pub fn run(args: &Args, say: Say) -> Result<()> {
     args.settings.check()?;
-    args.check_task()?;
+    args.check_records()?;
     let folder = Folder::of(&args.output);
     check_output(args, &folder)?;
     let device = device::open(&args.device)?;
@@ -108,7 +92,8 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     prepared.describe(args, &say);
     let _held = start_folder(args, &folder, &prepared)?;
 
-    let Prepared { config, task, params, train, eval, .. } = &prepared;
+    let Prepared { config, learning, params, eval, .. } = &prepared;
+    let Learning { task, examples: train, .. } = learning;
     let run = Run {
         settings: &args.settings,
         family: &config.family,
@@ -134,42 +119,10 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
 }
 
 impl Args {
-    fn load(&self, path: &Path, task: &Task, tokenizer: &Tokenizer) -> Result<Vec<Example>> {
-        examples::load(path, &self.fields, task, tokenizer, self.settings.max_length, self.concatenate)
-    }
-
-    /// Refuses flags that the task has no use for.
-    fn check_task(&self) -> Result<()> {
-        let tag_column = self.fields.tag_column.is_some().then_some("--tag-column");
-        let tags = self.fields.tags.first().or(tag_column);
-        let of_others: &[(&str, bool)] = match self.task {
-            TaskName::TextClassification => &[
-                ("--concatenate", self.concatenate),
-                ("--prompt-column", self.fields.prompt_column.is_some()),
-                ("--completion-column", self.fields.completion_column.is_some()),
-                (tags.unwrap_or_default(), tags.is_some()),
-            ],
-            TaskName::TokenClassification => &[
-                ("--concatenate", self.concatenate),
-                ("--problem-type", self.problem_type.is_some()),
-                ("--label-column", self.fields.label_column.is_some()),
-                ("--text-column", self.fields.texts.text_column.is_some()),
-                ("--text-pair-column", self.fields.texts.text_pair_column.is_some()),
-                ("--prompt-column", self.fields.prompt_column.is_some()),
-                ("--completion-column", self.fields.completion_column.is_some()),
-            ],
-            TaskName::CausalLm => &[
-                ("--problem-type", self.problem_type.is_some()),
-                ("--label-column", self.fields.label_column.is_some()),
-                ("--text-pair-column", self.fields.texts.text_pair_column.is_some()),
-                (tags.unwrap_or_default(), tags.is_some()),
-            ],
-        };
-        if let Some((flag, _)) = of_others.iter().find(|(_, is_set)| *is_set) {
-            bail_unusable!("{flag} says nothing to this task");
-        }
-        let files = [&self.train].into_iter().chain(&self.eval).map(PathBuf::as_path);
-        for file in files.clone() {
+    /// Refuses files that can't be trained on, and flags that the task has no use for.
+    fn check_records(&self) -> Result<()> {
+        let files: Vec<&Path> = [&self.train].into_iter().chain(&self.eval).map(PathBuf::as_path).collect();
+        for file in &files {
             // a second look at a pipe would wait for ever
             if file.metadata().is_ok_and(|about| !about.is_file() && !about.is_dir()) {
                 bail_unusable!(
@@ -178,7 +131,8 @@ impl Args {
                 );
             }
         }
-        self.fields.check_unit(self.task == TaskName::CausalLm, files)
+        self.training.check(&self.task)?;
+        self.records.check(&self.task, &files)
     }
 }
 
@@ -186,117 +140,43 @@ impl Args {
 struct Prepared {
     model: PathBuf,
     config: ModelConfig,
-    task: Task,
-    tokenizer: Tokenizer,
+    learning: Learning<Task, Target>,
     params: Params,
     new: Vec<String>,
     unused: Vec<String>,
-    /// What the model's generation_config.json is to say.
-    generation: Option<serde_json::Map<String, serde_json::Value>>,
-    train: Vec<Example>,
     eval: Vec<Example>,
 }
 
 impl Prepared {
     fn new(args: &Args, device: &Device, say: &Say) -> Result<Self> {
-        let settings = &args.settings;
+        let (settings, max_length) = (&args.settings, args.settings.max_length);
         let model = hub::model_dir(&args.model, say.quiet)?;
         let mut config = ModelConfig::read(&model)?;
         if let Some(p) = settings.dropout {
             config.set_dropout(p)?;
         }
-        if settings.max_length > config.max_positions() {
+        if max_length > config.max_positions() {
             bail_unusable!(
-                "--max-length {} is above the {} rows of the model's position table",
-                settings.max_length,
+                "--max-length {max_length} is above the {} rows of the model's position table",
                 config.max_positions()
             );
         }
-        let documents = match args.task {
-            TaskName::TextClassification | TaskName::TokenClassification => None,
-            TaskName::CausalLm => Some(examples::read_documents(&args.train, &args.fields)?),
-        };
-        let trained = args.from_scratch && documents.is_some() && !Tokenizer::is_in(&model);
-        let mut tokenizer = match &documents {
-            Some(documents) if trained => {
-                let texts: Vec<&str> = documents
-                    .iter()
-                    .flat_map(|document| document.prompt.iter().chain([&document.text]))
-                    .map(String::as_str)
-                    .collect();
-                let tokenizer = Tokenizer::train(&texts, config.vocab_size())?;
-                if let Some(end) = tokenizer.end() {
-                    config.set_vocabulary(tokenizer.vocab_size(), end)?;
-                }
-                say.line(format!(
-                    "trained a tokenizer of {} tokens on the texts",
-                    grouped(tokenizer.vocab_size())
-                ));
-                tokenizer
-            }
-            _ => Tokenizer::open(&model)?,
-        };
-        tokenizer.check_fits(config.vocab_size(), config.token_types())?;
-        let in_config = || model.join("config.json").display().to_string();
-        token_ids::check(&config.raw, config.vocab_size()).with_context(in_config)?;
-
-        let (mut tokenizer, mut generation) = (tokenizer, None);
-        let (task, train) = match &documents {
-            None if args.task == TaskName::TokenClassification => {
-                tokenizer = tokenizer.for_words()?;
-                let sentences = token_classification::read(&args.train, &args.fields)?;
-                let task = TokenClassification::of_sentences(&sentences, &args.train, &args.fields, &config)?;
-                let all_pieces = args.fields.tags.label_all_pieces;
-                let mut train =
-                    task.examples(&sentences, &args.train, &tokenizer, settings.max_length, all_pieces)?;
-                train.retain(|example| example.target.losses() > 0);
-                if train.is_empty() {
-                    bail_unusable!("{}: no word has a token that could be learnt", args.train.display());
-                }
-                (Task::TokenClassification(task), train)
-            }
-            None => {
-                let records = examples::read(&args.train, &args.fields)?;
-                let task = examples::find_task(&records, &args.train, args.problem_type, &config)?;
-                let train = examples::encode(&records, &args.train, &task, &tokenizer, settings.max_length)?;
-                (Task::TextClassification(task), train)
-            }
-            Some(documents) => {
-                let mut lm = CausalLm::from_config(&config).with_context(in_config)?;
-                let cutting = if args.concatenate { Cutting::Concatenated } else { Cutting::Training };
-                if let (true, Some(start)) = (args.from_scratch, lm.start)
-                    && tokenizer.around()?.0.is_empty()
-                {
-                    // so that first tokens are learnt, by the end of what may have stood before
-                    tokenizer = tokenizer.starting_with(start)?;
-                }
-                lm.begins = CausalLm::shows_beginnings(documents, &tokenizer, cutting)?;
-                generation = generation_config(&model, &lm, trained, say)?;
-                let train = examples::of_documents(
-                    documents,
-                    &args.train,
-                    &lm,
-                    &tokenizer,
-                    settings.max_length,
-                    cutting,
-                )?;
-                (Task::CausalLm(lm), train)
-            }
-        };
-        task.deciding_metric(settings.best_metric.as_deref())?;
-        settings.check_task(&task)?;
-        let eval = match &args.eval {
-            Some(path) => args.load(path, &task, &tokenizer)?,
-            None => Vec::new(),
-        };
+        let (records, training, from_scratch) = (&args.records, &args.training, args.from_scratch);
+        let (model, train) = (model.as_path(), args.train.as_path());
+        let mut start = Start { model, config, from_scratch, train, records, training, max_length, say };
+        let learning = Task::learn(&args.task, &mut start)?;
+        let (task, mut config) = (&learning.task, start.config);
+        settings.check_task(task)?;
+        let encoder = Encoder { records, training, tokenizer: &learning.tokenizer, max_length };
+        let eval = args.eval.as_ref().map(|path| task.examples(path, &encoder)).transpose()?;
 
         let manifest = task.params(&config.family)?;
         let init = Init { seed: settings.seed, std: config.initializer_range() };
-        let (params, fit) = if args.from_scratch {
+        let (params, fit) = if from_scratch {
             (Params::from_scratch(&manifest, init, device)?, Default::default())
         } else {
-            let mut weights = Weights::open(&model, config.family.names())?;
-            if Task::from_config(&config).ok().as_ref() != Some(&task) {
+            let mut weights = Weights::open(model, config.family.names())?;
+            if Task::from_config(&config).ok().as_ref() != Some(task) {
                 // a head that was trained for other labels
                 for Param { name, .. } in manifest.iter().filter(|param| param.part == Part::Labels) {
                     if weights.forget(name) {
@@ -312,8 +192,8 @@ impl Prepared {
                 config.raw.insert(key.to_owned(), "float32".into()); // what is saved
             }
         }
-        let (new, unused) = (fit.new, fit.unused);
-        Ok(Self { model, config, task, tokenizer, params, new, unused, generation, train, eval })
+        let (new, unused, eval) = (fit.new, fit.unused, eval.unwrap_or_default());
+        Ok(Self { model: model.to_owned(), config, learning, params, new, unused, eval })
     }
 
     fn describe(&self, args: &Args, say: &Say) {
@@ -337,41 +217,20 @@ impl Prepared {
                 if self.unused.len() > shown { " …" } else { "" }
             ));
         }
-        if let Task::CausalLm(lm) = &self.task {
-            match lm.ends[..] {
-                [] => say.line("eos_token_id is null, so no token is learnt to end a text"),
-                [_] => {}
-                [end, ..] => say.line(format!(
-                    "texts are learnt to end by {end}, the first of eos_token_id {:?}",
-                    lm.ends
-                )),
-            }
-            if generate::text::TextStream::new(self.tokenizer.inner(), &[]).is_err() {
-                say.warn(
-                    "the tokenizer is no byte-level BPE: tk generate and serve-batch will refuse this model",
-                );
-            }
-        }
         let cut = |examples: &[Example]| examples.iter().filter(|example| example.encoding.truncated).count();
-        let tokens: usize = self.train.iter().map(|example| example.encoding.len()).sum();
-        let per_example = tokens as f64 / self.train.len() as f64;
+        let train = &self.learning.examples;
+        let tokens: usize = train.iter().map(|example| example.encoding.len()).sum();
+        let learnt: usize = train.iter().map(|example| example.target.losses()).sum();
+        let learnt = (learnt != train.len()).then(|| format!("{} tokens are learnt", grouped(learnt)));
+        let more = self.learning.task.summary().into_iter().chain(learnt).map(|text| format!("; {text}"));
         say.line(format!(
-            "{} training examples of {per_example:.1} tokens, {} to measure on{}",
-            grouped(self.train.len()),
+            "{} training examples of {:.1} tokens, {} to measure on{}",
+            grouped(train.len()),
+            tokens as f64 / train.len() as f64,
             grouped(self.eval.len()),
-            match &self.task {
-                Task::TextClassification(task) if task.problem == Problem::Regression =>
-                    "; the labels are numbers: a regression".to_owned(),
-                Task::TextClassification(task) => format!("; labels: {}", task.labels.join(", ")),
-                Task::TokenClassification(task) =>
-                    format!("; tags ({}): {}", task.scheme.name(), task.labels.join(", ")),
-                Task::CausalLm(_) => {
-                    let predicted = self.train.iter().map(|example| example.target.losses()).sum();
-                    format!("; {} tokens are learnt", grouped(predicted))
-                }
-            }
+            more.collect::<String>()
         ));
-        for (name, examples) in [("training", &self.train), ("evaluation", &self.eval)] {
+        for (name, examples) in [("training", train), ("evaluation", &self.eval)] {
             if cut(examples) > 0 {
                 say.warn(format!(
                     "{} of {} {name} examples are longer than --max-length {} and are cut",
@@ -389,11 +248,9 @@ impl Prepared {
         if let Some(path) = &args.eval {
             inputs.push(("eval".to_owned(), file_hash(path)?));
         }
-        let mut names: Vec<PathBuf> = ["config.json", generate::prompt::GENERATION_CONFIG]
-            .iter()
-            .chain(&tokens::FILES)
-            .map(PathBuf::from)
-            .collect();
+        let of_tasks = Task::files();
+        let mut names: Vec<PathBuf> =
+            ["config.json"].iter().chain(&of_tasks).chain(&tokens::FILES).map(PathBuf::from).collect();
         if !args.from_scratch {
             let weights = checkpoint::weight_files(&self.model)?;
             if !weights.contains(&self.model.join("model.safetensors")) {
@@ -411,42 +268,6 @@ impl Prepared {
         }
         Ok(inputs)
     }
-}
-
-/// What generation_config.json says of the trained model: what it said of the model that training started from, and that
-/// texts end by the token that they are learnt to end by. None where there was none. Of a vocabulary that was trained
-/// anew it keeps no token.
-fn generation_config(
-    model: &Path,
-    lm: &CausalLm,
-    trained: bool,
-    say: &Say,
-) -> Result<Option<serde_json::Map<String, serde_json::Value>>> {
-    let Some(mut fields) = generate::prompt::read(model)? else { return Ok(None) };
-    let path = model.join(generate::prompt::GENERATION_CONFIG);
-    if trained {
-        let of_tokens = ["token_id", "_tokens", "_words_ids", "decoder_ids", "sequence_bias"];
-        fields.retain(|key, _| key.starts_with("m") || !of_tokens.iter().any(|part| key.ends_with(part)));
-        for key in ["bos_token_id", "pad_token_id"] {
-            fields.insert(key.to_owned(), json!(lm.start));
-        }
-    }
-    token_ids::check(&fields, lm.vocabulary).with_context(|| path.display().to_string())?;
-    let mut ends = token_ids::read(&fields, "eos_token_id", lm.vocabulary)?.unwrap_or_default();
-    if let Some(&end) = lm.ends.first()
-        && !ends.contains(&end)
-    {
-        if !trained {
-            say.line(format!(
-                "{}: {end}, which texts are learnt to end by, is added to eos_token_id",
-                path.display()
-            ));
-        }
-        ends.push(end);
-        let ends = if let [end] = ends[..] { json!(end) } else { json!(ends) };
-        fields.insert("eos_token_id".to_owned(), ends);
-    }
-    Ok(Some(fields))
 }
 
 /// Refuses an output directory that holds something of somebody else's, or a run that nobody spoke of.
@@ -545,29 +366,31 @@ fn write_model(args: &Args, prepared: &Prepared) -> Result<()> {
     prepared.params.save(&temporary)?;
     // an earlier run's graphs and weights would not be this model's; without weights the directory is no model, and says
     // so, until all of it is there
-    served::remove(output)?;
+    graphs::remove(output)?;
     match std::fs::remove_file(&weights) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
             return Err(e).with_context(|| weights.display().to_string());
         }
         _ => {}
     }
-    prepared.tokenizer.save(&prepared.model, output)?;
+    prepared.learning.tokenizer.save(&prepared.model, output)?;
     let pads = match prepared.config.family.pads_with_the_end() {
         false => None, // has a token of its own for it
         true => token_ids::read(&prepared.config.raw, "eos_token_id", prepared.config.vocab_size())?,
     };
     let pads = pads.and_then(|ends| ends.first().copied());
-    let pad_token = pads.and_then(|id| prepared.tokenizer.inner().id_to_token(id));
+    let pad_token = pads.and_then(|id| prepared.learning.tokenizer.inner().id_to_token(id));
     saved::finish_tokenizer_config(output, args.settings.max_length, pad_token.as_deref())?;
     files::write(&output.join("config.json"), serde_json::to_string_pretty(&prepared.config.raw)? + "\n")?;
-    let generation = output.join(generate::prompt::GENERATION_CONFIG);
-    match &prepared.generation {
-        Some(fields) => files::write(&generation, serde_json::to_string_pretty(fields)? + "\n")?,
-        None if generation.exists() => {
-            std::fs::remove_file(&generation).with_context(|| generation.display().to_string())?; // an earlier run's
+    for name in Task::files() {
+        let path = output.join(name);
+        match prepared.learning.files.iter().find(|(own, _)| *own == name) {
+            Some((_, text)) => files::write(&path, text)?,
+            None if path.exists() => {
+                std::fs::remove_file(&path).with_context(|| path.display().to_string())?; // an earlier run's
+            }
+            None => {}
         }
-        None => {}
     }
     files::put(temporary, &weights).with_context(|| weights.display().to_string())
 }
@@ -608,14 +431,8 @@ fn report(args: &Args, outcome: &Outcome, say: &Say) -> Result<()> {
 }
 
 /// Digits in groups of three.
-fn grouped(n: usize) -> String {
-    let digits = n.to_string();
-    let first = digits.len() % 3;
-    let (head, rest) = digits.split_at(first);
-    let mut groups: Vec<&str> = if head.is_empty() { Vec::new() } else { vec![head] };
-    // digits are ASCII, so every cut is between characters
-    groups.extend(rest.as_bytes().chunks(3).map(|group| std::str::from_utf8(group).unwrap_or_default()));
-    groups.join(",")
+fn grouped(n: usize) -> HumanCount {
+    HumanCount(n as u64)
 }
 
 /// Set by Ctrl-C; the second one ends the process at once.

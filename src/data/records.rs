@@ -75,7 +75,8 @@ impl std::fmt::Display for Source {
 }
 
 /// How records stand in a file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Format {
     /// A JSON object a line.
     Jsonl,

@@ -5,6 +5,7 @@ use serde::Serialize;
 use super::Runtime;
 use super::difference::Difference;
 use crate::Result;
+use crate::task::scores::argmax;
 
 /// One runtime held against another.
 #[derive(Clone, Debug, Serialize)]
@@ -98,11 +99,6 @@ pub(super) fn distance(wanted: &[f32], found: &[f32]) -> f32 {
 /// The larger of the two, where not a number is the largest.
 fn worse(a: f32, b: f32) -> f32 {
     if a.is_nan() || b.is_nan() { f32::NAN } else { a.max(b) }
-}
-
-/// The first of the largest.
-pub(super) fn argmax(row: &[f32]) -> usize {
-    (0..row.len()).fold(0, |best, i| if row[i] > row[best] { i } else { best })
 }
 
 #[cfg(test)]

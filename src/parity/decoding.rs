@@ -5,7 +5,6 @@ use std::path::Path;
 
 use anyhow::Context;
 
-use super::compare::argmax;
 use super::{Compared, Runtime};
 use crate::data::batch::Encoding;
 use crate::eager::Evaluator;
@@ -14,6 +13,7 @@ use crate::runtime::slots::{Reading, Slots};
 use crate::runtime::{Decoder, Provider, Providers};
 use crate::saved::Saved;
 use crate::say::Say;
+use crate::task::scores::argmax;
 use crate::{Result, unusable};
 
 /// Texts whose scores are held at once, and that are padded together.
@@ -42,7 +42,7 @@ pub fn run(
     provider: Provider,
     tolerance: f32,
 ) -> Result<Compared> {
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = crate::process::cores();
     let mut decoder = Decoder::open(graph, &Providers::only(provider), threads, Say::default())?;
     let runtime = Runtime::Ort(provider);
     compare(saved, encodings, |texts, expected| {
@@ -60,7 +60,7 @@ pub fn run(
 /// As [`run`].
 pub fn in_place(saved: &Saved, graph: &Path, encodings: &[Encoding], tolerance: f32) -> Result<Compared> {
     let evaluator = Evaluator::open(saved, &candle_core::Device::Cpu)?;
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = crate::process::cores();
     let mut slots = Slots::open(graph, threads, Say::default())?;
     slots.resize(TOGETHER, saved.config.max_positions())?;
     let new = |expected: &[Vec<f32>], found: &[Vec<f32>]| {

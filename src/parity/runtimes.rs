@@ -9,10 +9,10 @@ use super::{BATCH, Subject, candle};
 use crate::data::batch::{Encoding, Padded};
 use crate::eager::Evaluator;
 use crate::onnx::write;
+use crate::predict::pool;
 use crate::runtime::session::Values;
 use crate::runtime::{Model, OrtSession, Provider, Providers, probe};
 use crate::say::Say;
-use crate::serve::pool;
 use crate::task::Outputs;
 use crate::{Result, unusable};
 
@@ -130,7 +130,7 @@ impl Graph {
 }
 
 fn ort(graph: &Path, provider: Provider, taps: &[String]) -> Result<OrtSession> {
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = crate::process::cores();
     let open = |path: &Path| {
         OrtSession::open(Model::File(path), &Providers::only(provider), threads, Say::default())
     };

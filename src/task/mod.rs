@@ -1,91 +1,46 @@
-//! Tasks: each owns its head, loss, metrics, graph contract and record shapes in one file here.
-//! Training, export, parity and serving read them from [`Task`].
+//! Tasks: what models are trained for and serve. [`Objective`] says what a task is, and the list below which there are;
+//! nothing else names one.
 
 pub mod causal_lm;
-pub mod examples;
-mod metrics;
+pub mod flags;
+mod id2label;
+pub mod objective;
 pub mod output;
+pub mod scores;
 pub mod text_classification;
 pub mod token_classification;
 
+use std::borrow::Borrow;
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use anyhow::Context;
 use candle_core::Tensor;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::data::batch::Encoding;
-use crate::eager::{Eager, Forward, X, tensors};
+use crate::data::records::{BadRow, Columns, Row};
+use crate::eager::{Eager, Forward, X};
 use crate::model::ops::{Ops, Param};
-use crate::model::{Family, Head, ModelConfig, manifest, token_ids};
-use crate::{Result, bail_unusable};
-pub use causal_lm::{CausalLm, Next};
+use crate::model::{Family, ModelConfig, manifest, token_ids};
+use crate::runtime::Slots;
+use crate::{Result, bail_unusable, unusable};
+pub use causal_lm::CausalLm;
+pub use flags::{Reading, TextColumns};
+pub use objective::{Asking, Encoder, Form, Learning, Objective, Start};
 pub use output::{Dim, Output, Outputs, Scope};
-pub use text_classification::{Problem, TextClassification};
-pub use token_classification::{Tags, TokenClassification};
-
-/// What a model is trained for and serves.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Task {
-    TextClassification(TextClassification),
-    TokenClassification(TokenClassification),
-    CausalLm(CausalLm),
-}
-
-/// What an example ought to give.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Target {
-    Class(u32),
-    /// Label ids, ascending.
-    Classes(Vec<u32>),
-    Number(f32),
-    /// The tags of a sentence's words.
-    Tags(Tags),
-    /// The next tokens.
-    Next(Next),
-}
-
-impl Target {
-    /// How many losses it has: a step's loss is their mean.
-    pub fn losses(&self) -> usize {
-        match self {
-            Self::Next(next) => next.count(),
-            Self::Tags(tags) => tags.count(),
-            Self::Class(_) | Self::Classes(_) | Self::Number(_) => 1,
-        }
-    }
-}
+pub use text_classification::TextClassification;
 
 /// An example that is learnt from, or measured on.
 #[derive(Clone, Debug)]
-pub struct Example {
+pub struct Example<T = Target> {
     pub encoding: Encoding,
-    pub target: Target,
+    pub target: T,
 }
 
-impl Example {
-    /// Examples' encodings and targets.
-    pub fn apart(examples: &[Self]) -> (Vec<&Encoding>, Vec<&Target>) {
-        examples.iter().map(|example| (&example.encoding, &example.target)).unzip()
-    }
-}
-
-/// Whether a graph goes on from tokens that it has read before.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Form {
-    /// It reads whole sequences.
-    Whole,
-    /// Keys and values of earlier tokens come in as `past_key_values.{layer}.key` and `.value`, and those of all go
-    /// out as `present.{layer}.key` and `.value`, (B, H, T, D) each; positions are an input. What Optimum calls
-    /// `text-generation-with-past`.
-    Cached,
-    /// Keys and values stand in buffers of a capacity that is not yet used up, (B, H, capacity, D): new ones are
-    /// written into them in place, each row at its own length, and the same buffers go in as `past_key_values…` and
-    /// out as `present…`. Scores are given for the tokens at the columns `logits_at` alone. ONNX Runtime's own
-    /// operators; what tk generates with.
-    InPlace,
-}
+/// The fields of a record's answer, or why there is none.
+pub type Answer = Result<Map<String, Value>, String>;
 
 /// Metrics by name, in alphabetical order. Not a number where a metric is not defined.
 pub type Metrics = BTreeMap<String, f64>;
@@ -106,86 +61,377 @@ impl From<Metrics> for Measured {
     }
 }
 
+/// A metric's name, and whether more of it is better.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Metric {
+    pub name: &'static str,
+    pub more_is_better: bool,
+}
+
+impl Metric {
+    /// What every task has.
+    pub const LOSS: Self = Self::falling("loss");
+
+    /// More is better.
+    pub const fn rising(name: &'static str) -> Self {
+        Self { name, more_is_better: true }
+    }
+
+    /// Less is better.
+    pub const fn falling(name: &'static str) -> Self {
+        Self { name, more_is_better: false }
+    }
+}
+
+/// Makes the list of tasks: enums over what their modules define, each call handed to the one that is meant.
+macro_rules! tasks {
+    ($($task:ident in $module:ident),+ $(,)?) => {
+        /// What a model is trained for and serves: one of all that tk defines.
+        #[derive(Clone, Debug, PartialEq)]
+        pub enum Task {
+            $($task($task)),+
+        }
+
+        /// What an example ought to give.
+        #[derive(Clone, Debug, PartialEq)]
+        pub enum Target {
+            $($task(<$task as Objective>::Target)),+
+        }
+
+        /// What is kept of a record until its windows are computed.
+        pub enum Question {
+            $($task(<$task as Objective>::Question)),+
+        }
+
+        $(impl From<$task> for Task {
+            fn from(task: $task) -> Self {
+                Self::$task(task)
+            }
+        })+
+
+        /// How records are read, to learn from and to measure on. Each task has its own; another's are refused.
+        #[derive(Clone, Debug, Default, PartialEq, clap::Args, Serialize, Deserialize)]
+        #[group(skip)]
+        #[serde(rename_all = "kebab-case", default)]
+        pub struct RecordFlags {
+            #[command(flatten)]
+            #[serde(flatten)]
+            pub reading: Reading,
+            #[command(flatten)]
+            #[serde(flatten)]
+            pub texts: TextColumns,
+            $(#[command(flatten)]
+            #[serde(flatten)]
+            pub $module: $module::RecordFlags,)+
+        }
+
+        /// What is learnt, beside the regime.
+        #[derive(Clone, Debug, Default, PartialEq, clap::Args, Serialize, Deserialize)]
+        #[group(skip)]
+        #[serde(rename_all = "kebab-case", default)]
+        pub struct TrainingFlags {
+            $(#[command(flatten)]
+            #[serde(flatten)]
+            pub $module: $module::TrainingFlags,)+
+        }
+
+        /// How records are read to be answered, and how they are answered.
+        #[derive(Clone, Debug, Default, PartialEq, clap::Args, Serialize)]
+        #[group(skip)]
+        #[serde(rename_all = "kebab-case")]
+        pub struct AnswerFlags {
+            #[command(flatten)]
+            #[serde(flatten)]
+            pub reading: Reading,
+            #[command(flatten)]
+            #[serde(flatten)]
+            pub texts: TextColumns,
+            $(#[command(flatten)]
+            #[serde(flatten)]
+            pub $module: $module::AnswerFlags,)+
+        }
+
+        impl RecordFlags {
+            /// Refuses what says nothing to a task that reads these files.
+            ///
+            /// # Errors
+            /// Unusable: names the flag.
+            pub fn check(&self, task: &str, files: &[&Path]) -> Result<()> {
+                $(if task != $task::NAME {
+                    flags::refuse_given(&self.$module, $task::NAME, task)?;
+                })+
+                match task {
+                    $($task::NAME => {
+                        flags::refuse_texts(&self.texts, $task::TEXTS_LEARNT, task)?;
+                        $task::check_files(self, files)
+                    })+
+                    _ => Ok(()),
+                }
+            }
+        }
+
+        impl TrainingFlags {
+            /// Refuses what says nothing to a task.
+            ///
+            /// # Errors
+            /// Unusable: names the flag.
+            pub fn check(&self, task: &str) -> Result<()> {
+                $(if task != $task::NAME {
+                    flags::refuse_given(&self.$module, $task::NAME, task)?;
+                })+
+                Ok(())
+            }
+        }
+
+        impl AnswerFlags {
+            /// Refuses what says nothing to a task.
+            ///
+            /// # Errors
+            /// Unusable: names the flag.
+            pub fn check(&self, task: &str) -> Result<()> {
+                $(if task != $task::NAME {
+                    flags::refuse_given(&self.$module, $task::NAME, task)?;
+                })+
+                match task {
+                    $($task::NAME => flags::refuse_texts(&self.texts, $task::TEXTS_ASKED, task),)+
+                    _ => Ok(()),
+                }
+            }
+        }
+
+        $(impl Own for $task {
+            fn own(target: &Target) -> Option<&Self::Target> {
+                match target {
+                    Target::$task(own) => Some(own),
+                    _ => None,
+                }
+            }
+        })+
+
+        impl Target {
+            /// How many losses it has: a step's loss is their mean.
+            pub fn losses(&self) -> usize {
+                match self { $(Self::$task(target) => $task::losses(target)),+ }
+            }
+        }
+
+        impl Task {
+            /// The names that `--task` takes.
+            pub const NAMES: &'static [&'static str] = &[$($task::NAME),+];
+
+            /// Files of a model's directory that one of the tasks reads and writes, beside what every model has.
+            pub fn files() -> Vec<&'static str> {
+                [$($task::FILES),+].concat()
+            }
+
+            /// The task that a trained model directory's `config.json` speaks of.
+            ///
+            /// # Errors
+            /// `architectures` names no head that tk knows, the labels are inconsistent, or a token id is none of the
+            /// vocabulary.
+            pub fn from_config(config: &ModelConfig) -> Result<Self> {
+                token_ids::check(&config.raw, config.vocab_size())?;
+                $(if config.has($task::HEAD) {
+                    return Ok(Self::$task($task::from_config(config)?));
+                })+
+                let known: Vec<String> =
+                    [$($task::HEAD),+].into_iter().filter_map(|head| config.family.class(head)).collect();
+                match config.architecture() {
+                    Some(name) => bail_unusable!(
+                        "architectures is [\"{name}\"], which is no trained task of tk's ({} are): fine-tune it first \
+                         with `tk train`",
+                        known.join(", ")
+                    ),
+                    None => bail_unusable!(
+                        "architectures is missing, so the task is unknown: fine-tune with `tk train`"
+                    ),
+                }
+            }
+
+            /// Starts to learn the task of this name. See [`Objective::learn`].
+            pub fn learn(name: &str, start: &mut Start) -> Result<Learning<Self, Target>> {
+                match name {
+                    $($task::NAME => {
+                        let Learning { task, tokenizer, examples, files } = $task::learn(start)?;
+                        let examples = listed(examples, Target::$task);
+                        Ok(Learning { task: Self::$task(task), tokenizer, examples, files })
+                    })+
+                    other => bail_unusable!("{other} is no task; tk has {}", Self::NAMES.join(", ")),
+                }
+            }
+
+            /// See [`Objective::NAME`].
+            pub fn name(&self) -> &'static str {
+                match self { $(Self::$task(_) => $task::NAME),+ }
+            }
+
+            /// See [`Objective::write_config`].
+            pub fn write_config(&self, config: &mut ModelConfig) {
+                match self { $(Self::$task(task) => task.write_config(config)),+ }
+            }
+
+            /// See [`Objective::examples`].
+            pub fn examples(&self, path: &Path, encoder: &Encoder) -> Result<Vec<Example>> {
+                match self {
+                    $(Self::$task(task) => Ok(listed(task.examples(path, encoder)?, Target::$task)),)+
+                }
+            }
+
+            /// See [`Objective::summary`].
+            pub fn summary(&self) -> Option<String> {
+                match self { $(Self::$task(task) => task.summary()),+ }
+            }
+
+            /// See [`Objective::smooths_labels`].
+            pub fn smooths_labels(&self) -> bool {
+                match self { $(Self::$task(task) => task.smooths_labels()),+ }
+            }
+
+            /// See [`Objective::define`].
+            pub fn define<O: Ops>(&self, o: &O, family: &Family) -> Result<Vec<O::X>> {
+                match self { $(Self::$task(task) => task.define(o, family)),+ }
+            }
+
+            /// See [`Objective::generate`].
+            pub fn generate<O: Ops>(&self, o: &O, family: &Family) -> Result<Vec<O::X>> {
+                match self { $(Self::$task(task) => task.generate(o, family)),+ }
+            }
+
+            /// See [`Objective::language_model`].
+            pub fn language_model(&self) -> Option<&CausalLm> {
+                match self { $(Self::$task(task) => task.language_model()),+ }
+            }
+
+            /// See [`Objective::form`].
+            pub fn form(&self) -> Form {
+                match self { $(Self::$task(task) => task.form()),+ }
+            }
+
+            /// See [`Objective::outputs`].
+            pub fn outputs(&self, form: Form) -> Vec<Output> {
+                match self { $(Self::$task(task) => task.outputs(form)),+ }
+            }
+
+            /// See [`Objective::metrics`].
+            pub fn metrics(&self) -> &'static [Metric] {
+                match self { $(Self::$task(task) => task.metrics()),+ }
+            }
+
+            /// See [`Objective::loss`].
+            pub fn loss(
+                &self,
+                eager: &Eager,
+                outputs: Vec<X>,
+                examples: &[&Example],
+                label_smoothing: f64,
+                of: usize,
+            ) -> Result<Tensor> {
+                match self {
+                    $(Self::$task(task) => task.loss(eager, outputs, &own::<$task>(examples)?, label_smoothing, of)),+
+                }
+            }
+
+            /// See [`Objective::measure`].
+            pub fn measure(&self, model: &Forward, examples: &[Example]) -> Result<Measured> {
+                match self {
+                    $(Self::$task(task) => task.measure(model, &own::<$task>(examples)?)),+
+                }
+            }
+
+            /// See [`Objective::measure_outputs`].
+            pub fn measure_outputs(&self, outputs: &[Outputs], examples: &[Example]) -> Result<Measured> {
+                anyhow::ensure!(
+                    outputs.len() == examples.len(),
+                    "{} outputs for {} examples",
+                    outputs.len(),
+                    examples.len()
+                );
+                match self {
+                    $(Self::$task(task) => {
+                        let (_, targets): (Vec<_>, Vec<_>) = own::<$task>(examples)?.into_iter().unzip();
+                        task.measure_outputs(outputs, &targets)
+                    })+
+                }
+            }
+
+            /// See [`Objective::measure_in_place`].
+            pub fn measure_in_place(&self, slots: &mut Slots, examples: &[Example]) -> Result<Measured> {
+                match self {
+                    $(Self::$task(task) => task.measure_in_place(slots, &own::<$task>(examples)?)),+
+                }
+            }
+
+            /// See [`Objective::check_room`].
+            pub fn check_room(&self, asking: &Asking) -> Result<()> {
+                match self { $(Self::$task(task) => task.check_room(asking)),+ }
+            }
+
+            /// See [`Objective::columns`].
+            pub fn columns(&self, flags: &AnswerFlags) -> Columns {
+                match self { $(Self::$task(_) => $task::columns(flags)),+ }
+            }
+
+            /// See [`Objective::ask`].
+            pub fn ask(&self, row: &Row, asking: &Asking) -> Result<(Vec<Encoding>, Question), BadRow> {
+                match self {
+                    $(Self::$task(task) => {
+                        let (windows, question) = task.ask(row, asking)?;
+                        Ok((windows, Question::$task(question)))
+                    })+
+                }
+            }
+
+            /// See [`Objective::answer`].
+            pub fn answer(
+                &self,
+                question: &Question,
+                outputs: &[Outputs],
+                flags: &AnswerFlags,
+            ) -> Result<Answer> {
+                match (self, question) {
+                    $((Self::$task(task), Question::$task(question)) => task.answer(question, outputs, flags),)+
+                    _ => anyhow::bail!("a question of another task than {}", self.name()),
+                }
+            }
+        }
+    };
+}
+
+tasks!(
+    TextClassification in text_classification,
+    CausalLm in causal_lm,
+);
+
+/// A task's examples as those of any task.
+fn listed<T>(examples: Vec<Example<T>>, target: fn(T) -> Target) -> Vec<Example> {
+    let listed = |Example { encoding, target: own }| Example { encoding, target: target(own) };
+    examples.into_iter().map(listed).collect()
+}
+
+/// Tells a task's targets from others'.
+trait Own: Objective {
+    fn own(target: &Target) -> Option<&Self::Target>;
+}
+
+/// Examples as their own task has them.
+///
+/// # Errors
+/// One is another task's.
+fn own<'e, T: Own>(
+    examples: impl IntoIterator<Item = &'e (impl Borrow<Example> + 'e)>,
+) -> Result<Vec<(&'e Encoding, &'e T::Target)>> {
+    let own = |example: &'e Example| {
+        let target = T::own(&example.target)
+            .with_context(|| format!("an example of another task than {}", T::NAME))?;
+        Ok((&example.encoding, target))
+    };
+    examples.into_iter().map(|example| own(example.borrow())).collect()
+}
+
 impl Task {
-    /// The task that a trained model directory's `config.json` speaks of.
-    ///
-    /// # Errors
-    /// `architectures` names no head that tk knows, the labels are inconsistent, or a token id is none of the
-    /// vocabulary.
-    pub fn from_config(config: &ModelConfig) -> Result<Self> {
-        token_ids::check(&config.raw, config.vocab_size())?;
-        match config.architecture() {
-            _ if config.has(Head::SequenceClassification { labels: 0 }) => {
-                Ok(Self::TextClassification(TextClassification::from_config(config)?))
-            }
-            _ if config.has(Head::TokenClassification { labels: 0 }) => {
-                Ok(Self::TokenClassification(TokenClassification::from_config(config)?))
-            }
-            _ if config.has(Head::CausalLm { wanted: None }) => {
-                Ok(Self::CausalLm(CausalLm::from_config(config)?))
-            }
-            Some(name) => bail_unusable!(
-                "architectures is [\"{name}\"], which is no trained task of tk's \
-                 (BertForSequenceClassification, BertForTokenClassification and GPT2LMHeadModel are): fine-tune it first \
-                 with `tk train`"
-            ),
-            None => {
-                bail_unusable!("architectures is missing, so the task is unknown: fine-tune with `tk train`")
-            }
-        }
-    }
-
-    /// The task's name, as `--task` takes it.
-    pub fn name(&self) -> &'static str {
-        match self {
-            Self::TextClassification(_) => "text-classification",
-            Self::TokenClassification(_) => "token-classification",
-            Self::CausalLm(_) => "causal-lm",
-        }
-    }
-
-    /// The model with the task's head: the graph's outputs, in the order of [`Task::outputs`].
-    pub fn define<O: Ops>(&self, o: &O, family: &Family) -> Result<Vec<O::X>> {
-        match self {
-            Self::TextClassification(task) => Ok(vec![task.define(o, family)?]),
-            Self::TokenClassification(task) => Ok(vec![family.define(o, task.head())?]),
-            Self::CausalLm(task) => Ok(vec![task.define(o, family)?]),
-        }
-    }
-
-    /// The same for the last token of every sequence alone: what a graph that generates computes.
-    ///
-    /// # Errors
-    /// The task's model generates nothing.
-    pub fn generate<O: Ops>(&self, o: &O, family: &Family) -> Result<Vec<O::X>> {
-        match self {
-            Self::TextClassification(_) | Self::TokenClassification(_) => {
-                bail_unusable!("a {} model generates no text", self.name())
-            }
-            Self::CausalLm(task) => Ok(vec![task.generate(o, family)?]),
-        }
-    }
-
-    /// What a graph of the task takes and gives beside its tokens.
-    pub fn form(&self) -> Form {
-        match self {
-            Self::TextClassification(_) | Self::TokenClassification(_) => Form::Whole,
-            Self::CausalLm(_) => Form::Cached,
-        }
-    }
-
     /// The parameters of the model with the task's head.
     pub fn params(&self, family: &Family) -> Result<Vec<Param>> {
         manifest::manifest(|o| self.define(o, family).map(drop))
-    }
-
-    /// The outputs of a graph of this form.
-    pub fn outputs(&self, form: Form) -> Vec<Output> {
-        match self {
-            Self::TextClassification(task) => task.outputs(),
-            Self::TokenClassification(task) => task.outputs(),
-            Self::CausalLm(task) => task.outputs(form),
-        }
     }
 
     /// What the rows of each output stand for.
@@ -193,102 +439,123 @@ impl Task {
         self.outputs(self.form()).iter().map(Output::scope).collect()
     }
 
-    /// The sum of the examples' losses over the outputs of [`Task::define`], divided by `of`; gradients flow back through
-    /// it. The examples are those of the batch.
-    ///
-    /// # Errors
-    /// The outputs do not fit the targets.
-    pub fn loss(
-        &self,
-        eager: &Eager,
-        outputs: Vec<X>,
-        examples: &[&Encoding],
-        targets: &[&Target],
-        label_smoothing: f64,
-        of: usize,
-    ) -> Result<Tensor> {
-        match self {
-            Self::TextClassification(task) => {
-                let outputs = tensors(outputs)?;
-                let logits = outputs.first().context("the model has no output")?;
-                Ok((task.loss(logits, targets, label_smoothing)? / of as f64)?)
-            }
-            Self::TokenClassification(_) | Self::CausalLm(_) => {
-                let wanted = match self {
-                    Self::CausalLm(_) => CausalLm::targets(examples, targets),
-                    _ => TokenClassification::targets(targets),
-                };
-                let scores = outputs.first().context("the model has no output")?;
-                eager.cross_entropy(scores, &wanted, label_smoothing as f32, 1.0 / of as f32)
-            }
-        }
-    }
-
-    /// The metrics and the mean loss of what a model computes in candle.
-    pub fn measure(&self, model: &Forward, examples: &[Example]) -> Result<Measured> {
-        let (encodings, targets) = Example::apart(examples);
-        match self {
-            Self::TextClassification(_) | Self::TokenClassification(_) => {
-                self.measure_outputs(&model.outputs(&encodings)?, &targets)
-            }
-            Self::CausalLm(_) => {
-                let losses = model.losses(&encodings, |batch| {
-                    let of = |i: &usize| (encodings[*i], targets[*i]);
-                    let (encodings, targets): (Vec<&Encoding>, Vec<&Target>) = batch.iter().map(of).unzip();
-                    CausalLm::targets(&encodings, &targets)
-                })?;
-                Ok(CausalLm::measured(losses, &targets).into())
-            }
-        }
-    }
-
-    /// The metrics and the mean loss of outputs, whatever has computed them.
-    ///
-    /// # Errors
-    /// The task's outputs are too many to be held: it is a language model.
-    pub fn measure_outputs(&self, outputs: &[Outputs], targets: &[&Target]) -> Result<Measured> {
-        match self {
-            Self::TextClassification(task) => Ok(task.measure(outputs, targets)?.into()),
-            Self::TokenClassification(task) => task.measure(outputs, targets),
-            Self::CausalLm(_) => anyhow::bail!("a language model is measured by its losses"),
-        }
-    }
-
-    /// Writes what the task knows into a configuration that is about to be saved.
-    pub fn write_config(&self, config: &mut ModelConfig) {
-        match self {
-            Self::TextClassification(task) => task.write_config(config),
-            Self::TokenClassification(task) => task.write_config(config),
-            Self::CausalLm(task) => task.write_config(config),
-        }
-    }
-
     /// The language model that a command which generates works with.
     ///
     /// # Errors
-    /// Names the command and the task.
-    pub fn causal_lm(&self, command: &str) -> Result<&CausalLm> {
-        match self {
-            Self::CausalLm(task) => Ok(task),
-            other => bail_unusable!("tk {command} works with causal-lm; this is a {} model", other.name()),
+    /// Unusable: names the command and the task.
+    pub fn generating(&self, command: &str) -> Result<&CausalLm> {
+        self.language_model().ok_or_else(|| {
+            unusable!("tk {command} works with {}; this is a {} model", CausalLm::NAME, self.name())
+        })
+    }
+
+    /// The metric that decides which evaluation is the best: the asked one, or the task's own.
+    ///
+    /// # Errors
+    /// Unusable: the task has no such metric.
+    pub fn deciding_metric(&self, asked: Option<&str>) -> Result<Metric> {
+        let others = self.metrics().iter().copied().filter(|metric| *metric != Metric::LOSS);
+        let mut all = self.metrics().iter().copied().chain([Metric::LOSS]);
+        let found = match asked {
+            None => all.next(),
+            Some(name) => all.find(|metric| metric.name == name),
+        };
+        found.ok_or_else(|| {
+            let known: Vec<&str> = others.map(|metric| metric.name).collect();
+            let asked = asked.unwrap_or_default();
+            unusable!("--best-metric {asked}: {} has loss, {}", self.name(), known.join(", "))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::{Args, CommandFactory, Parser};
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Cli<F: Args> {
+        #[command(flatten)]
+        flags: F,
+    }
+
+    /// Every flag of a group, with a value that it takes.
+    fn every<F: Args + Default>() -> Vec<Vec<String>> {
+        let command = Cli::<F>::command();
+        let flags = command.get_arguments().filter_map(|arg| Some((arg, arg.get_long()?)));
+        flags
+            .map(|(arg, long)| {
+                let values = arg.get_possible_values();
+                let value = match values.first() {
+                    Some(first) => first.get_name().to_owned(),
+                    None if long == "format" => "csv".to_owned(),
+                    None if long == "encoding" => "utf-16".to_owned(),
+                    None => "1".to_owned(),
+                };
+                let flag = format!("--{long}");
+                if arg.get_action().takes_values() { vec![flag, value] } else { vec![flag] }
+            })
+            .collect()
+    }
+
+    /// The tasks that take a flag, by what `check` says of it.
+    fn takers<F: Args + Default>(
+        given: &[String],
+        check: impl Fn(&F, &str) -> Result<()>,
+    ) -> Vec<&'static str> {
+        let args = ["tk".to_owned()].into_iter().chain(given.iter().cloned());
+        let flags = Cli::<F>::parse_from(args).flags;
+        let takes = |task: &&str| match check(&flags, task) {
+            Ok(()) => true,
+            Err(error) => {
+                assert_eq!(crate::error::exit_code(&error), 2);
+                assert!(error.to_string().starts_with(&given[0]), "{given:?}: {error}");
+                false
+            }
+        };
+        Task::NAMES.iter().copied().filter(takes).collect()
+    }
+
+    #[test]
+    fn a_flag_is_taken_by_its_own_task_alone_and_refused_by_name_elsewhere() {
+        let files = [Path::new("a.txt"), Path::new("b.conll")];
+        let all = Task::NAMES.len();
+        for given in every::<RecordFlags>() {
+            let tasks = takers(&given, |flags: &RecordFlags, task| flags.check(task, &files));
+            match given[0].as_str() {
+                "--format" | "--encoding" => assert_eq!(tasks.len(), all),
+                "--text-column" => assert_eq!(tasks.len(), all),
+                flag => assert_eq!(tasks.len(), 1, "{flag}: {tasks:?}"),
+            }
+        }
+        for given in every::<TrainingFlags>() {
+            assert_eq!(takers(&given, TrainingFlags::check).len(), 1, "{given:?}");
+        }
+        for given in every::<AnswerFlags>() {
+            let tasks = takers(&given, AnswerFlags::check);
+            match given[0].as_str() {
+                "--format" | "--encoding" => assert_eq!(tasks.len(), all),
+                "--text-column" => assert_eq!(tasks, [TextClassification::NAME]),
+                flag => assert_eq!(tasks.len(), 1, "{flag}: {tasks:?}"),
+            }
         }
     }
 
-    /// The metric that decides which evaluation is the best, and whether more of it is better: the asked one, or
-    /// the task's own.
-    ///
-    /// # Errors
-    /// The task has no such metric.
-    pub fn deciding_metric(&self, asked: Option<&str>) -> Result<(String, bool)> {
-        let (own, known) = match self {
-            Self::TextClassification(task) => task.metrics(),
-            Self::TokenClassification(task) => (task.deciding(), token_classification::METRICS),
-            Self::CausalLm(_) => ("loss", causal_lm::METRICS),
-        };
-        let name = asked.unwrap_or(own);
-        if name != "loss" && !known.contains(&name) {
-            bail_unusable!("--best-metric {name}: {} has loss, {}", self.name(), known.join(", "));
-        }
-        Ok((name.to_owned(), !["loss", "mse", "mae", "perplexity", "bits_per_byte"].contains(&name)))
+    #[test]
+    fn a_flag_that_says_nothing_of_the_files_is_refused() {
+        let csv = [Path::new("a.csv")];
+        let flags = Cli::<RecordFlags>::parse_from(["tk", "--text-unit", "file"]).flags;
+        let error = flags.check(CausalLm::NAME, &csv).unwrap_err();
+        assert!(error.to_string().starts_with("--text-unit"), "{error}");
+    }
+
+    #[test]
+    fn an_example_of_another_task_is_an_error() {
+        let task = Task::from(CausalLm { vocabulary: 1, ends: Vec::new(), start: None, begins: true });
+        let target = Target::TextClassification(text_classification::Wanted::Class(0));
+        let example = Example { encoding: Encoding::default(), target };
+        let error = task.measure_outputs(&[Outputs::new()], &[example]).unwrap_err();
+        assert!(error.to_string().contains("another task than causal-lm"), "{error}");
     }
 }

@@ -16,7 +16,7 @@ use crate::Result;
 use crate::eager::{Forward, Params};
 use crate::model::Family;
 use crate::say::Say;
-use crate::task::{Example, Task};
+use crate::task::{Example, Metric, Task};
 
 /// All that a run needs.
 pub struct Run<'a> {
@@ -105,8 +105,8 @@ impl Run<'_> {
         }
         bar.finish_and_clear();
         if let Some(best) = &progress.best {
-            let (name, _) = self.deciding_metric()?;
-            if best.number(&name).is_some() {
+            let Metric { name, .. } = self.deciding_metric()?;
+            if best.number(name).is_some() {
                 self.folder.restore_best(best.step, self.params)?;
             } else {
                 self.say.warn(format!(
@@ -159,11 +159,11 @@ impl Run<'_> {
     fn evaluate(&self, log: &mut Log, bar: &ProgressBar, progress: &mut Progress, plan: &Plan) -> Result<()> {
         let Self { params, family, task, device, .. } = *self;
         let metrics = task.measure(&Forward { params, family, task, device }, self.eval)?.metrics;
-        let (name, more_is_better) = self.deciding_metric()?;
+        let Metric { name, more_is_better } = self.deciding_metric()?;
         let new = Best { step: progress.step, metrics };
         let is_better = is_better(
-            new.number(&name),
-            progress.best.as_ref().and_then(|best| best.number(&name)),
+            new.number(name),
+            progress.best.as_ref().and_then(|best| best.number(name)),
             more_is_better,
         );
         let mut line = Map::from_iter([
@@ -182,15 +182,15 @@ impl Run<'_> {
             progress.evaluations_without_gain = 0;
         } else {
             progress.evaluations_without_gain += 1;
-            if progress.best.as_ref().is_none_or(|best| best.number(&name).is_none()) {
+            if progress.best.as_ref().is_none_or(|best| best.number(name).is_none()) {
                 progress.best = Some(new); // the last one, as long as none is a number
             }
         }
         Ok(())
     }
 
-    /// The metric that says which evaluation is the best, and whether more of it is better.
-    fn deciding_metric(&self) -> Result<(String, bool)> {
+    /// The metric that says which evaluation is the best.
+    fn deciding_metric(&self) -> Result<Metric> {
         self.task.deciding_metric(self.settings.best_metric.as_deref())
     }
 }

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use super::plan::Budget;
 use super::schedule::Schedule;
 use crate::device::Precision;
-use crate::task::{Problem, Task};
+use crate::task::Task;
 use crate::{Result, bail_unusable};
 
 /// The smallest `adam_epsilon`: AdamW computes in f32, where less is no normal number.
@@ -214,23 +214,20 @@ impl Settings {
         Ok(())
     }
 
-    /// Refuses a number that would say nothing to the task.
+    /// Refuses what would say nothing to the task.
     ///
     /// # Errors
     /// Unusable: names the flag.
     pub fn check_task(&self, task: &Task) -> Result<()> {
-        match task {
-            Task::TextClassification(task)
-                if self.label_smoothing > 0.0 && task.problem != Problem::SingleLabelClassification =>
-            {
-                bail_unusable!(
-                    "--label-smoothing {} spreads one label's share over the others; where an example has several \
-                     labels or a number, leave it out",
-                    self.label_smoothing
-                )
-            }
-            _ => Ok(()),
+        task.deciding_metric(self.best_metric.as_deref())?;
+        if self.label_smoothing > 0.0 && !task.smooths_labels() {
+            bail_unusable!(
+                "--label-smoothing {} spreads one label's share over the others; where an example has several labels \
+                 or a number, leave it out",
+                self.label_smoothing
+            );
         }
+        Ok(())
     }
 
     /// What a forward pass may hold.
@@ -246,6 +243,7 @@ impl Settings {
 mod tests {
     use super::*;
     use crate::task::TextClassification;
+    use crate::task::text_classification::ProblemType;
 
     #[test]
     fn numbers_that_no_run_can_take_are_refused_by_name() {
@@ -309,13 +307,14 @@ mod tests {
     fn label_smoothing_is_refused_where_it_means_nothing() {
         let labels = |n: usize| (0..n).map(|i| i.to_string()).collect::<Vec<_>>();
         let settings = Settings { label_smoothing: 0.1, ..Settings::default() };
-        for (problem, n) in [(Problem::MultiLabelClassification, 3), (Problem::Regression, 1)] {
-            let task = Task::TextClassification(TextClassification { labels: labels(n), problem });
+        for (problem, n) in [(ProblemType::MultiLabelClassification, 3), (ProblemType::Regression, 1)] {
+            let task = Task::from(TextClassification { labels: labels(n), problem });
             let error = settings.check_task(&task).unwrap_err();
             assert!(error.to_string().contains("--label-smoothing 0.1"), "{error}");
             Settings::default().check_task(&task).unwrap();
         }
-        let single = TextClassification { labels: labels(3), problem: Problem::SingleLabelClassification };
-        settings.check_task(&Task::TextClassification(single)).unwrap();
+        let single =
+            TextClassification { labels: labels(3), problem: ProblemType::SingleLabelClassification };
+        settings.check_task(&single.into()).unwrap();
     }
 }

@@ -6,12 +6,12 @@ use super::Settings;
 use super::optimizer::{AdamW, Constants, Gradients, clip_factor};
 use super::schedule::warmup_steps;
 use crate::Result;
-use crate::data::batch::{Encoding, Packed};
+use crate::data::batch::Packed;
 use crate::eager::kernels::dropout::mix;
 use crate::eager::kernels::gradient::Rows;
 use crate::eager::{Eager, Kernels, Mode, Params};
 use crate::model::Family;
-use crate::task::{Example, Target, Task};
+use crate::task::{Example, Task};
 
 /// A model in training: its definition, its parameters and the optimizer's state.
 pub struct Trainer<'a> {
@@ -103,16 +103,14 @@ impl<'a> Trainer<'a> {
 
     /// Adds a micro-batch's gradients up; returns its share of the mean of `of` losses.
     fn backward(&self, examples: &[&Example], of: usize, key: u64, gradients: &mut Gradients) -> Result<f64> {
-        let encodings: Vec<&Encoding> = examples.iter().map(|example| &example.encoding).collect();
-        let batch = Packed::new(encodings.iter().copied());
-        let targets: Vec<&Target> = examples.iter().map(|example| &example.target).collect();
+        let batch = Packed::new(examples.iter().map(|example| &example.encoding));
         let eager = Eager::new(self.params, &batch, self.device, Mode::Training { key })
             .with_kernels(self.kernels)
             .with_dtype(self.settings.precision.dtype());
         let eager = if self.settings.checkpoint_activations { eager.with_recomputation() } else { eager };
         let outputs = self.task.define(&eager, self.family)?;
         let smoothing = self.settings.label_smoothing;
-        let loss = self.task.loss(&eager, outputs, &encodings, &targets, smoothing, of)?;
+        let loss = self.task.loss(&eager, outputs, examples, smoothing, of)?;
         let value = f64::from(loss.to_scalar::<f32>()?);
         let mut store = loss.backward()?;
         let mut missing = Vec::new();

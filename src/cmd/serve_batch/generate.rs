@@ -2,14 +2,13 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{Answer, Job, Progress, Work};
-use crate::cmd::generation::{fields, on_cpu};
+use super::{Job, Progress, Work};
 use crate::data::records::{BadRow, Columns, Row};
-use crate::generate::{Ends, Engine, Generated, Prompt, Prompts, Request, Settings};
+use crate::generate::{Ends, Engine, Generated, Prompt, Prompts, Request, Settings, fields, on_cpu};
+use crate::predict::graphs;
 use crate::runtime::{Provider, Slots};
 use crate::saved::Saved;
-use crate::serve::served;
-use crate::task::CausalLm;
+use crate::task::{Answer, CausalLm, Objective};
 use crate::{Result, bail_unusable, checkpoint};
 
 /// Prompts that are answered before any of their texts is written: what a run that is killed loses.
@@ -23,39 +22,33 @@ struct Generate<'a> {
 /// Generates for every record.
 pub(super) fn run(job: &Job, saved: &Saved, task: &CausalLm) -> Result<()> {
     let args = job.args;
-    for (given, flag) in [
-        (args.logits, "--logits"),
-        (args.batch_tokens.is_some(), "--batch-tokens"),
-        (args.texts.text_column.is_some(), "--text-column"),
-        (args.texts.text_pair_column.is_some(), "--text-pair-column"),
-    ] {
-        if given {
-            bail_unusable!("{flag} is for text-classification; this is a causal-lm model");
-        }
+    let flags = &args.flags.causal_lm.generation;
+    if args.batch_tokens.is_some() {
+        bail_unusable!(
+            "--batch-tokens says nothing to {}: --slots bounds what is generated side by side",
+            CausalLm::NAME
+        );
     }
-    job.refuse_entities("causal-lm")?;
     on_cpu(&args.ep)?;
-    let (base, limits) = (args.generation.settings()?, args.generation.limits()?);
+    let (base, limits) = (flags.settings()?, flags.limits()?);
     // what training cut texts at doesn't bound what is written
     let positions = saved.checked_max_length(args.max_length.or(Some(saved.config.max_positions())))?;
     let ends = Ends::of(&saved.dir, task)?;
-    let prompts = Prompts::new(saved, task, &ends, positions, args.generation.truncates())?;
-    let model = served::checked_generating(saved, args.precision)?;
+    let prompts = Prompts::new(saved, task, &ends, positions, flags.truncates())?;
+    let model = graphs::checked_generating(saved, args.precision)?;
     let slots = Slots::open(&model, job.threads(), job.say)?;
     let settings = json!({
         "model_sha256": checkpoint::file_hash(&model)?,
         "weights_sha256": crate::onnx::write::metadata(&model)?.get("weights_sha256"),
-        "prompt_column": args.prompt_column,
-        "generation": args.generation.given()?,
         "max_length": positions,
         "ends": ends.ends,
         "start": ends.start,
     });
-    let reader =
-        Reader { prompts, columns: Columns::default().with("prompt", args.prompt_column.clone()), base };
+    let columns = saved.task.columns(&args.flags);
+    let reader = Reader { prompts, columns: columns.clone(), base };
     let engine = Engine::new(slots, saved.tokenizer.inner(), ends.ends, positions, limits);
     let work = Generate { engine, cache_mb: limits.cache_bytes >> 20 };
-    job.answer(work, Box::new(move |row| reader.prompt(row)), job.window(WINDOW), settings)
+    job.answer(work, Box::new(move |row| reader.prompt(row)), columns, job.window(WINDOW), settings)
 }
 
 /// Makes requests of records.

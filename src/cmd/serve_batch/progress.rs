@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use crate::Result;
+use crate::predict::sink::Done;
 use crate::runtime::Provider;
 use crate::say::{Say, peak_rss_bytes};
-use crate::serve::output::Done;
 
 /// What was done so far, and the telling of it.
 pub(super) struct Progress {

@@ -4,13 +4,14 @@ use anyhow::Context;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-use crate::generate::{Generated, Limits, Settings};
+use super::{Generated, Limits, Settings};
 use crate::runtime::{Provider, Providers};
 use crate::{Result, bail_unusable};
 
 /// How texts are generated; a record's fields of these names go before. Without any of temperature, top-k, top-p and
 /// min-p the most likely token is taken.
 #[derive(Clone, Debug, Default, PartialEq, clap::Args, Serialize)]
+#[group(skip)]
 pub struct Flags {
     /// New tokens of a text at most [default: 128].
     #[arg(long, value_name = "N", help_heading = "Generation")]
@@ -94,11 +95,6 @@ impl Flags {
         };
         given.retain(|_, value| !value.is_null());
         Ok(given)
-    }
-
-    /// The flag of one that was given, in its long form.
-    pub fn first(&self) -> Result<Option<String>> {
-        Ok(self.given()?.keys().next().map(|name| format!("--{}", name.replace('_', "-"))))
     }
 
     /// How texts are generated where a record says nothing.

@@ -1,4 +1,4 @@
-//! Records in windows of a fixed number, tokenized: the unit that is answered and resumed at.
+//! Records in chunks of a fixed number, tokenized: the unit that is answered and resumed at.
 
 use std::sync::mpsc;
 use std::thread::JoinHandle;
@@ -11,7 +11,7 @@ use crate::data::records::{BadRow, Columns, Row, Rows};
 use crate::{Result, unusable};
 
 /// Consecutive records.
-pub struct Window<T> {
+pub struct Chunk<T> {
     pub entries: Vec<Entry<T>>,
 }
 
@@ -51,15 +51,15 @@ impl Key {
     }
 }
 
-/// Reads windows from a stream of records.
-pub struct Windows<T> {
+/// Reads chunks from a stream of records.
+pub struct Chunks<T> {
     pub rows: Rows,
     /// The source's name, for errors.
     pub source: String,
     /// Where the id stands.
     pub columns: Columns,
     pub make: Make<T>,
-    /// Records of a window.
+    /// Records of a chunk.
     pub size: usize,
     /// Whether the first record that can't be used ends the reading.
     pub strict: bool,
@@ -67,7 +67,7 @@ pub struct Windows<T> {
     pub read: usize,
 }
 
-impl<T: Send> Windows<T> {
+impl<T: Send> Chunks<T> {
     /// Passes over records that were answered before.
     ///
     /// # Errors
@@ -89,8 +89,8 @@ impl<T: Send> Windows<T> {
         Ok(())
     }
 
-    /// The next window; none at the end.
-    fn window(&mut self) -> Result<Option<Window<T>>> {
+    /// The next chunk; none at the end.
+    fn chunk(&mut self) -> Result<Option<Chunk<T>>> {
         let mut rows = Vec::new();
         while rows.len() < self.size {
             let Some(row) = self.rows.next() else { break };
@@ -120,7 +120,7 @@ impl<T: Send> Windows<T> {
             Err(bad) if self.strict => Err(self.refused(&bad)),
             item => Ok(Entry { key, item: item.map_err(|bad| bad.to_string()) }),
         };
-        Ok(Some(Window { entries: made.into_iter().map(entry).collect::<Result<_>>()? }))
+        Ok(Some(Chunk { entries: made.into_iter().map(entry).collect::<Result<_>>()? }))
     }
 
     fn refused(&self, bad: &BadRow) -> anyhow::Error {
@@ -130,17 +130,17 @@ impl<T: Send> Windows<T> {
 
 /// An error is that the source can't be read on, or that a record can't be used and that is strict; nothing behind
 /// it counts.
-impl<T: Send> Iterator for Windows<T> {
-    type Item = Result<Window<T>>;
+impl<T: Send> Iterator for Chunks<T> {
+    type Item = Result<Chunk<T>>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        self.window().transpose()
+        self.chunk().transpose()
     }
 }
 
-/// Windows that a thread of its own reads and tokenizes, while the one before is computed.
+/// Chunks that a thread of its own reads and tokenizes, while the one before is computed.
 pub struct ReadAhead<T> {
-    windows: mpsc::Receiver<Result<Window<T>>>,
+    chunks: mpsc::Receiver<Result<Chunk<T>>>,
     /// None once it is known how it ended.
     reader: Option<JoinHandle<()>>,
     source: String,
@@ -152,29 +152,29 @@ impl<T: Send + 'static> ReadAhead<T> {
     ///
     /// # Errors
     /// The system gives no thread.
-    pub fn start(windows: Windows<T>) -> Result<Self> {
-        let source = windows.source.clone();
+    pub fn start(chunks: Chunks<T>) -> Result<Self> {
+        let source = chunks.source.clone();
         let (send, receive) = mpsc::sync_channel(1);
         let read = move || {
-            for window in windows {
-                let last = window.is_err();
-                if send.send(window).is_err() || last {
+            for chunk in chunks {
+                let last = chunk.is_err();
+                if send.send(chunk).is_err() || last {
                     break;
                 }
             }
         };
         let reader = std::thread::Builder::new().name("reader".to_owned()).spawn(read);
-        Ok(Self { windows: receive, reader: Some(reader.context("starting a thread")?), source })
+        Ok(Self { chunks: receive, reader: Some(reader.context("starting a thread")?), source })
     }
 }
 
-/// An error is one of [`Windows`]', or that the thread broke down: never a quiet end.
+/// An error is one of [`Chunks`]', or that the thread broke down: never a quiet end.
 impl<T> Iterator for ReadAhead<T> {
-    type Item = Result<Window<T>>;
+    type Item = Result<Chunk<T>>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        if let Ok(window) = self.windows.recv() {
-            return Some(window);
+        if let Ok(chunk) = self.chunks.recv() {
+            return Some(chunk);
         }
         let ended = self.reader.take()?.join();
         ended
@@ -188,13 +188,13 @@ mod tests {
     use super::*;
     use crate::data::records::{How, Source, read};
 
-    /// Windows of 2 over 5 texts.
-    fn windows(dir: &std::path::Path, size: usize, make: Make<String>) -> Windows<String> {
+    /// Chunks of 2 over 5 texts.
+    fn chunks(dir: &std::path::Path, size: usize, make: Make<String>) -> Chunks<String> {
         let path = dir.join("in.txt");
         std::fs::write(&path, "a\nb\nc\nd\ne\n").unwrap();
         let rows = read(&Source::Path(path), &How::default()).unwrap();
         let (source, columns) = ("in.txt".to_owned(), Columns::default());
-        Windows { rows, source, columns, make, size, strict: false, read: 0 }
+        Chunks { rows, source, columns, make, size, strict: false, read: 0 }
     }
 
     fn text(row: &Row) -> Result<String, BadRow> {
@@ -208,19 +208,19 @@ mod tests {
             "d" => panic!("no more of this"),
             text => Ok(text.to_owned()),
         };
-        let mut windows = ReadAhead::start(windows(dir.path(), 2, Box::new(broken))).unwrap();
-        assert_eq!(windows.next().unwrap().unwrap().entries.len(), 2);
-        let error = windows.next().unwrap().err().unwrap();
+        let mut chunks = ReadAhead::start(chunks(dir.path(), 2, Box::new(broken))).unwrap();
+        assert_eq!(chunks.next().unwrap().unwrap().entries.len(), 2);
+        let error = chunks.next().unwrap().err().unwrap();
         assert!(error.to_string().contains("reading in.txt broke down: no more of this"), "{error}");
         assert_eq!(crate::error::exit_code(&error), 1);
-        assert!(windows.next().is_none());
+        assert!(chunks.next().is_none());
     }
 
     #[test]
-    fn a_window_of_any_size_takes_the_room_of_its_records() {
+    fn a_chunk_of_any_size_takes_the_room_of_its_records() {
         let dir = tempfile::tempdir().unwrap();
-        let windows = ReadAhead::start(windows(dir.path(), usize::MAX, Box::new(text))).unwrap();
-        let read: Vec<usize> = windows.map(|window| window.unwrap().entries.len()).collect();
+        let chunks = ReadAhead::start(chunks(dir.path(), usize::MAX, Box::new(text))).unwrap();
+        let read: Vec<usize> = chunks.map(|chunk| chunk.unwrap().entries.len()).collect();
         assert_eq!(read, [5]);
     }
 
@@ -232,8 +232,8 @@ mod tests {
         let rows = read(&Source::Path(path), &How::default()).unwrap();
         let texts = columns.clone();
         let make = Box::new(move |row: &Row| row.text(&texts, "text").map(str::to_owned));
-        let windows = Windows { rows, source: "a".into(), columns, make, size: 2, strict: false, read: 0 };
-        let entries = windows.flat_map(|window| window.unwrap().entries);
+        let chunks = Chunks { rows, source: "a".into(), columns, make, size: 2, strict: false, read: 0 };
+        let entries = chunks.flat_map(|chunk| chunk.unwrap().entries);
         let answer = |entry: Entry<String>| {
             let text = entry.item.map_or_else(|error| json!({"error": error}), |text| json!({"text": text}));
             entry.key.answer(text.as_object().unwrap())

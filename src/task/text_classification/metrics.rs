@@ -1,6 +1,6 @@
 //! Predictions and what was wanted → metrics, defined as scikit-learn and SciPy define them.
 
-use super::Metrics;
+use crate::task::Metrics;
 
 /// `accuracy`, and `f1_macro` over the labels that were predicted or wanted.
 pub fn single_label(predicted: &[Vec<u32>], wanted: &[Vec<u32>], labels: usize) -> Metrics {

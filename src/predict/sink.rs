@@ -12,7 +12,7 @@ use crate::files::Destination;
 use crate::{Result, bail_unusable, files, say, unusable};
 
 /// A stream of answers, a line each.
-pub enum Output {
+pub enum Sink {
     Stdout,
     /// What is no file, with its name.
     Stream(File, String),
@@ -32,13 +32,13 @@ pub struct Partial {
 /// What a killed run had written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Done {
-    /// Answers that are kept: whole windows.
+    /// Answers that are kept: whole chunks.
     pub records: usize,
     /// How many of them are errors.
     pub errors: usize,
 }
 
-impl Output {
+impl Sink {
     /// Opens what is no file, where nothing can be resumed.
     ///
     /// # Errors
@@ -63,11 +63,11 @@ impl Output {
         Ok(Self::File(Partial { target: target.to_owned(), partial, settings: about, file }))
     }
 
-    /// Goes on with what a killed run left, behind its last whole window. None where nothing was left.
+    /// Goes on with what a killed run left, behind its last whole chunk. None where nothing was left.
     ///
     /// # Errors
     /// Unusable: the run that was killed had other settings; says which. Or another run is writing it.
-    pub fn resume(target: &Path, settings: &Value, window: usize) -> Result<Option<(Self, Done)>> {
+    pub fn resume(target: &Path, settings: &Value, chunk: usize) -> Result<Option<(Self, Done)>> {
         let [partial, about] = names(target);
         if !partial.exists() || !about.exists() {
             return Ok(None);
@@ -84,7 +84,7 @@ impl Output {
         }
         let mut file = open(&partial, File::options().read(true).write(true))?;
         let place = || partial.display().to_string();
-        let (done, end) = whole_windows(&mut file, window).with_context(place)?;
+        let (done, end) = whole_chunks(&mut file, chunk).with_context(place)?;
         file.set_len(end).with_context(place)?;
         file.seek(SeekFrom::Start(end)).with_context(place)?;
         let file = BufWriter::new(file);
@@ -97,7 +97,7 @@ impl Output {
         names(target)[0].exists()
     }
 
-    /// Appends one window's lines, and hands them to the system.
+    /// Appends one chunk's lines, and hands them to the system.
     pub fn write(&mut self, lines: &[u8]) -> Result<()> {
         match self {
             Self::Stdout => say::print(lines),
@@ -183,8 +183,8 @@ fn differing(begun: &Value, now: &Value) -> Vec<String> {
         .collect()
 }
 
-/// How many answers stand in whole windows, and where the last of them ends.
-fn whole_windows(file: &mut File, window: usize) -> Result<(Done, u64)> {
+/// How many answers stand in whole chunks, and where the last of them ends.
+fn whole_chunks(file: &mut File, chunk: usize) -> Result<(Done, u64)> {
     let mut lines = BufReader::new(file);
     let (mut all, mut kept, mut offset, mut end) = (Done::default(), Done::default(), 0, 0);
     let mut line = Vec::new();
@@ -199,7 +199,7 @@ fn whole_windows(file: &mut File, window: usize) -> Result<(Done, u64)> {
         };
         all.records += 1;
         all.errors += usize::from(record.contains_key("error"));
-        if all.records.is_multiple_of(window) {
+        if all.records.is_multiple_of(chunk) {
             (kept, end) = (all, offset);
         }
     }
@@ -213,20 +213,20 @@ mod tests {
 
     fn begun(dir: &Path, text: &str) -> PathBuf {
         let target = dir.join("out.jsonl");
-        let mut output = Output::begin(&target, &json!({"model": "a"})).unwrap();
+        let mut output = Sink::begin(&target, &json!({"model": "a"})).unwrap();
         output.write(text.as_bytes()).unwrap();
         target
     }
 
     #[test]
-    fn what_was_cut_off_is_dropped_to_the_last_whole_window() {
+    fn what_was_cut_off_is_dropped_to_the_last_whole_chunk() {
         let dir = tempfile::tempdir().unwrap();
         let text = "{\"index\":0}\n{\"index\":1,\"error\":\"x\"}\n{\"index\":2}\n{\"index\":3}\n{\"ind";
         for (length, records, errors) in
             [(0, 0, 0), (12, 0, 0), (35, 0, 0), (36, 2, 1), (59, 2, 1), (60, 4, 1), (65, 4, 1)]
         {
             let target = begun(dir.path(), &text[..length]);
-            let (output, done) = Output::resume(&target, &json!({"model": "a"}), 2).unwrap().unwrap();
+            let (output, done) = Sink::resume(&target, &json!({"model": "a"}), 2).unwrap().unwrap();
             assert_eq!(done, Done { records, errors }, "{length} bytes");
             output.finish().unwrap();
             let kept = std::fs::read_to_string(&target).unwrap();
@@ -239,7 +239,7 @@ mod tests {
     fn other_settings_are_named() {
         let dir = tempfile::tempdir().unwrap();
         let target = begun(dir.path(), "");
-        let error = Output::resume(&target, &json!({"model": "b"}), 2).err().unwrap();
+        let error = Sink::resume(&target, &json!({"model": "b"}), 2).err().unwrap();
         assert!(error.to_string().contains("model was \"a\", is \"b\""), "{error}");
         assert_eq!(crate::error::exit_code(&error), 2);
     }
@@ -250,9 +250,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let target = dir.path().join("out.jsonl");
         let settings = json!({"model": "a"});
-        let mut first = Output::begin(&target, &settings).unwrap();
+        let mut first = Sink::begin(&target, &settings).unwrap();
         first.write(b"{}\n").unwrap();
-        let second = [Output::begin(&target, &settings).err(), Output::resume(&target, &settings, 1).err()];
+        let second = [Sink::begin(&target, &settings).err(), Sink::resume(&target, &settings, 1).err()];
         for error in second {
             let error = error.unwrap();
             assert!(error.to_string().contains("by another run"), "{error}");
@@ -260,6 +260,6 @@ mod tests {
         }
         first.finish().unwrap();
         assert_eq!(std::fs::read_to_string(&target).unwrap(), "{}\n");
-        Output::begin(&target, &settings).unwrap();
+        Sink::begin(&target, &settings).unwrap();
     }
 }

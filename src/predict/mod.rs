@@ -1,0 +1,134 @@
+//! A loaded model that answers records: records in, batches by token budget through ONNX Runtime, answers in the order
+//! of the input.
+
+pub mod batching;
+pub mod chunks;
+pub mod graphs;
+pub mod pool;
+pub mod sink;
+
+use std::path::{Path, PathBuf};
+
+pub use pool::Pool;
+
+use crate::Result;
+use crate::data::batch::Encoding;
+use crate::data::records::{BadRow, Row};
+use crate::runtime::{Provider, Providers};
+use crate::saved::Saved;
+use crate::say::Say;
+use crate::task::{Answer, AnswerFlags, Asking, Example, Measured, Question, Task};
+
+/// How a model is loaded.
+pub struct Options<'a> {
+    pub providers: &'a Providers,
+    /// Sessions on a CPU, each of one thread.
+    pub threads: usize,
+    /// Padded tokens of a batch; what suits the provider where there is none.
+    pub batch_tokens: Option<usize>,
+    /// Tokens of the longest window; the model's own where there is none.
+    pub max_length: Option<usize>,
+    /// How records are read and answered.
+    pub flags: &'a AnswerFlags,
+}
+
+/// An exported model whose answers come of one pass.
+pub struct Predictor {
+    task: Task,
+    asking: Asking,
+    flags: AnswerFlags,
+    graph: PathBuf,
+    pool: Pool,
+}
+
+/// A record as the model is asked with it.
+pub struct Asked {
+    windows: Vec<Encoding>,
+    question: Question,
+}
+
+impl Asked {
+    /// Tokens of all windows.
+    pub fn tokens(&self) -> usize {
+        self.windows.iter().map(Encoding::len).sum()
+    }
+
+    /// Whether something was cut off.
+    pub fn truncated(&self) -> bool {
+        self.windows.iter().any(|window| window.truncated)
+    }
+}
+
+impl Predictor {
+    /// Loads what `tk export` wrote.
+    ///
+    /// # Errors
+    /// Unusable: there is no graph of these weights, or no room for a record. As [`Pool::open`].
+    pub fn open(saved: &Saved, options: &Options, say: Say) -> Result<Self> {
+        let max_length = saved.checked_max_length(options.max_length)?;
+        let columns = saved.task.columns(options.flags);
+        let asking = Asking { columns, tokenizer: saved.tokenizer.clone(), max_length };
+        saved.task.check_room(&asking)?;
+        let graph = graphs::checked(saved)?;
+        let pool = Pool::open(saved, &graph, options.providers, options.threads, options.batch_tokens, say)?;
+        Ok(Self { task: saved.task.clone(), asking, flags: options.flags.clone(), graph, pool })
+    }
+
+    /// What runs the model.
+    pub fn provider(&self) -> Provider {
+        self.pool.provider()
+    }
+
+    /// The graph that it runs.
+    pub fn graph(&self) -> &Path {
+        &self.graph
+    }
+
+    /// The most padded tokens of a batch with more than one window.
+    pub fn batch_tokens(&self) -> usize {
+        self.pool.batch_tokens()
+    }
+
+    /// Tokens of the longest window.
+    pub fn max_length(&self) -> usize {
+        self.asking.max_length
+    }
+
+    /// What makes of a record what this model is asked with, in any thread.
+    pub fn reader(&self) -> impl Fn(&Row) -> Result<Asked, BadRow> + Send + Sync + 'static {
+        let (task, asking) = (self.task.clone(), self.asking.clone());
+        move |row| {
+            let (windows, question) = task.ask(row, &asking)?;
+            Ok(Asked { windows, question })
+        }
+    }
+
+    /// An answer for each, in order. A record of which something was cut off says so.
+    ///
+    /// # Errors
+    /// The model fails, or gives other outputs than its task has.
+    pub fn answers(&mut self, asked: &[&Asked]) -> Result<Vec<Answer>> {
+        let windows: Vec<&Encoding> = asked.iter().flat_map(|asked| &asked.windows).collect();
+        let outputs = self.pool.outputs(&windows)?;
+        let mut rest = &outputs[..];
+        let answer = |asked: &&Asked| {
+            let (own, others) = rest.split_at(asked.windows.len());
+            rest = others;
+            let mut answer = self.task.answer(&asked.question, own, &self.flags)?;
+            if let (Ok(fields), true) = (&mut answer, asked.truncated()) {
+                fields.insert("truncated".to_owned(), true.into());
+            }
+            Ok(answer)
+        };
+        asked.iter().map(answer).collect()
+    }
+
+    /// The task's metrics and mean loss over examples.
+    ///
+    /// # Errors
+    /// As [`Predictor::answers`].
+    pub fn measure(&mut self, examples: &[Example]) -> Result<Measured> {
+        let encodings: Vec<&Encoding> = examples.iter().map(|example| &example.encoding).collect();
+        self.task.measure_outputs(&self.pool.outputs(&encodings)?, examples)
+    }
+}

@@ -1,0 +1,128 @@
+//! What several tasks have in common on the command line: how records stand in files, and the columns of texts. Flags of
+//! its own a task declares in its file.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::data::records::{BadRow, Columns, Format, How, Row, TextEncoding};
+use crate::{Result, bail_unusable};
+
+/// How records stand in files.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::Args, Serialize, Deserialize)]
+#[group(skip)]
+#[serde(rename_all = "kebab-case", default)]
+pub struct Reading {
+    /// The records' format, where a file's name does not tell: jsonl, json, csv, tsv, parquet, txt or conll [default for
+    /// standard input: jsonl].
+    #[arg(long, value_name = "FORMAT", help_heading = "Records")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub format: Option<Format>,
+    /// The encoding of the records' text: utf-16, windows-1252, shift_jis … [default: utf-8].
+    #[arg(long, value_name = "NAME", help_heading = "Records")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub encoding: Option<TextEncoding>,
+}
+
+impl Reading {
+    /// How files are read.
+    pub fn how(&self) -> How {
+        How { format: self.format, encoding: self.encoding, ..How::default() }
+    }
+
+    /// Whether a file is read as this format.
+    pub fn is(&self, format: Format, path: &Path) -> bool {
+        self.format.or(Format::of(path).ok()) == Some(format)
+    }
+}
+
+/// The columns that texts stand in.
+#[derive(Clone, Debug, Default, PartialEq, Eq, clap::Args, Serialize, Deserialize)]
+#[group(skip)]
+#[serde(rename_all = "kebab-case", default)]
+pub struct TextColumns {
+    /// The column of the text [default: text].
+    #[arg(long, value_name = "NAME", help_heading = "Records")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub text_column: Option<String>,
+    /// The column of the second text of a pair [default: text_pair].
+    #[arg(long, value_name = "NAME", help_heading = "Records")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub text_pair_column: Option<String>,
+}
+
+impl TextColumns {
+    /// The mapping from field to column.
+    pub fn columns(&self) -> Columns {
+        Columns::default()
+            .with("text", self.text_column.clone())
+            .with("text_pair", self.text_pair_column.clone())
+    }
+
+    /// A row's texts.
+    ///
+    /// # Errors
+    /// There is no text, or one is no string.
+    pub fn read(columns: &Columns, row: &Row) -> Result<(String, Option<String>), BadRow> {
+        let pair = row.optional_text(columns, "text_pair")?.map(str::to_owned);
+        Ok((row.text(columns, "text")?.to_owned(), pair))
+    }
+}
+
+/// The flags that were given, in their long form and in alphabetical order.
+///
+/// # Errors
+/// They are no fields that can be written.
+pub(super) fn given(flags: &impl Serialize) -> Result<Vec<String>> {
+    let Value::Object(fields) = serde_json::to_value(flags)? else { anyhow::bail!("flags are an object") };
+    let is_set = |value: &Value| !matches!(value, Value::Null | Value::Bool(false));
+    let set = fields.iter().filter(|(_, value)| is_set(value));
+    Ok(set.map(|(name, _)| format!("--{}", name.replace('_', "-"))).collect())
+}
+
+/// Refuses flags of one task where another one is at work.
+///
+/// # Errors
+/// Unusable: names the flag and its task.
+pub(super) fn refuse_given(flags: &impl Serialize, of: &str, task: &str) -> Result<()> {
+    match given(flags)?.first() {
+        Some(flag) => bail_unusable!("{flag} is for {of}, and this is {task}"),
+        None => Ok(()),
+    }
+}
+
+/// Refuses columns of texts that a task does not read.
+///
+/// # Errors
+/// Unusable: names the flag.
+pub(super) fn refuse_texts(texts: &TextColumns, read: &[&str], task: &str) -> Result<()> {
+    let unread =
+        |flag: &&String| !read.iter().any(|name| **flag == format!("--{}-column", name.replace('_', "-")));
+    match given(texts)?.iter().find(unread) {
+        Some(flag) => bail_unusable!("{flag} says nothing to {task}"),
+        None => Ok(()),
+    }
+}
+
+/// Lists the first records that can't be used, if there are any.
+///
+/// # Errors
+/// Unusable: there are some.
+pub(super) fn refuse_records(
+    path: &Path,
+    what: &str,
+    wrong: impl IntoIterator<Item = (usize, String)>,
+) -> Result<()> {
+    let mut lines: Vec<String> =
+        wrong.into_iter().map(|(line, why)| format!("  {}:{line}: {why}", path.display())).collect();
+    if lines.is_empty() {
+        return Ok(());
+    }
+    let more = lines.len().saturating_sub(10);
+    lines.truncate(10);
+    if more > 0 {
+        lines.push(format!("  and {more} more"));
+    }
+    bail_unusable!("{}: {what}:\n{}", path.display(), lines.join("\n"));
+}

@@ -1,0 +1,265 @@
+//! What a task is: all that is particular to one kind of work stands in one module, which implements [`Objective`];
+//! [`super::Task`] is the one list of them. On its way from a file to an answer, a record is
+//!
+//! ```text
+//! row ─read─▶ record ─encode─▶ examples (one, or several windows, each with its target)
+//!     ─define(head)─▶ outputs, a row a sequence or a row a token
+//!     ├─loss─▶ training   ├─measure─▶ metrics   └─answer─▶ the JSON that users read
+//! ```
+
+use std::path::Path;
+
+use candle_core::Tensor;
+
+use super::{
+    Answer, AnswerFlags, CausalLm, Example, Measured, Metric, Output, Outputs, RecordFlags, Task,
+    TrainingFlags,
+};
+use crate::data::batch::Encoding;
+use crate::data::records::{BadRow, Columns, Row};
+use crate::data::tokens::Tokenizer;
+use crate::eager::{Eager, Forward, X};
+use crate::model::ops::Ops;
+use crate::model::{Family, Head, ModelConfig, token_ids};
+use crate::runtime::Slots;
+use crate::say::Say;
+use crate::{Result, bail_unusable};
+
+/// Whether a graph goes on from tokens that it has read before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// It reads whole sequences.
+    Whole,
+    /// Keys and values of earlier tokens come in as `past_key_values.{layer}.key` and `.value`, and those of all go
+    /// out as `present.{layer}.key` and `.value`, (B, H, T, D) each; positions are an input. What Optimum calls
+    /// `text-generation-with-past`.
+    Cached,
+    /// Keys and values stand in buffers of a capacity that is not yet used up, (B, H, capacity, D): new ones are
+    /// written into them in place, each row at its own length, and the same buffers go in as `past_key_values…` and
+    /// out as `present…`. Scores are given for the tokens at the columns `logits_at` alone. ONNX Runtime's own
+    /// operators; what tk generates with.
+    InPlace,
+}
+
+/// What a run of training starts from.
+pub struct Start<'a> {
+    /// The directory of the model.
+    pub model: &'a Path,
+    /// What it says; a task that trains a tokenizer changes the vocabulary.
+    pub config: ModelConfig,
+    /// Whether all weights are drawn anew.
+    pub from_scratch: bool,
+    /// The records to learn from.
+    pub train: &'a Path,
+    pub records: &'a RecordFlags,
+    pub training: &'a TrainingFlags,
+    pub max_length: usize,
+    pub say: &'a Say,
+}
+
+impl Start<'_> {
+    /// The model's tokenizer.
+    ///
+    /// # Errors
+    /// Unusable: it can't be read, or does not fit the model.
+    pub fn tokenizer(&self) -> Result<Tokenizer> {
+        self.checked(Tokenizer::open(self.model)?)
+    }
+
+    /// Holds a tokenizer and the configuration's token ids against the vocabulary.
+    ///
+    /// # Errors
+    /// Unusable: one of them has tokens that the model has not.
+    pub fn checked(&self, mut tokenizer: Tokenizer) -> Result<Tokenizer> {
+        tokenizer.check_fits(self.config.vocab_size(), self.config.token_types())?;
+        token_ids::check(&self.config.raw, self.config.vocab_size())
+            .map_err(|error| self.in_config(error))?;
+        Ok(tokenizer)
+    }
+
+    /// Says of an error that it is about the model's configuration.
+    pub fn in_config(&self, error: anyhow::Error) -> anyhow::Error {
+        error.context(self.model.join("config.json").display().to_string())
+    }
+}
+
+/// What is to be learnt, and the examples for it.
+pub struct Learning<T, G> {
+    pub task: T,
+    pub tokenizer: Tokenizer,
+    pub examples: Vec<Example<G>>,
+    /// Files of the trained model that the task writes, of those in [`Objective::FILES`].
+    pub files: Vec<(&'static str, String)>,
+}
+
+/// How records become examples to measure on.
+#[derive(Clone, Copy)]
+pub struct Encoder<'a> {
+    pub records: &'a RecordFlags,
+    pub training: &'a TrainingFlags,
+    pub tokenizer: &'a Tokenizer,
+    pub max_length: usize,
+}
+
+/// How records become questions.
+#[derive(Clone)]
+pub struct Asking {
+    pub columns: Columns,
+    pub tokenizer: Tokenizer,
+    pub max_length: usize,
+}
+
+/// One kind of work: its records, head, loss, outputs, metrics and answers.
+pub trait Objective: Clone + Into<Task> {
+    /// As `--task` takes it.
+    const NAME: &'static str;
+    /// The head that it asks a family for, of any size: by it a saved model's task is known.
+    const HEAD: Head;
+    /// The texts, of those that [`super::TextColumns`] maps, that its records to learn from have.
+    const TEXTS_LEARNT: &'static [&'static str];
+    /// The same of records to answer.
+    const TEXTS_ASKED: &'static [&'static str];
+    /// Files of a model's directory, beside configuration, weights and tokenizer, that it reads and writes.
+    const FILES: &'static [&'static str] = &[];
+
+    /// What an example ought to give.
+    type Target: Clone + std::fmt::Debug + PartialEq;
+    /// What is kept of a record until its windows are computed.
+    type Question: Send;
+
+    /// Reads what a trained model's `config.json` says of the task.
+    ///
+    /// # Errors
+    /// Unusable: it is inconsistent.
+    fn from_config(config: &ModelConfig) -> Result<Self>;
+
+    /// Writes what the task knows into a configuration that is about to be saved.
+    fn write_config(&self, config: &mut ModelConfig);
+
+    /// Refuses flags that say nothing of any of these files.
+    ///
+    /// # Errors
+    /// Unusable: names the flag.
+    fn check_files(_flags: &RecordFlags, _files: &[&Path]) -> Result<()> {
+        Ok(())
+    }
+
+    /// Reads the records to learn from, and finds out what is to be learnt.
+    ///
+    /// # Errors
+    /// Unusable: records that can't be learnt from, with file and line.
+    fn learn(start: &mut Start) -> Result<Learning<Self, Self::Target>>;
+
+    /// Reads records to measure on.
+    ///
+    /// # Errors
+    /// Unusable: records that the model can't be measured on, with file and line.
+    fn examples(&self, path: &Path, encoder: &Encoder) -> Result<Vec<Example<Self::Target>>>;
+
+    /// What is told of the task before the first step.
+    fn summary(&self) -> Option<String> {
+        None
+    }
+
+    /// Whether `--label-smoothing` means something.
+    fn smooths_labels(&self) -> bool {
+        true
+    }
+
+    /// How many losses a target has: a step's loss is their mean.
+    fn losses(_target: &Self::Target) -> usize {
+        1
+    }
+
+    /// The head, with its size.
+    fn head(&self) -> Head;
+
+    /// The model with the task's head: the graph's outputs, in the order of [`Objective::outputs`].
+    ///
+    /// # Errors
+    /// The family has no such head.
+    fn define<O: Ops>(&self, o: &O, family: &Family) -> Result<Vec<O::X>> {
+        Ok(vec![family.define(o, self.head())?])
+    }
+
+    /// The same for the last token of every sequence alone: what a graph that generates computes.
+    ///
+    /// # Errors
+    /// Unusable: the task's model generates nothing.
+    fn generate<O: Ops>(&self, _o: &O, _family: &Family) -> Result<Vec<O::X>> {
+        bail_unusable!("a {} model generates no text", Self::NAME)
+    }
+
+    /// The language model, of a task that answers by generating.
+    fn language_model(&self) -> Option<&CausalLm> {
+        None
+    }
+
+    /// What a graph of the task takes and gives beside its tokens.
+    fn form(&self) -> Form {
+        Form::Whole
+    }
+
+    /// The outputs of a graph of this form.
+    fn outputs(&self, form: Form) -> Vec<Output>;
+
+    /// The sum of the examples' losses over the outputs of [`Objective::define`], divided by `of`; gradients flow back
+    /// through it. The examples are those of the batch.
+    ///
+    /// # Errors
+    /// The outputs do not fit the targets.
+    fn loss(
+        &self,
+        eager: &Eager,
+        outputs: Vec<X>,
+        examples: &[(&Encoding, &Self::Target)],
+        label_smoothing: f64,
+        of: usize,
+    ) -> Result<Tensor>;
+
+    /// The metrics, beside the loss; the first says which evaluation is the best, where nobody asks for another.
+    fn metrics(&self) -> &'static [Metric];
+
+    /// The metrics and the mean loss of what a model computes in candle.
+    fn measure(&self, model: &Forward, examples: &[(&Encoding, &Self::Target)]) -> Result<Measured> {
+        let (encodings, targets): (Vec<_>, Vec<_>) = examples.iter().copied().unzip();
+        self.measure_outputs(&model.outputs(&encodings)?, &targets)
+    }
+
+    /// The metrics and the mean loss of outputs, whatever has computed them.
+    ///
+    /// # Errors
+    /// They are not those of the targets; or the task's outputs are too many to be held.
+    fn measure_outputs(&self, outputs: &[Outputs], targets: &[&Self::Target]) -> Result<Measured>;
+
+    /// The same of a language model's graph that generates, which gives the scores of few tokens at once.
+    ///
+    /// # Errors
+    /// Unusable: the task's model generates nothing. As [`Slots::read`].
+    fn measure_in_place(&self, _: &mut Slots, _: &[(&Encoding, &Self::Target)]) -> Result<Measured> {
+        bail_unusable!("a {} model generates no text", Self::NAME)
+    }
+
+    /// The columns of a record to answer.
+    fn columns(flags: &AnswerFlags) -> Columns;
+
+    /// Refuses a length that leaves no room for a text between the tokens that stand around it.
+    ///
+    /// # Errors
+    /// Unusable: says how many tokens these are.
+    fn check_room(&self, asking: &Asking) -> Result<()> {
+        asking.tokenizer.encode("", None, asking.max_length).map(drop)
+    }
+
+    /// Makes of a record the windows that the model is asked with.
+    ///
+    /// # Errors
+    /// The record lacks something, or has what can't be tokenized.
+    fn ask(&self, row: &Row, asking: &Asking) -> Result<(Vec<Encoding>, Self::Question), BadRow>;
+
+    /// The answer to a record as its fields, from the outputs of its windows.
+    ///
+    /// # Errors
+    /// The outputs are not those of the windows: then no record can be answered. The inner error is the record's.
+    fn answer(&self, question: &Self::Question, outputs: &[Outputs], flags: &AnswerFlags) -> Result<Answer>;
+}

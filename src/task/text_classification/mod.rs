@@ -1,0 +1,478 @@
+//! Text classification: one text or a pair → one label, several labels, or a number.
+
+mod labels;
+mod metrics;
+#[cfg(test)]
+mod tests;
+
+use std::path::Path;
+
+use anyhow::Context;
+use candle_core::{DType, Device, Tensor};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use super::flags::refuse_records;
+use super::id2label::{self, default_names};
+use super::scores::{argmax, short, softmax};
+use super::{
+    Answer, Asking, Dim, Encoder, Example, Form, Learning, Measured, Metric, Metrics, Objective, Output,
+    Outputs, Start, TextColumns,
+};
+use crate::data::batch::Encoding;
+use crate::data::records::{self, BadRow, Columns, Row};
+use crate::data::tokens::Tokenizer;
+use crate::eager::{Eager, X, tensors};
+use crate::model::{Head, ModelConfig};
+use crate::{Result, bail_unusable};
+
+/// The labels and what a text may have of them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TextClassification {
+    pub problem: ProblemType,
+    /// In the order of `id2label`; one, for a regression.
+    pub labels: Vec<String>,
+}
+
+/// What a text ought to be labelled with.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Wanted {
+    Class(u32),
+    /// Label ids, ascending.
+    Classes(Vec<u32>),
+    Number(f32),
+}
+
+/// Flags of labelled texts.
+#[derive(Clone, Debug, Default, PartialEq, Eq, clap::Args, Serialize, Deserialize)]
+#[group(skip)]
+#[serde(rename_all = "kebab-case", default)]
+pub struct RecordFlags {
+    /// The column of the label [default: label].
+    #[arg(long, value_name = "NAME", help_heading = "Records")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub label_column: Option<String>,
+}
+
+/// Flags of training.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::Args, Serialize, Deserialize)]
+#[group(skip)]
+#[serde(rename_all = "kebab-case", default)]
+pub struct TrainingFlags {
+    /// For text-classification, what kind of label is learnt [default: found in the training data].
+    #[arg(long, value_enum)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub problem_type: Option<ProblemType>,
+}
+
+/// Flags of answers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::Args, Serialize)]
+#[group(skip)]
+#[serde(rename_all = "kebab-case")]
+pub struct AnswerFlags {
+    /// For text-classification, write the logits too, in the order of id2label.
+    #[arg(long)]
+    pub logits: bool,
+}
+
+/// A record before the labels are known: its place, its texts, its label.
+struct Labelled {
+    line: usize,
+    text: String,
+    pair: Option<String>,
+    label: Value,
+}
+
+/// transformers' `problem_type`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
+#[value(rename_all = "snake_case")]
+#[serde(rename_all = "snake_case")]
+pub enum ProblemType {
+    /// Exactly one of the labels: softmax, cross-entropy.
+    SingleLabelClassification,
+    /// Any number of the labels: a sigmoid each, binary cross-entropy.
+    MultiLabelClassification,
+    /// A number: mean squared error.
+    Regression,
+}
+
+impl ProblemType {
+    fn name(self) -> &'static str {
+        match self {
+            Self::SingleLabelClassification => "single_label_classification",
+            Self::MultiLabelClassification => "multi_label_classification",
+            Self::Regression => "regression",
+        }
+    }
+}
+
+/// The largest `num_labels` that is believed.
+const MOST_LABELS: u64 = 1 << 24;
+
+impl Objective for TextClassification {
+    const NAME: &'static str = "text-classification";
+    const HEAD: Head = Head::SequenceClassification { labels: 0 };
+    const TEXTS_LEARNT: &'static [&'static str] = &["text", "text_pair"];
+    const TEXTS_ASKED: &'static [&'static str] = Self::TEXTS_LEARNT;
+
+    type Target = Wanted;
+    /// The windows are all.
+    type Question = ();
+
+    /// Reads `problem_type` and `id2label` of a fine-tuned model. As in transformers, one label without a
+    /// `problem_type` is a regression, and labels without names are `LABEL_0`, `LABEL_1` ….
+    fn from_config(config: &ModelConfig) -> Result<Self> {
+        let labels = match id2label::read(config)? {
+            Some(labels) => labels,
+            None => {
+                let n = config.raw.get("num_labels").and_then(Value::as_u64).unwrap_or(2);
+                if n > MOST_LABELS {
+                    bail_unusable!("num_labels is {n}; up to {MOST_LABELS} were expected");
+                }
+                default_names(n as usize)
+            }
+        };
+        let problem = match config.raw.get("problem_type").and_then(Value::as_str) {
+            Some("single_label_classification") => ProblemType::SingleLabelClassification,
+            Some("multi_label_classification") => ProblemType::MultiLabelClassification,
+            Some("regression") => ProblemType::Regression,
+            Some(other) => bail_unusable!(
+                "problem_type is \"{other}\", expected single_label_classification, \
+                 multi_label_classification or regression"
+            ),
+            None if labels.len() == 1 => ProblemType::Regression,
+            None => ProblemType::SingleLabelClassification,
+        };
+        if problem == ProblemType::Regression && labels.len() != 1 {
+            bail_unusable!("a regression has one label, id2label has {}", labels.len());
+        }
+        Ok(Self { problem, labels })
+    }
+
+    fn write_config(&self, config: &mut ModelConfig) {
+        id2label::write(config, self.head(), &self.labels);
+        let pads_with_the_end = config.family.pads_with_the_end();
+        let raw = &mut config.raw;
+        raw.insert("problem_type".to_owned(), json!(self.problem.name()));
+        if pads_with_the_end && raw.get("pad_token_id").is_none_or(Value::is_null) {
+            // transformers finds the last token of a padded row by it
+            let end = raw.get("eos_token_id").cloned().unwrap_or_else(|| json!(50_256));
+            let end = end.get(0).cloned().unwrap_or(end); // the first of a list
+            raw.insert("pad_token_id".to_owned(), end);
+        }
+    }
+
+    fn learn(start: &mut Start) -> Result<Learning<Self, Wanted>> {
+        let tokenizer = start.tokenizer()?;
+        let records = read(start.train, start.records)?;
+        let known = Self::known(&start.config).context("config.json of the model to start from")?;
+        let labels: Vec<&Value> = records.iter().map(|record| &record.label).collect();
+        let problem = start.training.text_classification.problem_type;
+        let wrong = Self::unfit(&labels, problem).into_iter();
+        refuse_records(
+            start.train,
+            WRONG_LABELS,
+            wrong.map(|(i, error)| (records[i].line, error.to_string())),
+        )?;
+        let task =
+            Self::from_labels(&labels, problem, known).with_context(|| start.train.display().to_string())?;
+        let examples = task.encode(&records, start.train, &tokenizer, start.max_length)?;
+        Ok(Learning { task, tokenizer, examples, files: Vec::new() })
+    }
+
+    fn examples(&self, path: &Path, encoder: &Encoder) -> Result<Vec<Example<Wanted>>> {
+        self.encode(&read(path, encoder.records)?, path, encoder.tokenizer, encoder.max_length)
+    }
+
+    fn summary(&self) -> Option<String> {
+        Some(match self.problem {
+            ProblemType::Regression => "the labels are numbers: a regression".to_owned(),
+            _ => format!("labels: {}", self.labels.join(", ")),
+        })
+    }
+
+    /// One label's share is spread over the others: where there are none, there is nothing to spread.
+    fn smooths_labels(&self) -> bool {
+        self.problem == ProblemType::SingleLabelClassification
+    }
+
+    fn head(&self) -> Head {
+        Head::SequenceClassification { labels: self.labels.len() }
+    }
+
+    fn outputs(&self, _: Form) -> Vec<Output> {
+        vec![Output { name: "logits", dims: vec![Dim::Batch, Dim::Of(self.labels.len())] }]
+    }
+
+    fn loss(
+        &self,
+        _: &Eager,
+        outputs: Vec<X>,
+        examples: &[(&Encoding, &Wanted)],
+        label_smoothing: f64,
+        of: usize,
+    ) -> Result<Tensor> {
+        let outputs = tensors(outputs)?;
+        let logits = outputs.first().context("the model has no output")?;
+        let targets: Vec<&Wanted> = examples.iter().map(|(_, target)| *target).collect();
+        Ok((self.sum_of_losses(logits, &targets, label_smoothing)? / of as f64)?)
+    }
+
+    fn metrics(&self) -> &'static [Metric] {
+        const F1_MACRO: Metric = Metric::rising("f1_macro");
+        const ACCURACY: Metric = Metric::rising("accuracy");
+        match self.problem {
+            ProblemType::SingleLabelClassification => const { &[ACCURACY, F1_MACRO] },
+            ProblemType::MultiLabelClassification => {
+                const { &[Metric::rising("f1_micro"), ACCURACY, F1_MACRO] }
+            }
+            ProblemType::Regression => {
+                const {
+                    &[
+                        Metric::falling("mse"),
+                        Metric::falling("mae"),
+                        Metric::rising("pearson"),
+                        Metric::rising("spearman"),
+                    ]
+                }
+            }
+        }
+    }
+
+    fn measure_outputs(&self, outputs: &[Outputs], targets: &[&Wanted]) -> Result<Measured> {
+        let width = self.labels.len();
+        let logits = outputs.iter().map(|outputs| self.logits(outputs)).collect::<Result<Vec<_>>>()?;
+        let matrix = Tensor::from_vec(logits.concat(), (logits.len(), width), &Device::Cpu)?;
+        let loss = self.sum_of_losses(&matrix.to_dtype(DType::F64)?, targets, 0.0)?.to_scalar::<f32>()?;
+        let mut metrics = self.compare(&logits, targets);
+        metrics.insert("loss".to_owned(), f64::from(loss) / logits.len() as f64);
+        Ok(metrics.into())
+    }
+
+    fn columns(flags: &super::AnswerFlags) -> Columns {
+        flags.texts.columns()
+    }
+
+    fn check_room(&self, asking: &Asking) -> Result<()> {
+        let pair = asking.tokenizer.takes_pairs().then_some("a pair");
+        asking.tokenizer.encode("", pair, asking.max_length).map(drop)
+    }
+
+    fn ask(&self, row: &Row, asking: &Asking) -> Result<(Vec<Encoding>, ()), BadRow> {
+        let (text, pair) = TextColumns::read(&asking.columns, row)?;
+        match asking.tokenizer.encode(&text, pair.as_deref(), asking.max_length) {
+            Ok(encoding) if encoding.is_empty() => Err(row.bad("the text has no tokens")),
+            Ok(encoding) => Ok((vec![encoding], ())),
+            Err(error) => Err(row.bad(format!("{error:#}"))),
+        }
+    }
+
+    fn answer(&self, (): &(), outputs: &[Outputs], flags: &super::AnswerFlags) -> Result<Answer> {
+        let row = self.logits(outputs.first().context("a record has no output")?)?;
+        if row.iter().all(|x| x.is_finite()) {
+            Ok(Ok(self.prediction(&row, flags.text_classification.logits)))
+        } else {
+            Ok(Err(format!("the model's logits are not finite: {row:?}")))
+        }
+    }
+}
+
+const WRONG_LABELS: &str = "labels that can't be used";
+
+/// Reads every record of a file.
+fn read(path: &Path, flags: &super::RecordFlags) -> Result<Vec<Labelled>> {
+    let columns = flags.texts.columns().with("label", flags.text_classification.label_column.clone());
+    records::read_examples(path, &flags.reading.how(), |row| {
+        let (text, pair) = TextColumns::read(&columns, &row)?;
+        let label = match (row.value(&columns, "label")?, row.exact.get(columns.of("label"))) {
+            (Value::String(name), _) if name.trim().is_empty() => {
+                return Err(
+                    row.bad(format!("field {:?} is empty: a label was expected", columns.of("label")))
+                );
+            }
+            // an integer beyond 64 bits
+            (Value::Number(_), Some(digits)) if digits.bytes().all(|byte| byte.is_ascii_digit()) => {
+                digits.clone().into()
+            }
+            (label, _) => label.clone(),
+        };
+        Ok(Labelled { line: row.line, text, pair, label })
+    })
+}
+
+impl TextClassification {
+    /// Encodes records and reads their labels.
+    ///
+    /// # Errors
+    /// Unusable: labels that the task does not have; the first of them are listed with file and line.
+    fn encode(
+        &self,
+        records: &[Labelled],
+        path: &Path,
+        tokenizer: &Tokenizer,
+        max_length: usize,
+    ) -> Result<Vec<Example<Wanted>>> {
+        let (mut targets, mut wrong) = (Vec::with_capacity(records.len()), Vec::new());
+        let labels: Vec<&Value> = records.iter().map(|record| &record.label).collect();
+        for (record, target) in records.iter().zip(self.targets(&labels)) {
+            match target {
+                Ok(target) => targets.push(target),
+                Err(error) => wrong.push((record.line, error.to_string())),
+            }
+        }
+        refuse_records(path, WRONG_LABELS, wrong)?;
+        let texts: Vec<(&str, Option<&str>)> =
+            records.iter().map(|record| (record.text.as_str(), record.pair.as_deref())).collect();
+        let encodings: Vec<Encoding> = tokenizer.encode_all(&texts, max_length).map_err(|error| {
+            let bad =
+                |(text, pair): &(&str, Option<&str>)| tokenizer.encode(text, *pair, max_length).is_err();
+            let first = texts.iter().position(bad).map_or(0, |i| records[i].line);
+            error.context(format!("{}:{first}", path.display()))
+        })?;
+        let empty = records.iter().zip(&encodings).filter(|(_, encoding)| encoding.is_empty());
+        let empty = empty.map(|(record, _)| (record.line, "the text is empty".to_owned()));
+        refuse_records(path, "texts without tokens", empty)?;
+        Ok(encodings
+            .into_iter()
+            .zip(targets)
+            .map(|(encoding, target)| Example { encoding, target })
+            .collect())
+    }
+
+    /// The sum over the examples. A mean over the labels of an example with several, as in
+    /// `torch.nn.BCEWithLogitsLoss`; label smoothing as in `torch.nn.CrossEntropyLoss`.
+    fn sum_of_losses(&self, logits: &Tensor, targets: &[&Wanted], label_smoothing: f64) -> Result<Tensor> {
+        let (rows, width) = logits.dims2()?;
+        let wanted = self.matrix(targets, label_smoothing as f32);
+        let wanted = Tensor::from_vec(wanted, (rows, width), logits.device())?.to_dtype(logits.dtype())?;
+        let loss = match self.problem {
+            ProblemType::SingleLabelClassification => {
+                let log_p = candle_nn::ops::log_softmax(logits, 1)?;
+                (log_p * wanted)?.sum_all()?.neg()?
+            }
+            ProblemType::MultiLabelClassification => {
+                // max(x, 0) − x·y + log(1 + e^−|x|), which does not overflow
+                let soft = ((logits.abs()?.neg()?.exp()? + 1.0)?.log()? + logits.relu()?)?;
+                ((soft - (logits * wanted)?)?.sum_all()? / width as f64)?
+            }
+            ProblemType::Regression => (logits - wanted)?.sqr()?.sum_all()?,
+        };
+        Ok(loss.to_dtype(DType::F32)?)
+    }
+
+    /// Targets as a matrix, (B, labels).
+    fn matrix(&self, targets: &[&Wanted], label_smoothing: f32) -> Vec<f32> {
+        let width = self.labels.len();
+        let mut matrix = vec![0.0; targets.len() * width];
+        for (row, target) in matrix.chunks_mut(width).zip(targets) {
+            match target {
+                Wanted::Class(id) => {
+                    row.fill(label_smoothing / width as f32);
+                    row[*id as usize] += 1.0 - label_smoothing;
+                }
+                Wanted::Classes(ids) => ids.iter().for_each(|&id| row[id as usize] = 1.0),
+                Wanted::Number(number) => row[0] = *number,
+            }
+        }
+        matrix
+    }
+
+    /// One example's logits, of its outputs.
+    ///
+    /// # Errors
+    /// They are not one a label.
+    pub fn logits(&self, outputs: &Outputs) -> Result<Vec<f32>> {
+        let labels = self.labels.len();
+        match &outputs[..] {
+            [logits] if logits.dim() == (1, labels) => Ok(logits.iter().copied().collect()),
+            _ => {
+                let shapes: Vec<_> = outputs.iter().map(|output| output.dim()).collect();
+                anyhow::bail!("the model gives outputs of {shapes:?} for {labels} labels: export it again")
+            }
+        }
+    }
+
+    /// A prediction as a record's fields, from one example's logits.
+    pub fn prediction(&self, logits: &[f32], with_logits: bool) -> Map<String, Value> {
+        let mut record = Map::new();
+        let scores = self.scores(logits);
+        let by_label = || -> Map<String, Value> {
+            self.labels.iter().zip(&scores).map(|(label, &score)| (label.clone(), short(score))).collect()
+        };
+        match self.problem {
+            ProblemType::SingleLabelClassification => {
+                let best = argmax(logits);
+                record.insert("label".to_owned(), json!(self.labels[best]));
+                record.insert("score".to_owned(), short(scores[best]));
+                record.insert("scores".to_owned(), Value::Object(by_label()));
+            }
+            ProblemType::MultiLabelClassification => {
+                let labels: Vec<&String> =
+                    self.predicted(logits).iter().map(|&id| &self.labels[id as usize]).collect();
+                record.insert("labels".to_owned(), json!(labels));
+                record.insert("scores".to_owned(), Value::Object(by_label()));
+            }
+            ProblemType::Regression => {
+                record.insert("score".to_owned(), short(scores[0]));
+            }
+        }
+        if with_logits {
+            record.insert("logits".to_owned(), logits.iter().copied().map(short).collect());
+        }
+        record
+    }
+
+    /// Softmax, sigmoids, or the number itself.
+    fn scores(&self, logits: &[f32]) -> Vec<f32> {
+        match self.problem {
+            ProblemType::SingleLabelClassification => softmax(logits),
+            ProblemType::MultiLabelClassification => {
+                logits.iter().map(|x| 1.0 / (1.0 + (-x).exp())).collect()
+            }
+            ProblemType::Regression => logits.to_vec(),
+        }
+    }
+
+    fn compare(&self, logits: &[Vec<f32>], targets: &[&Wanted]) -> Metrics {
+        match self.problem {
+            ProblemType::Regression => {
+                let predicted: Vec<f64> = logits.iter().map(|row| f64::from(row[0])).collect();
+                let wanted: Vec<f64> = targets
+                    .iter()
+                    .map(|target| match target {
+                        Wanted::Number(number) => f64::from(*number),
+                        _ => f64::NAN,
+                    })
+                    .collect();
+                metrics::regression(&predicted, &wanted)
+            }
+            _ => {
+                let predicted: Vec<Vec<u32>> = logits.iter().map(|row| self.predicted(row)).collect();
+                let wanted: Vec<Vec<u32>> = targets
+                    .iter()
+                    .map(|target| match target {
+                        Wanted::Class(id) => vec![*id],
+                        Wanted::Classes(ids) => ids.clone(),
+                        Wanted::Number(_) => Vec::new(),
+                    })
+                    .collect();
+                match self.problem {
+                    ProblemType::MultiLabelClassification => {
+                        metrics::multi_label(&predicted, &wanted, self.labels.len())
+                    }
+                    _ => metrics::single_label(&predicted, &wanted, self.labels.len()),
+                }
+            }
+        }
+    }
+
+    /// The predicted label ids, ascending: the largest logit, or of several labels each with a logit above 0.
+    fn predicted(&self, logits: &[f32]) -> Vec<u32> {
+        match self.problem {
+            ProblemType::MultiLabelClassification => {
+                (0..).zip(logits).filter(|&(_, &x)| x > 0.0).map(|(id, _)| id).collect()
+            }
+            _ => vec![argmax(logits) as u32],
+        }
+    }
+}
