@@ -79,6 +79,7 @@ impl Reference {
                         let predicted = (0..ids("ids", i).len()).map(|at| at > 0).collect();
                         Target::CausalLm(NextTokens { predicted, bytes: 0 })
                     }
+                    other => panic!("{name} is a {} model", other.name()),
                 },
             })
             .collect();

@@ -31,6 +31,7 @@ pub use flags::{Reading, TextColumns};
 pub use objective::{Asking, Encoder, Form, Learning, Objective, Start};
 pub use output::{Dim, Output, Outputs, Scope};
 pub use text_classification::TextClassification;
+pub use token_classification::TokenClassification;
 
 /// An example that is learnt from, or measured on.
 #[derive(Clone, Debug)]
@@ -399,6 +400,7 @@ macro_rules! tasks {
 
 tasks!(
     TextClassification in text_classification,
+    TokenClassification in token_classification,
     CausalLm in causal_lm,
 );
 
@@ -525,7 +527,7 @@ mod tests {
             let tasks = takers(&given, |flags: &RecordFlags, task| flags.check(task, &files));
             match given[0].as_str() {
                 "--format" | "--encoding" => assert_eq!(tasks.len(), all),
-                "--text-column" => assert_eq!(tasks.len(), all),
+                "--text-column" => assert_eq!(tasks, [TextClassification::NAME, CausalLm::NAME]),
                 flag => assert_eq!(tasks.len(), 1, "{flag}: {tasks:?}"),
             }
         }
@@ -536,7 +538,7 @@ mod tests {
             let tasks = takers(&given, AnswerFlags::check);
             match given[0].as_str() {
                 "--format" | "--encoding" => assert_eq!(tasks.len(), all),
-                "--text-column" => assert_eq!(tasks, [TextClassification::NAME]),
+                "--text-column" => assert_eq!(tasks, [TextClassification::NAME, TokenClassification::NAME]),
                 flag => assert_eq!(tasks.len(), 1, "{flag}: {tasks:?}"),
             }
         }
@@ -545,17 +547,26 @@ mod tests {
     #[test]
     fn a_flag_that_says_nothing_of_the_files_is_refused() {
         let csv = [Path::new("a.csv")];
-        let flags = Cli::<RecordFlags>::parse_from(["tk", "--text-unit", "file"]).flags;
-        let error = flags.check(CausalLm::NAME, &csv).unwrap_err();
-        assert!(error.to_string().starts_with("--text-unit"), "{error}");
+        for (flag, value, task) in
+            [("--text-unit", "file", CausalLm::NAME), ("--tag-column", "2", TokenClassification::NAME)]
+        {
+            let parse = |args: &[&str]| Cli::<RecordFlags>::parse_from(args).flags;
+            let error = parse(&["tk", flag, value]).check(task, &csv).unwrap_err();
+            assert!(error.to_string().starts_with(flag), "{error}");
+        }
+        let named = Cli::<RecordFlags>::parse_from(["tk", "--tag-column", "2", "--format", "conll"]).flags;
+        named.check(TokenClassification::NAME, &csv).unwrap();
     }
 
     #[test]
     fn an_example_of_another_task_is_an_error() {
-        let task = Task::from(CausalLm { vocabulary: 1, ends: Vec::new(), start: None, begins: true });
+        let task = Task::from(TokenClassification {
+            labels: vec!["O".to_owned()],
+            scheme: token_classification::scheme::Scheme::None,
+        });
         let target = Target::TextClassification(text_classification::Wanted::Class(0));
         let example = Example { encoding: Encoding::default(), target };
         let error = task.measure_outputs(&[Outputs::new()], &[example]).unwrap_err();
-        assert!(error.to_string().contains("another task than causal-lm"), "{error}");
+        assert!(error.to_string().contains("another task than token-classification"), "{error}");
     }
 }

@@ -1,7 +1,397 @@
-//! How tags mark entities, and how entities are found and counted.
+//! Token classification: a label a word, and entities of words.
 
+mod answer;
 pub mod decode;
 pub mod entities;
+pub mod labels;
 pub mod metrics;
 pub mod offsets;
 pub mod scheme;
+mod windowed;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::Context;
+use candle_core::Tensor;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+pub use self::answer::{AnswerFlags, Question};
+use self::scheme::{OUTSIDE, Scheme, TagScheme, Tagged};
+use self::windowed::Windowed;
+use super::flags::refuse_records;
+use super::id2label::{self, default_names};
+use super::scores::{argmax, cross_entropy};
+use super::{
+    Answer, Asking, Dim, Encoder, Example, Form, Learning, Measured, Metric, Metrics, Objective, Output,
+    Outputs, Start,
+};
+use crate::data::batch::Encoding;
+use crate::data::records::{self, BadRow, Columns, Format, How, Row, TagColumn};
+use crate::data::tokens::Tokenizer;
+use crate::eager::{Eager, X};
+use crate::model::{Head, ModelConfig};
+use crate::{Result, bail_unusable, unusable};
+
+/// The labels of words, and how they mark entities.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TokenClassification {
+    /// In the order of `id2label`.
+    pub labels: Vec<String>,
+    pub scheme: Scheme,
+}
+
+/// The key of config.json that keeps the scheme, which labels alone do not always tell.
+const SCHEME: &str = "tag_scheme";
+
+/// Flags of words and their tags.
+#[derive(Clone, Debug, Default, PartialEq, Eq, clap::Args, Serialize, Deserialize)]
+#[group(skip)]
+#[serde(rename_all = "kebab-case", default)]
+pub struct RecordFlags {
+    /// For token-classification, the column of the words [default: tokens].
+    #[arg(long, value_name = "NAME", help_heading = "Records")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tokens_column: Option<String>,
+    /// For token-classification, the column of the words' tags [default: tags].
+    #[arg(long, value_name = "NAME", help_heading = "Records")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tags_column: Option<String>,
+    /// For .conll files, the column of the tags, by its number from 1 or its name [default: the last].
+    #[arg(long, value_name = "COLUMN", help_heading = "Records")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tag_column: Option<TagColumn>,
+    /// Count a word's label on all of its tokens, instead of on the first alone.
+    #[arg(long, help_heading = "Records")]
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub label_all_pieces: bool,
+}
+
+/// Flags of training.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::Args, Serialize, Deserialize)]
+#[group(skip)]
+#[serde(rename_all = "kebab-case", default)]
+pub struct TrainingFlags {
+    /// For token-classification, how tags mark entities [default: found in the training data].
+    #[arg(long, value_enum, value_name = "SCHEME")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tag_scheme: Option<TagScheme>,
+}
+
+/// Words and what their tags are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sentence {
+    /// The line of the file.
+    pub line: usize,
+    pub tokens: Vec<String>,
+    pub tags: Vec<String>,
+}
+
+/// What a window of a sentence ought to give.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Tags {
+    /// Which of the file's sentences it is of.
+    pub sentence: usize,
+    /// The label ids of all words of the sentence.
+    pub gold: Arc<[u32]>,
+    /// (T): the label of each token that is learnt.
+    pub wanted: Vec<Option<u32>>,
+    /// The tokens that this window predicts words by, and which words they are the first of.
+    pub words: Vec<(usize, usize)>,
+}
+
+impl Tags {
+    /// How many tokens are learnt.
+    pub fn count(&self) -> usize {
+        self.wanted.iter().flatten().count()
+    }
+}
+
+impl Objective for TokenClassification {
+    const NAME: &'static str = "token-classification";
+    const HEAD: Head = Head::TokenClassification { labels: 0 };
+    const TEXTS_LEARNT: &'static [&'static str] = &[];
+    const TEXTS_ASKED: &'static [&'static str] = &["text"];
+
+    type Target = Tags;
+    type Question = Question;
+
+    /// Reads `id2label` of a fine-tuned model, and the scheme that tk has kept; else the one that the labels show.
+    ///
+    /// # Errors
+    /// Labels that are inconsistent, or a scheme that tk does not know.
+    fn from_config(config: &ModelConfig) -> Result<Self> {
+        let labels = match id2label::read(config)? {
+            Some(labels) => labels,
+            None => default_names(2),
+        };
+        let scheme = match config.raw.get(SCHEME) {
+            None | Some(Value::Null) => Scheme::of_labels(labels.iter().map(String::as_str)),
+            Some(name) => serde_json::from_value(name.clone())
+                .map_err(|_| unusable!("{SCHEME} is {name}, expected iob1, iob2, bioes, io or none"))?,
+        };
+        Ok(Self { labels, scheme })
+    }
+
+    fn write_config(&self, config: &mut ModelConfig) {
+        id2label::write(config, self.head(), &self.labels);
+        config.raw.remove("problem_type");
+        config.raw.insert(SCHEME.to_owned(), json!(self.scheme.name()));
+    }
+
+    fn check_files(flags: &super::RecordFlags, files: &[&Path]) -> Result<()> {
+        let is_conll = |path: &&Path| flags.reading.is(Format::Conll, path);
+        if flags.token_classification.tag_column.is_some() && !files.iter().any(is_conll) {
+            bail_unusable!("--tag-column is for .conll files; here is none");
+        }
+        Ok(())
+    }
+
+    fn learn(start: &mut Start) -> Result<Learning<Self, Tags>> {
+        let tokenizer = start.tokenizer()?.for_words()?;
+        let sentences = read(start.train, start.records)?;
+        let asked = start.training.token_classification.tag_scheme;
+        let task = Self::of_sentences(&sentences, start.train, asked, &start.config)?;
+        let all_pieces = start.records.token_classification.label_all_pieces;
+        let mut examples =
+            task.examples_of(&sentences, start.train, &tokenizer, start.max_length, all_pieces)?;
+        examples.retain(|example| example.target.count() > 0);
+        if examples.is_empty() {
+            bail_unusable!("{}: no word has a token that could be learnt", start.train.display());
+        }
+        Ok(Learning { task, tokenizer, examples, files: Vec::new() })
+    }
+
+    fn examples(&self, path: &Path, encoder: &Encoder) -> Result<Vec<Example<Tags>>> {
+        let Encoder { records, tokenizer, max_length, .. } = *encoder;
+        let all_pieces = records.token_classification.label_all_pieces;
+        self.examples_of(&read(path, records)?, path, tokenizer, max_length, all_pieces)
+    }
+
+    fn summary(&self) -> Option<String> {
+        Some(format!("tags ({}): {}", self.scheme.name(), self.labels.join(", ")))
+    }
+
+    fn losses(target: &Tags) -> usize {
+        target.count()
+    }
+
+    fn head(&self) -> Head {
+        Head::TokenClassification { labels: self.labels.len() }
+    }
+
+    fn outputs(&self, _: Form) -> Vec<Output> {
+        vec![Output { name: "logits", dims: vec![Dim::Batch, Dim::Sequence, Dim::Of(self.labels.len())] }]
+    }
+
+    fn loss(
+        &self,
+        eager: &Eager,
+        outputs: Vec<X>,
+        examples: &[(&Encoding, &Tags)],
+        label_smoothing: f64,
+        of: usize,
+    ) -> Result<Tensor> {
+        let wanted: Vec<Option<u32>> =
+            examples.iter().flat_map(|(_, tags)| tags.wanted.iter().copied()).collect();
+        let scores = outputs.first().context("the model has no output")?;
+        eager.cross_entropy(scores, &wanted, label_smoothing as f32, 1.0 / of as f32)
+    }
+
+    /// Of entities where there are some, else of words.
+    fn metrics(&self) -> &'static [Metric] {
+        const ACCURACY: Metric = Metric::rising("accuracy");
+        match self.scheme {
+            Scheme::None => const { &[ACCURACY] },
+            _ => {
+                const { &[Metric::rising("f1"), Metric::rising("precision"), Metric::rising("recall"), ACCURACY] }
+            }
+        }
+    }
+
+    /// Entities and words as seqeval counts them, and the mean loss of the tokens that are learnt.
+    ///
+    /// # Errors
+    /// A window has other rows than its tokens.
+    fn measure_outputs(&self, outputs: &[Outputs], targets: &[&Tags]) -> Result<Measured> {
+        let mut sentences: BTreeMap<usize, (&[u32], Vec<Option<usize>>)> = BTreeMap::new();
+        let (mut losses, mut count) = (0.0, 0);
+        for (outputs, tags) in outputs.iter().zip(targets) {
+            let [logits] = &outputs[..] else { anyhow::bail!("the model gives {} outputs", outputs.len()) };
+            let due = (tags.wanted.len(), self.labels.len());
+            anyhow::ensure!(
+                logits.dim() == due,
+                "the model gives logits of {:?} where {due:?} are due",
+                logits.dim()
+            );
+            for (row, wanted) in logits.rows().into_iter().zip(&tags.wanted) {
+                if let Some(id) = wanted {
+                    losses += cross_entropy(&row.to_vec(), *id as usize);
+                    count += 1;
+                }
+            }
+            let (_, predicted) =
+                sentences.entry(tags.sentence).or_insert_with(|| (&tags.gold, vec![None; tags.gold.len()]));
+            for &(token, word) in &tags.words {
+                predicted[word] = Some(argmax(&logits.row(token).to_vec()));
+            }
+        }
+        let name = |id: usize| self.labels[id].as_str();
+        let gold: Vec<Vec<&str>> =
+            sentences.values().map(|(gold, _)| gold.iter().map(|&id| name(id as usize)).collect()).collect();
+        let predicted: Vec<Vec<&str>> = sentences
+            .values()
+            .map(|(_, predicted)| predicted.iter().map(|id| id.map_or(OUTSIDE, name)).collect())
+            .collect();
+        let found = metrics::score(&gold, &predicted, self.scheme);
+        let mut metrics = Metrics::from([
+            ("accuracy".to_owned(), found.accuracy),
+            ("loss".to_owned(), losses / count as f64),
+        ]);
+        if let Some(scores) = found.entities {
+            metrics.extend([
+                ("precision".to_owned(), scores.precision),
+                ("recall".to_owned(), scores.recall),
+                ("f1".to_owned(), scores.f1),
+            ]);
+        }
+        let mut details = Map::from_iter([("per_type".to_owned(), json!(found.per_type))]);
+        if let Some(strict) = found.strict {
+            details.insert("strict".to_owned(), json!(strict));
+        }
+        Ok(Measured { metrics, details })
+    }
+
+    fn columns(flags: &super::AnswerFlags) -> Columns {
+        flags.texts.columns().with("tokens", flags.token_classification.tokens_column.clone())
+    }
+
+    fn ask(&self, row: &Row, asking: &Asking) -> Result<(Vec<Encoding>, Question), BadRow> {
+        answer::question(row, asking)
+    }
+
+    fn answer(&self, question: &Question, outputs: &[Outputs], flags: &super::AnswerFlags) -> Result<Answer> {
+        self.entities(question, outputs, &flags.token_classification)
+    }
+}
+
+/// Reads every sentence of a file.
+///
+/// # Errors
+/// Unusable: the file can't be read, has no sentences, or has some without words or without a tag a word; the first of
+/// them are listed with file and line.
+fn read(path: &Path, flags: &super::RecordFlags) -> Result<Vec<Sentence>> {
+    let own = &flags.token_classification;
+    let columns =
+        Columns::default().with("tokens", own.tokens_column.clone()).with("tags", own.tags_column.clone());
+    let how = How { tag_column: own.tag_column.clone(), ..flags.reading.how() };
+    records::read_examples(path, &how, |row| {
+        let tokens = row.words(&columns, "tokens")?;
+        let tags = row.labels(&columns, "tags")?;
+        if tokens.is_empty() {
+            return Err(row.bad("the sentence has no words"));
+        }
+        if tokens.len() != tags.len() {
+            return Err(row.bad(format!(
+                "{} words and {} tags: a tag a word was expected",
+                tokens.len(),
+                tags.len()
+            )));
+        }
+        Ok(Sentence { line: row.line, tokens, tags })
+    })
+}
+
+impl TokenClassification {
+    /// Finds the labels and their scheme in the training data. The base model's own labels are kept where it was trained
+    /// for this task and they hold every tag.
+    ///
+    /// # Errors
+    /// Unusable: tags that fit no scheme, with the tag and its line; fewer than two different ones.
+    fn of_sentences(
+        sentences: &[Sentence],
+        path: &Path,
+        asked: Option<TagScheme>,
+        config: &ModelConfig,
+    ) -> Result<Self> {
+        let place = || path.display().to_string();
+        let lines: Vec<[usize; 1]> = sentences.iter().map(|sentence| [sentence.line]).collect();
+        let tagged =
+            sentences.iter().zip(&lines).map(|(sentence, line)| Tagged { tags: &sentence.tags, lines: line });
+        let scheme = asked.unwrap_or(TagScheme::Auto).resolve(tagged).with_context(place)?;
+        let base = match config.has(Head::TokenClassification { labels: 0 }) {
+            true => {
+                id2label::read(config).context("config.json of the model to start from")?.unwrap_or_default()
+            }
+            false => Vec::new(),
+        };
+        let tags = || sentences.iter().flat_map(|sentence| &sentence.tags).map(String::as_str);
+        if asked.is_none() && !base.is_empty() {
+            // ids of the base's labels
+            let known =
+                Self { scheme: Scheme::of_labels(base.iter().map(String::as_str)), labels: base.clone() };
+            let ids = known.ids();
+            if tags().all(|tag| ids.contains_key(tag) && tag.parse::<u32>().is_ok()) {
+                return Ok(known);
+            }
+        }
+        Ok(Self { labels: labels::labels(tags(), base).with_context(place)?, scheme })
+    }
+
+    /// The ids of tags: by name; by number as well, where no label is an integer itself.
+    fn ids(&self) -> BTreeMap<String, u32> {
+        let names = self.labels.iter().cloned().zip(0..);
+        if self.labels.iter().any(|label| label.parse::<i64>().is_ok()) {
+            return names.collect();
+        }
+        (0..self.labels.len() as u32).map(|id| (id.to_string(), id)).chain(names).collect()
+    }
+
+    /// Sentences as examples: windows of at most `max_length` tokens, each of which predicts words of its own, so that
+    /// nothing is cut. A word is learnt at its first token, or at all of them with `all_pieces`.
+    ///
+    /// # Errors
+    /// Unusable: tags that the model does not have; the first of them are listed with file and line.
+    fn examples_of(
+        &self,
+        sentences: &[Sentence],
+        path: &Path,
+        tokenizer: &Tokenizer,
+        max_length: usize,
+        all_pieces: bool,
+    ) -> Result<Vec<Example<Tags>>> {
+        let ids = self.ids();
+        let unknown = sentences.iter().filter_map(|sentence| {
+            let tag = sentence.tags.iter().find(|tag| !ids.contains_key(*tag))?;
+            Some((
+                sentence.line,
+                format!("tag \"{tag}\" is not one of the model's: {}", self.labels.join(", ")),
+            ))
+        });
+        refuse_records(path, "tags that can't be used", unknown)?;
+        let mut examples = Vec::new();
+        for (i, sentence) in sentences.iter().enumerate() {
+            let gold: Arc<[u32]> = sentence.tags.iter().map(|tag| ids[tag]).collect();
+            let pieces = tokenizer
+                .pieces_of_words(&sentence.tokens)
+                .with_context(|| format!("{}:{}", path.display(), sentence.line))?;
+            for window in Windowed::of(&pieces, |at| pieces.words[at], tokenizer, max_length)? {
+                let (mut wanted, mut words) = (vec![None; window.encoding.len()], Vec::new());
+                for (token, at) in window.predicts() {
+                    let word = pieces.words[at];
+                    if !pieces.continues[at] {
+                        words.push((token, word));
+                    }
+                    if all_pieces || !pieces.continues[at] {
+                        wanted[token] = Some(gold[word]);
+                    }
+                }
+                let target = Tags { sentence: i, gold: gold.clone(), wanted, words };
+                examples.push(Example { encoding: window.encoding, target });
+            }
+        }
+        Ok(examples)
+    }
+}
