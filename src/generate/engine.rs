@@ -7,8 +7,8 @@ use rayon::prelude::*;
 use tokenizers::Tokenizer;
 
 use super::beams::Beams;
+use super::config::GenerationConfig;
 use super::sampler::Sampler;
-use super::settings::Settings;
 use super::text::TextStream;
 use crate::Result;
 use crate::runtime::Slots;
@@ -34,7 +34,7 @@ const WORTH_COPYING: usize = 16;
 pub struct Request {
     /// At least one token, fewer than the model has positions.
     pub prompt: Vec<u32>,
-    pub settings: Settings,
+    pub settings: GenerationConfig,
 }
 
 /// What stands behind a prompt.
