@@ -12,7 +12,7 @@ use clap::ValueEnum;
 use serde_json::json;
 use tk::Result;
 use tk::generate::GenerationConfig;
-use tk::generate::engine::TOGETHER;
+use tk::generate::batch::TOGETHER;
 use tk::generate::sampler::Sampler;
 use tk::onnx::Precision;
 use tk::runtime::Slots;

@@ -1,14 +1,16 @@
 //! Generation: prompts in, texts out, through ONNX Runtime.
 
+pub mod batch;
 pub mod beams;
 pub mod config;
 pub mod engine;
 mod measure;
 pub mod prompt;
 pub mod sampler;
+mod search;
 pub mod text;
 
 pub use config::GenerationConfig;
-pub use engine::{Engine, Finish, Generated, Limits, News, Request};
+pub use engine::{Engine, Finish, Generated, Limits, News, Request, RequestId};
 pub use measure::{english, measure};
 pub use prompt::{Ends, Prompt, Prompts};
