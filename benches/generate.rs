@@ -11,8 +11,8 @@ use std::time::Instant;
 use clap::ValueEnum;
 use serde_json::json;
 use tk::Result;
-use tk::generate::Settings;
-use tk::generate::engine::TOGETHER;
+use tk::generate::GenerationConfig;
+use tk::generate::batch::TOGETHER;
 use tk::generate::sampler::Sampler;
 use tk::onnx::Precision;
 use tk::predict::graphs;
@@ -107,7 +107,7 @@ fn weights(model: &std::path::Path, precision: Precision) -> Result<u64> {
 fn run(slots: &mut Slots, prompts: &[Vec<i64>], new: usize) -> Result<Run> {
     let (rows, width) = (slots.slots(), slots.vocabulary());
     anyhow::ensure!(prompts.len() >= rows, "{} prompts for {rows} slots", prompts.len());
-    let mut greedy = Sampler::new(&Settings::default(), 0);
+    let mut greedy = Sampler::new(&GenerationConfig::default(), 0);
     let mut likeliest = |row: &mut [f32]| i64::from(greedy.next(row, &[]));
     let started = Instant::now();
     let mut ids = Vec::new();

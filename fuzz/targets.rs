@@ -7,7 +7,7 @@ use serde_json::Map;
 use tk::checkpoint::Weights;
 use tk::data::records::{self, Columns, How, Source};
 use tk::data::tokens::Tokenizer;
-use tk::generate::Settings;
+use tk::generate::GenerationConfig;
 use tk::model::ModelConfig;
 use tk::predict::chunks::Chunks;
 use tk::task::Task;
@@ -96,7 +96,8 @@ fn requests(dir: &Path) {
         source: source.to_string(),
         columns: columns.clone(),
         make: Box::new(move |row| {
-            let settings = Settings::default().with(&row.fields).map_err(|e| row.bad(e.to_string()))?;
+            let settings =
+                GenerationConfig::default().with(&row.fields).map_err(|e| row.bad(e.to_string()))?;
             let text = row.text(&columns, "prompt")?;
             let ids = tokenizer.encode(text, None, usize::MAX).map_err(|e| row.bad(e.to_string()))?;
             Ok((settings, ids))

@@ -12,7 +12,7 @@ use proptest::strategy::ValueTree;
 use proptest::test_runner::{Config, TestRunner};
 use serde_json::{Value, json};
 use tk::data::tokens::Tokenizer;
-use tk::generate::{Engine, Finish, Generated, Limits, Request, Settings};
+use tk::generate::{Engine, Finish, Generated, GenerationConfig, Limits, Request};
 use tk::onnx::Precision;
 use tk::predict::graphs;
 use tk::runtime::Slots;
@@ -74,7 +74,7 @@ fn stderr(assert: &Assert) -> String {
     String::from_utf8_lossy(&assert.get_output().stderr).into_owned()
 }
 
-fn request(prompt: &[u32], settings: Settings) -> Request {
+fn request(prompt: &[u32], settings: GenerationConfig) -> Request {
     Request { prompt: prompt.to_vec(), settings }
 }
 
@@ -83,8 +83,8 @@ fn tokens_are_those_of_transformers_greedily_and_by_beams() {
     let bench = Bench::new();
     let reference = json(models(MODEL).join("reference.json"));
     let list = |key: &str| -> Vec<Vec<u32>> { serde_json::from_value(reference[key].clone()).unwrap() };
-    let greedy = Settings { max_new_tokens: 64, ..Settings::default() };
-    let beams = Settings { max_new_tokens: 16, num_beams: 4, ..Settings::default() };
+    let greedy = GenerationConfig { max_new_tokens: 64, ..GenerationConfig::default() };
+    let beams = GenerationConfig { max_new_tokens: 16, num_beams: 4, ..GenerationConfig::default() };
     let requests: Vec<Request> = list("prompts")
         .iter()
         .flat_map(|prompt| [request(prompt, greedy.clone()), request(prompt, beams.clone())])
@@ -108,11 +108,11 @@ fn mixed() -> Vec<Request> {
     (0..23)
         .map(|i| {
             let temperature = if i % 3 == 0 { 0.8 } else { 0.0 };
-            let settings = Settings {
+            let settings = GenerationConfig {
                 max_new_tokens: 1 + i * 13 % 60,
                 temperature,
                 seed: i as u64,
-                ..Settings::default()
+                ..GenerationConfig::default()
             };
             request(&prompt(i).collect::<Vec<_>>(), settings)
         })
@@ -134,7 +134,7 @@ fn a_text_does_not_depend_on_those_beside_it() {
 #[test]
 fn short_prompts_of_unlike_length_are_read_together() {
     let bench = Bench::new();
-    let settings = Settings { max_new_tokens: 12, ..Settings::default() };
+    let settings = GenerationConfig { max_new_tokens: 12, ..GenerationConfig::default() };
     // the last ones begin as the one of 24 tokens does, so they are not read with it but copy what it has read
     let prompts: Vec<Vec<u32>> = [(24, 0), (21, 1), (22, 2), (20, 3), (1, 4), (2, 5), (23, 0), (24, 0)]
         .into_iter()
@@ -163,10 +163,15 @@ fn the_cache_stays_within_its_limit_and_grows_with_the_texts() {
 #[test]
 fn several_texts_of_a_prompt_differ_and_repeat_by_seed() {
     let bench = Bench::new();
-    let settings =
-        Settings { temperature: 1.0, num_return_sequences: 4, max_new_tokens: 12, ..Settings::default() };
+    let settings = GenerationConfig {
+        temperature: 1.0,
+        num_return_sequences: 4,
+        max_new_tokens: 12,
+        ..GenerationConfig::default()
+    };
     let prompt: Vec<u32> = (20..60).collect();
-    let texts = |seed| bench.run(LARGE, &[request(&prompt, Settings { seed, ..settings.clone() })]).remove(0);
+    let texts =
+        |seed| bench.run(LARGE, &[request(&prompt, GenerationConfig { seed, ..settings.clone() })]).remove(0);
     let (first, again, other) = (texts(1), texts(1), texts(2));
     assert_eq!(first, again);
     for i in 0..4 {

@@ -3,8 +3,8 @@
 
 use anyhow::ensure;
 
+use super::config::GenerationConfig;
 use super::sampler::penalise;
-use super::settings::Settings;
 use crate::Result;
 
 /// The state of a search.
@@ -63,7 +63,7 @@ struct Candidate {
 impl Beams {
     /// A search that ends a sequence at one of the tokens `ends`, or at `max_length` tokens, the prompt's counted; of
     /// a prompt that has as many already, after one more.
-    pub fn new(prompt: &[u32], settings: &Settings, ends: &[u32], max_length: usize) -> Self {
+    pub fn new(prompt: &[u32], settings: &GenerationConfig, ends: &[u32], max_length: usize) -> Self {
         Self {
             prompt: prompt.len(),
             running: vec![Beam { ids: prompt.to_vec(), score: 0.0 }],
@@ -195,7 +195,7 @@ mod tests {
 
     /// The answers, and how often the model was asked. The caller's rows follow `from` and `tokens`, as a
     /// cache does.
-    fn search(prompt: &[u32], settings: &Settings) -> (Vec<Hypothesis>, usize) {
+    fn search(prompt: &[u32], settings: &GenerationConfig) -> (Vec<Hypothesis>, usize) {
         let mut beams = Beams::new(prompt, settings, &[END], prompt.len() + settings.max_new_tokens);
         let (mut rows, mut asked) = (vec![prompt.to_vec()], 0);
         loop {
@@ -220,13 +220,13 @@ mod tests {
         type Expected<'a> = &'a [(&'a [u32], f32, bool)];
         let check = |prompt: &[u32], given: (usize, f32, f32, usize), passes, expected: Expected| {
             let (num_beams, length_penalty, repetition_penalty, max_new_tokens) = given;
-            let settings = Settings {
+            let settings = GenerationConfig {
                 num_beams,
                 length_penalty,
                 repetition_penalty,
                 max_new_tokens,
                 num_return_sequences: expected.len(),
-                ..Settings::default()
+                ..GenerationConfig::default()
             };
             let (found, asked) = search(prompt, &settings);
             assert_eq!((asked, found.len()), (passes, expected.len()), "{prompt:?} {given:?}");
@@ -316,7 +316,7 @@ mod tests {
 
     #[test]
     fn scores_of_another_shape_are_an_error_and_odd_ones_are_none() {
-        let settings = Settings { num_beams: 2, ..Settings::default() };
+        let settings = GenerationConfig { num_beams: 2, ..GenerationConfig::default() };
         let mut beams = Beams::new(&[1], &settings, &[END], 9);
         assert!(beams.step(&mut []).is_err());
         let step = beams.step(&mut [f32::NEG_INFINITY, 1.0, 0.0]).unwrap();
@@ -325,7 +325,8 @@ mod tests {
         let step = beams.step(&mut [f32::NAN; 6]).unwrap();
         assert!(step.done && beams.best().is_empty());
         // a vocabulary that is smaller than the beams, and a prompt that fills the length
-        let mut beams = Beams::new(&[1], &Settings { num_beams: 5, ..Settings::default() }, &[END], 1);
+        let mut beams =
+            Beams::new(&[1], &GenerationConfig { num_beams: 5, ..GenerationConfig::default() }, &[END], 1);
         assert!(beams.step(&mut [0.0, 1.0]).unwrap().done);
         assert_eq!(beams.best()[0].ids, [1]);
     }

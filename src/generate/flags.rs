@@ -4,7 +4,7 @@ use anyhow::Context;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-use super::{Generated, Limits, Settings};
+use super::{Generated, GenerationConfig, Limits};
 use crate::runtime::{Provider, Providers};
 use crate::{Result, bail_unusable};
 
@@ -59,7 +59,7 @@ pub struct Flags {
     cache_mb: Option<u32>,
 }
 
-/// A number of a flag. JSON, in which flags go on to [`Settings`], has no others.
+/// A number of a flag. JSON, in which flags go on to [`GenerationConfig`], has no others.
 fn finite(text: &str) -> std::result::Result<f32, String> {
     match text.parse() {
         Ok(number) if f32::is_finite(number) => Ok(number),
@@ -88,7 +88,7 @@ pub fn on_cpu(providers: &Providers) -> Result<()> {
 }
 
 impl Flags {
-    /// What was given, by the names of [`Settings`].
+    /// What was given, by the names of [`GenerationConfig`].
     pub fn given(&self) -> Result<Map<String, Value>> {
         let Value::Object(mut given) = serde_json::to_value(self)? else {
             anyhow::bail!("flags are an object")
@@ -100,9 +100,9 @@ impl Flags {
     /// How texts are generated where a record says nothing.
     ///
     /// # Errors
-    /// As [`Settings::with`].
-    pub fn settings(&self) -> Result<Settings> {
-        Settings::default().with(&self.given()?)
+    /// As [`GenerationConfig::with`].
+    pub fn settings(&self) -> Result<GenerationConfig> {
+        GenerationConfig::default().with(&self.given()?)
     }
 
     /// What an engine may use.

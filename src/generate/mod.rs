@@ -1,14 +1,16 @@
 //! Generation: prompts in, texts out, through ONNX Runtime.
 
+pub mod batch;
 pub mod beams;
+pub mod config;
 pub mod engine;
 mod flags;
 pub mod prompt;
 pub mod sampler;
-pub mod settings;
+mod search;
 pub mod text;
 
-pub use engine::{Engine, Finish, Generated, Limits, News, Request};
+pub use config::GenerationConfig;
+pub use engine::{Engine, Finish, Generated, Limits, News, Request, RequestId};
 pub use flags::{Flags, fields, on_cpu};
 pub use prompt::{Ends, Prompt, Prompts};
-pub use settings::Settings;

@@ -6,7 +6,7 @@ use anyhow::Context;
 use serde_json::{Map, Value};
 
 use super::Request;
-use super::settings::Settings;
+use super::config::GenerationConfig;
 use crate::data::tokens::Tokenizer;
 use crate::model::token_ids;
 use crate::saved::Saved;
@@ -98,7 +98,7 @@ impl Prompts {
     /// # Errors
     /// Unusable: the prompt is empty and the model has not learnt what a text begins with, or it leaves no room for a
     /// new token and is not to be cut.
-    pub fn request(&self, text: &str, settings: Settings) -> Result<Prompt> {
+    pub fn request(&self, text: &str, settings: GenerationConfig) -> Result<Prompt> {
         let mut prompt = self.before.clone();
         prompt.extend(self.tokenizer.body(text)?.ids);
         if prompt.is_empty() {

@@ -3,7 +3,7 @@
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
-use super::settings::Settings;
+use super::config::GenerationConfig;
 
 /// How many of the best tokens are first sorted to find those that reach `top_p`.
 const SORTED: usize = 128;
@@ -24,7 +24,7 @@ pub struct Sampler {
 
 impl Sampler {
     /// A sampler for the `sequence`-th of the answers for a prompt.
-    pub fn new(settings: &Settings, sequence: u64) -> Self {
+    pub fn new(settings: &GenerationConfig, sequence: u64) -> Self {
         let mut key = [0; 32];
         key[..8].copy_from_slice(&settings.seed.to_le_bytes());
         key[8..16].copy_from_slice(&settings.record.to_le_bytes());
@@ -147,12 +147,12 @@ mod tests {
 
     const LOGITS: [f32; 8] = [2.0, -1.0, 0.5, 3.0, 0.5, -2.5, 1.5, 0.25];
 
-    fn sampling() -> Settings {
-        Settings { temperature: 1.0, ..Settings::default() }
+    fn sampling() -> GenerationConfig {
+        GenerationConfig { temperature: 1.0, ..GenerationConfig::default() }
     }
 
     /// The tokens that may be drawn and their probabilities, in the order of their ids.
-    fn probabilities(settings: &Settings, logits: &[f32], seen: &[u32]) -> Vec<(u32, f64)> {
+    fn probabilities(settings: &GenerationConfig, logits: &[f32], seen: &[u32]) -> Vec<(u32, f64)> {
         let mut sampler = Sampler::new(settings, 0);
         let mut logits = logits.to_vec();
         sampler.next(&mut logits, seen);
@@ -168,16 +168,16 @@ mod tests {
     /// TopKLogitsWarper(top_k), TopPLogitsWarper(top_p) and MinPLogitsWarper(min_p), those that are on.
     #[test]
     fn what_may_be_drawn_is_what_transformers_draws_from() {
-        let of = |repetition_penalty, temperature, top_k, top_p, min_p| Settings {
+        let of = |repetition_penalty, temperature, top_k, top_p, min_p| GenerationConfig {
             repetition_penalty,
             temperature,
             top_k,
             top_p,
             min_p,
-            ..Settings::default()
+            ..GenerationConfig::default()
         };
         let unseen: &[u32] = &[];
-        type Case<'a> = (Settings, &'a [u32], &'a [(u32, f64)]);
+        type Case<'a> = (GenerationConfig, &'a [u32], &'a [(u32, f64)]);
         let cases: [Case; 12] = [
             (
                 of(1.0, 0.7, 0, 1.0, 0.0),
@@ -260,7 +260,7 @@ mod tests {
                 Some(above / total)
             });
             let expected = above.take_while(|&above| above < f64::from(p)).count();
-            let found = probabilities(&Settings { top_p: p, ..sampling() }, &logits, &[]);
+            let found = probabilities(&GenerationConfig { top_p: p, ..sampling() }, &logits, &[]);
             assert_eq!(found.len(), expected, "{p}");
             let least = sorted[expected - 1];
             assert!(found.iter().all(|&(id, _)| logits[id as usize] >= least), "{p}");
@@ -269,7 +269,7 @@ mod tests {
 
     #[test]
     fn tokens_are_drawn_as_often_as_they_are_probable() {
-        let settings = Settings { temperature: 1.5, ..sampling() };
+        let settings = GenerationConfig { temperature: 1.5, ..sampling() };
         let expected = probabilities(&settings, &LOGITS, &[]);
         let (mut sampler, draws) = (Sampler::new(&settings, 3), 20_000);
         let mut counts = [0.0; 8];
@@ -287,14 +287,15 @@ mod tests {
     #[test]
     fn a_seed_repeats_and_a_sequence_draws_its_own() {
         let drawn = |seed, sequence| -> Vec<u32> {
-            let mut sampler = Sampler::new(&Settings { seed, temperature: 3.0, ..sampling() }, sequence);
+            let mut sampler =
+                Sampler::new(&GenerationConfig { seed, temperature: 3.0, ..sampling() }, sequence);
             (0..32).map(|_| sampler.next(&mut LOGITS.clone(), &[])).collect()
         };
         assert_eq!(drawn(1, 0), drawn(1, 0));
         assert_ne!(drawn(1, 0), drawn(1, 1));
         assert_ne!(drawn(1, 0), drawn(2, 0));
         let of_record = |record| -> Vec<u32> {
-            let settings = Settings { seed: 1, record, temperature: 3.0, ..sampling() };
+            let settings = GenerationConfig { seed: 1, record, temperature: 3.0, ..sampling() };
             let mut sampler = Sampler::new(&settings, 0);
             (0..32).map(|_| sampler.next(&mut LOGITS.clone(), &[])).collect()
         };
@@ -309,7 +310,8 @@ mod tests {
 
     #[test]
     fn greedy_takes_the_first_of_the_best_once_repetition_is_penalised() {
-        let mut greedy = Sampler::new(&Settings { repetition_penalty: 2.0, ..Settings::default() }, 0);
+        let mut greedy =
+            Sampler::new(&GenerationConfig { repetition_penalty: 2.0, ..GenerationConfig::default() }, 0);
         assert_eq!(greedy.next(&mut [1.0, 3.0, 3.0], &[]), 1);
         assert_eq!(greedy.next(&mut [2.0, 3.0, 2.0], &[1, 1]), 0);
         let mut logits = [4.0, -4.0, 4.0];
@@ -329,8 +331,8 @@ mod tests {
             (&[-inf, 1.0], 1),
         ];
         for (logits, expected) in cases {
-            let all = Settings { top_k: 1, top_p: 0.5, min_p: 0.5, ..sampling() };
-            for settings in [Settings::default(), sampling(), all] {
+            let all = GenerationConfig { top_k: 1, top_p: 0.5, min_p: 0.5, ..sampling() };
+            for settings in [GenerationConfig::default(), sampling(), all] {
                 let found = Sampler::new(&settings, 0).next(&mut logits.to_vec(), &[]);
                 assert!(found == expected || logits == [-inf, -inf], "{logits:?} {settings:?}: {found}");
             }

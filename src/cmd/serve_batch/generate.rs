@@ -4,7 +4,7 @@ use serde_json::{Map, Value, json};
 
 use super::{Job, Progress, Work};
 use crate::data::records::{BadRow, Columns, Row};
-use crate::generate::{Ends, Engine, Generated, Prompt, Prompts, Request, Settings, fields, on_cpu};
+use crate::generate::{Ends, Engine, Generated, GenerationConfig, Prompt, Prompts, Request, fields, on_cpu};
 use crate::predict::graphs;
 use crate::runtime::{Provider, Slots};
 use crate::saved::Saved;
@@ -55,7 +55,7 @@ pub(super) fn run(job: &Job, saved: &Saved, task: &CausalLm) -> Result<()> {
 struct Reader {
     prompts: Prompts,
     columns: Columns,
-    base: Settings,
+    base: GenerationConfig,
 }
 
 impl Reader {
@@ -69,7 +69,7 @@ impl Reader {
         let mut fields = row.fields.clone();
         fields.retain(|_, value| value != ""); // a cell that is left empty
         // each record draws numbers of its own, unless it has a seed of its own
-        let base = Settings { record: row.line as u64, ..self.base.clone() };
+        let base = GenerationConfig { record: row.line as u64, ..self.base.clone() };
         let prompt = base.with(&fields).and_then(|settings| self.prompts.request(text, settings));
         prompt.map_err(|error| row.bad(format!("{error:#}")))
     }

@@ -9,7 +9,7 @@ use crate::{Result, bail_unusable, unusable};
 
 /// What decides which tokens follow a prompt, and when they end.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Settings {
+pub struct GenerationConfig {
     /// Tokens that may follow the prompt.
     pub max_new_tokens: usize,
     /// What scores are divided by before a token is drawn. 0: nothing is drawn, the best token is taken
@@ -47,7 +47,7 @@ pub const MOST_SEQUENCES: usize = 4096;
 /// The most stop texts, and the most bytes of one.
 pub const MOST_STOPS: (usize, usize) = (256, 4096);
 
-impl Default for Settings {
+impl Default for GenerationConfig {
     fn default() -> Self {
         Self {
             max_new_tokens: 128,
@@ -66,7 +66,7 @@ impl Default for Settings {
     }
 }
 
-impl Settings {
+impl GenerationConfig {
     /// Holds the settings against their ranges and against each other.
     ///
     /// # Errors
@@ -139,8 +139,8 @@ impl Settings {
     /// gives one.
     ///
     /// # Errors
-    /// Unusable: a value that is no such number or text, or settings that [`Settings::check`] refuses.
-    pub fn with(&self, overrides: &Map<String, Value>) -> Result<Settings> {
+    /// Unusable: a value that is no such number or text, or settings that [`GenerationConfig::check`] refuses.
+    pub fn with(&self, overrides: &Map<String, Value>) -> Result<GenerationConfig> {
         let mut settings = self.clone();
         let (count, number) = ("a whole number", "a number");
         set(&mut settings.max_new_tokens, overrides, "max_new_tokens", count)?;
@@ -201,19 +201,19 @@ mod tests {
 
     use super::*;
 
-    fn with(base: &Settings, record: Value) -> Result<Settings> {
+    fn with(base: &GenerationConfig, record: Value) -> Result<GenerationConfig> {
         base.with(record.as_object().unwrap())
     }
 
     fn refused(record: Value) -> String {
-        let error = with(&Settings::default(), record).unwrap_err();
+        let error = with(&GenerationConfig::default(), record).unwrap_err();
         assert_eq!(crate::error::exit_code(&error), 2);
         error.to_string()
     }
 
     #[test]
     fn what_is_out_of_range_or_without_effect_is_refused_by_name() {
-        Settings::default().check().unwrap();
+        GenerationConfig::default().check().unwrap();
         for (record, names) in [
             (json!({"max_new_tokens": 0}), "max_new_tokens is 0"),
             (json!({"temperature": -0.5}), "temperature is -0.5"),
@@ -245,13 +245,14 @@ mod tests {
 
     #[test]
     fn a_record_overrides_what_it_names() {
-        let base = Settings { stop: vec!["x".into()], max_new_tokens: 9, ..Settings::default() };
+        let base =
+            GenerationConfig { stop: vec!["x".into()], max_new_tokens: 9, ..GenerationConfig::default() };
         let record = json!({
             "max_new_tokens": "7", "temperature": "0.5", "top_k": 3, "top_p": 0.25, "min_p": null,
             "stop": "\n", "repetition_penalty": 2, "length_penalty": -1, "num_return_sequences": 4,
             "seed": u64::MAX, "text": [],
         });
-        let expected = Settings {
+        let expected = GenerationConfig {
             max_new_tokens: 7,
             temperature: 0.5,
             top_k: 3,
@@ -261,13 +262,13 @@ mod tests {
             num_return_sequences: 4,
             stop: vec!["\n".into()],
             seed: u64::MAX,
-            ..Settings::default()
+            ..GenerationConfig::default()
         };
         assert_eq!(with(&base, record).unwrap(), expected);
         assert_eq!(with(&base, json!({"stop": ["a", "b"]})).unwrap().stop, ["a", "b"]);
         assert_eq!(with(&base, json!({"stop": [], "num_beams": 3})).unwrap().stop, [""; 0]);
         assert_eq!(with(&base, json!({})).unwrap(), base);
-        let placed = Settings { record: 3, ..base.clone() };
+        let placed = GenerationConfig { record: 3, ..base.clone() };
         assert_eq!(with(&placed, json!({})).unwrap().record, 3);
         assert_eq!(with(&placed, json!({"seed": null})).unwrap().record, 3);
         assert_eq!(with(&placed, json!({"seed": 1})).unwrap().record, 0, "repeats by its seed alone");
@@ -284,7 +285,7 @@ mod tests {
     #[test]
     fn to_ask_for_the_best_tokens_is_to_ask_for_drawing() {
         let temperature = |base: f32, record| {
-            let base = Settings { temperature: base, ..Settings::default() };
+            let base = GenerationConfig { temperature: base, ..GenerationConfig::default() };
             with(&base, record).unwrap().temperature
         };
         assert_eq!(temperature(0.0, json!({"top_p": 0.9})), 1.0);
