@@ -7,6 +7,7 @@ pub mod data;
 pub mod device;
 pub mod eager;
 pub mod error;
+pub mod export;
 pub mod files;
 pub mod generate;
 pub mod model;

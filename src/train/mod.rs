@@ -3,7 +3,9 @@
 pub mod checkpoint;
 pub mod log;
 pub mod optimizer;
+pub mod output;
 pub mod plan;
+pub mod prepare;
 mod run;
 pub mod schedule;
 pub mod settings;

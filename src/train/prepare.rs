@@ -1,0 +1,202 @@
+//! A model, records and a task → everything that a run of training needs, checked before the first file is written.
+
+use std::path::{Path, PathBuf};
+
+use candle_core::Device;
+use indicatif::HumanCount;
+
+use super::Settings;
+use crate::checkpoint::{self, Weights, file_hash};
+use crate::data::{hub, tokens};
+use crate::eager::{Init, Params};
+use crate::model::ModelConfig;
+use crate::model::ops::{Param, Part};
+use crate::say::Say;
+use crate::task::{Encoder, Example, Learning, RecordFlags, Start, Target, Task, TrainingFlags};
+use crate::{Result, bail_unusable};
+
+/// What is to be learnt, from what.
+#[derive(Clone, Copy)]
+pub struct Job<'a> {
+    /// The task's name.
+    pub task: &'a str,
+    /// A directory, or a hub id.
+    pub model: &'a str,
+    pub train: &'a Path,
+    pub eval: Option<&'a Path>,
+    /// Whether all weights are drawn anew.
+    pub from_scratch: bool,
+    pub records: &'a RecordFlags,
+    pub training: &'a TrainingFlags,
+    pub settings: &'a Settings,
+}
+
+impl Job<'_> {
+    /// Refuses files that can't be trained on, and flags that the task has no use for.
+    ///
+    /// # Errors
+    /// Unusable: names the file or the flag.
+    pub fn check(&self) -> Result<()> {
+        let files: Vec<&Path> = [self.train].into_iter().chain(self.eval).collect();
+        for file in &files {
+            // a second look at a pipe would wait for ever
+            if file.metadata().is_ok_and(|about| !about.is_file() && !about.is_dir()) {
+                bail_unusable!(
+                    "{} is a pipe or a device, and training reads its records and then hashes them: give a file",
+                    file.display()
+                );
+            }
+        }
+        self.training.check(self.task)?;
+        self.records.check(self.task, &files)
+    }
+}
+
+/// Everything that is read and checked before the first file is written.
+pub struct Prepared {
+    /// The directory of the model that training starts from.
+    pub model: PathBuf,
+    /// What the trained model's directory will say.
+    pub config: ModelConfig,
+    pub learning: Learning<Task, Target>,
+    pub params: Params,
+    /// Parameters that are drawn anew.
+    new: Vec<String>,
+    /// Weights of the checkpoint that nothing asks for.
+    unused: Vec<String>,
+    /// What is measured on.
+    pub eval: Vec<Example>,
+}
+
+impl Prepared {
+    /// Reads model and records, and finds out what is to be learnt.
+    ///
+    /// # Errors
+    /// Unusable: a model that can't be trained for the task, or records that can't be learnt from.
+    pub fn new(job: &Job, device: &Device, say: &Say) -> Result<Self> {
+        let Job { settings, records, training, from_scratch, train, .. } = *job;
+        let max_length = settings.max_length;
+        let model = hub::model_dir(job.model, say.quiet)?;
+        let mut config = ModelConfig::read(&model)?;
+        if let Some(p) = settings.dropout {
+            config.set_dropout(p)?;
+        }
+        if max_length > config.max_positions() {
+            bail_unusable!(
+                "--max-length {max_length} is above the {} rows of the model's position table",
+                config.max_positions()
+            );
+        }
+        let model = model.as_path();
+        let mut start = Start { model, config, from_scratch, train, records, training, max_length, say };
+        let learning = Task::learn(job.task, &mut start)?;
+        let (task, mut config) = (&learning.task, start.config);
+        settings.check_task(task)?;
+        let encoder = Encoder { records, training, tokenizer: &learning.tokenizer, max_length };
+        let eval = job.eval.map(|path| task.examples(path, &encoder)).transpose()?;
+
+        let manifest = task.params(&config.family)?;
+        let init = Init { seed: settings.seed, std: config.initializer_range() };
+        let (params, fit) = if from_scratch {
+            (Params::from_scratch(&manifest, init, device)?, Default::default())
+        } else {
+            let mut weights = Weights::open(model, config.family.names())?;
+            if Task::from_config(&config).ok().as_ref() != Some(task) {
+                // a head that was trained for other labels
+                for Param { name, .. } in manifest.iter().filter(|param| param.part == Part::Labels) {
+                    if weights.forget(name) {
+                        say.line(format!("{name} was trained for other labels and starts anew"));
+                    }
+                }
+            }
+            Params::load(&manifest, &weights, init, device)?
+        };
+        task.write_config(&mut config);
+        for key in ["torch_dtype", "dtype"] {
+            if config.raw.contains_key(key) {
+                config.raw.insert(key.to_owned(), "float32".into()); // what is saved
+            }
+        }
+        let (new, unused, eval) = (fit.new, fit.unused, eval.unwrap_or_default());
+        Ok(Self { model: model.to_owned(), config, learning, params, new, unused, eval })
+    }
+
+    /// Tells what was found.
+    pub fn describe(&self, job: &Job, say: &Say) {
+        say.line(format!(
+            "{}: {} parameters; {}",
+            self.model.display(),
+            grouped(self.params.numel()),
+            if job.from_scratch {
+                "all drawn anew".to_owned()
+            } else if self.new.is_empty() {
+                "all from the checkpoint".to_owned()
+            } else {
+                format!("{} drawn anew", self.new.join(", "))
+            }
+        ));
+        if !self.unused.is_empty() {
+            let shown = self.unused.len().min(8);
+            say.line(format!(
+                "not used from the checkpoint: {}{}",
+                self.unused[..shown].join(", "),
+                if self.unused.len() > shown { " …" } else { "" }
+            ));
+        }
+        let cut = |examples: &[Example]| examples.iter().filter(|example| example.encoding.truncated).count();
+        let train = &self.learning.examples;
+        let tokens: usize = train.iter().map(|example| example.encoding.len()).sum();
+        let learnt: usize = train.iter().map(|example| example.target.losses()).sum();
+        let learnt = (learnt != train.len()).then(|| format!("{} tokens are learnt", grouped(learnt)));
+        let more = self.learning.task.summary().into_iter().chain(learnt).map(|text| format!("; {text}"));
+        say.line(format!(
+            "{} training examples of {:.1} tokens, {} to measure on{}",
+            grouped(train.len()),
+            tokens as f64 / train.len() as f64,
+            grouped(self.eval.len()),
+            more.collect::<String>()
+        ));
+        for (name, examples) in [("training", train), ("evaluation", &self.eval)] {
+            if cut(examples) > 0 {
+                say.warn(format!(
+                    "{} of {} {name} examples are longer than --max-length {} and are cut",
+                    grouped(cut(examples)),
+                    grouped(examples.len()),
+                    job.settings.max_length
+                ));
+            }
+        }
+    }
+
+    /// The hash of each file that a run's result depends on.
+    pub fn inputs(&self, job: &Job) -> Result<Vec<(String, String)>> {
+        let mut inputs = vec![("train".to_owned(), file_hash(job.train)?)];
+        if let Some(path) = job.eval {
+            inputs.push(("eval".to_owned(), file_hash(path)?));
+        }
+        let of_tasks = Task::files();
+        let mut names: Vec<PathBuf> =
+            ["config.json"].iter().chain(&of_tasks).chain(&tokens::FILES).map(PathBuf::from).collect();
+        if !job.from_scratch {
+            let weights = checkpoint::weight_files(&self.model)?;
+            if !weights.contains(&self.model.join("model.safetensors")) {
+                names.push(checkpoint::INDEX.into());
+            }
+            names.extend(
+                weights.iter().filter_map(|path| Some(path.strip_prefix(&self.model).ok()?.to_owned())),
+            );
+        }
+        for name in names {
+            let path = self.model.join(&name);
+            if path.is_file() {
+                inputs.push((name.display().to_string(), file_hash(&path)?));
+            }
+        }
+        Ok(inputs)
+    }
+}
+
+/// Digits in groups of three.
+fn grouped(n: usize) -> HumanCount {
+    HumanCount(n as u64)
+}
