@@ -16,7 +16,7 @@ use tk::predict::graphs;
 use tk::runtime::Slots;
 use tk::say::Say;
 
-const POSITIONS: usize = 512;
+const POSITIONS: usize = 1024;
 const END: u32 = 406;
 const LARGE: Limits = Limits { slots: 32, cache_bytes: 1 << 30 };
 
@@ -112,6 +112,7 @@ fn pool() -> Vec<Request> {
         greedy(200, 3, 8),
         greedy(300, 4, 15),
         greedy(400, 4, 100),
+        greedy(700, 8, 20),
         greedy(250, 3, 100),
         greedy(9, 5, 200),
         drawn(20, 2, 20, 1),
@@ -247,7 +248,7 @@ fn in_every_schedule_a_request_gives_the_texts_that_it_gives_alone() {
     let bench = Bench::new();
     let (pool, alone) = (pool(), bench.alone(&pool()));
     let config = Config { cases: 60, failure_persistence: None, ..Config::default() };
-    let schedule = (actions(), 1..6usize, 512..2000usize);
+    let schedule = (actions(), 1..6usize, 768..2500usize);
     let mut runner = TestRunner::new_with_rng(config, TestRng::deterministic_rng(RngAlgorithm::ChaCha));
     runner
         .run(&schedule, |(actions, slots, tokens)| {
@@ -336,7 +337,7 @@ fn what_is_cancelled_gives_no_news_and_its_slots_are_free_at_once() {
     let mut client = Client::new(bench.engine(limits), limits);
     // after so many steps: before any, in prefill and in decode, and in a search
     for steps in [0, 1, 2, 3, 5, 9, 40] {
-        for which in [0..requests.len(), 14..requests.len(), 7..10] {
+        for which in [0..requests.len(), 15..requests.len(), 7..10] {
             let ids = client.submit_all(&requests[which]);
             client.steps(steps);
             for id in ids {
@@ -371,6 +372,63 @@ fn a_slot_that_was_cancelled_serves_who_waits_for_it() {
     assert_eq!(client.answered[&second].1, bench.alone(&[greedy(60, 2, 20)])[0]);
 }
 
+/// As in a conversation: the next prompt is the last one, what was answered, and more.
+#[test]
+fn a_prompt_that_goes_on_from_a_text_shares_what_was_read_of_it_and_no_more() {
+    let bench = Bench::new();
+    let request = greedy(60, 2, 20);
+    let text = bench.alone(std::slice::from_ref(&request)).remove(0).remove(0);
+    assert_eq!(text.ids.len(), 20);
+    let mut client = Client::new(bench.engine(LARGE), LARGE);
+    for steps in 1..20 {
+        for cancelled in [true, false] {
+            let id = client.submit(&request);
+            client.steps(steps);
+            if cancelled && client.open.contains_key(&id) {
+                client.cancel(id);
+            }
+            let next =
+                Request { prompt: [&request.prompt, &text.ids[..], &[5, 6]].concat(), ..request.clone() };
+            let next_id = client.submit(&next);
+            client.finish();
+            assert_eq!(client.answered[&next_id].1, bench.alone(&[next])[0], "{steps} {cancelled}");
+        }
+    }
+}
+
+#[test]
+fn slots_grow_in_number_or_in_size_and_stay_within_the_limit() {
+    let bench = Bench::new();
+    // more slots: those under way are in the last one, and what the idle ones have read is larger than they become
+    let limits = Limits { slots: 8, cache_bytes: bench.tokens(3 * 512) };
+    let mut client = Client::new(bench.engine(limits), limits);
+    let large = client.submit_all(&[greedy(450, 3, 50), greedy(450, 4, 50)]);
+    let stays = greedy(9, 5, 40);
+    client.submit(&stays);
+    client.steps(3);
+    large.into_iter().for_each(|id| client.cancel(id));
+    let more = [greedy(280, 7, 60), greedy(280, 8, 60), greedy(280, 9, 60)];
+    client.submit_all(&more);
+    client.finish();
+    let texts = |client: &Client| -> Vec<Vec<Generated>> {
+        client.answered.values().map(|(_, texts)| texts.clone()).collect()
+    };
+    assert_eq!(texts(&client), bench.alone(&[&[stays], &more[..]].concat()));
+
+    // fewer slots, each larger
+    let limits = Limits { slots: 4, cache_bytes: bench.tokens(512) };
+    let mut client = Client::new(bench.engine(limits), limits);
+    let ids = client.submit_all(&[1, 2, 3, 5].map(|kind| greedy(9, kind, 100)));
+    client.step();
+    assert_eq!(client.engine.active(), 4);
+    ids[..3].iter().for_each(|&id| client.cancel(id));
+    client.submit(&greedy(110, 3, 100));
+    client.step();
+    assert_eq!(client.engine.active(), 2);
+    client.finish();
+    assert_eq!(texts(&client), bench.alone(&[greedy(9, 5, 100), greedy(110, 3, 100)]));
+}
+
 #[test]
 fn what_can_not_be_generated_is_refused_and_changes_nothing() {
     let bench = Bench::new();
@@ -382,10 +440,10 @@ fn what_can_not_be_generated_is_refused_and_changes_nothing() {
     stops.settings.stop = vec!["x".to_owned()];
     for (request, said) in [
         (greedy(0, 0, 5), "a prompt of 0 tokens"),
-        (greedy(POSITIONS, 0, 5), "a prompt of 512 tokens, the model has 512 positions"),
+        (greedy(POSITIONS, 0, 5), "a prompt of 1024 tokens, the model has 1024 positions"),
         (Request { prompt: vec![1, 407, 2], ..greedy(1, 0, 5) }, "has the token 407, the model has 407"),
         (greedy(1, 0, 0), "max_new_tokens is 0"),
-        (searched(400, 0, 5, 2), "cache is too large"),
+        (searched(600, 0, 5, 2), "cache is too large"),
         (searched(3, 0, usize::MAX, 4096), "cache is too large"),
         (stops, "stop is given and num_beams is 2"),
     ] {
@@ -424,10 +482,10 @@ fn after_an_error_the_engine_is_idle_and_generates_for_others() {
 
     // an engine that takes the model for larger than it is, so that a run of it fails
     let mut engine = Engine::new(bench.slots(), bench.tokenizer.inner(), vec![END], 2 * POSITIONS, LARGE);
-    for request in [greedy(POSITIONS + 1, 0, 5), searched(POSITIONS + 1, 0, 5, 2), greedy(POSITIONS, 0, 9)] {
+    for request in [greedy(POSITIONS + 1, 0, 5), searched(POSITIONS + 1, 0, 5, 2), greedy(POSITIONS, 9, 9)] {
         let fails = engine.submit(request).unwrap();
         let beside = engine.submit(greedy(9, 5, 100)).unwrap();
-        while engine.step(&mut |_| ()).is_ok() {}
+        assert!((0..20).any(|_| engine.step(&mut |_| ()).is_err()));
         assert!(engine.is_idle() && engine.active() == 0 && engine.cache_bytes() == 0);
         assert!(!engine.cancel(fails) && !engine.cancel(beside));
         assert_eq!(engine.run(&requests, &mut |_| Ok(())).unwrap(), alone);
