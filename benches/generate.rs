@@ -17,7 +17,7 @@ use tk::generate::sampler::Sampler;
 use tk::onnx::Precision;
 use tk::predict::graphs;
 use tk::runtime::Slots;
-use tk::runtime::slots::Reading;
+use tk::runtime::slots::SlotRead;
 use tk::say::Say;
 
 /// One shape's seconds and what was generated.
@@ -118,14 +118,14 @@ fn run(slots: &mut Slots, prompts: &[Vec<i64>], new: usize) -> Result<Run> {
         let (slots_read, asked) = (start..start + prompts.len(), [length as i64 - 1]);
         let lengths = vec![0; prompts.len()];
         let reading =
-            Reading { slots: &slots_read, ids: &prompts.concat(), lengths: &lengths, asked: &asked };
+            SlotRead { slots: &slots_read, ids: &prompts.concat(), lengths: &lengths, asked: &asked };
         ids.extend(slots.read(reading)?.chunks_exact_mut(width).map(&mut likeliest));
     }
     let prefill = started.elapsed().as_secs_f64();
     let mut lengths: Vec<usize> = prompts.iter().take(rows).map(Vec::len).collect();
     let mut tokens: Vec<Vec<i64>> = ids.iter().map(|&id| vec![id]).collect();
     for _ in 1..new {
-        let reading = Reading { slots: &(0..rows), ids: &ids, lengths: &lengths, asked: &[0] };
+        let reading = SlotRead { slots: &(0..rows), ids: &ids, lengths: &lengths, asked: &[0] };
         ids = slots.read(reading)?.chunks_exact_mut(width).map(&mut likeliest).collect();
         tokens.iter_mut().zip(&ids).for_each(|(tokens, &id)| tokens.push(id));
         lengths.iter_mut().for_each(|length| *length += 1);

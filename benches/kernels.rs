@@ -29,11 +29,11 @@ use tk::eager::kernels::cross_entropy::{self, linear_cross_entropy, linear_losse
 use tk::eager::kernels::dropout::{self, Mask, mix};
 use tk::eager::kernels::gemm::{Matrix, MatrixMut, Write, parallel_product};
 use tk::eager::kernels::gradient::Gradient;
-use tk::eager::kernels::layer_norm::{self, Norm};
-use tk::eager::kernels::linear::{self, Map};
+use tk::eager::kernels::layer_norm::{self, NormWeights};
+use tk::eager::kernels::linear::{self, LinearMap};
 use tk::eager::kernels::residual::{self, Branch, residual_norm};
 use tk::eager::kernels::{activation, embedding};
-use tk::eager::tape::{Tape, Value};
+use tk::eager::tape::{Tape, TapeValue};
 use tk::eager::{Init, Kernels, Params, Weight};
 use tk::model::manifest::manifest;
 use tk::model::ops::{Activation, At, Ids, Layout, Ops, Sees};
@@ -208,7 +208,7 @@ impl Bench {
         &self,
         operation: Operation,
         composite: impl Fn(&[Tensor], &[Weight]) -> candle_core::Result<Tensor>,
-        fused: impl Fn(&Tape, &[Arc<Value>], &[Weight]) -> candle_core::Result<Arc<Value>>,
+        fused: impl Fn(&Tape, &[Arc<TapeValue>], &[Weight]) -> candle_core::Result<Arc<TapeValue>>,
     ) -> Result<()> {
         let Operation { name, flops, moved, inputs, parameters } = operation;
         let values: Vec<Vec<f32>> =
@@ -218,7 +218,7 @@ impl Bench {
         let of_fused = passes(self.repeat, || {
             let tape = Tape::new(true);
             let leaf = |(x, var): (&Vec<f32>, &Var)| tape.leaf(Buffer::of(x), var.dims()[1]);
-            let leaves: Vec<Arc<Value>> = values.iter().zip(&inputs).map(leaf).collect();
+            let leaves: Vec<Arc<TapeValue>> = values.iter().zip(&inputs).map(leaf).collect();
             let (y, forward) = timed(|| fused(&tape, &leaves, &weights));
             let y = y?;
             result = y.numbers.len();
@@ -440,8 +440,8 @@ fn forget(weight: &Weight) {
     }
 }
 
-fn map(weight: &Weight, bias: &Weight) -> candle_core::Result<Map> {
-    Map::new(weight, Some(bias), Layout::OutIn)
+fn map(weight: &Weight, bias: &Weight) -> candle_core::Result<LinearMap> {
+    LinearMap::new(weight, Some(bias), Layout::OutIn)
 }
 
 /// What [`map`] computes, in candle's operations.
@@ -449,6 +449,6 @@ fn mapped(x: &Tensor, weight: &Weight, bias: &Weight) -> candle_core::Result<Ten
     linear::composite(x, weight, Some(bias), Layout::OutIn)
 }
 
-fn norm(weight: &Weight, bias: &Weight) -> Norm {
-    Norm { weight: weight.clone(), bias: bias.clone(), eps: EPS }
+fn norm(weight: &Weight, bias: &Weight) -> NormWeights {
+    NormWeights { weight: weight.clone(), bias: bias.clone(), eps: EPS }
 }

@@ -30,14 +30,14 @@ pub fn open(name: &str) -> Result<Device> {
 /// What training computes in. Parameters, the optimizer's state and all that is saved are fp32 in both.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Precision {
+pub enum TrainingPrecision {
     #[default]
     Fp32,
     /// Products and activations in bf16; layer norms, softmax, non-linearities and the loss in fp32.
     Bf16,
 }
 
-impl Precision {
+impl TrainingPrecision {
     /// The activations' type.
     pub fn dtype(self) -> DType {
         match self {

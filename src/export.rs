@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 use crate::eager::Evaluator;
 use crate::onnx::proto::ModelProto;
 use crate::onnx::write::{self, Scratch};
-use crate::onnx::{Kind, Precision, model};
+use crate::onnx::{GraphKind, Precision, model};
 use crate::parity::{self, Compared, Runtime, Subject, decoding, inputs, report};
 use crate::predict::graphs;
 use crate::runtime::{Provider, Slots, library};
@@ -61,13 +61,13 @@ impl<'a> Export<'a> {
         Ok(export)
     }
 
-    fn build(&self, kind: Kind) -> Result<ModelProto> {
+    fn build(&self, kind: GraphKind) -> Result<ModelProto> {
         let Saved { config, task, weights, tokenizer, .. } = self.saved;
         model::build(config, task, weights, tokenizer.hash(), kind)
     }
 
     /// What a manifest says of a file that is in place.
-    fn entry(&self, file: &str, kind: Kind) -> Result<Map<String, Value>> {
+    fn entry(&self, file: &str, kind: GraphKind) -> Result<Map<String, Value>> {
         let path = self.folder.join(file);
         let entry = json!({
             "file": file,
@@ -130,7 +130,7 @@ impl<'a> Export<'a> {
     /// ONNX Runtime gives other logits than the trained model: nothing is put in place then.
     pub fn as_trained(&self, opset: i64, external_data: bool) -> Result<Exported> {
         let form = self.saved.task.form();
-        let kind = Kind::fp32(form, opset);
+        let kind = GraphKind::fp32(form, opset);
         let (target, written) = (graphs::path(&self.saved.dir), self.scratch.path().join(MODEL));
         let external = write::save(self.build(kind)?, &written, external_data || form == Form::Cached)?;
         self.say.detail(format!("verifying {}", written.display()));
@@ -138,7 +138,7 @@ impl<'a> Export<'a> {
         let generating = graphs::generating(&self.saved.dir, Precision::Fp32);
         let generated = self.scratch.path().join(GENERATE);
         if form == Form::Cached {
-            write::save_sharing(self.build(Kind::in_place(Precision::Fp32))?, &generated, &written)?;
+            write::save_sharing(self.build(GraphKind::in_place(Precision::Fp32))?, &generated, &written)?;
             self.say.detail(format!("verifying {}", generated.display()));
             compared.push(verify(self.saved, &generated, Form::InPlace)?);
         }
@@ -158,7 +158,7 @@ impl<'a> Export<'a> {
         }
         let mut also = String::new();
         if let Some(in_place) = compared.get(1) {
-            let mut entry = self.entry(GENERATE, Kind::in_place(Precision::Fp32))?;
+            let mut entry = self.entry(GENERATE, GraphKind::in_place(Precision::Fp32))?;
             entry.insert("max_abs".to_owned(), json!(in_place.max_abs));
             others.shift_insert(0, Precision::Fp32.name().to_owned(), Value::Object(entry));
             also = format!(
@@ -200,7 +200,7 @@ impl<'a> Export<'a> {
         examples: &[Example],
     ) -> Result<Exported> {
         let saved = self.saved;
-        let kind = Kind { block, ..Kind::in_place(precision) };
+        let kind = GraphKind { block, ..GraphKind::in_place(precision) };
         let target = graphs::generating(&saved.dir, precision);
         let file = target.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let written = self.scratch.path().join(&file);

@@ -485,7 +485,7 @@ fn after_an_error_the_engine_is_idle_and_generates_for_others() {
     for request in [greedy(POSITIONS + 1, 0, 5), searched(POSITIONS + 1, 0, 5, 2), greedy(POSITIONS, 9, 9)] {
         let fails = engine.submit(request).unwrap();
         let beside = engine.submit(greedy(9, 5, 100)).unwrap();
-        assert!((0..20).any(|_| engine.step(&mut |_| ()).is_err()));
+        assert!((0..150).any(|_| engine.step(&mut |_| ()).is_err()));
         assert!(engine.is_idle() && engine.active() == 0 && engine.cache_bytes() == 0);
         assert!(!engine.cancel(fails) && !engine.cancel(beside));
         assert_eq!(engine.run(&requests, &mut |_| Ok(())).unwrap(), alone);

@@ -7,9 +7,9 @@ use std::path::Path;
 use common::{json, models};
 use prost::Message;
 use tk::checkpoint::Weights;
-use tk::data::batch::{Encoding, Padded};
+use tk::data::batch::{Encoding, PaddedBatch};
 use tk::model::ModelConfig;
-use tk::onnx::{Kind, OPSETS, Precision, dump, model, proto::ModelProto, write};
+use tk::onnx::{GraphKind, OPSETS, Precision, dump, model, proto::ModelProto, write};
 use tk::runtime::{Model, OrtSession, Provider, Providers};
 use tk::say::Say;
 use tk::task::Task;
@@ -25,10 +25,10 @@ const TINY: [&str; 7] = [
 ];
 
 fn exported(name: &str, opset: i64) -> ModelProto {
-    built(name, |task| Kind::fp32(task.form(), opset))
+    built(name, |task| GraphKind::fp32(task.form(), opset))
 }
 
-fn built(name: &str, kind: impl Fn(&Task) -> Kind) -> ModelProto {
+fn built(name: &str, kind: impl Fn(&Task) -> GraphKind) -> ModelProto {
     let dir = models(name);
     let config = ModelConfig::read(&dir).unwrap();
     let task = Task::from_config(&config).unwrap();
@@ -47,7 +47,7 @@ fn session(model: &ModelProto) -> OrtSession {
     open(Model::Bytes(&model.encode_to_vec()))
 }
 
-fn logits(session: &mut OrtSession, batch: &Padded) -> Vec<Vec<f32>> {
+fn logits(session: &mut OrtSession, batch: &PaddedBatch) -> Vec<Vec<f32>> {
     let outputs = session.run(batch).unwrap();
     assert_eq!(outputs[0].shape[0], batch.rows);
     outputs[0].values.chunks(outputs[0].shape[1]).map(<[f32]>::to_vec).collect()
@@ -79,7 +79,7 @@ fn graphs_stay_as_they_are() {
         }
     }
     for precision in [Precision::Fp32, Precision::Q4] {
-        let graph = built("tiny-gpt2-lm", |_| Kind::in_place(precision));
+        let graph = built("tiny-gpt2-lm", |_| GraphKind::in_place(precision));
         insta::assert_snapshot!(format!("tiny-gpt2-lm-in-place-{precision}"), dump::dump(&graph));
     }
 }
@@ -121,7 +121,7 @@ fn initializers_are_the_checkpoints_numbers_and_matrices_stand_as_matmul_takes_t
 fn every_opset_gives_transformers_logits() {
     for name in TINY {
         let (encodings, wanted) = reference(name);
-        let batch = Padded::new(&encodings.iter().collect::<Vec<_>>(), 0);
+        let batch = PaddedBatch::new(&encodings.iter().collect::<Vec<_>>(), 0);
         for opset in OPSETS {
             let found = logits(&mut session(&exported(name, opset)), &batch);
             assert!(distance(&found, &wanted) < 1e-5, "{name} {opset}: {}", distance(&found, &wanted));
@@ -134,7 +134,8 @@ fn an_opset_that_tk_does_not_write_is_refused_by_name() {
     let dir = models("tiny-bert-single");
     let config = ModelConfig::read(&dir).unwrap();
     let task = Task::from_config(&config).unwrap();
-    let error = model::build(&config, &task, &weights(&dir), "", Kind::fp32(task.form(), 22)).unwrap_err();
+    let error =
+        model::build(&config, &task, &weights(&dir), "", GraphKind::fp32(task.form(), 22)).unwrap_err();
     assert_eq!(error.to_string(), "opset 22: tk writes the opsets 13 to 21 (default 18)");
     assert_eq!(tk::error::exit_code(&error), 2);
 }
@@ -147,7 +148,7 @@ fn a_record_gives_the_same_logits_in_any_batch() {
         for size in [1, 2, 3, 5] {
             let found: Vec<Vec<f32>> = encodings
                 .chunks(size)
-                .flat_map(|part| logits(&mut session, &Padded::new(&part.iter().collect::<Vec<_>>(), 0)))
+                .flat_map(|part| logits(&mut session, &PaddedBatch::new(&part.iter().collect::<Vec<_>>(), 0)))
                 .collect();
             assert!(distance(&found, &wanted) < 1e-5, "batches of {size}");
         }
@@ -160,7 +161,7 @@ fn any_number_of_sequences_of_any_length_runs() {
     for rows in [1, 2, 7] {
         for width in [1, 2, 17, 64] {
             let encoding = Encoding { ids: vec![5; width], type_ids: vec![0; width], truncated: false };
-            let found = logits(&mut session, &Padded::new(&vec![&encoding; rows], 0));
+            let found = logits(&mut session, &PaddedBatch::new(&vec![&encoding; rows], 0));
             assert_eq!((found.len(), found[0].len()), (rows, 3));
             assert!(distance(&found[..1], &found[rows - 1..]) < 1e-6);
         }
@@ -172,7 +173,7 @@ fn a_fully_masked_row_is_finite_and_leaves_the_others_alone() {
     let (encodings, wanted) = reference("tiny-bert-single");
     for opset in [14, 18, 21] {
         let mut session = session(&exported("tiny-bert-single", opset));
-        let mut batch = Padded::new(&encodings.iter().collect::<Vec<_>>(), 0);
+        let mut batch = PaddedBatch::new(&encodings.iter().collect::<Vec<_>>(), 0);
         batch.mask[..batch.width].fill(0);
         let found = logits(&mut session, &batch);
         assert!(found[0].iter().all(|x| x.is_finite()), "{:?}", found[0]);
@@ -191,7 +192,7 @@ fn external_weights_give_the_same_logits_and_read_back() {
     assert_eq!(write::load(&path).unwrap(), model);
 
     let (encodings, wanted) = reference("tiny-bert-single");
-    let batch = Padded::new(&encodings.iter().collect::<Vec<_>>(), 0);
+    let batch = PaddedBatch::new(&encodings.iter().collect::<Vec<_>>(), 0);
     assert!(distance(&logits(&mut open(Model::File(&path)), &batch), &wanted) < 1e-5);
 
     std::fs::File::options().write(true).open(write::data_path(&path)).unwrap().set_len(data / 2).unwrap();
@@ -205,7 +206,7 @@ fn taps_can_be_asked_for() {
     let taps: Vec<String> = taps.iter().map(|&tap| tap.to_owned()).collect();
     let mut session = session(&model::with_outputs(exported("tiny-bert-single", 18), &taps));
     let (encodings, _) = reference("tiny-bert-single");
-    let outputs = session.run(&Padded::new(&[&encodings[0]], 0)).unwrap();
+    let outputs = session.run(&PaddedBatch::new(&[&encodings[0]], 0)).unwrap();
     assert_eq!(outputs[1].name, "bert.embeddings");
     assert_eq!(outputs[1].shape, [1, encodings[0].len(), 32]);
     assert_eq!(outputs[4].shape, [1, 32]);
@@ -244,7 +245,7 @@ fn weights_that_diverged_are_not_exported() {
     let config = ModelConfig::read(dir.path()).unwrap();
     let task = Task::from_config(&config).unwrap();
     let diverged = Weights::open(dir.path(), config.family.names()).unwrap();
-    let error = model::build(&config, &task, &diverged, "", Kind::fp32(task.form(), 18)).unwrap_err();
+    let error = model::build(&config, &task, &diverged, "", GraphKind::fp32(task.form(), 18)).unwrap_err();
     assert!(error.to_string().contains("classifier.bias"), "{error}");
     assert_eq!(tk::error::exit_code(&error), 2);
 }

@@ -14,11 +14,11 @@ use tk::eager::kernels::buffer::Buffer;
 use tk::eager::kernels::cross_entropy::{self, composite_losses, linear_cross_entropy, linear_losses};
 use tk::eager::kernels::dropout::Mask;
 use tk::eager::kernels::gradient::Gradient;
-use tk::eager::kernels::layer_norm::Norm;
-use tk::eager::kernels::linear::Map;
+use tk::eager::kernels::layer_norm::NormWeights;
+use tk::eager::kernels::linear::LinearMap;
 use tk::eager::kernels::residual::{self, Branch, residual_norm};
 use tk::eager::kernels::{activation, attention, dropout, embedding, layer_norm, linear, split};
-use tk::eager::tape::{Tape, Value};
+use tk::eager::tape::{Tape, TapeValue};
 use tk::eager::{Init, Kernels, Params, Weight};
 use tk::model::ops::{Activation, At, Ids, Layout, Ops, Pick, Sees};
 use tk::train::optimizer::{AdamW, Constants, Gradients};
@@ -46,7 +46,7 @@ fn compare(
     activations: &[Var],
     parameters: &[Var],
     composite: impl Fn(&[Tensor], &[Weight]) -> Result<Tensor>,
-    fused: impl Fn(&Tape, &[Arc<Value>], &[Weight]) -> Result<Arc<Value>>,
+    fused: impl Fn(&Tape, &[Arc<TapeValue>], &[Weight]) -> Result<Arc<TapeValue>>,
 ) {
     compare_within(TOLERANCE, activations, parameters, composite, fused);
 }
@@ -56,7 +56,7 @@ fn compare_within(
     activations: &[Var],
     parameters: &[Var],
     composite: impl Fn(&[Tensor], &[Weight]) -> Result<Tensor>,
-    fused: impl Fn(&Tape, &[Arc<Value>], &[Weight]) -> Result<Arc<Value>>,
+    fused: impl Fn(&Tape, &[Arc<TapeValue>], &[Weight]) -> Result<Arc<TapeValue>>,
 ) {
     let tensors: Vec<Tensor> = activations.iter().map(|v| v.as_tensor().clone()).collect();
     let weights: Vec<Weight> =
@@ -81,11 +81,11 @@ fn on_tape(
     activations: &[Var],
     parameters: &[Var],
     cotangent: &[f32],
-    run: impl Fn(&Tape, &[Arc<Value>], &[Weight]) -> Result<Arc<Value>>,
+    run: impl Fn(&Tape, &[Arc<TapeValue>], &[Weight]) -> Result<Arc<TapeValue>>,
 ) -> Vec<Vec<f32>> {
     let tape = Tape::new(true);
     let leaf = |v: &Var| tape.leaf(Buffer::of(&numbers(v.as_tensor())), *v.dims().last().unwrap());
-    let values: Vec<Arc<Value>> = activations.iter().map(leaf).collect();
+    let values: Vec<Arc<TapeValue>> = activations.iter().map(leaf).collect();
     let weights: Vec<Weight> = parameters.iter().map(with_slot).collect();
     let y = run(&tape, &values, &weights).unwrap();
     let mut all = vec![y.numbers.to_vec()];
@@ -101,8 +101,8 @@ fn with_slot(var: &Var) -> Weight {
     Weight { values: var.as_detached_tensor(), gradient: Some(Arc::new(Gradient::new(var.dims()))) }
 }
 
-fn map(weight: &Weight, bias: &Weight) -> Map {
-    Map::new(weight, Some(bias), Layout::OutIn).unwrap()
+fn map(weight: &Weight, bias: &Weight) -> LinearMap {
+    LinearMap::new(weight, Some(bias), Layout::OutIn).unwrap()
 }
 
 /// What [`map`] computes, in candle's operations.
@@ -110,8 +110,8 @@ fn mapped(x: &Tensor, weight: &Weight, bias: &Weight) -> Result<Tensor> {
     linear::composite(x, weight, Some(bias), Layout::OutIn)
 }
 
-fn norm(weight: &Weight, bias: &Weight) -> Norm {
-    Norm { weight: weight.clone(), bias: bias.clone(), eps: 1e-5 }
+fn norm(weight: &Weight, bias: &Weight) -> NormWeights {
+    NormWeights { weight: weight.clone(), bias: bias.clone(), eps: 1e-5 }
 }
 
 fn numbers(tensor: &Tensor) -> Vec<f32> {
@@ -135,7 +135,7 @@ proptest! {
                     &[random(seed, &[rows, input])],
                     &parameters,
                     |t, p| linear::composite(&t[0], &p[0], p.get(1), layout),
-                    |tape, t, p| linear::linear(tape, &t[0], &Map::new(&p[0], p.get(1), layout)?),
+                    |tape, t, p| linear::linear(tape, &t[0], &LinearMap::new(&p[0], p.get(1), layout)?),
                 );
             }
         }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use common::{copy_dir, models, records_file, tk};
 use serde_json::Value;
-use tk::onnx::{Kind, model, write};
+use tk::onnx::{GraphKind, model, write};
 use tk::parity::inputs;
 use tk::saved::Saved;
 
@@ -28,9 +28,14 @@ fn parity(dir: &Path, args: &[&str], code: i32) -> (Value, String) {
 fn export_changed(dir: &Path, weight: &str, change: f32) {
     let saved = Saved::open(dir).unwrap();
     let hash = saved.tokenizer.hash();
-    let mut model =
-        model::build(&saved.config, &saved.task, &saved.weights, hash, Kind::fp32(saved.task.form(), 18))
-            .unwrap();
+    let mut model = model::build(
+        &saved.config,
+        &saved.task,
+        &saved.weights,
+        hash,
+        GraphKind::fp32(saved.task.form(), 18),
+    )
+    .unwrap();
     let initializers = &mut model.graph.as_mut().unwrap().initializer;
     let tensor = initializers.iter_mut().find(|tensor| tensor.name == weight).unwrap();
     let first = f32::from_le_bytes(tensor.raw_data[..4].try_into().unwrap());

@@ -5,8 +5,8 @@ mod common;
 use candle_core::{DType, Device};
 use common::{gradient, json, models, records_file, relative, tk};
 use tk::checkpoint::Weights;
-use tk::data::batch::{Encoding, Packed};
-use tk::device::Precision;
+use tk::data::batch::{Encoding, PackedBatch};
+use tk::device::TrainingPrecision;
 use tk::eager::{Eager, Init, Kernels, Mode, Params};
 use tk::model::ModelConfig;
 use tk::task::{Example, Target, Task};
@@ -54,7 +54,7 @@ impl Tiny {
     }
 }
 
-fn settings(precision: Precision, learning_rate: f64) -> Settings {
+fn settings(precision: TrainingPrecision, learning_rate: f64) -> Settings {
     Settings {
         precision,
         learning_rate,
@@ -68,7 +68,7 @@ fn settings(precision: Precision, learning_rate: f64) -> Settings {
 #[test]
 fn losses_in_bf16_follow_those_in_fp32() {
     let losses = |precision| Tiny::load().train(&settings(precision, 1e-3), 30);
-    let (fp32, bf16) = (losses(Precision::Fp32), losses(Precision::Bf16));
+    let (fp32, bf16) = (losses(TrainingPrecision::Fp32), losses(TrainingPrecision::Bf16));
     assert!(fp32[29] < 0.7 * fp32[0], "the test needs a run that learns: {fp32:?}");
     let worst = fp32.iter().zip(&bf16).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
     assert!(worst <= 0.02, "{worst}: {bf16:?}, {fp32:?}");
@@ -80,7 +80,7 @@ fn every_gradient_in_bf16_is_near_that_in_fp32() {
     let tiny = Tiny::load();
     // more rows than bf16 can count: a sum of as many in bf16 would stall
     let examples: Vec<&Example> = tiny.examples.iter().cycle().take(100).collect();
-    let batch = Packed::new(examples.iter().map(|example| &example.encoding));
+    let batch = PackedBatch::new(examples.iter().map(|example| &example.encoding));
     let gradients = |dtype| -> Vec<(String, Vec<f32>)> {
         let eager = Eager::new(&tiny.params, &batch, &Device::Cpu, Mode::Training { key: 3 });
         let eager = eager.with_kernels(Kernels::Composite).with_dtype(dtype);
@@ -115,7 +115,7 @@ fn updates_that_bf16_could_not_hold_are_kept() {
         }
         (before, tiny.params.values().unwrap().concat())
     };
-    let ((before, fp32), (_, bf16)) = (run(Precision::Fp32), run(Precision::Bf16));
+    let ((before, fp32), (_, bf16)) = (run(TrainingPrecision::Fp32), run(TrainingPrecision::Bf16));
     // weights whose neighbours in bf16 are further away than all the steps together, and that are learnt
     let is_far = |i: usize| before[i].abs() > 0.02 && f64::from((fp32[i] - before[i]).abs()) > rate;
     let far: Vec<usize> = (0..before.len()).filter(|&i| is_far(i)).collect();

@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Tensor};
 use common::{floats, gradient, json, max_abs, models, relative};
 use serde_json::Value;
 use tk::checkpoint::Weights;
-use tk::data::batch::{Encoding, Packed};
+use tk::data::batch::{Encoding, PackedBatch};
 use tk::eager::{Eager, Forward, Init, Kernels, Mode, Params, X};
 use tk::model::manifest::manifest;
 use tk::model::ops::At;
@@ -115,7 +115,7 @@ fn loss_and_every_gradient_are_those_of_transformers() {
     for name in MODELS {
         for kernels in [Kernels::Fused, Kernels::Composite] {
             let r = Reference::load(name);
-            let batch = Packed::new(r.examples.iter().map(|e| &e.encoding));
+            let batch = PackedBatch::new(r.examples.iter().map(|e| &e.encoding));
             let examples: Vec<&Example> = r.examples.iter().collect();
             let eager =
                 Eager::new(&r.params, &batch, &Device::Cpu, Mode::Training { key: 0 }).with_kernels(kernels);
@@ -155,7 +155,7 @@ fn norm(values: &[f32]) -> f64 {
 }
 
 /// The scores of a record's next tokens.
-fn scores<'a>(r: &'a Reference, batch: &'a Packed, kernels: Kernels) -> (Eager<'a>, X) {
+fn scores<'a>(r: &'a Reference, batch: &'a PackedBatch, kernels: Kernels) -> (Eager<'a>, X) {
     let eager = Eager::new(&r.params, batch, &Device::Cpu, Mode::Evaluation).with_kernels(kernels);
     let scores = r.task.define(&eager, &r.config.family).unwrap().remove(0);
     (eager, scores)
@@ -169,7 +169,7 @@ fn the_scores_of_next_tokens_are_those_of_transformers() {
     assert_eq!(file.len(), r.examples.len());
     for kernels in [Kernels::Fused, Kernels::Composite] {
         for i in 0..r.examples.len() {
-            let batch = Packed::new([&r.examples[i].encoding]);
+            let batch = PackedBatch::new([&r.examples[i].encoding]);
             let (_, scores) = scores(&r, &batch, kernels);
             let found: Vec<f32> = scores.tensor().unwrap().flatten_all().unwrap().to_vec1().unwrap();
             let (worst, at) = max_abs(&found, &floats(&file, &i.to_string()));
@@ -185,7 +185,7 @@ fn losses_of_texts_and_of_completions_are_those_of_transformers() {
     let loss = |i: usize, first: usize, kernels| -> f32 {
         let predicted = (0..r.examples[i].encoding.len()).map(|at| at >= first).collect();
         let target = NextTokens { predicted, bytes: 0 };
-        let batch = Packed::new([&r.examples[i].encoding]);
+        let batch = PackedBatch::new([&r.examples[i].encoding]);
         let (eager, scores) = scores(&r, &batch, kernels);
         eager.losses(&scores, &CausalLm::targets(&[(&r.examples[i].encoding, &target)])).unwrap().iter().sum()
     };
@@ -206,7 +206,7 @@ fn losses_of_texts_and_of_completions_are_those_of_transformers() {
 #[test]
 fn label_smoothing_is_pytorchs() {
     let r = Reference::load("tiny-bert-single");
-    let batch = Packed::new(r.examples.iter().map(|e| &e.encoding));
+    let batch = PackedBatch::new(r.examples.iter().map(|e| &e.encoding));
     let examples: Vec<&Example> = r.examples.iter().collect();
     let eager = Eager::new(&r.params, &batch, &Device::Cpu, Mode::Evaluation);
     let outputs = r.task.define(&eager, &r.config.family).unwrap();
@@ -232,7 +232,7 @@ fn hidden_states_are_those_of_candle_transformers() {
             let (ids, types) = (row(&example.encoding.ids), row(&example.encoding.type_ids));
             let hidden =
                 theirs.forward(&ids, &types, None).unwrap().flatten_all().unwrap().to_vec1().unwrap();
-            let batch = Packed::new([&example.encoding]);
+            let batch = PackedBatch::new([&example.encoding]);
             let eager = Eager::new(&r.params, &batch, &Device::Cpu, Mode::Evaluation).with_taps();
             r.task.define(&eager, &r.config.family).unwrap();
             let taps = eager.into_taps();
@@ -262,7 +262,7 @@ fn hidden_states_of_distilbert_and_xlm_roberta_are_those_of_candle_transformers(
         for (i, encoding) in encodings(&json).iter().enumerate() {
             let ids = Tensor::from_slice(&encoding.ids, (1, encoding.len()), &Device::Cpu).unwrap();
             let hidden = theirs(&ids).flatten_all().unwrap().to_vec1().unwrap();
-            let batch = Packed::new([encoding]);
+            let batch = PackedBatch::new([encoding]);
             let eager = Eager::new(&params, &batch, &Device::Cpu, Mode::Evaluation).with_taps();
             config.family.define(&eager, Head::TokenClassification { labels: 5 }).unwrap();
             let taps = eager.into_taps();
@@ -319,7 +319,7 @@ fn a_row_of_scores_a_token_its_loss_and_every_gradient_are_those_of_transformers
         for kernels in [Kernels::Fused, Kernels::Composite] {
             let (config, params, json) = tokens(name);
             let encodings = encodings(&json);
-            let batch = Packed::new(&encodings);
+            let batch = PackedBatch::new(&encodings);
             let eager =
                 Eager::new(&params, &batch, &Device::Cpu, Mode::Training { key: 0 }).with_kernels(kernels);
             let scores = config.family.define(&eager, Head::TokenClassification { labels: 5 }).unwrap();

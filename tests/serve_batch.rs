@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use common::{copy_dir, json, max_abs, models, records_file, tk};
 use serde_json::{Value, json};
-use tk::onnx::{Kind, model, write};
+use tk::onnx::{GraphKind, model, write};
 use tk::saved::Saved;
 
 /// An exported model in a folder with room for inputs and outputs.
@@ -310,7 +310,7 @@ fn logits_that_are_not_finite_are_errors_of_their_records() {
         &saved.task,
         &saved.weights,
         saved.tokenizer.hash(),
-        Kind::fp32(saved.task.form(), 18),
+        GraphKind::fp32(saved.task.form(), 18),
     )
     .unwrap();
     // a word that was broken after the export
@@ -346,7 +346,7 @@ fn a_session_that_fails_ends_the_run_and_what_was_answered_stays() {
     let saved = Saved::open(&bench.model()).unwrap();
     let (config, task, hash) = (&saved.config, &saved.task, saved.tokenizer.hash());
     let mut graph =
-        model::build(config, task, &saved.weights, hash, Kind::fp32(saved.task.form(), 18)).unwrap();
+        model::build(config, task, &saved.weights, hash, GraphKind::fp32(saved.task.form(), 18)).unwrap();
     // the table of words loses its last rows, which ONNX Runtime finds when one of them is looked up
     let id = |word: &str| saved.tokenizer.encode(word, None, 64).unwrap().ids[1];
     let words = ["the", "great", "bad", "day", "film"];

@@ -9,16 +9,16 @@ use candle_core::{Device, Tensor};
 use common::{floats, gradient, integers, max_abs, relative};
 use tk::Result;
 use tk::checkpoint::Weights;
-use tk::data::batch::{Encoding, Packed, Padded};
+use tk::data::batch::{Encoding, PackedBatch, PaddedBatch};
 use tk::eager::{Eager, Init, Kernels, Mode, Params};
 use tk::model::manifest::manifest;
 use tk::model::ops::{Activation, At, Attend, Ids, Ops, Param, Pick, Sees};
 use tk::onnx::proto::ModelProto;
-use tk::onnx::{CANDLE_OPSET, Kind, OPSETS, Precision, emit};
+use tk::onnx::{CANDLE_OPSET, GraphKind, OPSETS, Precision, emit};
 use tk::runtime::decoder::Tokens;
 use tk::runtime::providers::{Provider, Providers};
 use tk::runtime::session::{Model, OrtSession};
-use tk::runtime::slots::Reading;
+use tk::runtime::slots::SlotRead;
 use tk::runtime::{Decoder, Slots};
 use tk::say::Say;
 use tk::task::{Dim, Form, Output};
@@ -216,7 +216,7 @@ fn eager(case: &Case, kernels: Kernels, mode: Mode) -> (Params, Tensor) {
     let (_dir, weights) = case.weights();
     let init = Init { seed: 0, std: 0.0 };
     let (params, _) = Params::load(&case.params(), &weights, init, &Device::Cpu).unwrap();
-    let packed = Packed::new(&case.batch);
+    let packed = PackedBatch::new(&case.batch);
     let interpreter = Eager::new(&params, &packed, &Device::Cpu, mode).with_kernels(kernels);
     let y = define(&interpreter, case).unwrap().tensor().unwrap();
     (params, y)
@@ -264,10 +264,10 @@ fn graph(case: &Case, opset: i64) -> ModelProto {
         Some(_) => vec![Dim::Batch, Dim::Of(case.y.len() / case.batch.len())],
         None => vec![Dim::Batch, Dim::Sequence, Dim::Of(case.y.len() / tokens(case))],
     };
-    graph_of(case, Output { name: "y", dims }, Kind::fp32(Form::Whole, opset))
+    graph_of(case, Output { name: "y", dims }, GraphKind::fp32(Form::Whole, opset))
 }
 
-fn graph_of(case: &Case, output: Output, kind: Kind) -> ModelProto {
+fn graph_of(case: &Case, output: Output, kind: GraphKind) -> ModelProto {
     let (_dir, weights) = case.weights();
     let define = |o: &emit::Emit| Ok(vec![define(o, case)?]);
     let weight = |param: &Param| Ok(weights.f32(&param.name)?.into_owned().into());
@@ -275,7 +275,7 @@ fn graph_of(case: &Case, output: Output, kind: Kind) -> ModelProto {
 }
 
 /// A case's graph of a form that goes on from tokens which it has read before, as a file.
-fn going_on(case: &Case, kind: Kind) -> (tempfile::TempDir, PathBuf) {
+fn going_on(case: &Case, kind: GraphKind) -> (tempfile::TempDir, PathBuf) {
     let (width, tokens) = match case.picked() {
         Some(_) => (case.y.len() / case.batch.len(), Dim::Asked),
         None => (case.y.len() / tokens(case), Dim::Sequence),
@@ -288,7 +288,7 @@ fn going_on(case: &Case, kind: Kind) -> (tempfile::TempDir, PathBuf) {
 }
 
 /// Leaves the padding out of a graph's result, which is packed then.
-fn kept(case: &Case, padded: &Padded, y: &[f32]) -> Vec<f32> {
+fn kept(case: &Case, padded: &PaddedBatch, y: &[f32]) -> Vec<f32> {
     if case.picked().is_some() {
         let rows = y.chunks(y.len() / padded.rows).zip(padded.mask.chunks(padded.width));
         return rows.filter(|(_, mask)| mask.contains(&1)).flat_map(|(row, _)| row.to_vec()).collect();
@@ -298,11 +298,11 @@ fn kept(case: &Case, padded: &Padded, y: &[f32]) -> Vec<f32> {
     rows.filter(|(_, mask)| **mask == 1).flat_map(|(row, _)| row.to_vec()).collect()
 }
 
-fn padded(case: &Case) -> Padded {
-    Padded::new(&case.batch.iter().collect::<Vec<_>>(), 0)
+fn padded(case: &Case) -> PaddedBatch {
+    PaddedBatch::new(&case.batch.iter().collect::<Vec<_>>(), 0)
 }
 
-fn in_onnx_runtime(model: &ModelProto, batch: &Padded) -> Vec<f32> {
+fn in_onnx_runtime(model: &ModelProto, batch: &PaddedBatch) -> Vec<f32> {
     let bytes = prost::Message::encode_to_vec(model);
     let providers = Providers::only(Provider::Cpu);
     let say = Say { quiet: true, ..Say::default() };
@@ -310,7 +310,7 @@ fn in_onnx_runtime(model: &ModelProto, batch: &Padded) -> Vec<f32> {
     session.run(batch).unwrap().remove(0).values
 }
 
-fn in_candle_onnx(model: &ModelProto, batch: &Padded) -> Vec<f32> {
+fn in_candle_onnx(model: &ModelProto, batch: &PaddedBatch) -> Vec<f32> {
     let tensor =
         |values: &[i64]| Tensor::from_slice(values, (batch.rows, batch.width), &Device::Cpu).unwrap();
     let given =
@@ -352,7 +352,7 @@ fn every_verb_gives_the_reference_in_place() {
         if NOT_IN_PLACE.contains(&case.name) {
             return;
         }
-        let (_dir, path) = going_on(case, Kind::in_place(Precision::Fp32));
+        let (_dir, path) = going_on(case, GraphKind::in_place(Precision::Fp32));
         let mut slots = Slots::open(&path, 1, Say { quiet: true, ..Say::default() }).unwrap();
         slots.resize(case.batch.len(), 32).unwrap();
         let mut found = vec![Vec::new(); case.batch.len()];
@@ -369,7 +369,7 @@ fn every_verb_gives_the_reference_in_place() {
                     continue;
                 }
                 let reading =
-                    Reading { slots: &(slot..slot + 1), ids: &ids, lengths: &[start], asked: &asked };
+                    SlotRead { slots: &(slot..slot + 1), ids: &ids, lengths: &[start], asked: &asked };
                 let y = slots.read(reading).unwrap();
                 if case.picked().is_none() || half == 1 {
                     found[slot].extend_from_slice(y);
@@ -387,7 +387,7 @@ fn attention_gives_the_reference_behind_a_past() {
             return;
         }
         for opset in OPSETS {
-            let (_dir, path) = going_on(case, Kind::fp32(Form::Cached, opset));
+            let (_dir, path) = going_on(case, GraphKind::fp32(Form::Cached, opset));
             let mut decoder =
                 Decoder::open(&path, &Providers::only(Provider::Cpu), 1, Say::default()).unwrap();
             let mut found = Vec::new();
@@ -414,7 +414,7 @@ fn attention_gives_the_reference_behind_a_past() {
 /// changed.
 fn assert_masked(
     is_meant: impl Fn(&Case) -> bool,
-    change: impl Fn(&mut Padded),
+    change: impl Fn(&mut PaddedBatch),
     expected: impl Fn(&Case) -> &[f32],
 ) {
     each_case(|case| {

@@ -23,8 +23,8 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     input: PathBuf,
     /// What computes the logits: candle, or ONNX Runtime on what `tk export` wrote.
-    #[arg(long, value_enum, default_value_t = Runtime::Eager)]
-    runtime: Runtime,
+    #[arg(long, value_enum, default_value_t = MeasuredIn::Eager)]
+    runtime: MeasuredIn,
     /// Tokens of the longest example [default: what the model takes].
     #[arg(long, value_name = "N")]
     max_length: Option<usize>,
@@ -42,7 +42,7 @@ pub struct Args {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-enum Runtime {
+enum MeasuredIn {
     Eager,
     Onnx,
 }
@@ -51,7 +51,7 @@ enum Runtime {
 pub fn run(args: &Args, say: Say) -> Result<()> {
     let saved = Saved::open(&args.dir)?;
     let in_blocks = args.precision != Precision::Fp32;
-    if in_blocks && (args.runtime == Runtime::Eager || saved.task.form() == Form::Whole) {
+    if in_blocks && (args.runtime == MeasuredIn::Eager || saved.task.form() == Form::Whole) {
         bail_unusable!("--precision {} is for language models and --runtime onnx", args.precision);
     }
     args.records.check(saved.task.name(), &[&args.input])?;
@@ -67,13 +67,13 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     }
     let started = Instant::now();
     let measured = match args.runtime {
-        Runtime::Eager => Evaluator::open(&saved, &device::open(&args.device)?)?.measure(&examples)?,
-        Runtime::Onnx if saved.task.language_model().is_some() => {
+        MeasuredIn::Eager => Evaluator::open(&saved, &device::open(&args.device)?)?.measure(&examples)?,
+        MeasuredIn::Onnx if saved.task.language_model().is_some() => {
             generate::on_cpu(&args.ep)?;
             let graph = graphs::checked_generating(&saved, args.precision)?;
             saved.task.measure_in_place(&mut Slots::open(&graph, process::cores(), say)?, &examples)?
         }
-        Runtime::Onnx => {
+        MeasuredIn::Onnx => {
             let (providers, flags) = (&args.ep, &AnswerFlags::default());
             let (threads, batch_tokens, max_length) = (process::cores(), None, Some(max_length));
             let options = Options { providers, threads, batch_tokens, max_length, flags };

@@ -8,7 +8,7 @@ use serde_json::json;
 use crate::data::batch::Encoding;
 use crate::data::records;
 use crate::files::Destination;
-use crate::onnx::{DEFAULT_OPSET, Kind, Precision, model, write};
+use crate::onnx::{DEFAULT_OPSET, GraphKind, Precision, model, write};
 use crate::parity::inputs::{self, Text};
 use crate::parity::{self, Compared, Runtime, Subject, decoding, report};
 use crate::predict::graphs;
@@ -60,7 +60,7 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     let encodings = saved.tokenizer.encode_all(&texts(args, &saved)?, max_length)?;
 
     let scratch = write::Scratch::new(&std::env::temp_dir())?; // for graphs that are not there
-    let graph = |path: PathBuf, kind: Kind| -> Result<PathBuf> {
+    let graph = |path: PathBuf, kind: GraphKind| -> Result<PathBuf> {
         if path.exists() {
             graphs::check_fresh(&saved, &path)?;
             return Ok(path);
@@ -76,7 +76,7 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
         Ok(path)
     };
     let form = saved.task.form();
-    let model = graph(graphs::path(&args.dir), Kind::fp32(form, DEFAULT_OPSET))?;
+    let model = graph(graphs::path(&args.dir), GraphKind::fp32(form, DEFAULT_OPSET))?;
 
     let compared = match form {
         Form::Whole => {
@@ -88,7 +88,7 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
             let mut compared = of_language_model(&saved, &model, &texts, &runtimes, args.tolerance)?;
             if runtimes.contains(&Runtime::Ort(Provider::Cpu)) {
                 let generating = graphs::generating(&args.dir, Precision::Fp32);
-                let generating = graph(generating, Kind::in_place(Precision::Fp32))?;
+                let generating = graph(generating, GraphKind::in_place(Precision::Fp32))?;
                 compared.push(decoding::in_place(&saved, &generating, &texts, args.tolerance)?);
             }
             compared

@@ -20,7 +20,7 @@ use crate::saved::Saved;
 use crate::say::Say;
 use crate::task::{Answer, AnswerFlags};
 use crate::{Result, bail_unusable, process};
-use progress::Progress;
+use progress::ServeProgress;
 
 /// Predict for a file of records through ONNX Runtime: one output line for each input line, in order.
 #[derive(Debug, clap::Args)]
@@ -84,7 +84,7 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
         "-" => Destination::STDOUT,
         path => Destination::of(Path::new(path))?,
     };
-    let job = Job { args, source: Source::of(&args.input), target, say };
+    let job = BatchRun { args, source: Source::of(&args.input), target, say };
     job.check_streams()?;
     let saved = Saved::open(&args.dir)?;
     args.flags.check(saved.task.name())?;
@@ -95,7 +95,7 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
 }
 
 /// Answers every record in one pass of the model.
-fn predict(job: &Job, saved: &Saved) -> Result<()> {
+fn predict(job: &BatchRun, saved: &Saved) -> Result<()> {
     let args = job.args;
     if args.precision != Precision::Fp32 {
         bail_unusable!("--precision {}: {} is exported in fp32", args.precision, saved.task.name());
@@ -129,7 +129,7 @@ trait Work {
     fn provider(&self) -> Provider;
 
     /// An answer for each item, or what is wrong with it; counts tokens.
-    fn answers(&mut self, items: &[&Self::Item], progress: &mut Progress) -> Result<Vec<Answer>>;
+    fn answers(&mut self, items: &[&Self::Item], progress: &mut ServeProgress) -> Result<Vec<Answer>>;
 }
 
 impl Work for Predictor {
@@ -139,7 +139,7 @@ impl Work for Predictor {
         Self::provider(self)
     }
 
-    fn answers(&mut self, asked: &[&Asked], progress: &mut Progress) -> Result<Vec<Answer>> {
+    fn answers(&mut self, asked: &[&Asked], progress: &mut ServeProgress) -> Result<Vec<Answer>> {
         let answers = Self::answers(self, asked)?;
         progress.tokens += asked.iter().map(|asked| asked.tokens()).sum::<usize>();
         progress.truncated += asked.iter().filter(|asked| asked.truncated()).count();
@@ -148,14 +148,14 @@ impl Work for Predictor {
 }
 
 /// A run of the command.
-struct Job<'a> {
+struct BatchRun<'a> {
     args: &'a Args,
     source: Source,
     target: Destination,
     say: Say,
 }
 
-impl Job<'_> {
+impl BatchRun<'_> {
     fn threads(&self) -> usize {
         self.args.threads.map_or_else(process::cores, |n| n as usize)
     }
@@ -192,7 +192,7 @@ impl Job<'_> {
         chunks.pass_over(done.records)?;
 
         let shown = (self.target != Destination::STDOUT).then(|| args.output.clone());
-        let mut progress = Progress::new(done, shown, self.say)?;
+        let mut progress = ServeProgress::new(done, shown, self.say)?;
         for chunk in ReadAhead::start(chunks)? {
             let answered = chunk.and_then(|chunk| output.write(&lines(&chunk, &mut work, &mut progress)?));
             if let Err(error) = answered {
@@ -293,7 +293,7 @@ fn open(target: &Path, settings: &Value, window: usize, resume: bool, say: Say) 
 }
 
 /// A chunk's lines.
-fn lines<W: Work>(chunk: &Chunk<W::Item>, work: &mut W, progress: &mut Progress) -> Result<Vec<u8>> {
+fn lines<W: Work>(chunk: &Chunk<W::Item>, work: &mut W, progress: &mut ServeProgress) -> Result<Vec<u8>> {
     let items: Vec<&W::Item> = chunk.entries.iter().filter_map(|entry| entry.item.as_ref().ok()).collect();
     let mut answers = work.answers(&items, progress)?.into_iter();
     let mut lines = Vec::new();

@@ -10,7 +10,7 @@ use serde_json::json;
 use crate::say::{Say, peak_rss_bytes};
 use crate::task::{Learning, Metrics, RecordFlags, Task, TrainingFlags};
 use crate::train::checkpoint::Folder;
-use crate::train::output::{self, Asked};
+use crate::train::output::{self, EarlierRun};
 use crate::train::prepare::{Job, Prepared};
 use crate::train::{Outcome, Run, Settings};
 use crate::{Result, bail_unusable, device};
@@ -69,9 +69,9 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     let job = args.job();
     job.check()?;
     let asked = match (args.resume, args.overwrite) {
-        (true, _) => Asked::Resume,
-        (false, true) => Asked::Overwrite,
-        (false, false) => Asked::New,
+        (true, _) => EarlierRun::Resume,
+        (false, true) => EarlierRun::Overwrite,
+        (false, false) => EarlierRun::New,
     };
     let settings = toml::Table::try_from(args)?;
     output::check(&args.output, asked, &settings)?;

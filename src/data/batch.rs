@@ -64,7 +64,7 @@ impl Spans {
 
 /// Sequences one after another, without padding.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Packed {
+pub struct PackedBatch {
     /// (T)
     pub ids: Vec<u32>,
     /// (T)
@@ -72,7 +72,7 @@ pub struct Packed {
     pub spans: Spans,
 }
 
-impl Packed {
+impl PackedBatch {
     /// Packs encodings in the given order.
     pub fn new<'a>(encodings: impl IntoIterator<Item = &'a Encoding>) -> Self {
         let (mut ids, mut type_ids, mut lengths) = (Vec::new(), Vec::new(), Vec::new());
@@ -109,7 +109,7 @@ impl Packed {
 
 /// Sequences of one batch padded to the longest, as exported graphs take them.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Padded {
+pub struct PaddedBatch {
     pub rows: usize,
     pub width: usize,
     /// (rows, width), row-major; padding is `pad_id`.
@@ -119,7 +119,7 @@ pub struct Padded {
     pub type_ids: Vec<i64>,
 }
 
-impl Padded {
+impl PaddedBatch {
     /// The number of tokens of each sequence.
     pub fn lengths(&self) -> Vec<usize> {
         let ones = |row: &[i64]| row.iter().filter(|&&one| one == 1).count();
@@ -159,7 +159,7 @@ mod tests {
 
     #[test]
     fn packing_keeps_every_token_and_restarts_positions() {
-        let packed = Packed::new(&[encoding(&[5, 6]), encoding(&[7]), encoding(&[8, 9, 10])]);
+        let packed = PackedBatch::new(&[encoding(&[5, 6]), encoding(&[7]), encoding(&[8, 9, 10])]);
         assert_eq!(packed.ids, [5, 6, 7, 8, 9, 10]);
         assert_eq!(packed.positions(), [0, 1, 0, 0, 1, 2]);
         assert_eq!(packed.spans.iter().collect::<Vec<_>>(), [0..2, 2..3, 3..6]);
@@ -167,14 +167,14 @@ mod tests {
 
     #[test]
     fn positions_behind_padding_count_what_is_none() {
-        let packed = Packed::new(&[encoding(&[5, 1, 6]), encoding(&[1, 1, 7, 8])]);
+        let packed = PackedBatch::new(&[encoding(&[5, 1, 6]), encoding(&[1, 1, 7, 8])]);
         assert_eq!(packed.positions_behind(1), [2, 1, 3, 1, 1, 2, 3]);
     }
 
     #[test]
     fn padding_is_masked_out() {
         let (a, b) = (encoding(&[5, 6]), encoding(&[7]));
-        let padded = Padded::new(&[&a, &b], 99);
+        let padded = PaddedBatch::new(&[&a, &b], 99);
         assert_eq!((padded.rows, padded.width), (2, 2));
         assert_eq!(padded.ids, [5, 6, 7, 99]);
         assert_eq!(padded.mask, [1, 1, 1, 0]);

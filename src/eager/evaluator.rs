@@ -8,7 +8,7 @@ use ndarray::Array2;
 
 use super::{Eager, Init, Mode, Params, tensors};
 use crate::Result;
-use crate::data::batch::{Encoding, Packed};
+use crate::data::batch::{Encoding, PackedBatch};
 use crate::model::Family;
 use crate::saved::Saved;
 use crate::task::output::Standing;
@@ -35,7 +35,7 @@ impl Forward<'_> {
         let scopes = self.task.scopes();
         let mut of_examples = vec![Outputs::new(); examples.len()];
         for batch in batches(examples.iter().map(|example| example.borrow().len())) {
-            let packed = Packed::new(batch.iter().map(|&i| examples[i].borrow()));
+            let packed = PackedBatch::new(batch.iter().map(|&i| examples[i].borrow()));
             let lengths: Vec<usize> = packed.spans.iter().map(|span| span.len()).collect();
             let eager = Eager::new(self.params, &packed, self.device, Mode::Evaluation);
             let outputs = tensors(self.task.define(&eager, self.family)?)?;
@@ -60,7 +60,7 @@ impl Forward<'_> {
     ) -> Result<f64> {
         let mut losses = 0.0;
         for batch in batches(examples.iter().map(|example| example.len())) {
-            let packed = Packed::new(batch.iter().map(|&i| examples[i]));
+            let packed = PackedBatch::new(batch.iter().map(|&i| examples[i]));
             let eager = Eager::new(self.params, &packed, self.device, Mode::Evaluation);
             let scores = self.task.define(&eager, self.family)?;
             let wanted = wanted(&batch);
@@ -132,7 +132,7 @@ impl Evaluator {
 
     /// What the definition taps, over one packed batch of all the examples: (T, C), or (B, C) behind `pick`.
     pub fn taps(&self, examples: &[Encoding]) -> Result<Vec<(String, Tensor)>> {
-        let packed = Packed::new(examples);
+        let packed = PackedBatch::new(examples);
         let eager = Eager::new(&self.params, &packed, &self.device, Mode::Evaluation).with_taps();
         self.task.define(&eager, &self.family)?;
         Ok(eager.into_taps())

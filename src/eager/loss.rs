@@ -5,10 +5,10 @@ use std::sync::Arc;
 use candle_core::{D, DType, Tensor};
 
 use super::kernels::cross_entropy::{composite_losses, linear_cross_entropy, linear_losses};
-use super::kernels::linear::Map;
+use super::kernels::linear::LinearMap;
 use super::kernels::residual::Branch;
-use super::tape::Value;
-use super::x::{State, X};
+use super::tape::TapeValue;
+use super::x::{Pending, X};
 use super::{Eager, Mode};
 use crate::Result;
 
@@ -45,10 +45,10 @@ impl Eager<'_> {
 }
 
 /// The linear map that scores still wait for, and what it is applied to.
-fn not_computed(scores: &X) -> Option<(Arc<Value>, Map)> {
+fn not_computed(scores: &X) -> Option<(Arc<TapeValue>, LinearMap)> {
     match scores {
         X::Fused(fused) => match fused.state() {
-            State::Branch(Branch::Linear { x, map }) => Some((x, map)),
+            Pending::Branch(Branch::Linear { x, map }) => Some((x, map)),
             _ => None,
         },
         X::Tensor(_) => None,

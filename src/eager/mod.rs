@@ -19,15 +19,15 @@ pub use params::{Init, Params};
 pub use x::X;
 
 use crate::Result;
-use crate::data::batch::{Packed, Spans};
+use crate::data::batch::{PackedBatch, Spans};
 use crate::model::ops::{Activation, Attend, Ids, Linear, Norm, Ops, Param, Pick, Table};
 use kernels::attention::Attention;
 use kernels::dropout::{Mask, mix};
-use kernels::linear::Map;
+use kernels::linear::LinearMap;
 use kernels::residual::{Branch, residual_norm};
 use kernels::{activation, attention, dropout, embedding, layer_norm, linear, split, wide};
-use tape::{Tape, Value};
-use x::{Fused, State};
+use tape::{Tape, TapeValue};
+use x::{Fused, Pending};
 
 /// What a forward pass is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,7 +43,7 @@ pub struct Eager<'a> {
     params: &'a Params,
     ids: Arc<[u32]>,
     type_ids: Arc<[u32]>,
-    batch: &'a Packed,
+    batch: &'a PackedBatch,
     spans: Arc<Spans>,
     tape: Arc<Tape>,
     kernels: Kernels,
@@ -57,7 +57,7 @@ pub struct Eager<'a> {
 
 impl<'a> Eager<'a> {
     /// An interpreter for one batch, with the fastest kernels that the device runs.
-    pub fn new(params: &'a Params, batch: &'a Packed, device: &Device, mode: Mode) -> Self {
+    pub fn new(params: &'a Params, batch: &'a PackedBatch, device: &Device, mode: Mode) -> Self {
         Self {
             params,
             ids: batch.ids.as_slice().into(),
@@ -116,12 +116,12 @@ impl<'a> Eager<'a> {
 }
 
 impl Eager<'_> {
-    fn fused(&self, state: State) -> X {
+    fn fused(&self, state: Pending) -> X {
         X::Fused(Fused::new(&self.tape, state))
     }
 
-    fn ready(&self, value: Arc<Value>) -> X {
-        self.fused(State::Branch(Branch::Ready(value)))
+    fn ready(&self, value: Arc<TapeValue>) -> X {
+        self.fused(Pending::Branch(Branch::Ready(value)))
     }
 }
 
@@ -155,9 +155,11 @@ impl Ops for Eager<'_> {
                 X::Tensor(y.with_context(|| map.weight.name)?)
             }
             X::Fused(x) => {
-                let second = Map::new(&weight, bias.as_ref(), map.layout)?;
-                self.fused(State::Branch(match x.state() {
-                    State::Activated { x, map: first, how } => Branch::FeedForward { x, first, how, second },
+                let second = LinearMap::new(&weight, bias.as_ref(), map.layout)?;
+                self.fused(Pending::Branch(match x.state() {
+                    Pending::Activated { x, map: first, how } => {
+                        Branch::FeedForward { x, first, how, second }
+                    }
                     _ => Branch::Linear { x: x.value()?, map: second },
                 }))
             }
@@ -170,7 +172,7 @@ impl Ops for Eager<'_> {
             .map(|index| {
                 Ok(match x {
                     X::Tensor(x) => X::Tensor(split::composite(x, index, parts)?),
-                    X::Fused(whole) => self.fused(State::Part { whole: whole.clone(), index, parts }),
+                    X::Fused(whole) => self.fused(Pending::Part { whole: whole.clone(), index, parts }),
                 })
             })
             .collect()
@@ -183,9 +185,9 @@ impl Ops for Eager<'_> {
                 .and_then(|x| x.to_dtype(self.dtype))
                 .map(X::Tensor),
             X::Fused(x) => {
-                let norm = layer_norm::Norm { weight, bias, eps: norm.eps as f32 };
+                let norm = layer_norm::NormWeights { weight, bias, eps: norm.eps as f32 };
                 match x.state() {
-                    State::Sum { branch, mask, x: stream } => {
+                    Pending::Sum { branch, mask, x: stream } => {
                         let (sum, normed) = residual_norm(&self.tape, &branch, mask, &stream, &norm)?;
                         x.is_now(sum);
                         Ok(self.ready(normed))
@@ -207,16 +209,16 @@ impl Ops for Eager<'_> {
         };
         let y = match [q.state(), k.state(), v.state()] {
             [
-                State::Branch(Branch::Linear { x, map: q }),
-                State::Branch(Branch::Linear { x: x_k, map: k }),
-                State::Branch(Branch::Linear { x: x_v, map: v }),
+                Pending::Branch(Branch::Linear { x, map: q }),
+                Pending::Branch(Branch::Linear { x: x_k, map: k }),
+                Pending::Branch(Branch::Linear { x: x_v, map: v }),
             ] if Arc::ptr_eq(&x, &x_k) && Arc::ptr_eq(&x, &x_v) => {
                 attention::self_attention(&self.tape, &x, [&q, &k, &v], &how)?
             }
             [
-                State::Part { whole, index: 0, parts: 3 },
-                State::Part { whole: of_k, index: 1, parts: 3 },
-                State::Part { whole: of_v, index: 2, parts: 3 },
+                Pending::Part { whole, index: 0, parts: 3 },
+                Pending::Part { whole: of_k, index: 1, parts: 3 },
+                Pending::Part { whole: of_v, index: 2, parts: 3 },
             ] if whole.is(&of_k) && whole.is(&of_v) => {
                 attention::attention_of_parts(&self.tape, &whole.value()?, &how)?
             }
@@ -229,7 +231,7 @@ impl Ops for Eager<'_> {
         Ok(match x {
             X::Tensor(x) => X::Tensor(activation::composite(x, how)?),
             X::Fused(x) => match x.state() {
-                State::Branch(Branch::Linear { x, map }) => self.fused(State::Activated { x, map, how }),
+                Pending::Branch(Branch::Linear { x, map }) => self.fused(Pending::Activated { x, map, how }),
                 _ => self.ready(activation::activate(&self.tape, &x.value()?, how)),
             },
         })
@@ -243,18 +245,18 @@ impl Ops for Eager<'_> {
             }
         };
         let (branch, mask, x) = match (a.state(), b.state()) {
-            (State::Dropped { branch, mask }, _) => (branch, Some(mask), b.value()?),
-            (_, State::Dropped { branch, mask }) => (branch, Some(mask), a.value()?),
+            (Pending::Dropped { branch, mask }, _) => (branch, Some(mask), b.value()?),
+            (_, Pending::Dropped { branch, mask }) => (branch, Some(mask), a.value()?),
             _ => (a.branch()?, None, b.value()?),
         };
-        Ok(self.fused(State::Sum { branch, mask, x }))
+        Ok(self.fused(Pending::Sum { branch, mask, x }))
     }
 
     fn dropout(&self, x: &X, p: f32) -> Result<X> {
         Ok(match (x, self.mask(p)) {
             (x, None) => x.clone(),
             (X::Tensor(x), Some(mask)) => X::Tensor(dropout::composite(x, mask)?),
-            (X::Fused(x), Some(mask)) => self.fused(State::Dropped { branch: x.branch()?, mask }),
+            (X::Fused(x), Some(mask)) => self.fused(Pending::Dropped { branch: x.branch()?, mask }),
         })
     }
 

@@ -13,13 +13,13 @@ use super::kernels::gemm::Write;
 use super::kernels::{Numbers, add, stored};
 
 /// An activation, (rows, width), and its place on the tape.
-pub struct Value {
+pub struct TapeValue {
     pub numbers: Buffer,
     pub width: usize,
     node: usize,
 }
 
-impl Value {
+impl TapeValue {
     /// How many rows it has.
     pub fn rows(&self) -> usize {
         self.numbers.len() / self.width
@@ -32,15 +32,15 @@ type Backward = Box<dyn FnOnce(Buffer, &mut Flow) -> Result<()> + Send>;
 pub struct Tape {
     recording: bool,
     recomputing: bool,
-    state: Mutex<State>,
+    state: Mutex<TapeState>,
 }
 
 #[derive(Default)]
-struct State {
+struct TapeState {
     nodes: Vec<Option<Backward>>,
     /// Results that candle goes on with, and the gradients that it has given back for them.
     results: usize,
-    gradients: Vec<(Arc<Value>, Buffer)>,
+    gradients: Vec<(Arc<TapeValue>, Buffer)>,
 }
 
 impl Tape {
@@ -60,13 +60,13 @@ impl Tape {
         self.recording && !self.recomputing
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, TapeState> {
         // a panic elsewhere has ended the pass whose tape this is
         self.state.lock().unwrap_or_else(|broken| broken.into_inner())
     }
 
     /// A value that was made of nothing on the tape.
-    pub fn leaf(&self, numbers: Buffer, width: usize) -> Arc<Value> {
+    pub fn leaf(&self, numbers: Buffer, width: usize) -> Arc<TapeValue> {
         self.place(numbers, width, None)
     }
 
@@ -76,7 +76,7 @@ impl Tape {
         numbers: Buffer,
         width: usize,
         backward: impl FnOnce(Buffer, &mut Flow) -> Result<()> + Send + 'static,
-    ) -> Arc<Value> {
+    ) -> Arc<TapeValue> {
         self.place(numbers, width, Some(Box::new(backward)))
     }
 
@@ -85,8 +85,8 @@ impl Tape {
         &self,
         numbers: Buffer,
         width: usize,
-        backward: impl FnOnce(Arc<Value>, Buffer, &mut Flow) -> Result<()> + Send + 'static,
-    ) -> Arc<Value> {
+        backward: impl FnOnce(Arc<TapeValue>, Buffer, &mut Flow) -> Result<()> + Send + 'static,
+    ) -> Arc<TapeValue> {
         let value = self.place(numbers, width, None);
         if self.recording {
             let result = value.clone();
@@ -96,18 +96,18 @@ impl Tape {
         value
     }
 
-    fn place(&self, numbers: Buffer, width: usize, backward: Option<Backward>) -> Arc<Value> {
+    fn place(&self, numbers: Buffer, width: usize, backward: Option<Backward>) -> Arc<TapeValue> {
         let nodes = &mut self.state().nodes;
         let node = nodes.len();
         if self.recording {
             nodes.push(backward);
         }
-        Arc::new(Value { numbers, width, node })
+        Arc::new(TapeValue { numbers, width, node })
     }
 
     /// Walks back from values with their gradients. What operations have kept is dropped on the way; the gradients
     /// of leaves remain.
-    pub fn backward(&self, from: Vec<(Arc<Value>, Buffer)>) -> Result<Flow> {
+    pub fn backward(&self, from: Vec<(Arc<TapeValue>, Buffer)>) -> Result<Flow> {
         let mut nodes = std::mem::take(&mut self.state().nodes);
         let mut flow = Flow { gradients: (0..nodes.len()).map(|_| None).collect() };
         from.into_iter().for_each(|(value, gradient)| flow.give(&value, gradient));
@@ -122,7 +122,7 @@ impl Tape {
 
     /// A value as a tensor of candle's. When candle's own backward pass has come to all that were asked for, the
     /// tape walks back.
-    pub fn tensor(self: &Arc<Self>, value: &Arc<Value>) -> Result<Tensor> {
+    pub fn tensor(self: &Arc<Self>, value: &Arc<TapeValue>) -> Result<Tensor> {
         if !self.recording {
             return Tensor::from_slice(&value.numbers, (value.rows(), value.width), &Device::Cpu);
         }
@@ -132,7 +132,7 @@ impl Tape {
 
 impl Tape {
     /// Takes the gradient of a result; walks back when it is the last.
-    fn arrived(&self, value: &Arc<Value>, gradient: Buffer) -> Result<()> {
+    fn arrived(&self, value: &Arc<TapeValue>, gradient: Buffer) -> Result<()> {
         let mut state = self.state();
         state.gradients.push((value.clone(), gradient));
         if state.gradients.len() == state.results {
@@ -144,7 +144,7 @@ impl Tape {
     }
 
     /// A loss that was computed from a value, whose gradient came with it, as a scalar tensor of candle's.
-    pub fn loss(self: &Arc<Self>, value: &Arc<Value>, loss: f32, gradient: Vec<f32>) -> Result<Tensor> {
+    pub fn loss(self: &Arc<Self>, value: &Arc<TapeValue>, loss: f32, gradient: Vec<f32>) -> Result<Tensor> {
         let (tape, value) = (self.clone(), value.clone());
         self.result(Loss { tape, value, loss, gradient })
     }
@@ -161,7 +161,7 @@ impl Tape {
 /// A whole pass over the tape, as candle sees it.
 struct Pass {
     tape: Arc<Tape>,
-    value: Arc<Value>,
+    value: Arc<TapeValue>,
 }
 
 impl CustomOp1 for Pass {
@@ -184,7 +184,7 @@ impl CustomOp1 for Pass {
 /// A loss at the end of the tape, as candle sees it.
 struct Loss {
     tape: Arc<Tape>,
-    value: Arc<Value>,
+    value: Arc<TapeValue>,
     loss: f32,
     gradient: Vec<f32>,
 }
@@ -216,7 +216,7 @@ pub struct Flow {
 
 impl Flow {
     /// Lets `write` put a gradient of `of` into a buffer, or add it to what has arrived there.
-    pub fn add(&mut self, of: &Value, write: impl FnOnce(&mut [f32], Write) -> Result<()>) -> Result<()> {
+    pub fn add(&mut self, of: &TapeValue, write: impl FnOnce(&mut [f32], Write) -> Result<()>) -> Result<()> {
         match &mut self.gradients[of.node] {
             Some(sum) => write(sum, Write::Add),
             empty => {
@@ -229,7 +229,7 @@ impl Flow {
     }
 
     /// Hands a gradient of `of` over.
-    pub fn give(&mut self, of: &Value, gradient: Buffer) {
+    pub fn give(&mut self, of: &TapeValue, gradient: Buffer) {
         match &mut self.gradients[of.node] {
             Some(sum) => add(sum, &gradient),
             empty => *empty = Some(gradient),
@@ -237,7 +237,7 @@ impl Flow {
     }
 
     /// The gradient of a leaf, if one has arrived.
-    pub fn of(&self, leaf: &Value) -> Option<&[f32]> {
+    pub fn of(&self, leaf: &TapeValue) -> Option<&[f32]> {
         self.gradients[leaf.node].as_deref()
     }
 }
@@ -247,7 +247,7 @@ mod tests {
     use super::*;
 
     /// `y = factor · x`.
-    fn scale(tape: &Tape, x: &Arc<Value>, factor: f32) -> Arc<Value> {
+    fn scale(tape: &Tape, x: &Arc<TapeValue>, factor: f32) -> Arc<TapeValue> {
         let mut y = Buffer::of(&x.numbers);
         y.iter_mut().for_each(|y| *y *= factor);
         let x = x.clone();

@@ -8,10 +8,10 @@ use std::sync::Arc;
 use candle_core::{Device, Result, Tensor};
 
 use super::kernels::dropout::{Mask, dropout};
-use super::kernels::linear::{Map, linear, linear_activation};
+use super::kernels::linear::{LinearMap, linear, linear_activation};
 use super::kernels::residual::{Branch, residual};
 use super::kernels::split::split;
-use super::tape::{Tape, Value};
+use super::tape::{Tape, TapeValue};
 use crate::model::ops::Activation;
 
 /// An activation.
@@ -49,17 +49,17 @@ impl X {
 #[derive(Clone)]
 pub struct Fused {
     tape: Arc<Tape>,
-    state: Rc<RefCell<State>>,
+    state: Rc<RefCell<Pending>>,
 }
 
 /// What is known of an activation.
 #[derive(Clone)]
-pub(super) enum State {
+pub(super) enum Pending {
     Branch(Branch),
     /// `how(map(x))`
     Activated {
-        x: Arc<Value>,
-        map: Map,
+        x: Arc<TapeValue>,
+        map: LinearMap,
         how: Activation,
     },
     /// `dropout(branch)`
@@ -77,16 +77,16 @@ pub(super) enum State {
     Sum {
         branch: Branch,
         mask: Option<Mask>,
-        x: Arc<Value>,
+        x: Arc<TapeValue>,
     },
 }
 
 impl Fused {
-    pub(super) fn new(tape: &Arc<Tape>, state: State) -> Self {
+    pub(super) fn new(tape: &Arc<Tape>, state: Pending) -> Self {
         Self { tape: tape.clone(), state: Rc::new(RefCell::new(state)) }
     }
 
-    pub(super) fn state(&self) -> State {
+    pub(super) fn state(&self) -> Pending {
         self.state.borrow().clone()
     }
 
@@ -96,24 +96,24 @@ impl Fused {
     }
 
     /// Notes what has been computed.
-    pub(super) fn is_now(&self, value: Arc<Value>) {
-        *self.state.borrow_mut() = State::Branch(Branch::Ready(value));
+    pub(super) fn is_now(&self, value: Arc<TapeValue>) {
+        *self.state.borrow_mut() = Pending::Branch(Branch::Ready(value));
     }
 
     /// The numbers, computed at the first call.
-    pub(super) fn value(&self) -> Result<Arc<Value>> {
+    pub(super) fn value(&self) -> Result<Arc<TapeValue>> {
         let value = match self.state() {
-            State::Branch(branch) => self.computed(branch)?,
-            State::Activated { x, map, how } => linear_activation(&self.tape, &x, &map, how)?,
-            State::Dropped { branch, mask } => dropout(&self.tape, &self.computed(branch)?, mask),
-            State::Part { whole, index, parts } => split(&self.tape, &whole.value()?, index, parts)?,
-            State::Sum { branch, mask, x } => residual(&self.tape, &branch, mask, &x)?,
+            Pending::Branch(branch) => self.computed(branch)?,
+            Pending::Activated { x, map, how } => linear_activation(&self.tape, &x, &map, how)?,
+            Pending::Dropped { branch, mask } => dropout(&self.tape, &self.computed(branch)?, mask),
+            Pending::Part { whole, index, parts } => split(&self.tape, &whole.value()?, index, parts)?,
+            Pending::Sum { branch, mask, x } => residual(&self.tape, &branch, mask, &x)?,
         };
         self.is_now(value.clone());
         Ok(value)
     }
 
-    fn computed(&self, branch: Branch) -> Result<Arc<Value>> {
+    fn computed(&self, branch: Branch) -> Result<Arc<TapeValue>> {
         match branch {
             Branch::Ready(value) => Ok(value),
             Branch::Linear { x, map } => linear(&self.tape, &x, &map),
@@ -126,7 +126,7 @@ impl Fused {
     /// What may be added to something else: itself, or what it waits for.
     pub(super) fn branch(&self) -> Result<Branch> {
         Ok(match self.state() {
-            State::Branch(branch) => branch,
+            Pending::Branch(branch) => branch,
             _ => Branch::Ready(self.value()?),
         })
     }

@@ -12,7 +12,7 @@ use super::engine::{Finish, Generated, Limits, Listener, Model, News, Request, R
 use super::sampler::Sampler;
 use super::text::TextStream;
 use crate::Result;
-use crate::runtime::slots::Reading;
+use crate::runtime::slots::SlotRead;
 
 /// Tokens of a prompt that are read at once, at most.
 pub(super) const PART: usize = 512;
@@ -303,7 +303,7 @@ impl<'t> Batch<'t> {
         asked.dedup();
         let width = model.cache.vocabulary();
         let scores =
-            model.cache.read(Reading { slots: &places, ids: &ids, lengths: &lengths, asked: &asked })?;
+            model.cache.read(SlotRead { slots: &places, ids: &ids, lengths: &lengths, asked: &asked })?;
         let rows = scores.chunks_exact_mut(width * asked.len());
         for ((slot, part), scores) in group.iter_mut().zip(&parts).zip(rows) {
             let State::Prefill(sequence) = &mut slot.state else { continue };
@@ -353,7 +353,7 @@ impl<'t> Batch<'t> {
             State::Idle | State::Prefill(_) => 0,
         };
         let ids: Vec<i64> = slots.iter().map(last).collect();
-        let reading = Reading { slots: &(0..rows), ids: &ids, lengths: &lengths, asked: &[0] };
+        let reading = SlotRead { slots: &(0..rows), ids: &ids, lengths: &lengths, asked: &[0] };
         let width = model.cache.vocabulary();
         let scores = model.cache.read(reading)?;
         let chosen: Vec<Option<u32>> = slots

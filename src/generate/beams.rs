@@ -31,7 +31,7 @@ struct Beam {
 
 /// What the model reads next. Both lists have one entry for each sequence that is gone on with, best first.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Step {
+pub struct BeamStep {
     /// The row of the last scores that the sequence comes from: where its cache is.
     pub from: Vec<usize>,
     /// The token that it reads.
@@ -84,16 +84,16 @@ impl Beams {
     ///
     /// # Errors
     /// The scores are not so many rows.
-    pub fn step(&mut self, logits: &mut [f32]) -> Result<Step> {
+    pub fn step(&mut self, logits: &mut [f32]) -> Result<BeamStep> {
         let rows = self.running.len();
         if rows == 0 {
-            return Ok(Step { done: true, ..Step::default() });
+            return Ok(BeamStep { done: true, ..BeamStep::default() });
         }
         let (len, width) = (logits.len(), logits.len() / rows);
         ensure!(width > 0 && len == rows * width, "{len} scores are no {rows} rows, one for each beam");
 
         // as many that, if all sequences end, enough others are left
-        let mut candidates = Best::new(self.num_beams.saturating_mul(2.max(1 + self.ends.len())));
+        let mut candidates = BestCandidates::new(self.num_beams.saturating_mul(2.max(1 + self.ends.len())));
         for (row, (logits, beam)) in logits.chunks_exact_mut(width).zip(&self.running).enumerate() {
             log_softmax(logits);
             penalise(logits, &beam.ids, self.repetition_penalty);
@@ -120,7 +120,7 @@ impl Beams {
         let next = candidates.list.iter().filter(|candidate| !ends(candidate)).take(self.num_beams);
         let next: Vec<&Candidate> = next.collect();
         let running = next.iter().map(|candidate| grown(candidate, candidate.score)).collect();
-        let step = Step {
+        let step = BeamStep {
             from: next.iter().map(|candidate| candidate.row).collect(),
             tokens: next.iter().map(|candidate| candidate.token).collect(),
             done: false,
@@ -135,7 +135,7 @@ impl Beams {
             return Ok(step);
         }
         self.running.clear();
-        Ok(Step { done: true, ..Step::default() })
+        Ok(BeamStep { done: true, ..BeamStep::default() })
     }
 
     /// The `num_return_sequences` best answers, best first; fewer if the search is not done and fewer have
@@ -151,12 +151,12 @@ impl Beams {
 }
 
 /// The highest candidates of those that were offered, best first, earlier ones before their equals.
-struct Best {
+struct BestCandidates {
     list: Vec<Candidate>,
     room: usize,
 }
 
-impl Best {
+impl BestCandidates {
     fn new(room: usize) -> Self {
         Self { list: Vec::new(), room }
     }
@@ -320,7 +320,7 @@ mod tests {
         let mut beams = Beams::new(&[1], &settings, &[END], 9);
         assert!(beams.step(&mut []).is_err());
         let step = beams.step(&mut [f32::NEG_INFINITY, 1.0, 0.0]).unwrap();
-        assert_eq!(step, Step { from: vec![0, 0], tokens: vec![1, 2], done: false });
+        assert_eq!(step, BeamStep { from: vec![0, 0], tokens: vec![1, 2], done: false });
         assert!(beams.step(&mut [0.0; 5]).is_err());
         let step = beams.step(&mut [f32::NAN; 6]).unwrap();
         assert!(step.done && beams.best().is_empty());

@@ -3,11 +3,11 @@
 use std::sync::Arc;
 
 use super::batch::PART;
-use super::beams::{Beams, Step};
+use super::beams::{BeamStep, Beams};
 use super::engine::{Finish, Generated, Listener, Model, News, Submitted};
 use super::text::TextStream;
 use crate::Result;
-use crate::runtime::slots::Reading;
+use crate::runtime::slots::SlotRead;
 
 /// A beam search under way, which has the cache for itself.
 pub(super) struct Search {
@@ -21,7 +21,7 @@ enum State {
     /// The prompt is to be read.
     Prefill,
     /// All slots have read so many tokens, and read these next.
-    Decode(usize, Step),
+    Decode(usize, BeamStep),
 }
 
 impl Search {
@@ -88,12 +88,12 @@ impl Search {
 }
 
 /// Reads the prompt in the first slot, and copies it to the others.
-fn prefill(prompt: &[u32], beams: &mut Beams, model: &mut Model) -> Result<Step> {
-    let mut step = Step::default();
+fn prefill(prompt: &[u32], beams: &mut Beams, model: &mut Model) -> Result<BeamStep> {
+    let mut step = BeamStep::default();
     for (i, part) in prompt.chunks(PART).enumerate() {
         let ids: Vec<i64> = part.iter().map(|&id| i64::from(id)).collect();
         let asked = [ids.len() as i64 - 1];
-        let reading = Reading { slots: &(0..1), ids: &ids, lengths: &[i * PART], asked: &asked };
+        let reading = SlotRead { slots: &(0..1), ids: &ids, lengths: &[i * PART], asked: &asked };
         let scores = model.cache.read(reading)?;
         if (i + 1) * PART >= prompt.len() {
             step = beams.step(scores)?;
@@ -108,10 +108,10 @@ fn prefill(prompt: &[u32], beams: &mut Beams, model: &mut Model) -> Result<Step>
 /// moves to where it is gone on with; what stands in front of it is the same in all slots.
 fn decode(
     generated: std::ops::Range<usize>,
-    next: &Step,
+    next: &BeamStep,
     beams: &mut Beams,
     model: &mut Model,
-) -> Result<Step> {
+) -> Result<BeamStep> {
     let length = generated.end;
     let moved: Vec<(usize, usize)> = next
         .from
@@ -125,6 +125,6 @@ fn decode(
     model.make_room(length + 1)?;
     let ids: Vec<i64> = next.tokens.iter().map(|&id| i64::from(id)).collect();
     let lengths = vec![length; ids.len()];
-    let reading = Reading { slots: &(0..ids.len()), ids: &ids, lengths: &lengths, asked: &[0] };
+    let reading = SlotRead { slots: &(0..ids.len()), ids: &ids, lengths: &lengths, asked: &[0] };
     beams.step(model.cache.read(reading)?)
 }

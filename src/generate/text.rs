@@ -23,7 +23,7 @@ pub struct TextStream<'t> {
 
 /// What a token adds.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Piece {
+pub struct TextPiece {
     /// Text that is safe to show; often none.
     pub text: String,
     /// A stop text is complete. It is not given, nor is what is behind it.
@@ -44,7 +44,7 @@ impl<'t> TextStream<'t> {
     }
 
     /// Takes a token; the text that it makes safe to show. Behind a stop text there is none.
-    pub fn push(&mut self, id: u32) -> Piece {
+    pub fn push(&mut self, id: u32) -> TextPiece {
         if !self.stopped {
             bytes(self.tokenizer, id, &mut self.bytes);
             self.characters();
@@ -54,7 +54,7 @@ impl<'t> TextStream<'t> {
         let held = if self.stopped { 0 } else { held_back(text, &self.stop) };
         let text = text[..text.len() - held].to_owned();
         self.given += text.len();
-        Piece { text, stopped: self.stopped }
+        TextPiece { text, stopped: self.stopped }
     }
 
     /// The text that was held back: no stop text came of it. The beginning of a character is U+FFFD.

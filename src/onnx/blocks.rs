@@ -67,7 +67,7 @@ pub(super) struct Blocks {
 }
 
 /// A matrix in blocks: element = (number − 2^(bits − 1)) · scale.
-pub(super) struct Packed {
+pub(super) struct PackedBlocks {
     /// (N, blocks, size · bits / 8): numbers along K, the first in the low bits.
     pub numbers: Vec<u8>,
     /// (N, blocks)
@@ -86,7 +86,7 @@ impl Blocks {
     }
 
     /// Rounds a matrix. Of several scales each block takes the one with the least squared error.
-    pub fn pack(&self, values: &[f32]) -> Packed {
+    pub fn pack(&self, values: &[f32]) -> PackedBlocks {
         let (of_row, bytes) = (self.of_row(), self.bytes());
         let mut numbers = vec![0; self.rows * of_row * bytes];
         let mut scales = vec![0.0; self.rows * of_row];
@@ -116,7 +116,7 @@ impl Blocks {
                 }
             }
         });
-        Packed { numbers, scales }
+        PackedBlocks { numbers, scales }
     }
 }
 
@@ -168,7 +168,7 @@ fn largest(block: &[f32]) -> f32 {
 mod tests {
     use super::*;
 
-    fn unpacked(blocks: Blocks, packed: &Packed) -> Vec<f32> {
+    fn unpacked(blocks: Blocks, packed: &PackedBlocks) -> Vec<f32> {
         let numbers: Vec<f32> = if blocks.bits == 4 {
             let both = |&byte: &u8| [byte & 15, byte >> 4].map(|q| f32::from(q) - 8.0);
             packed.numbers.iter().flat_map(both).collect()

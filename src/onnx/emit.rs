@@ -11,10 +11,10 @@ mod in_place;
 use std::borrow::Cow;
 use std::cell::RefCell;
 
-use super::graph::{Graph, OWN_DOMAIN, Outlet, Value, float, int, ints, string};
+use super::graph::{Graph, OWN_DOMAIN, Outlet, ValueId, float, int, ints, string};
 use super::proto::tensor_proto::DataType;
 use super::proto::{ModelProto, OperatorSetIdProto};
-use super::{Kind, check, checked_opset, fuse};
+use super::{GraphKind, check, checked_opset, fuse};
 use crate::Result;
 use crate::model::ops::{Activation, Attend, Ids, Layout, Linear, Norm, Ops, Param, Pick, Role, Sees, Table};
 use crate::task::{Dim, Form, Output};
@@ -25,7 +25,7 @@ const MASKED: f32 = f32::MIN;
 /// Writes the nodes that the verbs stand for.
 pub struct Emit {
     graph: RefCell<Graph>,
-    kind: Kind,
+    kind: GraphKind,
     /// The keys and values that go out, two for each attention met so far.
     presents: RefCell<Vec<Outlet>>,
 }
@@ -33,7 +33,7 @@ pub struct Emit {
 /// A value of the graph.
 #[derive(Clone, Debug)]
 pub struct X {
-    value: Value,
+    value: ValueId,
     /// The module it came from: what follows without weights of its own is named after it.
     scope: String,
     /// C, the last axis.
@@ -50,7 +50,7 @@ pub struct X {
 pub fn graph<'w>(
     define: impl FnOnce(&Emit) -> Result<Vec<X>>,
     outputs: &[Output],
-    kind: Kind,
+    kind: GraphKind,
     weights: impl Fn(&Param) -> Result<Cow<'w, [f32]>>,
 ) -> Result<ModelProto> {
     let opset = checked_opset(kind.opset)?;
@@ -98,10 +98,10 @@ fn ir_version(opset: i64) -> i64 {
 }
 
 /// The shape of the batch, (B, T), its length, T, and 0, 1, 2 … for one sequence, (T).
-struct Tokens {
-    shape: Value,
-    length: Value,
-    range: Value,
+struct TokenInputs {
+    shape: ValueId,
+    length: ValueId,
+    range: ValueId,
 }
 
 impl Emit {
@@ -109,35 +109,35 @@ impl Emit {
         &self,
         scope: &str,
         op: &'static str,
-        inputs: &[Value],
+        inputs: &[ValueId],
         attributes: Vec<super::proto::AttributeProto>,
-    ) -> Value {
+    ) -> ValueId {
         self.graph.borrow_mut().node(scope, op, inputs, attributes)
     }
 
     /// A node without attributes.
-    fn plain(&self, scope: &str, op: &'static str, inputs: &[Value]) -> Value {
+    fn plain(&self, scope: &str, op: &'static str, inputs: &[ValueId]) -> ValueId {
         self.node(scope, op, inputs, Vec::new())
     }
 
-    fn f32(&self, value: f32) -> Value {
+    fn f32(&self, value: f32) -> ValueId {
         self.graph.borrow_mut().f32(value)
     }
 
-    fn list(&self, values: &[i64]) -> Value {
+    fn list(&self, values: &[i64]) -> ValueId {
         self.graph.borrow_mut().i64s(&[values.len() as i64], values)
     }
 
-    fn param(&self, param: &Param) -> Result<Value> {
+    fn param(&self, param: &Param) -> Result<ValueId> {
         self.graph.borrow_mut().param(param)
     }
 
-    fn transpose(&self, scope: &str, x: Value, perm: &[i64]) -> Value {
+    fn transpose(&self, scope: &str, x: ValueId, perm: &[i64]) -> ValueId {
         self.node(scope, "Transpose", &[x], vec![ints("perm", perm)])
     }
 
     /// (B, T, H·D) → (B, T, H, D) → the given order; T is 1 where x holds one token a sequence.
-    fn split_heads(&self, x: &X, heads: usize, perm: &[i64]) -> Value {
+    fn split_heads(&self, x: &X, heads: usize, perm: &[i64]) -> ValueId {
         let tokens = if x.every { 0 } else { 1 };
         let shape = self.list(&[0, tokens, heads as i64, (x.width / heads) as i64]);
         let split = self.plain(&x.scope, "Reshape", &[x.value, shape]);
@@ -145,7 +145,7 @@ impl Emit {
     }
 
     /// (B, 1, 1, T), true for a token.
-    fn keep(&self) -> Value {
+    fn keep(&self) -> ValueId {
         let seen = self.seen();
         self.graph.borrow_mut().shared("keep", |g| {
             let mask = g.input_of("attention_mask", DataType::Int64, &[Dim::Batch, seen]);
@@ -166,8 +166,8 @@ impl Emit {
     }
 
     /// (B, 1, T, T), true for a key that is a token and not behind the query; (B, 1, T, P + T) behind a past.
-    fn keep_causal(&self) -> Value {
-        let (keep, Tokens { length, range, .. }) = (self.keep(), self.tokens());
+    fn keep_causal(&self) -> ValueId {
+        let (keep, TokenInputs { length, range, .. }) = (self.keep(), self.tokens());
         let form = self.kind.form;
         self.graph.borrow_mut().shared("keep_causal", |g| {
             let axis = g.i64s(&[1], &[1]);
@@ -190,7 +190,7 @@ impl Emit {
     }
 
     /// Keys or values of the past and of x, (B, H, P + T, D), which also go out.
-    fn appended(&self, layer: usize, what: &str, x: &X, heads: usize) -> Result<Value> {
+    fn appended(&self, layer: usize, what: &str, x: &X, heads: usize) -> Result<ValueId> {
         let now = self.split_heads(x, heads, &[0, 2, 1, 3]); // (B, H, T, D)
         let dims = |length| vec![Dim::Batch, Dim::Of(heads), length, Dim::Of(x.width / heads)];
         let past = format!("past_key_values.{layer}.{what}");
@@ -208,7 +208,7 @@ impl Emit {
     }
 
     /// What is known of the tokens that a graph is given.
-    fn tokens(&self) -> Tokens {
+    fn tokens(&self) -> TokenInputs {
         let mut graph = self.graph.borrow_mut();
         let shape = graph.shared("shape", |g| {
             let ids = g.input("input_ids");
@@ -219,12 +219,12 @@ impl Emit {
             graph.shared("length", |g| g.node("position_ids", "Gather", &[shape, one], vec![int("axis", 0)]));
         let range =
             graph.shared("range", |g| g.node("position_ids", "Range", &[zero, length, one], Vec::new()));
-        Tokens { shape, length, range }
+        TokenInputs { shape, length, range }
     }
 
     /// 0, 1, 2 … for every sequence: (B, T).
-    fn positions(&self) -> Value {
-        let Tokens { range, shape, .. } = self.tokens();
+    fn positions(&self) -> ValueId {
+        let TokenInputs { range, shape, .. } = self.tokens();
         let mut graph = self.graph.borrow_mut();
         graph.shared("positions", |g| g.node("position_ids", "Expand", &[range, shape], Vec::new()))
     }
@@ -233,7 +233,7 @@ impl Emit {
     ///
     /// # Errors
     /// The graph goes on from a past, whose tokens it does not see.
-    fn positions_behind(&self, padding: u32) -> Result<Value> {
+    fn positions_behind(&self, padding: u32) -> Result<ValueId> {
         anyhow::ensure!(self.kind.form == Form::Whole, "positions are not counted in a past's tokens");
         Ok(self.graph.borrow_mut().shared("positions_behind", |g| {
             let (ids, at) = (g.input("input_ids"), "position_ids");
@@ -250,8 +250,8 @@ impl Emit {
     }
 
     /// Where the last token of every sequence stands among all of the batch's, (B). Padding may stand on either side.
-    fn last(&self) -> Value {
-        let (Tokens { shape, length, range }, opset) = (self.tokens(), self.kind.opset);
+    fn last(&self) -> ValueId {
+        let (TokenInputs { shape, length, range }, opset) = (self.tokens(), self.kind.opset);
         self.graph.borrow_mut().shared("last", |g| {
             let (zero, one) = (g.i64s(&[], &[0]), g.i64s(&[], &[1]));
             let mask = g.input("attention_mask");
@@ -271,7 +271,7 @@ impl Emit {
     }
 
     /// `x · 0.5 · (1 + erf(x / √2))`, in the order of operations that runtimes know and fuse.
-    fn gelu_from_erf(&self, at: &str, x: Value) -> Value {
+    fn gelu_from_erf(&self, at: &str, x: ValueId) -> ValueId {
         let scaled = self.plain(at, "Div", &[x, self.f32(std::f32::consts::SQRT_2)]);
         let erf = self.plain(at, "Erf", &[scaled]);
         let sum = self.plain(at, "Add", &[erf, self.f32(1.0)]);
@@ -280,7 +280,7 @@ impl Emit {
     }
 
     /// `0.5 · x · (1 + tanh(√(2/π) · (x + 0.044715 · x³)))`.
-    fn gelu_from_tanh(&self, at: &str, x: Value) -> Value {
+    fn gelu_from_tanh(&self, at: &str, x: ValueId) -> ValueId {
         let half = self.plain(at, "Mul", &[x, self.f32(0.5)]);
         let cube = self.plain(at, "Pow", &[x, self.f32(3.0)]);
         let small = self.plain(at, "Mul", &[cube, self.f32(0.044_715)]);
@@ -292,7 +292,14 @@ impl Emit {
     }
 
     /// Layer norm where the opset has no operator for it.
-    fn layer_norm_from_primitives(&self, at: &str, x: Value, scale: Value, shift: Value, eps: f32) -> Value {
+    fn layer_norm_from_primitives(
+        &self,
+        at: &str,
+        x: ValueId,
+        scale: ValueId,
+        shift: ValueId,
+        eps: f32,
+    ) -> ValueId {
         let mean = |x| self.node(at, "ReduceMean", &[x], vec![ints("axes", &[-1]), int("keepdims", 1)]);
         let centred = self.plain(at, "Sub", &[x, mean(x)]);
         let square = self.plain(at, "Pow", &[centred, self.f32(2.0)]);

@@ -1,6 +1,6 @@
 //! Chains of operators → those that ONNX Runtime runs best.
 
-use super::graph::{Graph, Node, Value};
+use super::graph::{Graph, Node, ValueId};
 
 /// Rewrites `Gelu(x (+ bias))`, by tanh, to `FastGelu`. Sums and their norms are left to the runtime: a provider whose
 /// `SkipLayerNormalization` is fast makes it of them, and the CPU's takes twice as long as they.
@@ -26,7 +26,7 @@ pub(super) fn fuse(graph: &mut Graph) {
 }
 
 /// The sum that is made for the `reader`-th node alone.
-fn sum_for(graph: &mut Graph, reader: usize, value: Value) -> Option<usize> {
+fn sum_for(graph: &mut Graph, reader: usize, value: ValueId) -> Option<usize> {
     let nodes = graph.nodes_mut();
     let maker = nodes[..reader].iter().position(|node| node.outputs.contains(&value))?;
     let reads = |node: &Node| node.inputs.contains(&value);
@@ -36,7 +36,7 @@ fn sum_for(graph: &mut Graph, reader: usize, value: Value) -> Option<usize> {
 
 /// A value times a factor for each of its columns, given as (columns, factor). Where a linear map makes it, the weights
 /// are multiplied instead: ONNX Runtime does that once, when it loads the graph.
-pub(super) fn times(graph: &mut Graph, at: &str, value: Value, factors: &[(usize, f32)]) -> Value {
+pub(super) fn times(graph: &mut Graph, at: &str, value: ValueId, factors: &[(usize, f32)]) -> ValueId {
     let columns = factors.iter().map(|(count, _)| *count as i64).sum();
     let by_column = graph.f32s(&[columns], factors);
     let maker = graph.maker(value).map(|(node, _)| (node.op, node.inputs.clone(), node.attributes.clone()));

@@ -18,10 +18,10 @@ use crate::task::Dim;
 use crate::{Result, bail_unusable};
 
 /// A value's number. Values are named when the graph is finished, so that a tap can still rename one.
-pub(super) type Value = usize;
+pub(super) type ValueId = usize;
 
 /// In the place of an input that is left out, or an output that nobody reads.
-pub(super) const ABSENT: Value = Value::MAX;
+pub(super) const ABSENT: ValueId = ValueId::MAX;
 
 /// The operators that are ONNX Runtime's own.
 const OWN: [&str; 4] = ["FastGelu", "GatherBlockQuantized", "GroupQueryAttention", "MatMulNBits"];
@@ -41,7 +41,7 @@ pub(super) struct Outlet {
     pub name: String,
     pub kind: DataType,
     pub dims: Vec<Dim>,
-    pub value: Value,
+    pub value: ValueId,
 }
 
 impl Outlet {
@@ -55,26 +55,26 @@ pub(super) struct Graph {
     /// The name of each value.
     names: Vec<String>,
     /// Values whose name is somebody's promise: inputs, weights, taps, outputs.
-    fixed: BTreeSet<Value>,
+    fixed: BTreeSet<ValueId>,
     nodes: Vec<Node>,
     node_names: BTreeMap<String, usize>,
     inputs: Vec<Outlet>,
-    params: Vec<Weight>,
+    params: Vec<Initializer>,
     blocks: Vec<InBlocks>,
-    constants: Vec<(TensorProto, Value)>,
+    constants: Vec<(TensorProto, ValueId)>,
     /// What is computed once for the whole graph, e.g. the mask.
-    shared: BTreeMap<&'static str, Value>,
+    shared: BTreeMap<&'static str, ValueId>,
 }
 
 /// A weight that is stored as numbers, and its value.
-struct Weight {
+struct Initializer {
     param: Param,
     /// Whether it is a matrix whose rows are written as columns.
     transposed: bool,
-    value: Value,
+    value: ValueId,
 }
 
-impl Weight {
+impl Initializer {
     fn name(&self) -> String {
         if self.transposed { format!("{}.T", self.param.name) } else { self.param.name.clone() }
     }
@@ -92,25 +92,25 @@ impl Weight {
 struct InBlocks {
     param: Param,
     blocks: Blocks,
-    numbers: Value,
-    scales: Value,
+    numbers: ValueId,
+    scales: ValueId,
 }
 
 pub(super) struct Node {
     pub op: &'static str,
     name: String,
-    pub inputs: Vec<Value>,
-    pub outputs: Vec<Value>,
+    pub inputs: Vec<ValueId>,
+    pub outputs: Vec<ValueId>,
     pub attributes: Vec<AttributeProto>,
 }
 
 impl Graph {
-    fn value(&mut self, name: String) -> Value {
+    fn value(&mut self, name: String) -> ValueId {
         self.names.push(name);
         self.names.len() - 1
     }
 
-    fn fixed_value(&mut self, name: &str) -> Value {
+    fn fixed_value(&mut self, name: &str) -> ValueId {
         let value = self.value(name.to_owned());
         self.fixed.insert(value);
         value
@@ -121,9 +121,9 @@ impl Graph {
         &mut self,
         scope: &str,
         op: &'static str,
-        inputs: &[Value],
+        inputs: &[ValueId],
         attributes: Vec<AttributeProto>,
-    ) -> Value {
+    ) -> ValueId {
         self.node_of(scope, op, inputs, attributes, 1)[0]
     }
 
@@ -132,10 +132,10 @@ impl Graph {
         &mut self,
         scope: &str,
         op: &'static str,
-        inputs: &[Value],
+        inputs: &[ValueId],
         attributes: Vec<AttributeProto>,
         outputs: usize,
-    ) -> Vec<Value> {
+    ) -> Vec<ValueId> {
         let mut name = format!("{scope}/{op}");
         let seen = self.node_names.entry(name.clone()).or_default();
         if *seen > 0 {
@@ -143,19 +143,19 @@ impl Graph {
         }
         *seen += 1;
         let first = self.value(name.clone());
-        let outputs: Vec<Value> =
+        let outputs: Vec<ValueId> =
             std::iter::once(first).chain((1..outputs).map(|i| self.value(format!("{name}:{i}")))).collect();
         self.nodes.push(Node { op, name, inputs: inputs.to_vec(), outputs: outputs.clone(), attributes });
         outputs
     }
 
     /// One of [`INPUTS`], (B, T), declared by its first use.
-    pub fn input(&mut self, name: &str) -> Value {
+    pub fn input(&mut self, name: &str) -> ValueId {
         self.input_of(name, DataType::Int64, &[Dim::Batch, Dim::Sequence])
     }
 
     /// An input, declared by its first use.
-    pub fn input_of(&mut self, name: &str, kind: DataType, dims: &[Dim]) -> Value {
+    pub fn input_of(&mut self, name: &str, kind: DataType, dims: &[Dim]) -> ValueId {
         if let Some(known) = self.inputs.iter().find(|known| known.name == name) {
             return known.value;
         }
@@ -165,16 +165,16 @@ impl Graph {
     }
 
     /// A weight, declared by its first use; the same name again is the same (tied) weight.
-    pub fn param(&mut self, param: &Param) -> Result<Value> {
+    pub fn param(&mut self, param: &Param) -> Result<ValueId> {
         self.weight(param, false)
     }
 
     /// A matrix that a checkpoint stores as (out, in), as (in, out).
-    pub fn transposed(&mut self, param: &Param) -> Result<Value> {
+    pub fn transposed(&mut self, param: &Param) -> Result<ValueId> {
         self.weight(param, true)
     }
 
-    fn weight(&mut self, param: &Param, transposed: bool) -> Result<Value> {
+    fn weight(&mut self, param: &Param, transposed: bool) -> Result<ValueId> {
         match self.params.iter().find(|known| known.param.name == param.name) {
             Some(known) if known.param.shape == param.shape && known.transposed == transposed => {
                 return Ok(known.value);
@@ -187,7 +187,7 @@ impl Graph {
             ),
             None => {}
         }
-        let mut weight = Weight { param: param.clone(), transposed, value: 0 };
+        let mut weight = Initializer { param: param.clone(), transposed, value: 0 };
         weight.value = self.fixed_value(&weight.name());
         let value = weight.value;
         self.params.push(weight);
@@ -195,7 +195,7 @@ impl Graph {
     }
 
     /// A weight in blocks: its numbers and its scales, declared by their first use.
-    pub fn in_blocks(&mut self, param: &Param, blocks: Blocks) -> Result<(Value, Value)> {
+    pub fn in_blocks(&mut self, param: &Param, blocks: Blocks) -> Result<(ValueId, ValueId)> {
         if let Some(known) = self.blocks.iter().find(|known| known.param.name == param.name) {
             anyhow::ensure!(known.blocks == blocks, "{} is cut into blocks in two ways", param.name);
             return Ok((known.numbers, known.scales));
@@ -207,14 +207,14 @@ impl Graph {
     }
 
     /// The node that makes a value, and which of its outputs it is.
-    pub fn maker(&self, value: Value) -> Option<(&Node, usize)> {
+    pub fn maker(&self, value: ValueId) -> Option<(&Node, usize)> {
         self.nodes.iter().rev().find_map(|node| {
             node.outputs.iter().position(|&output| output == value).map(|index| (node, index))
         })
     }
 
     /// Whether a value is a weight with so many dimensions.
-    pub fn is_weight(&self, value: Value, dims: usize) -> bool {
+    pub fn is_weight(&self, value: ValueId, dims: usize) -> bool {
         self.params.iter().any(|known| known.value == value && known.param.shape.len() == dims)
     }
 
@@ -225,7 +225,7 @@ impl Graph {
 
     /// Leaves out the nodes, weights and constants that no output depends on.
     fn prune(&mut self, outputs: &[Outlet]) {
-        let mut used: BTreeSet<Value> = outputs.iter().map(|output| output.value).collect();
+        let mut used: BTreeSet<ValueId> = outputs.iter().map(|output| output.value).collect();
         let mut kept: Vec<Node> = Vec::with_capacity(self.nodes.len());
         for node in std::mem::take(&mut self.nodes).into_iter().rev() {
             if node.outputs.iter().any(|output| used.contains(output)) {
@@ -240,25 +240,25 @@ impl Graph {
     }
 
     /// An integer constant of the given shape: `[]` for a scalar, `[n]` for a list.
-    pub fn i64s(&mut self, dims: &[i64], values: &[i64]) -> Value {
+    pub fn i64s(&mut self, dims: &[i64], values: &[i64]) -> ValueId {
         let bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect();
         self.constant(format!("i64/{}", listed(dims, values)), DataType::Int64, dims, bytes)
     }
 
     /// A number as a constant without dimensions.
-    pub fn f32(&mut self, value: f32) -> Value {
+    pub fn f32(&mut self, value: f32) -> ValueId {
         self.constant(format!("f32/{value:?}"), DataType::Float, &[], value.to_le_bytes().to_vec())
     }
 
     /// Numbers of the given shape, each so many times.
-    pub fn f32s(&mut self, dims: &[i64], values: &[(usize, f32)]) -> Value {
+    pub fn f32s(&mut self, dims: &[i64], values: &[(usize, f32)]) -> ValueId {
         let content: Vec<String> = values.iter().map(|(count, value)| format!("{count}x{value:?}")).collect();
         let bytes = values.iter().flat_map(|(count, value)| value.to_le_bytes().repeat(*count)).collect();
         self.constant(format!("f32/{dims:?}/{}", content.join(",")), DataType::Float, dims, bytes)
     }
 
     /// Constants are named for their content, so equal ones are one.
-    fn constant(&mut self, content: String, kind: DataType, dims: &[i64], raw_data: Vec<u8>) -> Value {
+    fn constant(&mut self, content: String, kind: DataType, dims: &[i64], raw_data: Vec<u8>) -> ValueId {
         let name = format!("{CONSTANTS}{content}");
         if let Some((_, value)) = self.constants.iter().find(|(known, _)| known.name == name) {
             return *value;
@@ -271,7 +271,7 @@ impl Graph {
     }
 
     /// A value that is made once and used wherever it is asked for.
-    pub fn shared(&mut self, key: &'static str, make: impl FnOnce(&mut Self) -> Value) -> Value {
+    pub fn shared(&mut self, key: &'static str, make: impl FnOnce(&mut Self) -> ValueId) -> ValueId {
         if let Some(&value) = self.shared.get(key) {
             return value;
         }
@@ -281,7 +281,7 @@ impl Graph {
     }
 
     /// Gives a value exactly this name; one that already has a promised name is passed through an Identity.
-    pub fn rename(&mut self, value: Value, name: &str) -> Result<Value> {
+    pub fn rename(&mut self, value: ValueId, name: &str) -> Result<ValueId> {
         anyhow::ensure!(!self.names.iter().any(|known| known == name), "two values are named {name}");
         let value = if self.fixed.contains(&value) {
             self.node(name, "Identity", &[value], Vec::new())
@@ -354,7 +354,7 @@ impl Graph {
             graph.initializer.push(tensor(&self.names[*scales], DataType::Float, &dims[..2], values));
         }
         graph.initializer.extend(self.constants.into_iter().map(|(tensor, _)| tensor));
-        let name = |&value: &Value| if value == ABSENT { String::new() } else { self.names[value].clone() };
+        let name = |&value: &ValueId| if value == ABSENT { String::new() } else { self.names[value].clone() };
         graph.node = self
             .nodes
             .into_iter()

@@ -19,7 +19,7 @@ use crate::{Result, bail_unusable};
 
 /// What kind of graph is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Kind {
+pub struct GraphKind {
     pub form: Form,
     pub opset: i64,
     pub precision: Precision,
@@ -27,7 +27,7 @@ pub struct Kind {
     pub block: usize,
 }
 
-impl Kind {
+impl GraphKind {
     /// A graph in fp32.
     pub fn fp32(form: Form, opset: i64) -> Self {
         Self { form, opset, precision: Precision::Fp32, block: DEFAULT_BLOCK }

@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use super::proto::tensor_proto::DataType;
 use super::proto::{ModelProto, StringStringEntryProto};
-use super::{Kind, emit, graph};
+use super::{GraphKind, emit, graph};
 use crate::checkpoint::{self, Weights};
 use crate::model::ModelConfig;
 use crate::model::ops::Param;
@@ -20,7 +20,7 @@ pub fn build(
     task: &Task,
     weights: &Weights,
     tokenizer_sha256: &str,
-    kind: Kind,
+    kind: GraphKind,
 ) -> Result<ModelProto> {
     let params = trained(config, task, weights)?;
     let mut model = emit::graph(

@@ -162,14 +162,14 @@ pub fn install(written: &Path, folder: &Path, files: &[&str], external: bool) ->
 }
 
 /// One step of putting graphs in place; each is whole or not done.
-enum Step {
+enum InstallStep {
     Rename(PathBuf, PathBuf),
     Remove(PathBuf),
     /// Waits until the disk has the names: what follows needs them.
     Sync,
 }
 
-impl Step {
+impl InstallStep {
     fn take(&self, folder: &Path) -> Result<()> {
         let (done, path) = match self {
             Self::Rename(from, to) => (std::fs::rename(from, to), to.as_path()),
@@ -184,10 +184,10 @@ impl Step {
 }
 
 /// What [`install`] does, in its order, once everything that takes room on the disk is written.
-fn steps(written: &Path, folder: &Path, files: &[&str], external: bool) -> Result<Vec<Step>> {
+fn steps(written: &Path, folder: &Path, files: &[&str], external: bool) -> Result<Vec<InstallStep>> {
     let first = files.first().context("no graph to put in place")?;
     let data = format!("{first}_data");
-    let put = |from: &str, to: &str| Step::Rename(written.join(from), folder.join(to));
+    let put = |from: &str, to: &str| InstallStep::Rename(written.join(from), folder.join(to));
     let mut steps = Vec::new();
     let mut meanwhile = None;
     if external {
@@ -201,21 +201,21 @@ fn steps(written: &Path, folder: &Path, files: &[&str], external: bool) -> Resul
         std::fs::hard_link(&from, &to)
             .or_else(|_| std::fs::copy(&from, &to).and_then(|_| File::open(&to)?.sync_all()))
             .with_context(|| to.display().to_string())?;
-        steps.extend([put(&data, &name), Step::Sync]);
+        steps.extend([put(&data, &name), InstallStep::Sync]);
         steps.extend(files.iter().map(|file| put(&format!("{file}{MEANWHILE}"), file)));
-        steps.extend([Step::Sync, put(&second, &data), Step::Sync]);
+        steps.extend([InstallStep::Sync, put(&second, &data), InstallStep::Sync]);
         meanwhile = Some(name);
     }
     steps.extend(files.iter().map(|file| put(file, file)));
-    steps.push(Step::Sync);
+    steps.push(InstallStep::Sync);
     if !external {
-        steps.push(Step::Remove(folder.join(&data)));
+        steps.push(InstallStep::Remove(folder.join(&data)));
     }
     // this one's, and those of exports that were killed
     let left = std::fs::read_dir(folder).with_context(|| folder.display().to_string())?;
     let left = left.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
     let left: BTreeSet<String> = left.filter(|name| is_meanwhile(name, &data)).chain(meanwhile).collect();
-    steps.extend(left.into_iter().map(|name| Step::Remove(folder.join(name))));
+    steps.extend(left.into_iter().map(|name| InstallStep::Remove(folder.join(name))));
     Ok(steps)
 }
 

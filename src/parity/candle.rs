@@ -6,8 +6,8 @@ use anyhow::Context;
 use candle_core::{DType, Device, Tensor};
 
 use crate::Result;
-use crate::data::batch::Padded;
-use crate::onnx::{CANDLE_OPSET, Kind, model, proto::ModelProto};
+use crate::data::batch::PaddedBatch;
+use crate::onnx::{CANDLE_OPSET, GraphKind, model, proto::ModelProto};
 use crate::runtime::session::Values;
 use crate::saved::Saved;
 
@@ -26,7 +26,7 @@ impl Evaluated {
             &saved.task,
             &saved.weights,
             "",
-            Kind::fp32(saved.task.form(), CANDLE_OPSET),
+            GraphKind::fp32(saved.task.form(), CANDLE_OPSET),
         )?;
         let model = model::with_outputs(model, taps);
         let outputs = model.graph.iter().flat_map(|graph| &graph.output).map(|output| output.name.clone());
@@ -34,7 +34,7 @@ impl Evaluated {
     }
 
     /// Every output of one batch.
-    pub fn run(&self, batch: &Padded) -> Result<Vec<Values>> {
+    pub fn run(&self, batch: &PaddedBatch) -> Result<Vec<Values>> {
         let shape = (batch.rows, batch.width);
         let inputs: HashMap<String, Tensor> =
             [("input_ids", &batch.ids), ("attention_mask", &batch.mask), ("token_type_ids", &batch.type_ids)]

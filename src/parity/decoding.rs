@@ -9,7 +9,7 @@ use super::{Compared, Runtime};
 use crate::data::batch::Encoding;
 use crate::eager::Evaluator;
 use crate::runtime::decoder::Tokens;
-use crate::runtime::slots::{Reading, Slots};
+use crate::runtime::slots::{SlotRead, Slots};
 use crate::runtime::{Decoder, Provider, Providers};
 use crate::saved::Saved;
 use crate::say::Say;
@@ -110,7 +110,7 @@ fn continued(slots: &mut Slots, text: &Encoding, room: usize) -> Result<(Encodin
     while found.len() < CONTINUED && whole.len() < room {
         let ids: Vec<i64> = whole.ids[unread..].iter().map(|&id| i64::from(id)).collect();
         let asked = [ids.len() as i64 - 1];
-        let scores = slots.read(Reading { slots: &(0..1), ids: &ids, lengths: &[unread], asked: &asked })?;
+        let scores = slots.read(SlotRead { slots: &(0..1), ids: &ids, lengths: &[unread], asked: &asked })?;
         unread = whole.len();
         whole.ids.push(argmax(scores) as u32);
         whole.type_ids.push(0);
@@ -137,7 +137,7 @@ fn read_slots_in_every_way(slots: &mut Slots, texts: &[&Encoding]) -> Result<[Ve
         })?;
         for at in half..text.len() {
             let ids = [i64::from(text.ids[at])];
-            found[1].extend(rows(slots.read(Reading {
+            found[1].extend(rows(slots.read(SlotRead {
                 slots: &(0..1),
                 ids: &ids,
                 lengths: &[at],
@@ -152,7 +152,7 @@ fn read_slots_in_every_way(slots: &mut Slots, texts: &[&Encoding]) -> Result<[Ve
     for (slot, &i) in order.iter().enumerate() {
         let half: Vec<i64> = texts[i].ids[..texts[i].len() / 2].iter().map(|&id| i64::from(id)).collect();
         let asked: Vec<i64> = (0..half.len() as i64).collect();
-        let reading = Reading { slots: &(slot..slot + 1), ids: &half, lengths: &[0], asked: &asked };
+        let reading = SlotRead { slots: &(slot..slot + 1), ids: &half, lengths: &[0], asked: &asked };
         of_texts[i].extend(rows(slots.read(reading)?));
     }
     loop {
@@ -164,7 +164,7 @@ fn read_slots_in_every_way(slots: &mut Slots, texts: &[&Encoding]) -> Result<[Ve
         let ids: Vec<i64> =
             order[..left].iter().zip(&lengths).map(|(&i, &at)| i64::from(texts[i].ids[at])).collect();
         let scores =
-            rows(slots.read(Reading { slots: &(0..left), ids: &ids, lengths: &lengths, asked: &[0] })?);
+            rows(slots.read(SlotRead { slots: &(0..left), ids: &ids, lengths: &lengths, asked: &[0] })?);
         anyhow::ensure!(scores.len() == left, "{} rows of scores for {left} slots", scores.len());
         order[..left].iter().zip(scores).for_each(|(&i, row)| of_texts[i].push(row));
     }

@@ -4,7 +4,7 @@ use ndarray::Array2;
 use serde::Serialize;
 
 use super::compare::distance;
-use super::runtimes::{Graph, padded};
+use super::runtimes::{LoadedGraph, padded};
 use super::{BATCH, Runtime, Subject};
 use crate::Result;
 use crate::data::batch::Encoding;
@@ -53,7 +53,7 @@ pub fn first(
             expected.push((name, tensor.to_vec2::<f32>()?));
         }
         let names: Vec<String> = expected.iter().map(|(name, _)| name.clone()).collect();
-        let outputs = Graph::open(runtime, subject, &names)?.run(&padded(subject, batch))?;
+        let outputs = LoadedGraph::open(runtime, subject, &names)?.run(&padded(subject, batch))?;
         for (name, rows) in &expected {
             let Some(values) = outputs.iter().find(|values| values.name == *name) else {
                 continue;

@@ -6,7 +6,7 @@ use std::str::FromStr;
 use anyhow::Context;
 
 use super::{BATCH, Subject, candle};
-use crate::data::batch::{Encoding, Padded};
+use crate::data::batch::{Encoding, PaddedBatch};
 use crate::eager::Evaluator;
 use crate::onnx::write;
 use crate::predict::pool;
@@ -78,7 +78,7 @@ pub fn outputs(runtime: Runtime, subject: &Subject) -> Result<Vec<Outputs>> {
             Evaluator::open(subject.saved, &candle_core::Device::Cpu)?.outputs(subject.encodings)
         }
         _ => {
-            let mut graph = Graph::open(runtime, subject, &[])?;
+            let mut graph = LoadedGraph::open(runtime, subject, &[])?;
             let scopes = subject.saved.task.scopes();
             let mut found = Vec::with_capacity(subject.encodings.len());
             for batch in subject.encodings.chunks(BATCH) {
@@ -100,17 +100,17 @@ pub fn outputs(runtime: Runtime, subject: &Subject) -> Result<Vec<Outputs>> {
 }
 
 /// A batch as graphs take it.
-pub(super) fn padded(subject: &Subject, batch: &[Encoding]) -> Padded {
-    Padded::new(&batch.iter().collect::<Vec<_>>(), subject.saved.tokenizer.pad_id())
+pub(super) fn padded(subject: &Subject, batch: &[Encoding]) -> PaddedBatch {
+    PaddedBatch::new(&batch.iter().collect::<Vec<_>>(), subject.saved.tokenizer.pad_id())
 }
 
 /// A graph that is loaded somewhere.
-pub(super) enum Graph {
+pub(super) enum LoadedGraph {
     Candle(Box<candle::Evaluated>),
     Ort(Box<OrtSession>),
 }
 
-impl Graph {
+impl LoadedGraph {
     /// Loads the subject's graph with intermediate values as outputs behind its own.
     pub fn open(runtime: Runtime, subject: &Subject, taps: &[String]) -> Result<Self> {
         match runtime {
@@ -121,7 +121,7 @@ impl Graph {
     }
 
     /// Every output of one batch.
-    pub fn run(&mut self, batch: &Padded) -> Result<Vec<Values>> {
+    pub fn run(&mut self, batch: &PaddedBatch) -> Result<Vec<Values>> {
         match self {
             Self::Candle(model) => model.run(batch),
             Self::Ort(session) => session.run(batch),

@@ -8,7 +8,7 @@ use anyhow::Context;
 
 use super::batching::batches;
 use crate::Result;
-use crate::data::batch::{Encoding, Padded};
+use crate::data::batch::{Encoding, PaddedBatch};
 use crate::runtime::session::Values;
 use crate::runtime::{Model, OrtSession, Provider, Providers};
 use crate::saved::Saved;
@@ -80,7 +80,7 @@ impl Pool {
                 let Ok(n) = taken else { break };
                 let batch = &batches[n - 1];
                 let members: Vec<&Encoding> = batch.iter().map(|&i| encodings[i]).collect();
-                let found = run(session, &Padded::new(&members, pad_id), scopes);
+                let found = run(session, &PaddedBatch::new(&members, pad_id), scopes);
                 if found.is_err() {
                     failed.store(true, Ordering::Relaxed);
                 }
@@ -108,7 +108,7 @@ impl Pool {
 }
 
 /// The outputs of each sequence of a batch.
-fn run(session: &mut OrtSession, batch: &Padded, scopes: &[Scope]) -> Result<Vec<Outputs>> {
+fn run(session: &mut OrtSession, batch: &PaddedBatch, scopes: &[Scope]) -> Result<Vec<Outputs>> {
     let outputs = session.run(batch)?;
     unpack(&outputs, batch, scopes)
 }
@@ -117,7 +117,7 @@ fn run(session: &mut OrtSession, batch: &Padded, scopes: &[Scope]) -> Result<Vec
 ///
 /// # Errors
 /// There are fewer than the task has, or of other shapes.
-pub fn unpack(outputs: &[Values], batch: &Padded, scopes: &[Scope]) -> Result<Vec<Outputs>> {
+pub fn unpack(outputs: &[Values], batch: &PaddedBatch, scopes: &[Scope]) -> Result<Vec<Outputs>> {
     anyhow::ensure!(
         outputs.len() >= scopes.len(),
         "the graph has {} outputs where {} are due: export it again",

@@ -16,13 +16,13 @@ use crate::{Result, bail_unusable};
 /// A graph of the form [`crate::task::Form::Cached`], and what it has read.
 pub struct Decoder {
     session: OrtSession,
-    caches: Vec<Cache>,
+    caches: Vec<LayerCache>,
     /// The caches' values, once something was read.
     past: Vec<DynValue>,
 }
 
 /// One tensor that goes out and comes in again.
-struct Cache {
+struct LayerCache {
     past: String,
     present: String,
     heads: usize,
@@ -55,7 +55,7 @@ impl Decoder {
             let (past, present) = (input.name().to_owned(), format!("present.{layer}"));
             match shape[..] {
                 [_, heads, _, width] if heads > 0 && width > 0 => {
-                    caches.push(Cache { past, present, heads: heads as usize, width: width as usize });
+                    caches.push(LayerCache { past, present, heads: heads as usize, width: width as usize });
                 }
                 _ => bail_unusable!(
                     "{}: {past} has the shape {shape:?}, expected (batch, heads, past, width): export it again",

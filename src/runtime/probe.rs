@@ -6,9 +6,9 @@ use prost::Message;
 
 use super::{Model, OrtSession, Provider, Providers};
 use crate::Result;
-use crate::data::batch::{Encoding, Padded};
+use crate::data::batch::{Encoding, PaddedBatch};
 use crate::model::ops::{At, Ids, Ops};
-use crate::onnx::{DEFAULT_OPSET, Kind, emit};
+use crate::onnx::{DEFAULT_OPSET, GraphKind, emit};
 use crate::say::Say;
 use crate::task::{Dim, Form, Output};
 
@@ -24,14 +24,14 @@ pub fn probe(provider: Provider) -> Result<()> {
             Ok(vec![o.linear(At::body("f").linear(4, 2), &x)?])
         },
         &outputs,
-        Kind::fp32(Form::Whole, DEFAULT_OPSET),
+        GraphKind::fp32(Form::Whole, DEFAULT_OPSET),
         // x: 0 1 2 3 / 4 5 6 7; f: the same as two rows; its bias: 0 1
         |param| Ok(Cow::Owned((0..param.numel()).map(|i| i as f32).collect())),
     )?;
     let bytes = model.encode_to_vec();
     let mut session = OrtSession::open(Model::Bytes(&bytes), &Providers::only(provider), 1, Say::default())?;
     let tokens = Encoding { ids: vec![1], type_ids: vec![0], truncated: false };
-    let found = session.run(&Padded::new(&[&tokens], 0))?.remove(0).values;
+    let found = session.run(&PaddedBatch::new(&[&tokens], 0))?.remove(0).values;
     let wanted = [38.0, 127.0]; // 4·0 + 5·1 + 6·2 + 7·3, and 4·4 + 5·5 + 6·6 + 7·7 + 1
     anyhow::ensure!(found == wanted, "provider {} computes {found:?}, expected {wanted:?}", provider.name());
     Ok(())

@@ -12,7 +12,7 @@ use ort::value::TensorRef;
 
 use super::library;
 use super::providers::{Provider, Providers};
-use crate::data::batch::Padded;
+use crate::data::batch::PaddedBatch;
 use crate::say::Say;
 use crate::task::Scope;
 use crate::task::output::Standing;
@@ -56,7 +56,7 @@ impl Values {
     ///
     /// # Errors
     /// Its shape is not (B, C) or (B, T, C) of the batch, or it has other values than its shape speaks of.
-    pub fn unpack(&self, scope: Scope, batch: &Padded) -> Result<Vec<Array2<f32>>> {
+    pub fn unpack(&self, scope: Scope, batch: &PaddedBatch) -> Result<Vec<Array2<f32>>> {
         let place = || {
             format!(
                 "{} has the shape {:?} and {} values, for {} sequences of {} tokens",
@@ -180,7 +180,7 @@ impl OrtSession {
     ///
     /// # Errors
     /// The model asks for an input that a batch does not have, gives other than f32, or the run fails.
-    pub fn run(&mut self, batch: &Padded) -> Result<Vec<Values>> {
+    pub fn run(&mut self, batch: &PaddedBatch) -> Result<Vec<Values>> {
         let shape = [batch.rows, batch.width];
         let mut inputs: Vec<(Cow<'_, str>, SessionInputValue<'_>)> = Vec::new();
         for input in self.session.inputs() {
@@ -229,7 +229,7 @@ mod tests {
     #[test]
     fn an_output_is_cut_by_sequence_or_refused() {
         let encoding = |n: usize| Encoding { ids: vec![1; n], type_ids: vec![0; n], truncated: false };
-        let batch = Padded::new(&[&encoding(1), &encoding(3)], 0);
+        let batch = PaddedBatch::new(&[&encoding(1), &encoding(3)], 0);
         let output = |shape: &[usize], values: usize| Values {
             name: "logits".to_owned(),
             shape: shape.to_vec(),

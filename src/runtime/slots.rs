@@ -34,7 +34,7 @@ pub struct Slots {
     /// Those of [`INPUTS`] that the graph asks for.
     inputs: Vec<&'static CStr>,
     /// Keys and values of each layer, (slots, H, capacity, D).
-    caches: Vec<Cache>,
+    caches: Vec<LayerCache>,
     slots: usize,
     capacity: usize,
     vocabulary: usize,
@@ -42,25 +42,25 @@ pub struct Slots {
     logits: Vec<f32>,
 }
 
-struct Cache {
+struct LayerCache {
     past: CString,
     present: CString,
     heads: usize,
     width: usize,
-    numbers: Numbers,
+    numbers: PinnedNumbers,
 }
 
 /// f32 numbers that bindings point into. All pointers to them come from the allocation's own, so that a look at the
 /// numbers in between takes no binding's right away.
-struct Numbers {
+struct PinnedNumbers {
     start: NonNull<f32>,
     length: usize,
 }
 
 // SAFETY: owned as a boxed slice would be; whoever holds pointers into it is kept together with it.
-unsafe impl Send for Numbers {}
+unsafe impl Send for PinnedNumbers {}
 
-impl Numbers {
+impl PinnedNumbers {
     fn zeros(length: usize) -> Self {
         let numbers: &mut [f32] = Box::leak(vec![0.0; length].into_boxed_slice());
         Self { start: NonNull::from(numbers).cast(), length }
@@ -84,7 +84,7 @@ impl Numbers {
     }
 }
 
-impl Drop for Numbers {
+impl Drop for PinnedNumbers {
     fn drop(&mut self) {
         let numbers = NonNull::slice_from_raw_parts(self.start, self.length);
         // SAFETY: from `Box::leak` in `zeros`, and freed once.
@@ -102,7 +102,7 @@ fn size(n: i64) -> Option<usize> {
 
 /// Tokens for the consecutive slots of a run.
 #[derive(Clone, Copy, Debug)]
-pub struct Reading<'a> {
+pub struct SlotRead<'a> {
     /// The slots that read, as many tokens each. Several tokens behind others that were read before are for a slot
     /// alone.
     pub slots: &'a Range<usize>,
@@ -149,12 +149,12 @@ impl Slots {
                     input.name()
                 );
             };
-            caches.push(Cache {
+            caches.push(LayerCache {
                 past: CString::new(input.name())?,
                 present: CString::new(format!("present.{layer}"))?,
                 heads,
                 width,
-                numbers: Numbers::zeros(0),
+                numbers: PinnedNumbers::zeros(0),
             });
         }
         let outputs = session.session.outputs();
@@ -192,7 +192,8 @@ impl Slots {
 
     /// What a token of a slot takes, in bytes.
     pub fn token_bytes(&self) -> usize {
-        let bytes = |cache: &Cache| cache.heads.saturating_mul(cache.width).saturating_mul(size_of::<f32>());
+        let bytes =
+            |cache: &LayerCache| cache.heads.saturating_mul(cache.width).saturating_mul(size_of::<f32>());
         self.caches.iter().map(bytes).fold(0, usize::saturating_add)
     }
 
@@ -205,7 +206,7 @@ impl Slots {
         if (slots, capacity) == (self.slots, self.capacity) {
             return Ok(());
         }
-        let length = |cache: &Cache| {
+        let length = |cache: &LayerCache| {
             [cache.heads, capacity, cache.width].into_iter().try_fold(slots, usize::checked_mul)
         };
         // asked for before anything is changed: where it can't be had, that ends no process
@@ -215,7 +216,7 @@ impl Slots {
         anyhow::ensure!(can_be_had, "{slots} slots of {capacity} tokens are more than the memory holds");
         self.bindings.clear(); // they point at what is freed below
         for cache in &mut self.caches {
-            let mut numbers = Numbers::zeros(length(cache).unwrap_or(0)); // it was checked above
+            let mut numbers = PinnedNumbers::zeros(length(cache).unwrap_or(0)); // it was checked above
             let values = numbers.as_mut_slice();
             pages::ask_for(values);
             let kept = self.capacity.min(capacity) * cache.width;
@@ -248,7 +249,7 @@ impl Slots {
             let start = i * PART;
             let ids: Vec<i64> = part.iter().map(|&id| i64::from(id)).collect();
             let asked: Vec<i64> = (0..part.len() as i64).collect();
-            let reading = Reading { slots: &(0..1), ids: &ids, lengths: &[start], asked: &asked };
+            let reading = SlotRead { slots: &(0..1), ids: &ids, lengths: &[start], asked: &asked };
             each(start, self.read(reading)?)?;
         }
         Ok(())
@@ -279,8 +280,8 @@ impl Slots {
     ///
     /// # Errors
     /// A slot has no room, or the run fails.
-    pub fn read(&mut self, reading: Reading) -> Result<&mut [f32]> {
-        let Reading { slots, ids, lengths, asked } = reading;
+    pub fn read(&mut self, reading: SlotRead) -> Result<&mut [f32]> {
+        let SlotRead { slots, ids, lengths, asked } = reading;
         let rows = slots.len();
         anyhow::ensure!(
             rows > 0 && slots.end <= self.slots && lengths.len() == rows && ids.len().is_multiple_of(rows),
@@ -478,7 +479,7 @@ mod tests {
     /// As a run does that reads and writes through a binding, before and after we look at the numbers ourselves.
     #[test]
     fn pointers_into_the_numbers_outlive_our_own_looks_at_them() {
-        let mut numbers = Numbers::zeros(6);
+        let mut numbers = PinnedNumbers::zeros(6);
         let (first, second) = (numbers.part(0..4), numbers.part(2..6));
         // SAFETY: both lie inside of the numbers, which are alive, and nobody else writes them.
         unsafe { first.cast::<f32>().add(3).write(3.0) };
@@ -488,13 +489,13 @@ mod tests {
         assert_eq!(numbers.as_slice(), [1.0, 0.0, 0.0, 3.0, 0.0, 5.0]);
         // SAFETY: as above.
         assert_eq!(unsafe { first.cast::<f32>().read() }, 1.0);
-        assert!(Numbers::zeros(0).as_slice().is_empty());
+        assert!(PinnedNumbers::zeros(0).as_slice().is_empty());
     }
 
     #[test]
     #[should_panic]
     fn a_part_behind_the_numbers_is_refused() {
-        Numbers::zeros(6).part(4..7);
+        PinnedNumbers::zeros(6).part(4..7);
     }
 
     #[test]

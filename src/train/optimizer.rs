@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use crate::Result;
 use crate::eager::Params;
-use crate::eager::kernels::gradient::{Rows, Slot};
+use crate::eager::kernels::gradient::{GradientRows, GradientSlot};
 use crate::eager::kernels::{CHUNK, Kernels, simd};
 
 /// AdamW's constants; the learning rate comes with each step.
@@ -166,7 +166,7 @@ impl Update {
 /// The update of a parameter on the CPU, in one pass over it.
 struct Fused<'a> {
     update: Update,
-    slot: &'a Slot,
+    slot: &'a GradientSlot,
     /// The operation is handed over by a shared reference, but is applied once.
     means: Mutex<&'a mut (Vec<f32>, Vec<f32>)>,
 }
@@ -184,15 +184,15 @@ impl InplaceOp1 for Fused<'_> {
         let (mean, square) = &mut **means;
         let weights = &mut weights[start..end];
         match self.slot.rows() {
-            Rows::None => candle_core::bail!("AdamW on a parameter without a gradient"),
-            Rows::All => weights
+            GradientRows::None => candle_core::bail!("AdamW on a parameter without a gradient"),
+            GradientRows::All => weights
                 .par_chunks_mut(CHUNK)
                 .zip(mean.par_chunks_mut(CHUNK).zip(square.par_chunks_mut(CHUNK)))
                 .zip(self.slot.values().par_chunks(CHUNK))
                 .for_each(|((weights, (mean, square)), gradient)| {
                     update(weights, gradient, mean, square, self.update);
                 }),
-            Rows::Some(rows) => {
+            GradientRows::Some(rows) => {
                 // no gradient of a row that was not looked up is read, but the row is decayed and moved
                 let width = self.slot.width();
                 let zeros = vec![0.0; width];

@@ -15,7 +15,7 @@ use crate::{Result, bail_unusable, files, saved, unusable};
 
 /// What is to become of what an earlier run has left.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Asked {
+pub enum EarlierRun {
     /// There is none.
     New,
     /// It is replaced.
@@ -26,7 +26,7 @@ pub enum Asked {
 
 /// What a run is started with and goes on with.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
-struct Manifest {
+struct RunInputs {
     /// Sha-256 of each input, so that a resumed run goes on with the same.
     inputs: Vec<(String, String)>,
 }
@@ -35,10 +35,10 @@ struct Manifest {
 ///
 /// # Errors
 /// Unusable: says what stands there.
-pub fn check(output: &Path, asked: Asked, settings: &toml::Table) -> Result<()> {
+pub fn check(output: &Path, asked: EarlierRun, settings: &toml::Table) -> Result<()> {
     let folder = Folder::of(output);
     let ours = folder.settings().is_file();
-    if asked == Asked::Resume && !ours {
+    if asked == EarlierRun::Resume && !ours {
         bail_unusable!("{} holds no run of tk's that could be resumed", output.display());
     }
     if output.exists() && !output.is_dir() {
@@ -52,13 +52,13 @@ pub fn check(output: &Path, asked: Asked, settings: &toml::Table) -> Result<()> 
             output.display()
         );
     }
-    if ours && asked == Asked::New {
+    if ours && asked == EarlierRun::New {
         bail_unusable!(
             "--output {} holds an earlier run: --resume goes on with it, --overwrite replaces it",
             output.display()
         );
     }
-    if asked == Asked::Resume {
+    if asked == EarlierRun::Resume {
         let differing = differences(settings, &saved_settings(&folder)?);
         if !differing.is_empty() {
             bail_unusable!(
@@ -93,22 +93,22 @@ fn differences(now: &toml::Table, then: &toml::Table) -> Vec<String> {
 /// Unusable: it can't be written, or the inputs have changed since the run was started.
 pub fn start(
     output: &Path,
-    asked: Asked,
+    asked: EarlierRun,
     settings: &toml::Table,
     inputs: Vec<(String, String)>,
 ) -> Result<Option<std::fs::File>> {
     let folder = Folder::of(output);
-    let now = Manifest { inputs };
+    let now = RunInputs { inputs };
     let unwritable = |e: std::io::Error| unusable!("--output {} can't be written: {e}", output.display());
     files::create_folder(output).map_err(unwritable)?;
     let held = folder.occupy()?;
     files::sweep(output).map_err(unwritable)?;
     let inputs = folder.inputs();
-    if asked == Asked::Resume {
+    if asked == EarlierRun::Resume {
         let text = std::fs::read_to_string(&inputs).with_context(|| inputs.display().to_string())?;
-        let then: Manifest =
+        let then: RunInputs =
             serde_json::from_str(&text).map_err(|e| unusable!("{}: {e}", inputs.display()))?;
-        let differing = |a: &Manifest, b: &Manifest| -> Vec<String> {
+        let differing = |a: &RunInputs, b: &RunInputs| -> Vec<String> {
             let only = a.inputs.iter().filter(|input| !b.inputs.contains(input));
             only.map(|(name, _)| name.clone()).collect()
         };

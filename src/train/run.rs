@@ -11,7 +11,7 @@ use super::Settings;
 use super::checkpoint::{Best, Folder, Progress};
 use super::log::Log;
 use super::plan::Plan;
-use super::trainer::{Step, Trainer};
+use super::trainer::{StepReport, Trainer};
 use crate::Result;
 use crate::eager::{Forward, Params};
 use crate::model::Family;
@@ -128,7 +128,7 @@ impl Run<'_> {
         bar: &ProgressBar,
         progress: &Progress,
         plan: &Plan,
-        step: Step,
+        step: StepReport,
         tokens_per_second: f64,
     ) -> Result<()> {
         let total = plan.total_steps();

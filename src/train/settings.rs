@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::plan::Budget;
 use super::schedule::Schedule;
-use crate::device::Precision;
+use crate::device::TrainingPrecision;
 use crate::task::Task;
 use crate::{Result, bail_unusable};
 
@@ -102,9 +102,9 @@ pub struct Settings {
     pub seed: u64,
     /// What a GPU computes in: fp32, or bf16 with weights and the optimizer's state in fp32. Evaluations and what is
     /// saved are fp32 in both.
-    #[arg(long, value_enum, default_value_t = Precision::Fp32, help_heading = "Regime")]
+    #[arg(long, value_enum, default_value_t = TrainingPrecision::Fp32, help_heading = "Regime")]
     #[serde(default)]
-    pub precision: Precision,
+    pub precision: TrainingPrecision,
     /// Take the examples in the order of the file.
     #[arg(long, help_heading = "Regime")]
     #[serde(default)]

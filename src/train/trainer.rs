@@ -6,9 +6,9 @@ use super::Settings;
 use super::optimizer::{AdamW, Constants, Gradients, clip_factor};
 use super::schedule::warmup_steps;
 use crate::Result;
-use crate::data::batch::Packed;
+use crate::data::batch::PackedBatch;
 use crate::eager::kernels::dropout::mix;
-use crate::eager::kernels::gradient::Rows;
+use crate::eager::kernels::gradient::GradientRows;
 use crate::eager::{Eager, Kernels, Mode, Params};
 use crate::model::Family;
 use crate::task::{Example, Task};
@@ -28,7 +28,7 @@ pub struct Trainer<'a> {
 
 /// What a step did.
 #[derive(Clone, Copy, Debug)]
-pub struct Step {
+pub struct StepReport {
     /// The mean loss of the step's examples, or of their predicted tokens, before its update.
     pub loss: f64,
     pub learning_rate: f64,
@@ -70,7 +70,7 @@ impl<'a> Trainer<'a> {
     /// # Errors
     /// The loss or a gradient is not finite, or a parameter gets no gradient (which shows at the first step):
     /// nothing has been changed then.
-    pub fn step(&mut self, micro_batches: &[Vec<&Example>]) -> Result<Step> {
+    pub fn step(&mut self, micro_batches: &[Vec<&Example>]) -> Result<StepReport> {
         let number = self.optimizer.steps();
         let (mut loss, mut tokens) = (0.0, 0);
         self.params.gradients().iter().for_each(|gradient| gradient.lock().clear());
@@ -98,12 +98,12 @@ impl<'a> Trainer<'a> {
         let learning_rate = self.settings.learning_rate * factor;
         let clip = clip_factor(grad_norm, self.settings.max_grad_norm);
         self.optimizer.step(self.params, &gradients, learning_rate, clip)?;
-        Ok(Step { loss, learning_rate, grad_norm, tokens })
+        Ok(StepReport { loss, learning_rate, grad_norm, tokens })
     }
 
     /// Adds a micro-batch's gradients up; returns its share of the mean of `of` losses.
     fn backward(&self, examples: &[&Example], of: usize, key: u64, gradients: &mut Gradients) -> Result<f64> {
-        let batch = Packed::new(examples.iter().map(|example| &example.encoding));
+        let batch = PackedBatch::new(examples.iter().map(|example| &example.encoding));
         let eager = Eager::new(self.params, &batch, self.device, Mode::Training { key })
             .with_kernels(self.kernels)
             .with_dtype(self.settings.precision.dtype());
@@ -117,7 +117,7 @@ impl<'a> Trainer<'a> {
         match gradients {
             Gradients::Slots => {
                 for ((param, _), gradient) in self.params.iter().zip(self.params.gradients()) {
-                    if *gradient.lock().rows() == Rows::None {
+                    if *gradient.lock().rows() == GradientRows::None {
                         missing.push(param.name.as_str());
                     }
                 }

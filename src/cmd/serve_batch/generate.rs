@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{Job, Progress, Work};
+use super::{BatchRun, ServeProgress, Work};
 use crate::data::records::{BadRow, Columns, Row};
 use crate::generate::{Ends, Engine, Generated, GenerationConfig, Prompt, Prompts, Request, fields, on_cpu};
 use crate::predict::graphs;
@@ -20,7 +20,7 @@ struct Generate<'a> {
 }
 
 /// Generates for every record.
-pub(super) fn run(job: &Job, saved: &Saved, task: &CausalLm) -> Result<()> {
+pub(super) fn run(job: &BatchRun, saved: &Saved, task: &CausalLm) -> Result<()> {
     let args = job.args;
     let flags = &args.flags.causal_lm.generation;
     if args.batch_tokens.is_some() {
@@ -82,7 +82,7 @@ impl Work for Generate<'_> {
         Provider::Cpu
     }
 
-    fn answers(&mut self, prompts: &[&Prompt], progress: &mut Progress) -> Result<Vec<Answer>> {
+    fn answers(&mut self, prompts: &[&Prompt], progress: &mut ServeProgress) -> Result<Vec<Answer>> {
         let fits = |prompt: &&&Prompt| self.engine.fits(&prompt.request);
         let requests: Vec<Request> =
             prompts.iter().filter(fits).map(|prompt| prompt.request.clone()).collect();

@@ -11,7 +11,7 @@ use crate::runtime::Provider;
 use crate::say::{Say, peak_rss_bytes};
 
 /// What was done so far, and the telling of it.
-pub(super) struct Progress {
+pub(super) struct ServeProgress {
     say: Say,
     bar: indicatif::ProgressBar,
     started: Instant,
@@ -30,7 +30,7 @@ pub(super) struct Progress {
 /// How often a line is written where there is no terminal.
 const TELL_EVERY: Duration = Duration::from_secs(10);
 
-impl Progress {
+impl ServeProgress {
     pub fn new(before: Done, target: Option<String>, say: Say) -> Result<Self> {
         let bar = say.bar(0, "{spinner} {pos} records  {msg}  {elapsed}")?;
         let now = Instant::now();

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use super::buffer::Buffer;
 use super::simd::{self, normal, tanh};
 use super::{CHUNK, wide};
-use crate::eager::tape::{Tape, Value};
+use crate::eager::tape::{Tape, TapeValue};
 use crate::model::ops::Activation;
 
 /// √(2/π), of the tanh form of GELU (Hendrycks and Gimpel 2016, arXiv:1606.08415).
@@ -34,7 +34,7 @@ pub fn composite(x: &Tensor, how: Activation) -> Result<Tensor> {
 }
 
 /// The same, fused.
-pub fn activate(tape: &Tape, x: &Arc<Value>, how: Activation) -> Arc<Value> {
+pub fn activate(tape: &Tape, x: &Arc<TapeValue>, how: Activation) -> Arc<TapeValue> {
     let mut y = Buffer::any(x.numbers.len());
     y.par_chunks_mut(CHUNK).zip(x.numbers.par_chunks(CHUNK)).for_each(|(y, x)| forward(how, y, x));
     let x = x.clone();

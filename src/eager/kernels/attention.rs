@@ -13,10 +13,10 @@ use rayon::prelude::*;
 use super::buffer::Buffer;
 use super::dropout::{Mask, Row};
 use super::gemm::{Matrix, MatrixMut, Shared, Write, product, row_blocks};
-use super::linear::{Input, Map};
+use super::linear::{Input, LinearMap};
 use super::{simd, wide};
 use crate::data::batch::Spans;
-use crate::eager::tape::{Tape, Value};
+use crate::eager::tape::{Tape, TapeValue};
 use crate::model::ops::{Pick, Sees};
 
 /// Queries of one block.
@@ -25,11 +25,11 @@ const BLOCK: usize = 64;
 /// q, k, v (T, H·D) → (T, H·D), fused; q and the result are (B, H·D) where one token of every sequence asks.
 pub fn attention(
     tape: &Tape,
-    q: &Arc<Value>,
-    k: &Arc<Value>,
-    v: &Arc<Value>,
+    q: &Arc<TapeValue>,
+    k: &Arc<TapeValue>,
+    v: &Arc<TapeValue>,
     how: &Attention,
-) -> Result<Arc<Value>> {
+) -> Result<Arc<TapeValue>> {
     let width = q.width;
     how.check([q, k, v].map(|x| (x.rows(), x.width)))?;
     let mut log_sums = Buffer::any(q.rows() * how.heads);
@@ -43,7 +43,7 @@ pub fn attention(
 }
 
 /// The same where q, k and v are the three parts of one value, (T, 3·H·D), as one linear map gives them.
-pub fn attention_of_parts(tape: &Tape, x: &Arc<Value>, how: &Attention) -> Result<Arc<Value>> {
+pub fn attention_of_parts(tape: &Tape, x: &Arc<TapeValue>, how: &Attention) -> Result<Arc<TapeValue>> {
     let width = x.width / 3;
     how.check([(x.rows(), width); 3])?;
     let mut log_sums = Buffer::any(x.rows() * how.heads);
@@ -60,7 +60,12 @@ pub fn attention_of_parts(tape: &Tape, x: &Arc<Value>, how: &Attention) -> Resul
 }
 
 /// The same over three linear maps of x, (T, C).
-pub fn self_attention(tape: &Tape, x: &Arc<Value>, maps: [&Map; 3], how: &Attention) -> Result<Arc<Value>> {
+pub fn self_attention(
+    tape: &Tape,
+    x: &Arc<TapeValue>,
+    maps: [&LinearMap; 3],
+    how: &Attention,
+) -> Result<Arc<TapeValue>> {
     let (rows, width) = (x.rows(), maps[0].output);
     maps.iter().try_for_each(|map| map.check(x.width))?;
     how.check(maps.map(|map| (rows, map.output)))?;
@@ -68,7 +73,7 @@ pub fn self_attention(tape: &Tape, x: &Arc<Value>, maps: [&Map; 3], how: &Attent
     let mut log_sums = Buffer::any(rows * how.heads);
     let y = how.forward(mapped.each_ref().map(|x| Columns::all(x, width)), width, &mut log_sums);
     let kept = tape.keeps().then_some(mapped);
-    let (how, x, maps) = (how.clone(), x.clone(), maps.map(Map::clone));
+    let (how, x, maps) = (how.clone(), x.clone(), maps.map(LinearMap::clone));
     Ok(tape.push_with_result(y, width, move |y, dy, flow| {
         let mapped = match kept {
             Some(mapped) => mapped,
@@ -86,7 +91,7 @@ pub fn self_attention(tape: &Tape, x: &Arc<Value>, maps: [&Map; 3], how: &Attent
 }
 
 /// Three linear maps of x, (T, C).
-fn map_all(x: &[f32], maps: [&Map; 3]) -> Result<[Buffer; 3]> {
+fn map_all(x: &[f32], maps: [&LinearMap; 3]) -> Result<[Buffer; 3]> {
     let (rows, width) = (x.len() / maps[0].input, maps[0].output);
     let mut mapped = [(); 3].map(|()| Buffer::any(rows * width));
     let packed = [maps[0].packed()?, maps[1].packed()?, maps[2].packed()?];
@@ -170,7 +175,7 @@ struct Asked {
 }
 
 /// One block of queries of one head of one sequence.
-struct Block {
+struct QueryBlock {
     head: usize,
     /// The sequence's tokens that any of the block's sees: the keys.
     keys: Range<usize>,
@@ -233,7 +238,7 @@ impl Attention {
     }
 
     /// How many keys the `i`-th query of a block sees.
-    fn seen(&self, block: &Block, i: usize) -> usize {
+    fn seen(&self, block: &QueryBlock, i: usize) -> usize {
         match self.sees {
             Sees::All => block.seen,
             Sees::Causal => block.seen + i,
@@ -248,7 +253,7 @@ impl Attention {
         })
     }
 
-    fn blocks(&self) -> Vec<Block> {
+    fn blocks(&self) -> Vec<QueryBlock> {
         let mut blocks = Vec::new();
         for Asked { span, queries, position } in self.asked() {
             for head in 0..self.heads {
@@ -261,7 +266,12 @@ impl Attention {
                             (before + 1, before + part.len())
                         }
                     };
-                    blocks.push(Block { head, keys: span.start..span.start + most, queries: part, seen });
+                    blocks.push(QueryBlock {
+                        head,
+                        keys: span.start..span.start + most,
+                        queries: part,
+                        seen,
+                    });
                 }
             }
         }
@@ -298,7 +308,7 @@ impl Attention {
         let y_columns = ColumnsMut { x: Shared::new(&mut y), at: 0, stride: width };
         let sums_start = Shared::new(log_sums);
         self.blocks().par_iter().for_each_init(Vec::new, |weights, block| {
-            let Block { head, keys, queries, .. } = block;
+            let QueryBlock { head, keys, queries, .. } = block;
             let (m, n) = (queries.len(), keys.len());
             weights.resize(m * n, 0.0);
             let scores = MatrixMut::new(weights, m, n, n);
@@ -322,7 +332,13 @@ impl Attention {
     }
 
     /// dq, dk and dv of queries, keys and values of their own.
-    fn backward_of_all(&self, inputs: [&[f32]; 3], y: &Value, log_sums: &[f32], dy: &[f32]) -> [Buffer; 3] {
+    fn backward_of_all(
+        &self,
+        inputs: [&[f32]; 3],
+        y: &TapeValue,
+        log_sums: &[f32],
+        dy: &[f32],
+    ) -> [Buffer; 3] {
         let mut gradients = inputs.map(|x| Buffer::any(x.len()));
         let places = gradients.each_mut().map(|gradient| {
             let x = Shared::new(gradient);
@@ -336,7 +352,7 @@ impl Attention {
     fn backward(
         &self,
         [qs, ks, vs]: [Columns; 3],
-        y: &Value,
+        y: &TapeValue,
         log_sums: &[f32],
         dy: &[f32],
         [dqs, dks, dvs]: [ColumnsMut; 3],
@@ -346,7 +362,7 @@ impl Attention {
         let scale = 1.0 / (d as f32).sqrt();
         let (ys, dys) = (Columns::all(&y.numbers, width), Columns::all(dy, width));
         // a sequence's head is one task: its blocks add to the same dK and dV, in order
-        let mut tasks: Vec<Vec<Block>> = Vec::new();
+        let mut tasks: Vec<Vec<QueryBlock>> = Vec::new();
         for block in self.blocks() {
             match tasks.last_mut() {
                 Some(task) if task[0].head == block.head && task[0].keys.start == block.keys.start => {
@@ -361,7 +377,7 @@ impl Attention {
         }
         tasks.par_iter().for_each_init(<(Vec<f32>, Vec<f32>)>::default, |(weights, dweights), task| {
             for (i, block) in task.iter().enumerate() {
-                let Block { head, keys, queries, .. } = block;
+                let QueryBlock { head, keys, queries, .. } = block;
                 let first = if i == 0 { Write::Replace } else { Write::Add };
                 let (m, n) = (queries.len(), keys.len());
                 weights.resize(m * n, 0.0);

@@ -11,14 +11,14 @@ const ALIGNMENT: usize = 64;
 
 /// f32 numbers that begin on a cache line. Dropped, their memory waits for the next one to ask.
 pub struct Buffer {
-    block: Block,
+    block: Allocation,
     length: usize,
 }
 
 impl Buffer {
     /// `length` numbers of whatever value: for one who writes each of them.
     pub fn any(length: usize) -> Self {
-        Self { block: free().take(length).unwrap_or_else(|| Block::new(length)), length }
+        Self { block: free().take(length).unwrap_or_else(|| Allocation::new(length)), length }
     }
 
     /// A copy.
@@ -47,7 +47,7 @@ impl DerefMut for Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        free().put(Block { ..self.block });
+        free().put(Allocation { ..self.block });
     }
 }
 
@@ -58,17 +58,17 @@ impl std::fmt::Debug for Buffer {
 }
 
 /// Memory from the allocator: `capacity` numbers, all of them initialised. It does not free itself.
-struct Block {
+struct Allocation {
     start: NonNull<f32>,
     capacity: usize,
 }
 
 // SAFETY: a block is owned by one buffer, or by the list, as a boxed slice would be.
-unsafe impl Send for Block {}
+unsafe impl Send for Allocation {}
 // SAFETY: as above.
-unsafe impl Sync for Block {}
+unsafe impl Sync for Allocation {}
 
-impl Block {
+impl Allocation {
     fn layout(capacity: usize) -> Layout {
         // no slice of so many numbers could exist either
         Layout::array::<f32>(capacity)
@@ -93,7 +93,7 @@ impl Block {
 }
 
 /// Blocks that nobody uses, by capacity.
-struct Free(Vec<Block>);
+struct Free(Vec<Allocation>);
 
 static FREE: Mutex<Free> = Mutex::new(Free(Vec::new()));
 
@@ -105,7 +105,7 @@ fn free() -> MutexGuard<'static, Free> {
 impl Free {
     /// The smallest block that fits and is not far too large. Where none does, the largest that is too small goes
     /// back to the allocator, since one that fits is about to take its place.
-    fn take(&mut self, length: usize) -> Option<Block> {
+    fn take(&mut self, length: usize) -> Option<Allocation> {
         let at = self.0.partition_point(|block| block.capacity < length);
         if self.0.get(at).is_some_and(|block| block.capacity <= length.saturating_mul(2).saturating_add(1024))
         {
@@ -117,7 +117,7 @@ impl Free {
         None
     }
 
-    fn put(&mut self, block: Block) {
+    fn put(&mut self, block: Allocation) {
         let at = self.0.partition_point(|other| other.capacity < block.capacity);
         self.0.insert(at, block);
     }
@@ -147,8 +147,8 @@ mod tests {
     #[test]
     fn memory_is_used_again_and_the_list_stays_short() {
         let mut list = Free(Vec::new());
-        list.put(Block::new(10_000));
-        list.put(Block::new(1_000));
+        list.put(Allocation::new(10_000));
+        list.put(Allocation::new(1_000));
         assert!(list.take(10).is_none(), "a hundred times too large");
         assert!(list.take(10_000).is_some_and(|block| {
             list.put(block);
@@ -157,6 +157,6 @@ mod tests {
         // one longer than all: the nearest makes room
         assert!(list.take(15_000).is_none());
         assert_eq!(list.0.len(), 1);
-        list.0.drain(..).for_each(Block::free);
+        list.0.drain(..).for_each(Allocation::free);
     }
 }

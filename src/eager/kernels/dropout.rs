@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 use super::buffer::Buffer;
 use super::{CHUNK, simd, wide};
-use crate::eager::tape::{Tape, Value};
+use crate::eager::tape::{Tape, TapeValue};
 
 /// Which elements are dropped: a pure function of (key, row, column).
 #[derive(Clone, Copy, Debug)]
@@ -103,7 +103,7 @@ pub fn composite(x: &Tensor, mask: Mask) -> Result<Tensor> {
 }
 
 /// The same, fused.
-pub fn dropout(tape: &Tape, x: &Arc<Value>, mask: Mask) -> Arc<Value> {
+pub fn dropout(tape: &Tape, x: &Arc<TapeValue>, mask: Mask) -> Arc<TapeValue> {
     let mut y = Buffer::of(&x.numbers);
     apply(&mut y, mask);
     let x = x.clone();

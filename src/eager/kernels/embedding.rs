@@ -7,7 +7,7 @@ use candle_core::{Result, Tensor};
 use super::buffer::Buffer;
 use super::gemm::Write;
 use super::{Numbers, Weight, add_here};
-use crate::eager::tape::{Tape, Value};
+use crate::eager::tape::{Tape, TapeValue};
 
 /// Rows of x, (R, C), by ids, (T): (T, C), in candle's operations.
 ///
@@ -22,7 +22,7 @@ pub fn composite(x: &Tensor, ids: &[u32]) -> Result<Tensor> {
 ///
 /// # Errors
 /// An id that the table has no row for.
-pub fn embedding(tape: &Tape, table: &Weight, ids: &Arc<[u32]>) -> Result<Arc<Value>> {
+pub fn embedding(tape: &Tape, table: &Weight, ids: &Arc<[u32]>) -> Result<Arc<TapeValue>> {
     let (rows, width) = table.values.dims2()?;
     check(rows, ids)?;
     let y = gather(&Numbers::of(&table.values)?, width, ids);
@@ -39,7 +39,7 @@ pub fn embedding(tape: &Tape, table: &Weight, ids: &Arc<[u32]>) -> Result<Arc<Va
 ///
 /// # Errors
 /// An id that x has no row for.
-pub fn pick(tape: &Tape, x: &Arc<Value>, ids: &Arc<[u32]>) -> Result<Arc<Value>> {
+pub fn pick(tape: &Tape, x: &Arc<TapeValue>, ids: &Arc<[u32]>) -> Result<Arc<TapeValue>> {
     check(x.rows(), ids)?;
     let (x, ids) = (x.clone(), ids.clone());
     let width = x.width;

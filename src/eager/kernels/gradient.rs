@@ -14,24 +14,24 @@ use super::{CHUNK, add_here, simd};
 /// One parameter's gradient.
 #[derive(Debug)]
 pub struct Gradient {
-    state: Mutex<Slot>,
+    state: Mutex<GradientSlot>,
 }
 
 /// A gradient's numbers, and which of them count.
 #[derive(Debug)]
-pub struct Slot {
+pub struct GradientSlot {
     /// Empty until the first gradient; rows that do not count hold zeros, or what `stale` says.
     values: Vec<f32>,
     numel: usize,
     width: usize,
-    rows: Rows,
+    rows: GradientRows,
     /// The buffer still holds an earlier step's numbers.
     stale: bool,
 }
 
 /// Which rows have a gradient.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Rows {
+pub enum GradientRows {
     /// None was computed.
     None,
     /// These, ascending; the others' is zero.
@@ -44,12 +44,12 @@ impl Gradient {
     pub fn new(shape: &[usize]) -> Self {
         let numel = shape.iter().product();
         let width = shape.last().copied().unwrap_or(1);
-        let slot = Slot { values: Vec::new(), numel, width, rows: Rows::None, stale: false };
+        let slot = GradientSlot { values: Vec::new(), numel, width, rows: GradientRows::None, stale: false };
         Self { state: Mutex::new(slot) }
     }
 
     /// The slot, for one that reads or changes it.
-    pub fn lock(&self) -> MutexGuard<'_, Slot> {
+    pub fn lock(&self) -> MutexGuard<'_, GradientSlot> {
         // a panic elsewhere leaves numbers behind, which are numbers all the same
         self.state.lock().unwrap_or_else(|broken| broken.into_inner())
     }
@@ -57,9 +57,9 @@ impl Gradient {
     /// Lets `write` put a gradient of every element into the buffer, or add it to what stands there.
     pub fn add(&self, write: impl FnOnce(&mut [f32], Write)) {
         let mut slot = self.lock();
-        let how = if slot.rows == Rows::None { Write::Replace } else { Write::Add };
+        let how = if slot.rows == GradientRows::None { Write::Replace } else { Write::Add };
         slot.allocate();
-        slot.rows = Rows::All;
+        slot.rows = GradientRows::All;
         slot.stale = false;
         write(&mut slot.values, how);
     }
@@ -80,16 +80,16 @@ impl Gradient {
             slot.values.fill(0.0);
             slot.stale = false;
         }
-        slot.rows = match std::mem::replace(&mut slot.rows, Rows::None) {
-            Rows::All => Rows::All,
+        slot.rows = match std::mem::replace(&mut slot.rows, GradientRows::None) {
+            GradientRows::All => GradientRows::All,
             earlier => {
                 let mut rows = ids.to_vec();
-                if let Rows::Some(earlier) = earlier {
+                if let GradientRows::Some(earlier) = earlier {
                     rows.extend(earlier);
                 }
                 rows.sort_unstable();
                 rows.dedup();
-                Rows::Some(rows)
+                GradientRows::Some(rows)
             }
         };
         // tokens by their row: a row is one task's, and the order of its tokens is kept
@@ -110,7 +110,7 @@ impl Gradient {
     }
 }
 
-impl Slot {
+impl GradientSlot {
     fn allocate(&mut self) {
         if self.values.is_empty() {
             self.values = vec![0.0; self.numel];
@@ -118,7 +118,7 @@ impl Slot {
     }
 
     /// Which rows have a gradient.
-    pub fn rows(&self) -> &Rows {
+    pub fn rows(&self) -> &GradientRows {
         &self.rows
     }
 
@@ -140,30 +140,32 @@ impl Slot {
     /// A copy with zeros where no gradient is; none where there is none at all.
     pub fn dense(&self) -> Option<Vec<f32>> {
         match self.rows {
-            Rows::None => None,
-            Rows::Some(_) | Rows::All => Some(self.values.clone()),
+            GradientRows::None => None,
+            GradientRows::Some(_) | GradientRows::All => Some(self.values.clone()),
         }
     }
 
     /// The sum of the squares, in an order that does not depend on the number of threads.
     pub fn squares(&self) -> f64 {
         match &self.rows {
-            Rows::None => 0.0,
-            Rows::All => {
+            GradientRows::None => 0.0,
+            GradientRows::All => {
                 let parts: Vec<f64> =
                     self.values.par_chunks(CHUNK).map(|chunk| f64::from(sum_of_squares(chunk))).collect();
                 parts.iter().sum()
             }
-            Rows::Some(rows) => rows.iter().map(|&row| f64::from(sum_of_squares(self.row(row)))).sum(),
+            GradientRows::Some(rows) => {
+                rows.iter().map(|&row| f64::from(sum_of_squares(self.row(row)))).sum()
+            }
         }
     }
 
     /// Forgets the gradient; costs as much as it had rows.
     pub fn clear(&mut self) {
-        match std::mem::replace(&mut self.rows, Rows::None) {
-            Rows::None => {}
-            Rows::All => self.stale = true,
-            Rows::Some(rows) => {
+        match std::mem::replace(&mut self.rows, GradientRows::None) {
+            GradientRows::None => {}
+            GradientRows::All => self.stale = true,
+            GradientRows::Some(rows) => {
                 for row in rows {
                     self.values[row as usize * self.width..][..self.width].fill(0.0);
                 }
@@ -188,7 +190,7 @@ mod tests {
         assert_eq!(gradient.lock().dense(), None);
         for _ in 0..2 {
             gradient.add_rows(&[3, 1, 3], &[1.0, 2.0, 3.0, 4.0, 10.0, 20.0]);
-            assert_eq!(gradient.lock().rows(), &Rows::Some(vec![1, 3]));
+            assert_eq!(gradient.lock().rows(), &GradientRows::Some(vec![1, 3]));
             assert_eq!(gradient.lock().dense().unwrap(), [0.0, 0.0, 3.0, 4.0, 0.0, 0.0, 11.0, 22.0]);
             assert_eq!(gradient.lock().squares(), 9.0 + 16.0 + 121.0 + 484.0);
             gradient.add_values(&[1.0; 8]); // a tied weight: looked up and multiplied with

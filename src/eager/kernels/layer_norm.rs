@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use super::buffer::Buffer;
 use super::gemm::{Shared, row_blocks, share};
 use super::{Numbers, Weight, simd, wide};
-use crate::eager::tape::{Tape, Value};
+use crate::eager::tape::{Tape, TapeValue};
 
 /// x (…, C), weight (C), bias (C) → (…, C), with the biased variance, in candle's operations.
 pub fn composite(x: &Tensor, weight: &Weight, bias: &Weight, eps: f64) -> Result<Tensor> {
@@ -21,7 +21,7 @@ pub fn composite(x: &Tensor, weight: &Weight, bias: &Weight, eps: f64) -> Result
 }
 
 /// The same, fused.
-pub fn layer_norm(tape: &Tape, x: &Arc<Value>, norm: &Norm) -> Result<Arc<Value>> {
+pub fn layer_norm(tape: &Tape, x: &Arc<TapeValue>, norm: &NormWeights) -> Result<Arc<TapeValue>> {
     let numbers = norm.numbers()?;
     let mut y = Buffer::any(x.numbers.len());
     let start = Shared::new(&mut y);
@@ -35,7 +35,7 @@ pub fn layer_norm(tape: &Tape, x: &Arc<Value>, norm: &Norm) -> Result<Arc<Value>
 }
 
 /// Puts x's norm, which has been computed, on the tape.
-pub(super) fn push(tape: &Tape, x: &Arc<Value>, y: Buffer, norm: &Norm) -> Arc<Value> {
+pub(super) fn push(tape: &Tape, x: &Arc<TapeValue>, y: Buffer, norm: &NormWeights) -> Arc<TapeValue> {
     let (x, norm) = (x.clone(), norm.clone());
     tape.push(y, x.width, move |dy, flow| {
         let dx = norm.backward(&x.numbers, dy)?;
@@ -46,7 +46,7 @@ pub(super) fn push(tape: &Tape, x: &Arc<Value>, y: Buffer, norm: &Norm) -> Arc<V
 
 /// A layer norm's parameters.
 #[derive(Clone)]
-pub struct Norm {
+pub struct NormWeights {
     pub weight: Weight,
     pub bias: Weight,
     pub eps: f32,
@@ -69,7 +69,7 @@ impl Numeric {
 /// Rows that one task works on.
 const ROWS: usize = 32;
 
-impl Norm {
+impl NormWeights {
     pub(super) fn numbers(&self) -> Result<Numeric> {
         let of = |weight: &Weight| -> Result<Buffer> { Ok(Buffer::of(&Numbers::of(&weight.values)?)) };
         Ok(Numeric { weight: of(&self.weight)?, bias: of(&self.bias)?, eps: self.eps })

@@ -7,9 +7,9 @@ use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
 use super::buffer::Buffer;
-use super::gemm::{Matrix, MatrixMut, Packed, Shared, Write, parallel_product, row_blocks, share};
+use super::gemm::{Matrix, MatrixMut, PackedMatrix, Shared, Write, parallel_product, row_blocks, share};
 use super::{Numbers, Weight, activation, simd, wide};
-use crate::eager::tape::{Tape, Value};
+use crate::eager::tape::{Tape, TapeValue};
 use crate::model::ops::{Activation, Layout};
 
 /// x (R, in), weight as `layout` says, bias (out) → (R, out), in candle's operations.
@@ -26,7 +26,7 @@ pub fn composite(x: &Tensor, weight: &Weight, bias: Option<&Weight>, layout: Lay
 }
 
 /// The same, fused.
-pub fn linear(tape: &Tape, x: &Arc<Value>, map: &Map) -> Result<Arc<Value>> {
+pub fn linear(tape: &Tape, x: &Arc<TapeValue>, map: &LinearMap) -> Result<Arc<TapeValue>> {
     map.check(x.width)?;
     let mut y = Buffer::any(x.rows() * map.output);
     map.forward(&x.numbers, &mut y)?;
@@ -38,7 +38,12 @@ pub fn linear(tape: &Tape, x: &Arc<Value>, map: &Map) -> Result<Arc<Value>> {
 }
 
 /// The same with a non-linearity behind it.
-pub fn linear_activation(tape: &Tape, x: &Arc<Value>, map: &Map, how: Activation) -> Result<Arc<Value>> {
+pub fn linear_activation(
+    tape: &Tape,
+    x: &Arc<TapeValue>,
+    map: &LinearMap,
+    how: Activation,
+) -> Result<Arc<TapeValue>> {
     map.check(x.width)?;
     let [z, y] = inner_values(x, map, how)?;
     let (x, map) = (x.clone(), map.clone());
@@ -51,7 +56,7 @@ pub fn linear_activation(tape: &Tape, x: &Arc<Value>, map: &Map, how: Activation
 }
 
 /// `z = x · Wᵀ + b` and `how(z)`.
-pub(super) fn inner_values(x: &Value, map: &Map, how: Activation) -> Result<[Buffer; 2]> {
+pub(super) fn inner_values(x: &TapeValue, map: &LinearMap, how: Activation) -> Result<[Buffer; 2]> {
     let mut values = [(); 2].map(|()| Buffer::any(x.rows() * map.output));
     let starts = values.each_mut().map(|buffer| Shared::new(buffer));
     let (weight, bias) = (map.packed()?, map.bias()?);
@@ -67,7 +72,7 @@ pub(super) fn inner_values(x: &Value, map: &Map, how: Activation) -> Result<[Buf
 
 /// A weight and a bias, applied to plain numbers.
 #[derive(Clone)]
-pub struct Map {
+pub struct LinearMap {
     weight: Weight,
     bias: Option<Weight>,
     layout: Layout,
@@ -78,7 +83,7 @@ pub struct Map {
 /// What maps were applied to, (R, in); the backward passes of all of them pack it once.
 pub(super) struct Input<'a> {
     x: &'a [f32],
-    packed: OnceCell<Packed>,
+    packed: OnceCell<PackedMatrix>,
 }
 
 impl<'a> Input<'a> {
@@ -87,7 +92,7 @@ impl<'a> Input<'a> {
     }
 }
 
-impl Map {
+impl LinearMap {
     /// weight (out, in) or (in, out), bias (out).
     pub fn new(weight: &Weight, bias: Option<&Weight>, layout: Layout) -> Result<Self> {
         let (rows, columns) = weight.values.dims2()?;
@@ -130,13 +135,13 @@ impl Map {
     }
 
     /// The weight, packed for the forward pass.
-    pub(super) fn packed(&self) -> Result<Packed> {
-        Ok(Packed::new(self.matrix(&Numbers::of(&self.weight.values)?)))
+    pub(super) fn packed(&self) -> Result<PackedMatrix> {
+        Ok(PackedMatrix::new(self.matrix(&Numbers::of(&self.weight.values)?)))
     }
 
     /// The weight, packed for the gradient of the input.
-    pub(super) fn packed_backward(&self) -> Result<Packed> {
-        Ok(Packed::new(self.matrix(&Numbers::of(&self.weight.values)?).transposed()))
+    pub(super) fn packed_backward(&self) -> Result<PackedMatrix> {
+        Ok(PackedMatrix::new(self.matrix(&Numbers::of(&self.weight.values)?).transposed()))
     }
 
     pub(super) fn bias(&self) -> Result<Option<Buffer>> {
@@ -146,7 +151,7 @@ impl Map {
     /// `y = x · Wᵀ + b` for some rows of x, in this thread.
     pub(super) fn block(
         &self,
-        weight: &Packed,
+        weight: &PackedMatrix,
         bias: Option<&[f32]>,
         y: &mut [f32],
         x: &[f32],
@@ -170,7 +175,7 @@ impl Map {
             let dy = Matrix::new(dy, rows, self.output, self.output);
             gradient.add(|dw, write| match self.layout {
                 Layout::OutIn => {
-                    let x = x.packed.get_or_init(|| Packed::new(self.rows(x.x)));
+                    let x = x.packed.get_or_init(|| PackedMatrix::new(self.rows(x.x)));
                     let dst = MatrixMut::new(dw, self.output, self.input, self.input);
                     x.parallel_product(dst, write, None, dy.transposed());
                 }

@@ -9,11 +9,11 @@ use rayon::prelude::*;
 use super::activation;
 use super::buffer::Buffer;
 use super::dropout::{self, Mask};
-use super::gemm::{Matrix, MatrixMut, Packed, Shared, Write, row_blocks};
-use super::layer_norm::{self, Norm};
-use super::linear::{Input, Map, inner_values};
+use super::gemm::{Matrix, MatrixMut, PackedMatrix, Shared, Write, row_blocks};
+use super::layer_norm::{self, NormWeights};
+use super::linear::{Input, LinearMap, inner_values};
 use super::{CHUNK, Weight, add_here, wide};
-use crate::eager::tape::{Flow, Tape, Value};
+use crate::eager::tape::{Flow, Tape, TapeValue};
 use crate::model::ops::Activation;
 
 /// The layer norm of `x + dropout(branch)`, (R, C) each, in candle's operations.
@@ -36,23 +36,28 @@ pub fn composite(
 /// What is added to the residual stream, computed or still to be.
 #[derive(Clone)]
 pub enum Branch {
-    Ready(Arc<Value>),
+    Ready(Arc<TapeValue>),
     /// A linear map of a value.
     Linear {
-        x: Arc<Value>,
-        map: Map,
+        x: Arc<TapeValue>,
+        map: LinearMap,
     },
     /// Two linear maps with a non-linearity between them.
     FeedForward {
-        x: Arc<Value>,
-        first: Map,
+        x: Arc<TapeValue>,
+        first: LinearMap,
         how: Activation,
-        second: Map,
+        second: LinearMap,
     },
 }
 
 /// `x + dropout(branch)`, (R, C).
-pub fn residual(tape: &Tape, branch: &Branch, mask: Option<Mask>, x: &Arc<Value>) -> Result<Arc<Value>> {
+pub fn residual(
+    tape: &Tape,
+    branch: &Branch,
+    mask: Option<Mask>,
+    x: &Arc<TapeValue>,
+) -> Result<Arc<TapeValue>> {
     Ok(compute(tape, branch, mask, x, None)?.0)
 }
 
@@ -61,9 +66,9 @@ pub fn residual_norm(
     tape: &Tape,
     branch: &Branch,
     mask: Option<Mask>,
-    x: &Arc<Value>,
-    norm: &Norm,
-) -> Result<(Arc<Value>, Arc<Value>)> {
+    x: &Arc<TapeValue>,
+    norm: &NormWeights,
+) -> Result<(Arc<TapeValue>, Arc<TapeValue>)> {
     let (sum, normed) = compute(tape, branch, mask, x, Some(norm))?;
     let normed = layer_norm::push(tape, &sum, normed, norm);
     Ok((sum, normed))
@@ -74,15 +79,15 @@ fn compute(
     tape: &Tape,
     branch: &Branch,
     mask: Option<Mask>,
-    x: &Arc<Value>,
-    norm: Option<&Norm>,
-) -> Result<(Arc<Value>, Buffer)> {
+    x: &Arc<TapeValue>,
+    norm: Option<&NormWeights>,
+) -> Result<(Arc<TapeValue>, Buffer)> {
     let width = x.width;
     let mut sum = Buffer::any(x.numbers.len());
     let mut normed = Buffer::any(if norm.is_some() { sum.len() } else { 0 });
     let work = Work::new(branch, x, tape.keeps())?;
     {
-        let norm = norm.map(Norm::numbers).transpose()?;
+        let norm = norm.map(NormWeights::numbers).transpose()?;
         let (start, behind) = (Shared::new(&mut sum), Shared::new(&mut normed));
         row_blocks(x.rows(), |rows| {
             let (at, n) = (rows.start * width, rows.len() * width);
@@ -109,15 +114,15 @@ fn compute(
 struct Work<'a> {
     branch: &'a Branch,
     /// The maps' packed weights and their biases.
-    maps: Vec<(Packed, Option<Buffer>)>,
+    maps: Vec<(PackedMatrix, Option<Buffer>)>,
     /// A feed-forward branch's inner values: before the non-linearity, and behind it.
     kept: Option<[Buffer; 2]>,
     places: Option<[Shared; 2]>,
 }
 
 impl<'a> Work<'a> {
-    fn new(branch: &'a Branch, x: &Value, keeps: bool) -> Result<Self> {
-        let maps: Vec<&Map> = match branch {
+    fn new(branch: &'a Branch, x: &TapeValue, keeps: bool) -> Result<Self> {
+        let maps: Vec<&LinearMap> = match branch {
             Branch::Ready(_) => vec![],
             Branch::Linear { map, .. } => vec![map],
             Branch::FeedForward { first, second, .. } => vec![first, second],
@@ -181,7 +186,7 @@ impl<'a> Work<'a> {
 fn backward(
     branch: &Branch,
     mask: Option<Mask>,
-    stream: &Value,
+    stream: &TapeValue,
     kept: Option<[Buffer; 2]>,
     dsum: Buffer,
     flow: &mut Flow,

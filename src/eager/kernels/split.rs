@@ -7,7 +7,7 @@ use candle_core::{D, Result, Tensor};
 use super::add_here;
 use super::buffer::Buffer;
 use super::gemm::Write;
-use crate::eager::tape::{Tape, Value};
+use crate::eager::tape::{Tape, TapeValue};
 
 /// The `index`-th of `parts` equal parts of x's channels, (R, n·C) → (R, C), in candle's operations.
 pub fn composite(x: &Tensor, index: usize, parts: usize) -> Result<Tensor> {
@@ -16,7 +16,7 @@ pub fn composite(x: &Tensor, index: usize, parts: usize) -> Result<Tensor> {
 }
 
 /// The same, fused.
-pub fn split(tape: &Tape, x: &Arc<Value>, index: usize, parts: usize) -> Result<Arc<Value>> {
+pub fn split(tape: &Tape, x: &Arc<TapeValue>, index: usize, parts: usize) -> Result<Arc<TapeValue>> {
     let width = part_width(x.width, parts)?;
     let (x, at) = (x.clone(), index * width);
     let mut y = Buffer::any(x.rows() * width);

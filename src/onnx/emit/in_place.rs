@@ -7,20 +7,20 @@ use crate::Result;
 use crate::model::ops::{Attend, Layout, Linear, Pick, Sees, Table};
 use crate::onnx::blocks::{Blocks, LEAST_BLOCK};
 use crate::onnx::fuse;
-use crate::onnx::graph::{ABSENT, Graph, Outlet, Value, float, int};
+use crate::onnx::graph::{ABSENT, Graph, Outlet, ValueId, float, int};
 use crate::onnx::proto::tensor_proto::DataType;
 use crate::task::Dim;
 
 impl Emit {
     /// The columns of x, (B, T, C), whose scores are asked for, (B, L, C).
-    pub(super) fn asked(&self, scope: &str, x: Value) -> Value {
+    pub(super) fn asked(&self, scope: &str, x: ValueId) -> ValueId {
         let at = self.graph.borrow_mut().input_of("logits_at", DataType::Int64, &[Dim::Asked]);
         self.node(scope, "Gather", &[x, at], vec![int("axis", 1)])
     }
 
     /// Attention that writes keys and values into their buffers, and reads them there. Where not all tokens ask, all
     /// the same go through it, and what was asked for is taken from the result.
-    pub(super) fn attention_in_place(&self, at: &str, [q, k, v]: [&X; 3], how: Attend) -> Result<Value> {
+    pub(super) fn attention_in_place(&self, at: &str, [q, k, v]: [&X; 3], how: Attend) -> Result<ValueId> {
         anyhow::ensure!(
             how.sees == Sees::Causal && how.queries != Some(Pick::First),
             "only tokens that see none behind them can go on from a past"
@@ -76,7 +76,7 @@ impl Emit {
     }
 
     /// x · W + b with W in blocks.
-    pub(super) fn product_with_blocks(&self, scope: &str, map: &Linear, bits: u32, x: &X) -> Result<Value> {
+    pub(super) fn product_with_blocks(&self, scope: &str, map: &Linear, bits: u32, x: &X) -> Result<ValueId> {
         let blocks = self.cut(map.output(), x.width, bits, map.layout);
         let (numbers, scales) = self.graph.borrow_mut().in_blocks(&map.weight, blocks)?;
         let mut inputs = vec![x.value, numbers, scales];
@@ -94,7 +94,13 @@ impl Emit {
     }
 
     /// Rows of a table in blocks, which may be a head's matrix too.
-    pub(super) fn rows_of_blocks(&self, scope: &str, table: &Table, bits: u32, ids: Value) -> Result<Value> {
+    pub(super) fn rows_of_blocks(
+        &self,
+        scope: &str,
+        table: &Table,
+        bits: u32,
+        ids: ValueId,
+    ) -> Result<ValueId> {
         let [rows, columns] = table.weight.shape[..] else { anyhow::bail!("a table has two dimensions") };
         let blocks = self.cut(rows, columns, bits, Layout::OutIn);
         anyhow::ensure!(
@@ -118,7 +124,7 @@ impl Emit {
 }
 
 /// The value whose three parts are q, k and v.
-fn packed(graph: &Graph, parts: [Value; 3]) -> Option<Value> {
+fn packed(graph: &Graph, parts: [ValueId; 3]) -> Option<ValueId> {
     let mut whole = None;
     for (part, value) in parts.into_iter().enumerate() {
         let (node, output) = graph.maker(value)?;

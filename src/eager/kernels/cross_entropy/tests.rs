@@ -5,7 +5,7 @@ use std::sync::Arc;
 use candle_core::Device;
 
 use super::*;
-use crate::eager::kernels::gradient::Rows;
+use crate::eager::kernels::gradient::GradientRows;
 
 /// Numbers between −1 and 1.
 fn numbers(n: usize, seed: usize) -> Vec<f32> {
@@ -153,7 +153,7 @@ fn where_no_row_has_a_target_the_gradient_is_zeros() {
     assert_eq!(none(), (0.0, vec![0.0; 8]));
     for (weight, n) in [(&w, 36), (&b, 9)] {
         let gradient = weight.gradient.as_ref().unwrap();
-        assert_eq!((slot(weight), gradient.lock().rows()), (vec![0.0; n], &Rows::All));
+        assert_eq!((slot(weight), gradient.lock().rows()), (vec![0.0; n], &GradientRows::All));
         gradient.add_values(&vec![2.0; n]);
     }
     none();
@@ -177,7 +177,7 @@ fn what_does_not_fit_is_named_and_touches_nothing() {
     assert!(refused(&x, &weight(&[8], 2), &kept, 0.0).contains("a bias of 8 for a vocabulary of 9"));
     assert!(refused(&x, &b, &kept, 1.5).contains("a label smoothing of 1.5"));
     assert!(refused(&x, &b, &kept, f32::NAN).contains("a label smoothing of NaN"));
-    assert_eq!(w.gradient.as_ref().unwrap().lock().rows(), &Rows::None);
+    assert_eq!(w.gradient.as_ref().unwrap().lock().rows(), &GradientRows::None);
     let mut logits = numbers(8, 4);
     let message = cross_entropy(&mut logits, 4, &[Some(3), Some(4)], 0.0, 1.0).unwrap_err().to_string();
     assert!(message.contains("row 1 has target 4, outside of a vocabulary of 4"), "{message}");

@@ -35,7 +35,7 @@ pub(super) enum Base {
 }
 
 /// A block of the result and the packed operands that it is the product of.
-pub(super) struct Block {
+pub(super) struct ProductBlock {
     /// Row tiles, each (k, rows of a tile).
     pub lhs: *const f32,
     /// Column panels, each (k, columns of a panel), `panel` numbers apart.
@@ -53,7 +53,7 @@ pub(super) struct Block {
 /// A matrix that is packed: `count` rows or columns, of `k` numbers each; number p of the i-th is `i · across + p ·
 /// along` behind the start.
 #[derive(Clone, Copy)]
-pub(super) struct Source {
+pub(super) struct PackSource {
     pub start: *const f32,
     pub count: usize,
     pub k: usize,
@@ -69,10 +69,10 @@ pub(super) struct Loops {
     /// Columns of a tile: of a panel.
     pub columns: usize,
     /// Computes a block. Safe to call where the block's pointers are valid and its result is nobody else's.
-    pub block: unsafe fn(&Block),
+    pub block: unsafe fn(&ProductBlock),
     /// Packs groups of so many rows or columns: group by group, (k, group). The destination has room for whole
     /// groups and for one more vector.
-    pub pack: unsafe fn(Source, usize, *mut f32),
+    pub pack: unsafe fn(PackSource, usize, *mut f32),
 }
 
 /// The widest that this processor runs.
@@ -117,7 +117,7 @@ macro_rules! with_rows {
 
 /// One tile: R rows, two vectors of columns; the packed left operand has MAX rows.
 #[inline(always)]
-unsafe fn tile<V: Vector, const R: usize, const MAX: usize>(block: &Block, row: usize, column: usize) {
+unsafe fn tile<V: Vector, const R: usize, const MAX: usize>(block: &ProductBlock, row: usize, column: usize) {
     // SAFETY: the caller's block is valid, and the tile lies inside it; packed operands hold whole tiles.
     unsafe {
         let width = 2 * V::LANES;
@@ -149,7 +149,7 @@ unsafe fn tile<V: Vector, const R: usize, const MAX: usize>(block: &Block, row: 
 
 /// Puts one vector of columns of a tile into the result.
 #[inline(always)]
-unsafe fn write<V: Vector, const R: usize>(block: &Block, row: usize, column: usize, sums: [V; R]) {
+unsafe fn write<V: Vector, const R: usize>(block: &ProductBlock, row: usize, column: usize, sums: [V; R]) {
     // SAFETY: as in `tile`; no column behind the block's is touched.
     unsafe {
         let n = (block.columns - column).min(V::LANES);
@@ -169,8 +169,8 @@ unsafe fn write<V: Vector, const R: usize>(block: &Block, row: usize, column: us
 
 /// See [`Loops::pack`].
 #[inline(always)]
-unsafe fn pack<V: Vector, const LANES: usize>(source: Source, group: usize, to: *mut f32) {
-    let Source { start, count, k, across, along } = source;
+unsafe fn pack<V: Vector, const LANES: usize>(source: PackSource, group: usize, to: *mut f32) {
+    let PackSource { start, count, k, across, along } = source;
     // SAFETY: reads stay inside the source, whose last row or column stands in for those that are missing; writes
     // inside of whole groups and one vector behind them, and what is written there is written again in its turn.
     unsafe {
@@ -237,12 +237,12 @@ unsafe fn pack<V: Vector, const LANES: usize>(source: Source, group: usize, to: 
 mod plain {
     //! Arrays, for processors without instructions of ours.
 
-    use super::{Block, Loops, Source, Vector, tile};
+    use super::{Loops, PackSource, ProductBlock, Vector, tile};
 
     const LANES: usize = 4;
     pub const LOOPS: Loops = Loops { rows: 4, columns: 2 * LANES, block, pack };
 
-    unsafe fn block(b: &Block) {
+    unsafe fn block(b: &ProductBlock) {
         for column in (0..b.columns).step_by(LOOPS.columns) {
             for row in (0..b.rows).step_by(LOOPS.rows) {
                 // SAFETY: the caller's promise.
@@ -251,7 +251,7 @@ mod plain {
         }
     }
 
-    unsafe fn pack(source: Source, group: usize, to: *mut f32) {
+    unsafe fn pack(source: PackSource, group: usize, to: *mut f32) {
         // SAFETY: the caller's promise.
         unsafe { super::pack::<[f32; LANES], LANES>(source, group, to) }
     }
@@ -305,13 +305,13 @@ mod x86 {
 
     use std::arch::x86_64::*;
 
-    use super::{Block, Loops, Source, Vector, tile};
+    use super::{Loops, PackSource, ProductBlock, Vector, tile};
 
     pub const AVX512: Loops = Loops { rows: 14, columns: 32, block: block_avx512, pack: pack_avx512 };
     pub const AVX2: Loops = Loops { rows: 6, columns: 16, block: block_avx2, pack: pack_avx2 };
 
     #[target_feature(enable = "avx512f")]
-    unsafe fn block_avx512(b: &Block) {
+    unsafe fn block_avx512(b: &ProductBlock) {
         for column in (0..b.columns).step_by(32) {
             for row in (0..b.rows).step_by(14) {
                 // SAFETY: the caller's promise.
@@ -321,13 +321,13 @@ mod x86 {
     }
 
     #[target_feature(enable = "avx512f")]
-    unsafe fn pack_avx512(source: Source, group: usize, to: *mut f32) {
+    unsafe fn pack_avx512(source: PackSource, group: usize, to: *mut f32) {
         // SAFETY: the caller's promise.
         unsafe { super::pack::<__m512, 16>(source, group, to) }
     }
 
     #[target_feature(enable = "avx2,fma")]
-    unsafe fn block_avx2(b: &Block) {
+    unsafe fn block_avx2(b: &ProductBlock) {
         for column in (0..b.columns).step_by(16) {
             for row in (0..b.rows).step_by(6) {
                 // SAFETY: the caller's promise.
@@ -337,7 +337,7 @@ mod x86 {
     }
 
     #[target_feature(enable = "avx2,fma")]
-    unsafe fn pack_avx2(source: Source, group: usize, to: *mut f32) {
+    unsafe fn pack_avx2(source: PackSource, group: usize, to: *mut f32) {
         // SAFETY: the caller's promise.
         unsafe { super::pack::<__m256, 8>(source, group, to) }
     }

@@ -12,7 +12,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::buffer::Buffer;
-use micro::{Base, Block, Loops, Source, loops};
+use micro::{Base, Loops, PackSource, ProductBlock, loops};
 
 /// A matrix in memory: element (i, j) stands at `i · row_stride + j · column_stride`.
 #[derive(Clone, Copy)]
@@ -49,9 +49,9 @@ impl<'a> Matrix<'a> {
     }
 
     /// What the packing loops read, rows side by side.
-    fn source(self) -> Source {
+    fn source(self) -> PackSource {
         let (across, along) = (self.row_stride, self.column_stride);
-        Source { start: self.data.as_ptr(), count: self.rows, k: self.columns, across, along }
+        PackSource { start: self.data.as_ptr(), count: self.rows, k: self.columns, across, along }
     }
 
     /// The same numbers with rows and columns exchanged.
@@ -136,16 +136,16 @@ const SLACK: usize = 16;
 
 /// `dst = scale · lhs · rhs`, or `dst += …`, in this thread.
 pub fn product(dst: MatrixMut, write: Write, scale: f32, lhs: Matrix, rhs: Matrix) {
-    Packed::here(rhs).product(dst, write, scale, None, lhs);
+    PackedMatrix::here(rhs).product(dst, write, scale, None, lhs);
 }
 
 /// `dst = lhs · rhs`, or `dst += …`, on all threads.
 pub fn parallel_product(dst: MatrixMut, write: Write, lhs: Matrix, rhs: Matrix) {
-    Packed::new(rhs).parallel_product(dst, write, None, lhs);
+    PackedMatrix::new(rhs).parallel_product(dst, write, None, lhs);
 }
 
 /// The right operand of products, in the order in which they read it.
-pub struct Packed {
+pub struct PackedMatrix {
     loops: Loops,
     k: usize,
     columns: usize,
@@ -153,7 +153,7 @@ pub struct Packed {
     numbers: Buffer,
 }
 
-impl Packed {
+impl PackedMatrix {
     /// Packs (k, columns) on all threads.
     pub fn new(rhs: Matrix) -> Self {
         let mut packed = Self::empty(rhs, loops());
@@ -265,7 +265,7 @@ impl Packed {
                     let source = lhs.columns(depth.clone()).source();
                     (self.loops.pack)(source, self.loops.rows, packed.as_mut_ptr());
                 }
-                (self.loops.block)(&Block {
+                (self.loops.block)(&ProductBlock {
                     lhs: packed.as_ptr(),
                     rhs: self.numbers[self.place(&depth, columns.start)..].as_ptr(),
                     panel: depth.len() * self.loops.columns,
@@ -431,7 +431,7 @@ mod tests {
                         (Matrix::new(&a, m, k, k + a_wide), Matrix::new(&b, k, n, n + b_wide))
                     };
                     let bias: Vec<f32> = (0..n).map(|i| value(i + 9)).collect();
-                    let packed = Packed::with(rhs, loops);
+                    let packed = PackedMatrix::with(rhs, loops);
                     let mut c = vec![7.0; m * (n + 2)];
                     let dst = MatrixMut::new(&mut c, m, n, n + 2);
                     packed.product(dst, Write::Replace, 1.0, Some(&bias), lhs);
