@@ -524,15 +524,15 @@ def entities(table, tk, directory, tokenizer, model, max_length, tolerance):
     given = [words for words in (text.split() for text in texts) if all(tokenizer.tokenize(word) for word in words)]
     long = awkward(rng, 3000, [" "])
 
-    def rows(found, of_pipeline):
-        keys = "entity" if not of_pipeline else "entity_group" if found and "entity_group" in found[0] else "entity"
-        return [(e[keys], e["start"], e["end"]) for e in found], [float(e["score"]) for e in found]
+    def rows(found):
+        """Kinds and places, and scores. The pipeline calls the kind entity_group where it aggregates."""
+        return [(e.get("entity_group", e.get("entity")), e["start"], e["end"]) for e in found], [float(e["score"]) for e in found]
 
     def held(what, records, truths, aggregation, *flags):
         lines = serve(tk, directory, records, ["--aggregation", aggregation, "--max-length", str(max_length), *flags])
         wrong, count, worst = [], 0, 0.0
         for record, line, truth in zip(records, lines, truths, strict=True):
-            (a, scores), (b, wanted) = rows(line.get("entities", []), False), rows(truth, True)
+            (a, scores), (b, wanted) = rows(line["entities"]), rows(truth)
             text = record.get("text", " ".join(record.get("tokens", [])))
             if a != b or any(e["text"] != text[e["start"] : e["end"]] for e in line["entities"]):
                 first = next((pair for pair in zip([*a, None], [*b, None]) if pair[0] != pair[1]), None)
