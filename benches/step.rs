@@ -1,7 +1,7 @@
 //! One optimizer step on full-length batches of random tokens, beside the matrix products that it cannot do
 //! without.
 //!
-//!     cargo bench --bench step -- [--model minilm|base|gpt2] [--repeat N] [--json] [BATCHxLENGTH …]
+//!     cargo bench --bench step -- [--model minilm|base|distilbert|roberta|gpt2] [--repeat N] [--json] [BATCHxLENGTH …]
 
 use std::time::Instant;
 
@@ -41,7 +41,7 @@ fn main() -> Result<()> {
     if shapes.is_empty() {
         shapes.push(match model.as_str() {
             "gpt2" => (4, 256),
-            "base" => (8, 128),
+            "base" | "distilbert" | "roberta" => (8, 128),
             _ => (32, 128),
         });
     }
@@ -86,7 +86,8 @@ fn measure(model: &str, batch: usize, length: usize, repeat: usize) -> Result<(f
     let settings = Settings::default();
     let examples: Vec<Example> = (0..batch)
         .map(|i| {
-            let ids = (0..length).map(|t| ((i * length + t) * 7919 % 30_000) as u32).collect();
+            // none is roberta's padding, 1, behind which it counts positions
+            let ids = (0..length).map(|t| 2 + ((i * length + t) * 7919 % 30_000) as u32).collect();
             let encoding = Encoding { ids, type_ids: vec![0; length], truncated: false };
             let target = match generates {
                 true => {
@@ -143,7 +144,8 @@ impl Products {
         let shapes: Vec<[usize; 3]> = maps
             .iter()
             .map(|param| {
-                let of_all = ["self.key", "self.value"].iter().any(|name| param.name.contains(name));
+                let of_all =
+                    ["self.key", "self.value", "k_lin", "v_lin"].iter().any(|name| param.name.contains(name));
                 let picked = classifies && layer(param) == last && !of_all;
                 let tokens = if picked { batch } else { batch * length };
                 [tokens, param.shape[0], param.shape[1]]
@@ -180,21 +182,29 @@ fn median(mut seconds: Vec<f64>) -> f64 {
 
 /// The text of a `config.json` of the named size.
 fn config(model: &str) -> Result<String> {
-    let (width, layers, heads) = match model {
-        "minilm" => (384, 6, 12),
-        "base" => (768, 12, 12),
-        "gpt2" => {
-            let config = json!({
-                "model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12,
-                "n_head": 12,
-            });
-            return Ok(config.to_string());
-        }
-        _ => anyhow::bail!("--model {model}: expected minilm, base or gpt2"),
+    let bert = |width: usize, layers: usize| {
+        json!({
+            "model_type": "bert", "vocab_size": 30522, "hidden_size": width, "num_hidden_layers": layers,
+            "num_attention_heads": 12, "intermediate_size": 4 * width, "max_position_embeddings": 512,
+        })
     };
-    let config = json!({
-        "model_type": "bert", "vocab_size": 30522, "hidden_size": width, "num_hidden_layers": layers,
-        "num_attention_heads": heads, "intermediate_size": 4 * width, "max_position_embeddings": 512,
-    });
+    let config = match model {
+        "minilm" => bert(384, 6),
+        "base" => bert(768, 12),
+        "distilbert" => json!({
+            "model_type": "distilbert", "vocab_size": 30522, "dim": 768, "n_layers": 6, "n_heads": 12,
+            "hidden_dim": 3072, "max_position_embeddings": 512,
+        }),
+        "roberta" => json!({
+            "model_type": "roberta", "vocab_size": 50265, "hidden_size": 768, "num_hidden_layers": 12,
+            "num_attention_heads": 12, "intermediate_size": 3072, "max_position_embeddings": 514,
+            "type_vocab_size": 1, "layer_norm_eps": 1e-5, "pad_token_id": 1,
+        }),
+        "gpt2" => json!({
+            "model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12,
+            "n_head": 12,
+        }),
+        _ => anyhow::bail!("--model {model}: expected minilm, base, distilbert, roberta or gpt2"),
+    };
     Ok(config.to_string())
 }

@@ -8,6 +8,7 @@ import functools
 import json
 import logging
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -22,7 +23,15 @@ import onnxruntime
 import torch
 import transformers
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    pipeline,
+)
+from transformers.pipelines.token_classification import AggregationStrategy
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH = 16
@@ -47,6 +56,18 @@ AWKWARD = [
     "\u202eright to left\u202c \u2066isolated\u2069 \ufeff",
     "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 𝒾𝓈 𝕨𝕚𝕕𝕖 𐍈 𠜎",
 ]
+
+# What awkward texts are made of, and what stands between.
+WORDS = [
+    "Paris", "the", "Angela", "Merkel's", "U.S.", "New", "York", "naïve", "e\u0301tude", "Zoe\u0308", "İstanbul", "Straße",
+    "ΟΔΥΣΣΕΥΣ", "ﬁne", "ǅ", "東京都", "は", "北京大学", "ประเทศไทย", "서울", "москва", "नमस्ते", "שלום", "ירושלים", "القاهرة",
+    "مَرْحَبًا", "\u202eabc\u202c", "😀", "❤️", "👍🏽", "👩‍👩‍👧", "🇩🇪", "don't", "e-mail", "3.14", "#tag", "@you", "#東京", "…", "¿",
+    "http://t.co/x1Y2", "https://example.org/a/b?c=d&e=%20#f", "www.Berlin.de", "me@example.org", "&amp;", "[UNK]",
+    "[MASK]", "[SEP]", "<mask>", "</s>", "▁", "##ing", "Ġ", "ab\u0300\u0301\u0302c", "a" + "\u0301" * 9, "\ufffd", "\u200b", "\u00ad",
+    "x" * 30, "Donaudampfschifffahrtsgesellschaft", "𝔘𝔫𝔦", "𠜎", "Иvan", "Аpple", "LONDON", "london", "iPhone7", "!!!",
+]  # fmt: skip
+GAPS = [[" "], [""], [" ", "", "  ", "\n", "\t", ", ", "-", "\u3000", "\u00a0"]]
+AGGREGATIONS = ["none", "simple", "first", "average", "max"]
 
 
 class Table:
@@ -80,15 +101,17 @@ def tokens_by(*names):
     return {n: (onnx.TensorProto.INT64, ["batch_size", "sequence_length"]) for n in names}
 
 
+def is_tagger(config):
+    return config.architectures[0].endswith("ForTokenClassification")
+
+
 def contract(config):
     """The inputs and outputs that a graph must have, in their order: name -> (type, shape)."""
-    if config.model_type == "bert":
-        inputs = tokens_by("input_ids", "attention_mask", "token_type_ids")
-        return inputs, {"logits": (onnx.TensorProto.FLOAT, ["batch_size", config.num_labels])}
     if not config.architectures[0].endswith("LMHeadModel"):
-        return tokens_by("input_ids", "attention_mask"), {
-            "logits": (onnx.TensorProto.FLOAT, ["batch_size", config.num_labels])
-        }
+        types = ["token_type_ids"] if config.model_type == "bert" else []
+        inputs = tokens_by("input_ids", "attention_mask", *types)
+        dims = ["batch_size", "sequence_length"] if is_tagger(config) else ["batch_size"]
+        return inputs, {"logits": (onnx.TensorProto.FLOAT, [*dims, config.num_labels])}
     past, total = "past_sequence_length", "past_sequence_length + sequence_length"
 
     def caches(name, length):
@@ -196,9 +219,17 @@ def batches(tokenizer, records, max_length, kind):
         yield tokenizer(texts, pairs, padding=True, truncation=True, max_length=max_length, return_tensors=kind)
 
 
+def by_record(logits, mask):
+    """A batch's logits as an array a record; of tokens, without those of padding."""
+    return [one if one.ndim == 1 else one[seen == 1] for one, seen in zip(logits, mask, strict=True)]
+
+
 def logits_of(tokenizer, records, max_length, model):
+    found = []
     with torch.no_grad():
-        return np.concatenate([model(**b).logits.numpy() for b in batches(tokenizer, records, max_length, "pt")])
+        for b in batches(tokenizer, records, max_length, "pt"):
+            found += by_record(model(**b).logits.numpy(), b["attention_mask"].numpy())
+    return found
 
 
 def loaded(table, kind, directory):
@@ -301,23 +332,14 @@ def language_model(table, tk, directory, graph_file, tokenizer, records, new_tok
 
     def transformers_js():
         """Each prompt alone, by transformers.js, of model.onnx."""
-        node_packages()
-        question = json.dumps(dict(prompts=prompts, max_new_tokens=new_tokens))
-        command = ["node", ROOT / "scripts/check_transformers.cjs", directory]
-        done = subprocess.run([str(part) for part in command], input=question, capture_output=True, text=True)
-        if done.returncode != 0:
-            raise RuntimeError(f"node: exit code {done.returncode}: {done.stderr.strip()[-300:]}")
-        found = json.loads(done.stdout.splitlines()[-1])
+        found = asked_of_node(directory, dict(prompts=prompts, max_new_tokens=new_tokens))
         same = sum(ids == truth(i) for i, ids in enumerate(found))
         table.add("transformers.js' greedy texts are transformers'", f"{same} of {len(prompts)}, {new_tokens} new tokens each",
                   same == len(prompts))  # fmt: skip
 
     table.attempt("ONNX Runtime against transformers", onnx_runtime)
     table.attempt("generate.onnx against transformers", in_place)
-    if shutil.which("npm"):
-        table.attempt("transformers.js against transformers", transformers_js)
-    else:
-        print("transformers.js is not checked: npm is not on this machine", file=sys.stderr)
+    attempt_node(table, transformers_js)
     table.attempt("Optimum against transformers", optimum)
     table.attempt("tk serve-batch, greedily", lambda: generates("greedy texts"))
     table.attempt("tk serve-batch, by beams", lambda: generates("best of 4 beams", num_beams=4))
@@ -337,6 +359,23 @@ def node_packages():
     command = ["npm", "install", "--silent", "--no-fund", "--no-audit", "--prefix", str(folder), package]
     subprocess.run(command, env=os.environ | skip, stdout=sys.stderr, check=True)
     stamp.write_text(package)
+
+
+def asked_of_node(directory, question):
+    """What scripts/check_transformers.cjs answers."""
+    node_packages()
+    command = ["node", ROOT / "scripts/check_transformers.cjs", directory]
+    done = subprocess.run([str(part) for part in command], input=json.dumps(question), capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"node: exit code {done.returncode}: {done.stderr.strip()[-300:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def attempt_node(table, f):
+    if shutil.which("npm"):
+        table.attempt("transformers.js against transformers", f)
+    else:
+        print("transformers.js is not checked: npm is not on this machine", file=sys.stderr)
 
 
 def serve(tk, directory, records, flags):
@@ -361,16 +400,228 @@ def served(tk, directory, records):
     broken = [line for line in lines if "logits" not in line]
     if broken:
         raise RuntimeError(f"{len(broken)} lines without logits, the first: {broken[0]}")
-    return np.array([line["logits"] for line in lines], dtype=np.float32)
+    return [np.array(line["logits"], dtype=np.float32) for line in lines]
 
 
 def compare(table, what, found, truth, tolerance):
-    if found.shape != truth.shape:
-        table.add(what, f"shape {found.shape}, not {truth.shape}", False)
+    unlike = [i for i, (a, b) in enumerate(zip(found, truth, strict=True)) if a.shape != b.shape]
+    if unlike:
+        i = unlike[0]
+        table.add(what, f"record {i}: shape {found[i].shape}, not {truth[i].shape}", False)
         return
-    worst = np.abs(found - truth).max(axis=1)
-    at = int(worst.argmax())
+    worst = [np.abs(a - b).max() for a, b in zip(found, truth)]
+    at = int(np.argmax(worst))  # the first NaN, if there is one
     table.add(what, f"{len(found)} records, largest difference {worst[at]:.1e} (record {at})", worst[at] <= tolerance)
+
+
+def awkward(rng, words, gaps):
+    """A text of so many words, with what begins and ends some texts."""
+    parts = [part for _ in range(words) for part in (rng.choice(WORDS), rng.choice(gaps))]
+    return rng.choice(["", "", " ", "\n"]) + "".join(parts)
+
+
+def windows(continues, room, shared):
+    """A long text's windows, as src/data/windows.rs cuts them, of at most `room` tokens: each a pair of ranges, of the
+    tokens that the model sees, and of those that it predicts because no other window has more around them."""
+    groups = []
+    for at, goes_on in enumerate(continues):
+        if goes_on and groups:
+            groups[-1].append(at)
+        else:
+            groups.append([at])
+    units = [u for group in groups for u in ([group] if len(group) <= room else [[at] for at in group])]
+    borders = [unit[0] for unit in units] + [len(continues)]
+    seen, first, end = [], 0, 0
+    while True:
+        while end + 1 < len(borders) and borders[end + 1] - borders[first] <= room:
+            end += 1
+        seen.append((borders[first], borders[end]))
+        if end + 1 == len(borders):
+            break
+        before, first = first, end
+        while (
+            first - 1 > before
+            and borders[end] - borders[first - 1] <= shared
+            and borders[end + 1] - borders[first - 1] <= room
+        ):
+            first -= 1
+    predicts = [[] for _ in seen]
+    for unit in units:
+        inside = [i for i, (start, stop) in enumerate(seen) if start <= unit[0] and unit[-1] < stop]
+        best = max(inside, key=lambda i: min(unit[0] - seen[i][0], seen[i][1] - unit[-1] - 1))  # the first of equals
+        predicts[best] += unit
+    return [(range(*one), tokens) for one, tokens in zip(seen, predicts)]
+
+
+def classifier(table, options, config, graph_file, tokenizer, records):
+    """Logits of ONNX Runtime, of Optimum, of transformers.js and of tk against those of transformers, of texts or of their
+    tokens; of tokens also the entities."""
+    directory, tolerance, tagger = options.directory, options.tolerance, is_tagger(config)
+    kind = AutoModelForTokenClassification if tagger else AutoModelForSequenceClassification
+    model = loaded(table, kind, directory)
+    max_length = options.max_length or longest(directory, tokenizer, config)
+    print(f"onnx {onnx.__version__}, ONNX Runtime {onnxruntime.__version__}, torch {torch.__version__}, "
+          f"transformers {transformers.__version__}; {len(records)} texts, at most {max_length} tokens each")  # fmt: skip
+
+    check_graph(table, directory, graph_file, config)
+    truth = logits_of(tokenizer, records, max_length, model)
+
+    def onnx_runtime():
+        session = onnxruntime.InferenceSession(graph_file, providers=["CPUExecutionProvider"])
+        wanted = {i.name for i in session.get_inputs()}
+        found = []
+        for b in batches(tokenizer, records, max_length, "np"):
+            [logits] = session.run(["logits"], {n: v for n, v in b.items() if n in wanted})
+            found += by_record(logits, b["attention_mask"])
+        compare(table, "ONNX Runtime against transformers", found, truth, tolerance)
+
+    def optimum():
+        from optimum.onnxruntime import ORTModelForSequenceClassification, ORTModelForTokenClassification
+
+        kind = ORTModelForTokenClassification if tagger else ORTModelForSequenceClassification
+        loaded = kind.from_pretrained(
+            str(directory), subfolder="onnx", file_name="model.onnx", local_files_only=True
+        )
+        found = logits_of(tokenizer, records, max_length, loaded)
+        compare(table, "Optimum against transformers", found, truth, tolerance)
+
+    def transformers_js():
+        """Each text alone."""
+        inputs = [{n: v[0].tolist() for n, v in b.items()} for r in records
+                  for b in batches(tokenizer, [r], max_length, "np")]  # fmt: skip
+        asked = dict(head=kind.__name__, inputs=inputs)
+        found = [np.array(one, dtype=np.float32) for one in asked_of_node(directory, asked)]
+        compare(table, "transformers.js against transformers", found, truth, tolerance)
+
+    def serve_batch():
+        found = served(options.tk, directory, records)
+        compare(table, "tk serve-batch against transformers", found, truth, tolerance)
+
+    table.attempt("quantize_dynamic", lambda: quantizer(table, graph_file))
+    table.attempt("ONNX Runtime against transformers", onnx_runtime)
+    table.attempt("Optimum against transformers", optimum)
+    attempt_node(table, transformers_js)
+    if tagger:
+        entities(table, options.tk, directory, tokenizer, model, max_length, tolerance)
+    else:
+        table.attempt("tk serve-batch against transformers", serve_batch)
+
+
+def entities(table, tk, directory, tokenizer, model, max_length, tolerance):
+    """What `tk serve-batch` finds in texts, against transformers' pipeline: kinds, places and scores. Of a text that is
+    longer than the model, the pipeline is given each token's logits from the window that predicts it."""
+    if getattr(model.config, "tag_scheme", None) == "bioes":
+        print("entities are not compared: transformers' pipeline does not know BIOES", file=sys.stderr)
+        return
+    ner = pipeline("token-classification", model=model, tokenizer=tokenizer)
+    rng = random.Random(42)
+    texts = []
+    while len(texts) < 300:
+        text = awkward(rng, rng.randrange(1, 13), rng.choice(GAPS))
+        own = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if own and len(own) + tokenizer.num_special_tokens_to_add() <= max_length:  # the pipeline fails where it has none
+            texts.append(text)
+    given = [words for words in (text.split() for text in texts) if all(tokenizer.tokenize(word) for word in words)]
+    long = awkward(rng, 3000, [" "])
+
+    def rows(found):
+        """Kinds and places, and scores. The pipeline calls the kind entity_group where it aggregates."""
+        return [(e.get("entity_group", e.get("entity")), e["start"], e["end"]) for e in found], [float(e["score"]) for e in found]
+
+    def held(what, records, truths, aggregation, *flags):
+        lines = serve(tk, directory, records, ["--aggregation", aggregation, "--max-length", str(max_length), *flags])
+        wrong, count, worst = [], 0, 0.0
+        for record, line, truth in zip(records, lines, truths, strict=True):
+            (a, scores), (b, wanted) = rows(line["entities"]), rows(truth)
+            text = record.get("text", " ".join(record.get("tokens", [])))
+            if a != b or any(e["text"] != text[e["start"] : e["end"]] for e in line["entities"]):
+                first = next((pair for pair in zip([*a, None], [*b, None]) if pair[0] != pair[1]), None)
+                wrong.append(f"{text[:60]!r}: {first}")
+            else:
+                worst = max([worst, *(abs(x - y) for x, y in zip(scores, wanted))])
+                count += len(a)
+        found = f"{len(records) - len(wrong)} of {len(records)}, {count} entities, scores within {worst:.1e}"
+        table.add(f"tk serve-batch's entities are the pipeline's: {what}, {aggregation}",
+                  found + (f"; {wrong[0]}" if wrong else ""), not wrong and count and worst <= tolerance)  # fmt: skip
+        return lines
+
+    def of_texts(aggregation):
+        truths = [ner(text, aggregation_strategy=aggregation) for text in texts]
+        held("texts", [dict(text=text) for text in texts], truths, aggregation)
+
+    def pipeline_of_words(words, aggregation):
+        """What the pipeline makes of given words. It guesses at which tokens are of one word even then: it is told."""
+        if aggregation in ("none", "simple"):
+            return ner([words], aggregation_strategy=aggregation, is_split_into_words=True)[0]
+        encoded = tokenizer(words, is_split_into_words=True, return_offsets_mapping=True, return_tensors="pt")
+        starts = np.cumsum([0, *(len(word) + 1 for word in words)])
+        with torch.no_grad():
+            scores = model(**{n: encoded[n] for n in ("input_ids", "attention_mask")}).logits[0].softmax(-1).numpy()
+        pieces, before = [], None
+        for at, word in enumerate(encoded.word_ids()):
+            if word is not None:
+                start, end = (starts[word] + encoded["offset_mapping"][0, at]).tolist()
+                token = tokenizer.convert_ids_to_tokens(int(encoded["input_ids"][0, at]))
+                pieces.append(dict(word=token, scores=scores[at], start=start, end=end, index=at, is_subword=word == before))
+                before = word
+        found = ner.aggregate(pieces, AggregationStrategy(aggregation))
+        return [one for one in found if one["entity_group"] != "O"]
+
+    def of_words(aggregation):
+        truths = [pipeline_of_words(words, aggregation) for words in given]
+        held("words", [dict(tokens=words) for words in given], truths, aggregation)
+
+    @functools.cache
+    def windowed():
+        """The long text as the pipeline has it in front of postprocess, and its tokens' words."""
+        encoded = tokenizer(long, add_special_tokens=False, return_offsets_mapping=True, return_special_tokens_mask=True)
+        ids, places = encoded["input_ids"], encoded["offset_mapping"]
+        nothing = np.zeros((len(ids), 1))
+        pieces = ner.gather_pre_entities(
+            long, np.array(ids), nothing, np.array(places), np.zeros(len(ids)), AggregationStrategy.FIRST
+        )
+        room = max_length - tokenizer.num_special_tokens_to_add()
+        parts = windows([piece["is_subword"] for piece in pieces], room, room // 4)
+        logits = torch.zeros(len(ids), model.config.num_labels)
+        done = []
+        for seen, predicted in parts:
+            framed = tokenizer.build_inputs_with_special_tokens(ids[seen.start : seen.stop])
+            before = tokenizer.build_inputs_with_special_tokens([-1]).index(-1)
+            with torch.no_grad():
+                found = model(input_ids=torch.tensor([framed])).logits[0]
+            for at in predicted:
+                logits[at] = found[before + at - seen.start]
+            done += predicted
+        assert done == list(range(len(ids)))
+        whole = dict(logits=logits[None], sentence=long, input_ids=torch.tensor([ids]),
+                     offset_mapping=torch.tensor([places]),
+                     special_tokens_mask=torch.zeros(1, len(ids), dtype=torch.long))  # fmt: skip
+        return whole, encoded.word_ids(), len(parts)
+
+    def of_long(aggregation):
+        whole, words, count = windowed()
+        truth = ner.postprocess([dict(whole)], aggregation_strategy=AggregationStrategy(aggregation))
+        [line] = held(f"a text of {count} windows", [dict(text=long)], [truth], aggregation, "--tags")
+        if aggregation in ("none", "simple", "first"):
+            best = whole["logits"][0].argmax(-1).tolist()
+            tags = {}
+            for at, word in enumerate(words):
+                tags.setdefault(word, model.config.id2label[best[at]])
+            due = [tags.get(word, "O") for word in range(max(w for w in words if w is not None) + 1)]
+            same = sum(a == b for a, b in zip(line["tags"], due))
+            table.add(f"tk serve-batch tags every word of it once: {aggregation}", f"{same} of {len(due)} words",
+                      line["tags"] == due)  # fmt: skip
+
+    def of_long_words():
+        tokens = long.split()
+        [line] = serve(tk, directory, [dict(tokens=tokens)], ["--tags", "--max-length", str(max_length)])
+        table.add("tk serve-batch tags every given word once", f"{len(line['tags'])} of {len(tokens)}",
+                  len(line["tags"]) == len(tokens))  # fmt: skip
+
+    for aggregation in AGGREGATIONS:
+        for check in (of_texts, of_words, of_long):
+            table.attempt(f"entities, {check.__name__}, {aggregation}", functools.partial(check, aggregation))
+    table.attempt("tags of given words", of_long_words)
 
 
 def main():
@@ -396,44 +647,12 @@ def main():
         records += lines[: options.limit]
     tokenizer = AutoTokenizer.from_pretrained(directory)
     table = Table()
-    if json.loads((directory / "config.json").read_text())["architectures"][0].endswith("LMHeadModel"):
+    config = AutoConfig.from_pretrained(directory)
+    if config.architectures[0].endswith("LMHeadModel"):
         language_model(table, options.tk, directory, graph_file, tokenizer, records)
-        sys.exit(1 if table.print() else 0)
-    records = [r for r in records if tokenizer(r["text"])["input_ids"]]  # GPT-2 has no token for an empty text
-    model = loaded(table, AutoModelForSequenceClassification, directory)
-    max_length = options.max_length or longest(directory, tokenizer, model.config)
-    print(f"onnx {onnx.__version__}, ONNX Runtime {onnxruntime.__version__}, torch {torch.__version__}, "
-          f"transformers {transformers.__version__}; {len(records)} texts, at most {max_length} tokens each")  # fmt: skip
-
-    check_graph(table, directory, graph_file, model.config)
-    truth = logits_of(tokenizer, records, max_length, model)
-
-    def onnx_runtime():
-        session = onnxruntime.InferenceSession(graph_file, providers=["CPUExecutionProvider"])
-        wanted = {i.name for i in session.get_inputs()}
-        found = [
-            session.run(["logits"], {n: v for n, v in b.items() if n in wanted})[0]
-            for b in batches(tokenizer, records, max_length, "np")
-        ]
-        compare(table, "ONNX Runtime against transformers", np.concatenate(found), truth, options.tolerance)
-
-    def optimum():
-        from optimum.onnxruntime import ORTModelForSequenceClassification
-
-        loaded = ORTModelForSequenceClassification.from_pretrained(
-            str(directory), subfolder="onnx", file_name="model.onnx", local_files_only=True
-        )
-        found = logits_of(tokenizer, records, max_length, loaded)
-        compare(table, "Optimum against transformers", found, truth, options.tolerance)
-
-    def serve_batch():
-        found = served(options.tk, directory, records)
-        compare(table, "tk serve-batch against transformers", found, truth, options.tolerance)
-
-    table.attempt("quantize_dynamic", lambda: quantizer(table, graph_file))
-    table.attempt("ONNX Runtime against transformers", onnx_runtime)
-    table.attempt("Optimum against transformers", optimum)
-    table.attempt("tk serve-batch against transformers", serve_batch)
+    else:
+        records = [r for r in records if tokenizer(r["text"])["input_ids"]]  # GPT-2 has no token for an empty text
+        classifier(table, options, config, graph_file, tokenizer, records)
     sys.exit(1 if table.print() else 0)
 
 
