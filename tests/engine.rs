@@ -5,16 +5,13 @@ mod common;
 
 use std::collections::{BTreeMap, HashMap};
 
-use common::{copy_dir, floats, models, tk};
+use common::{copy_dir, floats, models};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 use serde_json::json;
 use tk::data::tokens::Tokenizer;
 use tk::generate::{Engine, Generated, GenerationConfig, Limits, News, Request, RequestId};
-use tk::onnx::Precision;
-use tk::predict::graphs;
 use tk::runtime::Slots;
-use tk::say::Say;
 
 const POSITIONS: usize = 1024;
 const END: u32 = 406;
@@ -51,12 +48,11 @@ impl Bench {
         let mut fields = common::json(config.clone());
         fields["n_positions"] = json!(POSITIONS);
         std::fs::write(config, fields.to_string()).unwrap();
-        tk().args(["export", "--quiet"]).arg(dir.path()).assert().success();
-        Self { tokenizer: Tokenizer::open(dir.path()).unwrap(), dir }
+        Self { tokenizer: common::exported(dir.path()), dir }
     }
 
     fn slots(&self) -> Slots {
-        Slots::open(&graphs::generating(self.dir.path(), Precision::Fp32), 1, Say::default()).unwrap()
+        common::slots(self.dir.path())
     }
 
     fn engine(&self, limits: Limits) -> Engine<'_> {

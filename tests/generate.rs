@@ -13,10 +13,7 @@ use proptest::test_runner::{Config, TestRunner};
 use serde_json::{Value, json};
 use tk::data::tokens::Tokenizer;
 use tk::generate::{Engine, Finish, Generated, GenerationConfig, Limits, Request};
-use tk::onnx::Precision;
-use tk::predict::graphs;
 use tk::runtime::Slots;
-use tk::say::Say;
 
 const MODEL: &str = "tiny-gpt2-lm";
 /// Its end token, and its positions.
@@ -34,12 +31,11 @@ impl Bench {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         copy_dir(&models(MODEL), dir.path());
-        tk().args(["export", "--quiet"]).arg(dir.path()).assert().success();
-        Self { tokenizer: Tokenizer::open(dir.path()).unwrap(), dir }
+        Self { tokenizer: common::exported(dir.path()), dir }
     }
 
     fn slots(&self) -> Slots {
-        Slots::open(&graphs::generating(self.dir.path(), Precision::Fp32), 1, Say::default()).unwrap()
+        common::slots(self.dir.path())
     }
 
     fn engine(&self, limits: Limits) -> Engine<'_> {

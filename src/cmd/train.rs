@@ -44,8 +44,8 @@ pub struct Args {
     #[arg(long)]
     #[serde(skip)]
     overwrite: bool,
-    /// Use only the model's config.json and tokenizer; draw all weights anew. For causal-lm, where the model has no
-    /// tokenizer, one is trained on the texts.
+    /// Use only the model's config.json and tokenizer; draw all weights anew. A task that learns from texts without
+    /// labels trains a tokenizer on them where the model has none.
     #[arg(long)]
     #[serde(default)]
     from_scratch: bool,

@@ -8,6 +8,7 @@ pub mod pool;
 pub mod sink;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 pub use pool::Pool;
 
@@ -35,7 +36,8 @@ pub struct Options<'a> {
 /// An exported model whose answers come of one pass.
 pub struct Predictor {
     task: Task,
-    asking: Asking,
+    /// A tokenizer is large: reading threads share it.
+    asking: Arc<Asking>,
     flags: AnswerFlags,
     graph: PathBuf,
     pool: Pool,
@@ -67,7 +69,7 @@ impl Predictor {
     pub fn open(saved: &Saved, options: &Options, say: Say) -> Result<Self> {
         let max_length = saved.checked_max_length(options.max_length)?;
         let columns = saved.task.columns(options.flags);
-        let asking = Asking { columns, tokenizer: saved.tokenizer.clone(), max_length };
+        let asking = Arc::new(Asking { columns, tokenizer: saved.tokenizer.clone(), max_length });
         saved.task.check_room(&asking)?;
         let graph = graphs::checked(saved)?;
         let pool = Pool::open(saved, &graph, options.providers, options.threads, options.batch_tokens, say)?;

@@ -102,7 +102,6 @@ pub struct Encoder<'a> {
 }
 
 /// How records become questions.
-#[derive(Clone)]
 pub struct Asking {
     pub columns: Columns,
     pub tokenizer: Tokenizer,

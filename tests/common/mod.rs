@@ -65,6 +65,18 @@ pub fn tk() -> assert_cmd::Command {
     assert_cmd::Command::new(assert_cmd::cargo::cargo_bin!("tk"))
 }
 
+/// Exports the language model of a directory; its tokenizer.
+pub fn exported(dir: &std::path::Path) -> tk::data::tokens::Tokenizer {
+    tk().args(["export", "--quiet"]).arg(dir).assert().success();
+    tk::data::tokens::Tokenizer::open(dir).unwrap()
+}
+
+/// The slots of an exported language model, on one thread.
+pub fn slots(dir: &std::path::Path) -> tk::runtime::Slots {
+    let graph = tk::predict::graphs::generating(dir, tk::onnx::Precision::Fp32);
+    tk::runtime::Slots::open(&graph, 1, tk::say::Say::default()).unwrap()
+}
+
 /// The labelled records of a reference model, `times` over, as a JSON Lines file.
 pub fn records_file(model: &str, times: usize, path: &std::path::Path) {
     let reference = json(models(model).join("reference.json"));

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::offsets::OffsetUnit;
 use super::scheme::{OUTSIDE, Scheme, split};
+use crate::task::scores::softmax;
 
 /// `--aggregation`: how tokens become entities. The names and their meaning are transformers'.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
@@ -184,13 +185,6 @@ impl<'a> Part<'a> {
         let kind = label.strip_prefix("B-").or_else(|| label.strip_prefix("I-")).unwrap_or(label);
         Self { begins, ends: false, kind, name: label.split_once('-').map_or(label, |(_, name)| name) }
     }
-}
-
-fn softmax(logits: &[f32]) -> Vec<f32> {
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let exps: Vec<f32> = logits.iter().map(|logit| (logit - max).exp()).collect();
-    let sum: f32 = exps.iter().sum();
-    exps.into_iter().map(|exp| exp / sum).collect()
 }
 
 /// The likeliest label, the first of equals, and its probability.
