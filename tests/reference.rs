@@ -3,39 +3,27 @@
 
 mod common;
 
+use std::sync::Arc;
+
 use candle_core::{DType, Device, Tensor};
-use common::{floats, gradient, json, max_abs, models, relative};
+use common::{CLASSIFIERS, LANGUAGE_MODEL, TAGGERS, floats, gradient, json, max_abs, models, relative};
 use serde_json::Value;
 use tk::checkpoint::Weights;
 use tk::data::batch::{Encoding, PackedBatch};
+use tk::data::tokens::Tokenizer;
 use tk::eager::{Eager, Forward, Init, Kernels, Mode, Params, X};
-use tk::model::manifest::manifest;
+
+use tk::model::ModelConfig;
 use tk::model::ops::At;
-use tk::model::{Head, ModelConfig};
 use tk::task::causal_lm::NextTokens;
-use tk::task::{CausalLm, Example, Target, Task};
+use tk::task::token_classification::Tags;
+use tk::task::{CausalLm, Encoder, Example, RecordFlags, Target, Task};
 use tk::train::plan::Plan;
 use tk::train::{Settings, Trainer};
 
-const CLASSIFIERS: [&str; 7] = [
-    "tiny-bert-single",
-    "tiny-bert-multi",
-    "tiny-bert-regression",
-    "tiny-distilbert-single",
-    "tiny-roberta-single",
-    "tiny-xlm-roberta-single",
-    "tiny-gpt2-single",
-];
-const MODELS: [&str; 8] = [
-    "tiny-bert-single",
-    "tiny-bert-multi",
-    "tiny-bert-regression",
-    "tiny-distilbert-single",
-    "tiny-roberta-single",
-    "tiny-xlm-roberta-single",
-    "tiny-gpt2-single",
-    "tiny-gpt2-lm",
-];
+fn all() -> impl Iterator<Item = &'static str> {
+    CLASSIFIERS.into_iter().chain(TAGGERS).chain([LANGUAGE_MODEL])
+}
 
 /// Softmax cancels what a bias adds to every key: its gradient is rounding alone.
 fn is_key_bias(name: &str) -> bool {
@@ -79,7 +67,7 @@ impl Reference {
                         let predicted = (0..ids("ids", i).len()).map(|at| at > 0).collect();
                         Target::CausalLm(NextTokens { predicted, bytes: 0 })
                     }
-                    other => panic!("{name} is a {} model", other.name()),
+                    Task::TokenClassification(_) => Target::TokenClassification(tags(&json["targets"][i])),
                 },
             })
             .collect();
@@ -89,6 +77,13 @@ impl Reference {
     fn file(&self, name: &str) -> Vec<u8> {
         std::fs::read(models(self.name).join(name)).unwrap()
     }
+}
+
+/// What is learnt of a sentence, by transformers' ids of labels: -100 is none.
+fn tags(targets: &Value) -> Tags {
+    let targets: Vec<i64> = serde_json::from_value(targets.clone()).unwrap();
+    let wanted = targets.into_iter().map(|label| u32::try_from(label).ok()).collect();
+    Tags { sentence: 0, gold: Arc::new([]), wanted, words: Vec::new() }
 }
 
 fn numbers(value: &Value) -> Vec<f32> {
@@ -112,7 +107,7 @@ fn logits_are_those_of_transformers() {
 
 #[test]
 fn loss_and_every_gradient_are_those_of_transformers() {
-    for name in MODELS {
+    for name in all() {
         for kernels in [Kernels::Fused, Kernels::Composite] {
             let r = Reference::load(name);
             let batch = PackedBatch::new(r.examples.iter().map(|e| &e.encoding));
@@ -154,7 +149,7 @@ fn norm(values: &[f32]) -> f64 {
     values.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>().sqrt()
 }
 
-/// The scores of a record's next tokens.
+/// The scores of a batch's tokens.
 fn scores<'a>(r: &'a Reference, batch: &'a PackedBatch, kernels: Kernels) -> (Eager<'a>, X) {
     let eager = Eager::new(&r.params, batch, &Device::Cpu, Mode::Evaluation).with_kernels(kernels);
     let scores = r.task.define(&eager, &r.config.family).unwrap().remove(0);
@@ -162,25 +157,27 @@ fn scores<'a>(r: &'a Reference, batch: &'a PackedBatch, kernels: Kernels) -> (Ea
 }
 
 #[test]
-fn the_scores_of_next_tokens_are_those_of_transformers() {
-    let r = Reference::load("tiny-gpt2-lm");
-    let bytes = r.file("logits.safetensors");
-    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
-    assert_eq!(file.len(), r.examples.len());
-    for kernels in [Kernels::Fused, Kernels::Composite] {
-        for i in 0..r.examples.len() {
-            let batch = PackedBatch::new([&r.examples[i].encoding]);
-            let (_, scores) = scores(&r, &batch, kernels);
-            let found: Vec<f32> = scores.tensor().unwrap().flatten_all().unwrap().to_vec1().unwrap();
-            let (worst, at) = max_abs(&found, &floats(&file, &i.to_string()));
-            assert!(worst <= 2e-5, "{kernels:?}, record {i}: {worst:e} at {at}");
+fn a_row_of_scores_a_token_is_that_of_transformers() {
+    for (name, allowed) in TAGGERS.map(|name| (name, 1e-5)).into_iter().chain([(LANGUAGE_MODEL, 2e-5)]) {
+        let r = Reference::load(name);
+        let bytes = r.file("logits.safetensors");
+        let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        assert_eq!(file.len(), r.examples.len());
+        for kernels in [Kernels::Fused, Kernels::Composite] {
+            for i in 0..r.examples.len() {
+                let batch = PackedBatch::new([&r.examples[i].encoding]);
+                let (_, scores) = scores(&r, &batch, kernels);
+                let found: Vec<f32> = scores.tensor().unwrap().flatten_all().unwrap().to_vec1().unwrap();
+                let (worst, at) = max_abs(&found, &floats(&file, &i.to_string()));
+                assert!(worst <= allowed, "{name}, {kernels:?}, record {i}: {worst:e} at {at}");
+            }
         }
     }
 }
 
 #[test]
 fn losses_of_texts_and_of_completions_are_those_of_transformers() {
-    let r = Reference::load("tiny-gpt2-lm");
+    let r = Reference::load(LANGUAGE_MODEL);
     let expected = numbers(&r.json["losses"]);
     let loss = |i: usize, first: usize, kernels| -> f32 {
         let predicted = (0..r.examples[i].encoding.len()).map(|at| at >= first).collect();
@@ -219,7 +216,7 @@ fn label_smoothing_is_pytorchs() {
 /// One more witness: candle-transformers' BERT, which can't be trained but computes the same.
 #[test]
 fn hidden_states_are_those_of_candle_transformers() {
-    for name in MODELS.into_iter().filter(|name| name.starts_with("tiny-bert")) {
+    for name in all().filter(|name| name.starts_with("tiny-bert")) {
         let r = Reference::load(name);
         let text = std::fs::read_to_string(models(name).join("config.json")).unwrap();
         let text = text.replace("gelu_new", "geluapproximate"); // candle-transformers' own name for it
@@ -237,9 +234,9 @@ fn hidden_states_are_those_of_candle_transformers() {
             r.task.define(&eager, &r.config.family).unwrap();
             let taps = eager.into_taps();
             let (_, last) = taps.iter().find(|(tap, _)| tap == "bert.encoder.layer.1").unwrap();
-            // of the last layer the first token alone is computed
-            let first = &hidden[..config.hidden_size];
-            let (worst, _) = max_abs(&last.flatten_all().unwrap().to_vec1().unwrap(), first);
+            // for one label a text, the last layer computes its first token alone
+            let hidden = &hidden[..last.elem_count()];
+            let (worst, _) = max_abs(&last.flatten_all().unwrap().to_vec1().unwrap(), hidden);
             assert!(worst <= 1e-5, "{name}, record {i}: {worst:e}");
         }
     }
@@ -254,17 +251,17 @@ fn hidden_states_of_distilbert_and_xlm_roberta_are_those_of_candle_transformers(
         let bytes = std::fs::read(models(name).join("model.safetensors")).unwrap();
         candle_nn::VarBuilder::from_buffered_safetensors(bytes, DType::F32, &Device::Cpu).unwrap().pp(prefix)
     };
-    let compare = |name: &str, tap: &str, theirs: &dyn Fn(&Tensor) -> Tensor| {
-        let (mut config, params, json) = tokens(name);
+    let compare = |name: &'static str, tap: &str, theirs: &dyn Fn(&Tensor) -> Tensor| {
+        let mut r = Reference::load(name);
         if name.contains("distilbert") {
-            config.set([("activation", "gelu_new".into())]).unwrap(); // what theirs computes for "gelu"
+            r.config.set([("activation", "gelu_new".into())]).unwrap(); // what theirs computes for "gelu"
         }
-        for (i, encoding) in encodings(&json).iter().enumerate() {
+        for (i, Example { encoding, .. }) in r.examples.iter().enumerate() {
             let ids = Tensor::from_slice(&encoding.ids, (1, encoding.len()), &Device::Cpu).unwrap();
             let hidden = theirs(&ids).flatten_all().unwrap().to_vec1().unwrap();
             let batch = PackedBatch::new([encoding]);
-            let eager = Eager::new(&params, &batch, &Device::Cpu, Mode::Evaluation).with_taps();
-            config.family.define(&eager, Head::TokenClassification { labels: 5 }).unwrap();
+            let eager = Eager::new(&r.params, &batch, &Device::Cpu, Mode::Evaluation).with_taps();
+            r.task.define(&eager, &r.config.family).unwrap();
             let taps = eager.into_taps();
             let (_, last) = taps.iter().find(|(name, _)| name == tap).unwrap();
             let (worst, _) = max_abs(&last.flatten_all().unwrap().to_vec1().unwrap(), &hidden);
@@ -290,71 +287,44 @@ fn hidden_states_of_distilbert_and_xlm_roberta_are_those_of_candle_transformers(
     });
 }
 
-const TAGGERS: [&str; 4] =
-    ["tiny-bert-tokens", "tiny-distilbert-tokens", "tiny-roberta-tokens", "tiny-xlm-roberta-tokens"];
-
-/// A model with a head of 5 labels a token.
-fn tokens(name: &str) -> (ModelConfig, Params, Value) {
-    let dir = models(name);
-    let mut config = ModelConfig::read(&dir).unwrap();
-    config.set_dropout(0.0).unwrap();
-    let head = Head::TokenClassification { labels: 5 };
-    let manifest = manifest(|o| config.family.define(o, head).map(drop)).unwrap();
-    let weights = Weights::open(&dir, config.family.names()).unwrap();
-    let (params, fit) = Params::load(&manifest, &weights, Init { seed: 0, std: 0.0 }, &Device::Cpu).unwrap();
-    assert!(fit.new.is_empty() && fit.unused.is_empty(), "{name}: {fit:?}");
-    assert!(config.has(head), "{name}: {:?}", config.architecture());
-    (config, params, json(dir.join("reference.json")))
-}
-
-fn encodings(json: &Value) -> Vec<Encoding> {
-    let list = |key: &str| -> Vec<Vec<u32>> { serde_json::from_value(json[key].clone()).unwrap() };
-    let pairs = list("ids").into_iter().zip(list("type_ids"));
-    pairs.map(|(ids, type_ids)| Encoding { ids, type_ids, truncated: false }).collect()
-}
-
+/// A word that is cut into pieces, all of them labelled, as transformers' `run_ner.py` does it.
 #[test]
-fn a_row_of_scores_a_token_its_loss_and_every_gradient_are_those_of_transformers() {
+fn the_labels_of_all_pieces_and_their_loss_are_those_of_transformers() {
     for name in TAGGERS {
-        for kernels in [Kernels::Fused, Kernels::Composite] {
-            let (config, params, json) = tokens(name);
-            let encodings = encodings(&json);
-            let batch = PackedBatch::new(&encodings);
-            let eager =
-                Eager::new(&params, &batch, &Device::Cpu, Mode::Training { key: 0 }).with_kernels(kernels);
-            let scores = config.family.define(&eager, Head::TokenClassification { labels: 5 }).unwrap();
-            let scores = scores.tensor().unwrap();
-
-            let file = std::fs::read(models(name).join("logits.safetensors")).unwrap();
-            let file = safetensors::SafeTensors::deserialize(&file).unwrap();
-            let expected: Vec<f32> =
-                (0..encodings.len()).flat_map(|i| floats(&file, &i.to_string())).collect();
-            let (worst, at) = max_abs(&scores.flatten_all().unwrap().to_vec1().unwrap(), &expected);
-            assert!(worst <= 1e-5, "{name}, {kernels:?}: {worst:e} at {at}");
-
-            let targets: Vec<Vec<i64>> = serde_json::from_value(json["targets"].clone()).unwrap();
-            let targets = targets.concat();
-            let one_hot: Vec<f32> = targets
-                .iter()
-                .flat_map(|&target| (0..5).map(move |i| f32::from(u8::from(i == target))))
-                .collect();
-            let one_hot = Tensor::from_vec(one_hot, scores.shape(), &Device::Cpu).unwrap();
-            let count = targets.iter().filter(|&&target| target >= 0).count();
-            let log_p = candle_nn::ops::log_softmax(&scores, 1).unwrap();
-            let loss = ((log_p * one_hot).unwrap().sum_all().unwrap().neg().unwrap() / count as f64).unwrap();
-            let (value, wanted) = (loss.to_scalar::<f32>().unwrap(), json["loss"].as_f64().unwrap() as f32);
-            assert!((value - wanted).abs() <= 1e-5, "{name}: loss {value}, {wanted}");
-
-            let store = loss.backward().unwrap();
-            let file = std::fs::read(models(name).join("gradients.safetensors")).unwrap();
-            let file = safetensors::SafeTensors::deserialize(&file).unwrap();
-            assert_eq!(file.len(), params.len());
-            for (param, _) in params.iter().filter(|(param, _)| !is_key_bias(&param.name)) {
-                let found = gradient(&params, &param.name, &store, kernels);
-                let error = relative(&found, &floats(&file, &param.name));
-                assert!(error <= 1e-4, "{name}, {kernels:?}: {} {error:e}", param.name);
+        let mut r = Reference::load(name);
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("records.jsonl");
+        common::records_file(name, 1, &file);
+        let mut records = RecordFlags::default();
+        records.token_classification.label_all_pieces = true;
+        let tokenizer = Tokenizer::open(&models(name)).unwrap().for_words().unwrap();
+        let max_length = r.json["max_length"].as_u64().unwrap() as usize;
+        let encoder =
+            Encoder { records: &records, training: &Default::default(), tokenizer: &tokenizer, max_length };
+        let ours = r.task.examples(&file, &encoder).unwrap();
+        let mut compared = 0;
+        for (i, example) in r.examples.iter_mut().enumerate() {
+            let all_pieces = tags(&r.json["targets_of_all_pieces"][i]);
+            // transformers cuts what is longer, tk makes windows of it
+            if example.encoding.len() < max_length {
+                let same = ours.iter().find(|ours| ours.encoding.ids == example.encoding.ids);
+                let same = same.unwrap_or_else(|| panic!("{name}, record {i}: other tokens"));
+                let Target::TokenClassification(tags) = &same.target else { panic!("another task") };
+                assert_eq!(tags.wanted, all_pieces.wanted, "{name}, record {i}");
+                compared += 1;
             }
+            example.target = Target::TokenClassification(all_pieces);
         }
+        assert!(compared >= 5, "{name}: {compared}");
+
+        let batch = PackedBatch::new(r.examples.iter().map(|e| &e.encoding));
+        let examples: Vec<&Example> = r.examples.iter().collect();
+        let eager = Eager::new(&r.params, &batch, &Device::Cpu, Mode::Evaluation);
+        let outputs = r.task.define(&eager, &r.config.family).unwrap();
+        let losses = examples.iter().map(|example| example.target.losses()).sum();
+        let loss = r.task.loss(&eager, outputs, &examples, 0.0, losses).unwrap();
+        let (loss, expected) = (loss.to_scalar::<f32>().unwrap(), &r.json["loss_of_all_pieces"]);
+        assert!((loss - expected.as_f64().unwrap() as f32).abs() <= 1e-5, "{name}: {loss}, {expected}");
     }
 }
 
@@ -376,7 +346,7 @@ fn a_parameter_that_no_gradient_reaches_ends_training_at_the_first_step() {
 /// The padded formulation is transformers' batch of all records; here they stand back to back, cut by tokens.
 #[test]
 fn a_step_over_micro_batches_of_any_size_has_the_loss_and_gradients_of_the_padded_batch() {
-    for name in MODELS {
+    for name in all() {
         for kernels in [Kernels::Fused, Kernels::Composite] {
             for tokens in [1, 24, 40, 10_000] {
                 let r = Reference::load(name);
@@ -440,7 +410,7 @@ fn settings(steps: &Value) -> Settings {
 
 #[test]
 fn ten_steps_are_those_of_pytorch_with_and_without_accumulation() {
-    for name in MODELS {
+    for name in all() {
         for (micro_batch, kernels) in [
             (4, Kernels::Fused),
             (1, Kernels::Fused),

@@ -4,11 +4,8 @@ mod common;
 
 use std::path::{Path, PathBuf};
 
-use common::{copy_dir, json, models, tk};
+use common::{TAGGERS, copy_dir, json, models, tk};
 use serde_json::{Value, json};
-
-const FAMILIES: [&str; 4] =
-    ["tiny-bert-tokens", "tiny-distilbert-tokens", "tiny-roberta-tokens", "tiny-xlm-roberta-tokens"];
 
 fn stdout(assert: &assert_cmd::assert::Assert) -> String {
     String::from_utf8(assert.get_output().stdout.clone()).unwrap()
@@ -49,7 +46,7 @@ fn served(model: &Path, lines: &[Value], flags: &[&str]) -> Vec<Value> {
 
 #[test]
 fn every_family_learns_tags_and_is_measured_alike_by_both_runtimes() {
-    for family in FAMILIES {
+    for family in TAGGERS {
         let dir = tempfile::tempdir().unwrap();
         let (records, out) = (conll(family, dir.path()), dir.path().join("out"));
         let trained = tk()
@@ -113,7 +110,7 @@ fn entities_are_slices_of_the_text_with_offsets_in_the_unit_that_is_asked_for() 
 #[test]
 fn of_a_long_text_every_word_is_answered() {
     let dir = tempfile::tempdir().unwrap();
-    for family in FAMILIES {
+    for family in TAGGERS {
         let model = exported(family, dir.path());
         let words: Vec<String> = (0..500).map(|i| format!("w{i}")).collect();
         let answers = served(
@@ -154,6 +151,11 @@ fn what_is_no_tag_or_no_sentence_is_refused_with_its_place() {
         "--problem-type",
     );
     refused("e.conll", "a\tS-PER\n\nb\tU-PER\n", &[], "e.conll");
+    refused("f.conll", "a\tO\nb\tB-PER\n\nc\tO\nd\tX-PER\n", &[], "the tag \"X-PER\" (line 5)");
+    let measured = dir.path().join("eval.conll");
+    std::fs::write(&measured, "a\tO\nb\tB-PER\n\nc\tO\nd\tB-ORG\n").unwrap();
+    let eval = ["--eval", measured.to_str().unwrap()];
+    refused("g.conll", "a\tO\nb\tB-PER\n", &eval, "eval.conll:5: tag \"B-ORG\" is not one of the model's");
     let model = models("tiny-bert-single");
     let entities = tk().arg("serve-batch").arg(&model).args(["--input", "-", "--tags"]).assert().code(2);
     assert!(stderr(&entities).contains("--tags is for token-classification"), "{}", stderr(&entities));

@@ -33,12 +33,14 @@ pub struct Row {
     pub fields: Map<String, Value>,
     /// Fields of JSON with numbers that `fields` can't hold, as they are written.
     pub exact: BTreeMap<String, String>,
+    /// The line of each word, where each stands on one of its own (CoNLL); else empty.
+    pub lines: Vec<usize>,
 }
 
 impl Row {
     /// A record whose fields hold all that was written.
     pub fn new(line: usize, fields: Map<String, Value>) -> Self {
-        Self { line, fields, exact: BTreeMap::new() }
+        Self { line, fields, exact: BTreeMap::new(), lines: Vec::new() }
     }
 }
 

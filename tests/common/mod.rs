@@ -6,6 +6,21 @@ use std::path::PathBuf;
 use tk::checkpoint::Weights;
 use tk::model::ops::Param;
 
+/// The reference checkpoints that give a row of scores a sequence.
+pub const CLASSIFIERS: [&str; 7] = [
+    "tiny-bert-single",
+    "tiny-bert-multi",
+    "tiny-bert-regression",
+    "tiny-distilbert-single",
+    "tiny-roberta-single",
+    "tiny-xlm-roberta-single",
+    "tiny-gpt2-single",
+];
+/// Those that give a row a token, of five labels.
+pub const TAGGERS: [&str; 4] =
+    ["tiny-bert-tokens", "tiny-distilbert-tokens", "tiny-roberta-tokens", "tiny-xlm-roberta-tokens"];
+pub const LANGUAGE_MODEL: &str = "tiny-gpt2-lm";
+
 /// A directory under `models/`.
 pub fn models(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("models").join(name)

@@ -221,9 +221,10 @@ fn whole(mut input: Input, encoding: Option<TextEncoding>, name: &str) -> Result
 fn sentences(lines: Lines, how: &How) -> Boxed {
     let sentences = Sentences::new(lines, how.tag_column.clone().unwrap_or_default(), !how.untagged);
     let row = |sentence: Sentence| {
+        let line = sentence.lines[0];
         let lists = [("tokens", Some(sentence.tokens)), ("tags", sentence.tags)];
         let fields = lists.into_iter().filter_map(|(name, list)| Some((name.to_owned(), list?.into())));
-        Row::new(sentence.lines[0], fields.collect())
+        Row { lines: sentence.lines, ..Row::new(line, fields.collect()) }
     };
     Box::new(sentences.map(move |sentence| sentence.map(|sentence| sentence.map(row)).map_err(failed)))
 }
@@ -234,7 +235,9 @@ fn jsonl_row(line: usize, text: &str) -> Result<Row, BadRow> {
         return Err(bad(EMPTY_LINE.into()));
     }
     match serde_json::from_str(text) {
-        Ok(Value::Object(fields)) => Ok(Row { line, exact: exact::fields(text, &fields), fields }),
+        Ok(Value::Object(fields)) => {
+            Ok(Row { exact: exact::fields(text, &fields), ..Row::new(line, fields) })
+        }
         Ok(other) => Err(bad(format!("{}; a JSON object was expected", describe(&other)))),
         Err(error) => {
             // the place counts from the line's start; "line 1" would mislead
@@ -399,7 +402,7 @@ fn json(input: Input, how: &How, name: &str) -> Result<Boxed> {
         Ok(match record {
             Value::Object(fields) => {
                 let exact = raw.get(i).map(|raw| exact::fields(raw, &fields)).unwrap_or_default();
-                Ok(Row { line: i + 1, fields, exact })
+                Ok(Row { exact, ..Row::new(i + 1, fields) })
             }
             other => Err(BadRow {
                 line: i + 1,

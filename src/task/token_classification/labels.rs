@@ -20,6 +20,16 @@ pub fn labels<'a>(tags: impl IntoIterator<Item = &'a str>, base: Vec<String>) ->
     Ok(tags.into_iter().map(str::to_owned).collect())
 }
 
+/// The label of a word's later tokens, by the label of the word: I- for a B- that has an I- of its type, else the same, as
+/// transformers' `run_ner.py` has it.
+pub fn inside(labels: &[String]) -> Vec<u32> {
+    let inside = |label: &String| {
+        let kind = label.strip_prefix("B-")?;
+        labels.iter().position(|other| other.strip_prefix("I-") == Some(kind))
+    };
+    (0..).zip(labels).map(|(id, label)| inside(label).map_or(id, |inside| inside as u32)).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -36,5 +46,11 @@ mod tests {
         assert_eq!(labels(["I-PER", "O"], base.clone()).unwrap(), base);
         assert_eq!(labels(["O", "B-ORG"], base).unwrap(), ["B-ORG", "O"]);
         assert!(labels(["O"], Vec::new()).is_err());
+    }
+
+    #[test]
+    fn behind_a_words_first_token_an_entity_goes_on() {
+        let labels = owned(&["B-LOC", "I-PER", "O", "B-PER", "B-", "I-LOC", "b-per"]);
+        assert_eq!(inside(&labels), [5, 1, 2, 1, 4, 5, 6]);
     }
 }

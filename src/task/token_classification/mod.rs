@@ -63,7 +63,7 @@ pub struct RecordFlags {
     #[arg(long, value_name = "COLUMN", help_heading = "Records")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tag_column: Option<TagColumn>,
-    /// Count a word's label on all of its tokens, instead of on the first alone.
+    /// Count a word's label on all of its tokens, instead of on the first alone; behind a word's first, B- is I-.
     #[arg(long, help_heading = "Records")]
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub label_all_pieces: bool,
@@ -83,10 +83,20 @@ pub struct TrainingFlags {
 /// Words and what their tags are.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sentence {
-    /// The line of the file.
+    /// The line of the file where it begins.
     pub line: usize,
+    /// The line of each word, where each stands on one of its own.
+    pub lines: Vec<usize>,
     pub tokens: Vec<String>,
     pub tags: Vec<String>,
+}
+
+impl Sentence {
+    /// The tags, and the lines that they stand on.
+    fn tagged(&self) -> Tagged<'_> {
+        let lines = if self.lines.is_empty() { std::slice::from_ref(&self.line) } else { &self.lines };
+        Tagged { tags: &self.tags, lines }
+    }
 }
 
 /// What a window of a sentence ought to give.
@@ -300,7 +310,7 @@ fn read(path: &Path, flags: &super::RecordFlags) -> Result<Vec<Sentence>> {
                 tags.len()
             )));
         }
-        Ok(Sentence { line: row.line, tokens, tags })
+        Ok(Sentence { line: row.line, lines: row.lines, tokens, tags })
     })
 }
 
@@ -317,9 +327,7 @@ impl TokenClassification {
         config: &ModelConfig,
     ) -> Result<Self> {
         let place = || path.display().to_string();
-        let lines: Vec<[usize; 1]> = sentences.iter().map(|sentence| [sentence.line]).collect();
-        let tagged =
-            sentences.iter().zip(&lines).map(|(sentence, line)| Tagged { tags: &sentence.tags, lines: line });
+        let tagged = sentences.iter().map(Sentence::tagged);
         let scheme = asked.unwrap_or(TagScheme::Auto).resolve(tagged).with_context(place)?;
         let base = match config.has(Head::TokenClassification { labels: 0 }) {
             true => {
@@ -350,7 +358,8 @@ impl TokenClassification {
     }
 
     /// Sentences as examples: windows of at most `max_length` tokens, each of which predicts words of its own, so that
-    /// nothing is cut. A word is learnt at its first token, or at all of them with `all_pieces`.
+    /// nothing is cut. A word is learnt at its first token, or at all of them with `all_pieces`: the later ones have the
+    /// label that is [inside](labels::inside) its entity.
     ///
     /// # Errors
     /// Unusable: tags that the model does not have; the first of them are listed with file and line.
@@ -364,13 +373,12 @@ impl TokenClassification {
     ) -> Result<Vec<Example<Tags>>> {
         let ids = self.ids();
         let unknown = sentences.iter().filter_map(|sentence| {
-            let tag = sentence.tags.iter().find(|tag| !ids.contains_key(*tag))?;
-            Some((
-                sentence.line,
-                format!("tag \"{tag}\" is not one of the model's: {}", self.labels.join(", ")),
-            ))
+            let at = sentence.tags.iter().position(|tag| !ids.contains_key(tag))?;
+            let (tag, line) = (&sentence.tags[at], sentence.tagged().line(at));
+            Some((line, format!("tag \"{tag}\" is not one of the model's: {}", self.labels.join(", "))))
         });
         refuse_records(path, "tags that can't be used", unknown)?;
+        let inside = labels::inside(&self.labels);
         let mut examples = Vec::new();
         for (i, sentence) in sentences.iter().enumerate() {
             let gold: Arc<[u32]> = sentence.tags.iter().map(|tag| ids[tag]).collect();
@@ -383,9 +391,9 @@ impl TokenClassification {
                     let word = pieces.words[at];
                     if !pieces.continues[at] {
                         words.push((token, word));
-                    }
-                    if all_pieces || !pieces.continues[at] {
                         wanted[token] = Some(gold[word]);
+                    } else if all_pieces {
+                        wanted[token] = Some(inside[gold[word] as usize]);
                     }
                 }
                 let target = Tags { sentence: i, gold: gold.clone(), wanted, words };

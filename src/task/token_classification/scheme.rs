@@ -48,7 +48,8 @@ pub struct Tagged<'a> {
 }
 
 impl Tagged<'_> {
-    fn line(&self, index: usize) -> usize {
+    /// Where the tag of this index stands.
+    pub fn line(&self, index: usize) -> usize {
         self.lines.get(index).or(self.lines.first()).copied().unwrap_or(0)
     }
 }
