@@ -252,7 +252,7 @@ fn verify(saved: &Saved, graph: &Path, form: Form) -> Result<Compared> {
     let encodings = saved.tokenizer.encode_all(&inputs::builtin(saved)?, saved.max_length)?;
     let compared = match form {
         Form::Whole => {
-            let subject = Subject { saved, graph, encodings: &encodings };
+            let subject = Subject { saved, graph, encodings: &encodings, examples: None };
             let runtimes = [Runtime::Eager, Runtime::Ort(Provider::Cpu)];
             parity::run(&subject, &runtimes, parity::TOLERANCE)?.remove(0)
         }

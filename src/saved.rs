@@ -7,7 +7,8 @@ use serde_json::Value;
 use crate::checkpoint::Weights;
 use crate::data::tokens::{Tokenizer, settings};
 use crate::model::ModelConfig;
-use crate::task::Task;
+use crate::say::Say;
+use crate::task::{Encoder, Example, RecordFlags, Task, TrainingFlags};
 use crate::{Result, bail_unusable, files};
 
 /// The fewest tokens that a text may be cut to: one between two special ones, as in training.
@@ -64,6 +65,35 @@ impl Saved {
             asked => Ok(asked.unwrap_or(self.max_length)),
         }
     }
+
+    /// Records to measure on. How many are cut to the longest length is said.
+    ///
+    /// # Errors
+    /// Unusable: a flag that says nothing to the task, or records that can't be used.
+    pub fn examples(
+        &self,
+        path: &Path,
+        records: &RecordFlags,
+        max_length: usize,
+        say: Say,
+    ) -> Result<Vec<Example>> {
+        records.check(self.task.name(), &[path])?;
+        let (training, tokenizer) = (&TrainingFlags::default(), &self.tokenizer);
+        let examples = self.task.examples(path, &Encoder { records, training, tokenizer, max_length })?;
+        let cut = cut(&examples);
+        if cut > 0 {
+            let all = examples.len();
+            say.warn(format!(
+                "{cut} of {all} examples are longer than --max-length {max_length} and are cut"
+            ));
+        }
+        Ok(examples)
+    }
+}
+
+/// How many examples something was cut off.
+pub fn cut(examples: &[Example]) -> usize {
+    examples.iter().filter(|example| example.encoding.truncated).count()
 }
 
 /// Writes the length that a model was trained with into its `tokenizer_config.json`, so that transformers and tk cut

@@ -4,8 +4,8 @@ mod common;
 
 use std::path::{Path, PathBuf};
 
-use common::{copy_dir, models, records_file, tk};
-use serde_json::Value;
+use common::{CLASSIFIERS, LANGUAGE_MODEL, TAGGERS, copy_dir, models, records_file, tk};
+use serde_json::{Value, json};
 use tk::onnx::{GraphKind, model, write};
 use tk::parity::inputs;
 use tk::saved::Saved;
@@ -46,7 +46,7 @@ fn export_changed(dir: &Path, weight: &str, change: f32) {
 
 #[test]
 fn all_runtimes_of_this_machine_agree_on_awkward_records() {
-    for name in ["tiny-bert-single", "tiny-bert-multi", "tiny-bert-regression"] {
+    for name in CLASSIFIERS.into_iter().chain(TAGGERS) {
         let (result, text) = parity(&models(name), &[], 0);
         assert_eq!(result["pass"], true);
         let compared = result["runtimes"].as_array().unwrap();
@@ -133,6 +133,39 @@ fn the_users_records_are_compared_and_reported() {
     );
     let (_, text) = parity(&dir, &["--input", input.to_str().unwrap(), "--text-column", "x"], 2);
     assert!(text.contains("\"x\""), "{text}");
+    let (_, text) = parity(&dir, &["--input", input.to_str().unwrap(), "--label-column", "x"], 2);
+    assert!(text.contains("--label-column says nothing where texts alone are read"), "{text}");
+    assert!(parity(&dir, &["--text-column", "x"], 2).1.contains("flags of records are for an --input"));
+}
+
+#[test]
+fn a_tasks_metric_is_measured_by_every_runtime() {
+    for (model, name) in [("tiny-bert-single", "accuracy"), (TAGGERS[2], "f1"), (LANGUAGE_MODEL, "loss")] {
+        let (guard, dir) = copy(model);
+        let input = guard.path().join("in.jsonl");
+        records_file(model, 1, &input);
+        tk().arg("export").arg(&dir).assert().success();
+        let measure = |command: &[&str]| -> Value {
+            let mut tk = tk();
+            tk.args([command[0], "--json"]).arg(&dir).args(&command[1..]).arg("--input").arg(&input);
+            serde_json::from_slice(&tk.assert().success().get_output().stdout).unwrap()
+        };
+        let expected = &measure(&["eval"])["metrics"][name];
+        let result = measure(&["parity", "--metrics"]);
+        let metrics: Vec<&Value> = result["runtimes"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|runtime| &runtime["metric"])
+            .filter(|metric| !metric.is_null())
+            .collect();
+        assert_eq!(metrics.len(), if model == LANGUAGE_MODEL { 1 } else { 2 }, "{result}");
+        for metric in metrics {
+            assert_eq!((&metric["name"], &metric["expected"]), (&json!(name), expected), "{model}");
+            let apart = metric["found"].as_f64().unwrap() / expected.as_f64().unwrap() - 1.0;
+            assert!(apart.abs() < 1e-4, "{model}: {metric}");
+        }
+    }
 }
 
 #[test]

@@ -5,7 +5,7 @@ mod common;
 
 use std::path::{Path, PathBuf};
 
-use common::{copy_dir, json, max_abs, models, records_file, tk};
+use common::{CLASSIFIERS, copy_dir, json, max_abs, models, records_file, tk};
 use serde_json::{Value, json};
 use tk::onnx::{GraphKind, model, write};
 use tk::saved::Saved;
@@ -60,7 +60,7 @@ fn parse(text: &[u8]) -> Vec<Value> {
 
 #[test]
 fn logits_are_transformers_in_the_order_of_the_input() {
-    for name in ["tiny-bert-single", "tiny-bert-multi", "tiny-bert-regression", "tiny-gpt2-single"] {
+    for name in CLASSIFIERS {
         let bench = Bench::new(name);
         let input = bench.path("in.jsonl");
         records_file(name, 1, &input);

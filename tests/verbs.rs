@@ -307,7 +307,7 @@ fn in_onnx_runtime(model: &ModelProto, batch: &PaddedBatch) -> Vec<f32> {
     let providers = Providers::only(Provider::Cpu);
     let say = Say { quiet: true, ..Say::default() };
     let mut session = OrtSession::open(Model::Bytes(&bytes), &providers, 1, say).unwrap();
-    session.run(batch).unwrap().remove(0).values
+    session.run(batch).unwrap().remove(0).array.into_iter().collect()
 }
 
 fn in_candle_onnx(model: &ModelProto, batch: &PaddedBatch) -> Vec<f32> {
@@ -402,7 +402,7 @@ fn attention_gives_the_reference_behind_a_past() {
                         mask: &mask[..part.end],
                         positions: &vec![0; part.len()], // nothing asks for them
                     };
-                    found.extend(decoder.read(read).unwrap().values);
+                    found.extend(decoder.read(read).unwrap().array);
                 }
             }
             assert_output(case, &format!("ONNX Runtime behind a past, opset {opset}"), &found);

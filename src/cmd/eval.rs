@@ -9,9 +9,9 @@ use crate::eager::Evaluator;
 use crate::onnx::Precision;
 use crate::predict::{Options, Predictor, graphs};
 use crate::runtime::{Providers, Slots};
-use crate::saved::Saved;
+use crate::saved::{Saved, cut};
 use crate::say::Say;
-use crate::task::{AnswerFlags, Encoder, Form, RecordFlags, TrainingFlags};
+use crate::task::{AnswerFlags, Form, RecordFlags};
 use crate::{Result, bail_unusable, device, generate, process};
 
 /// Measure a trained model on labelled records.
@@ -54,17 +54,8 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     if in_blocks && (args.runtime == MeasuredIn::Eager || saved.task.form() == Form::Whole) {
         bail_unusable!("--precision {} is for language models and --runtime onnx", args.precision);
     }
-    args.records.check(saved.task.name(), &[&args.input])?;
     let max_length = saved.checked_max_length(args.max_length)?;
-    let training = TrainingFlags::default();
-    let (records, tokenizer) = (&args.records, &saved.tokenizer);
-    let encoder = Encoder { records, training: &training, tokenizer, max_length };
-    let examples = saved.task.examples(&args.input, &encoder)?;
-    let cut = examples.iter().filter(|example| example.encoding.truncated).count();
-    if cut > 0 {
-        let all = examples.len();
-        say.warn(format!("{cut} of {all} examples are longer than --max-length {max_length} and are cut"));
-    }
+    let examples = saved.examples(&args.input, &args.records, max_length, say)?;
     let started = Instant::now();
     let measured = match args.runtime {
         MeasuredIn::Eager => Evaluator::open(&saved, &device::open(&args.device)?)?.measure(&examples)?,
@@ -91,6 +82,6 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     );
     say.result(
         human,
-        &json!({"records": examples.len(), "truncated": cut, "seconds": seconds, "metrics": measured}),
+        &json!({"records": examples.len(), "truncated": cut(&examples), "seconds": seconds, "metrics": measured}),
     )
 }

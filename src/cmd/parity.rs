@@ -15,7 +15,7 @@ use crate::predict::graphs;
 use crate::runtime::Provider;
 use crate::saved::Saved;
 use crate::say::Say;
-use crate::task::{Form, Reading, TextColumns};
+use crate::task::{Form, RecordFlags, TextColumns};
 use crate::{Result, bail_unusable};
 
 /// Hold the logits of a model's runtimes against each other; exit code 1 where they differ.
@@ -39,10 +39,11 @@ pub struct Args {
     /// Tokens of the longest record [default: what the model takes].
     #[arg(long, value_name = "N")]
     max_length: Option<usize>,
+    /// Measure the task's metric by each runtime too; the records have labels then.
+    #[arg(long, requires = "input")]
+    metrics: bool,
     #[command(flatten)]
-    reading: Reading,
-    #[command(flatten)]
-    columns: TextColumns,
+    records: RecordFlags,
 }
 
 /// Runs everything, prints the table, and fails where it says so.
@@ -57,7 +58,14 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     for (name, why) in &lacking {
         say.line(format!("{name} is not on this machine: {why}"));
     }
-    let encodings = saved.tokenizer.encode_all(&texts(args, &saved)?, max_length)?;
+    let examples = match &args.input {
+        Some(path) if args.metrics => Some(saved.examples(path, &args.records, max_length, say)?),
+        _ => None,
+    };
+    let encodings = match &examples {
+        Some(examples) => examples.iter().map(|example| example.encoding.clone()).collect(),
+        None => saved.tokenizer.encode_all(&texts(args, &saved)?, max_length)?,
+    };
 
     let scratch = write::Scratch::new(&std::env::temp_dir())?; // for graphs that are not there
     let graph = |path: PathBuf, kind: GraphKind| -> Result<PathBuf> {
@@ -80,7 +88,8 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
 
     let compared = match form {
         Form::Whole => {
-            let subject = Subject { saved: &saved, graph: &model, encodings: &encodings };
+            let (encodings, examples) = (&encodings, examples.as_deref());
+            let subject = Subject { saved: &saved, graph: &model, encodings, examples };
             parity::run(&subject, &runtimes, args.tolerance)?
         }
         Form::Cached | Form::InPlace => {
@@ -89,7 +98,10 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
             if runtimes.contains(&Runtime::Ort(Provider::Cpu)) {
                 let generating = graphs::generating(&args.dir, Precision::Fp32);
                 let generating = graph(generating, GraphKind::in_place(Precision::Fp32))?;
-                compared.push(decoding::in_place(&saved, &generating, &texts, args.tolerance)?);
+                let mut in_place = decoding::in_place(&saved, &generating, &texts, args.tolerance)?;
+                let measure = |examples| decoding::measure(&saved, &generating, examples);
+                in_place.metric = examples.as_deref().map(measure).transpose()?;
+                compared.push(in_place);
             }
             compared
         }
@@ -176,8 +188,12 @@ fn pick(asked: &[Runtime], form: Form) -> Result<Picked> {
 
 fn texts(args: &Args, saved: &Saved) -> Result<Vec<Text>> {
     let Some(path) = &args.input else {
+        if args.records != RecordFlags::default() {
+            bail_unusable!("flags of records are for an --input; here is none");
+        }
         return inputs::builtin(saved);
     };
-    let columns = args.columns.columns();
-    records::read_examples(path, &args.reading.how(), |row| TextColumns::read(&columns, &row))
+    args.records.check_of_texts().map_err(|error| error.context("without --metrics"))?;
+    let columns = args.records.texts.columns();
+    records::read_examples(path, &args.records.reading.how(), |row| TextColumns::read(&columns, &row))
 }

@@ -5,6 +5,8 @@ pub mod kernels;
 mod loss;
 mod params;
 pub mod tape;
+#[cfg(test)]
+mod tests;
 mod x;
 
 use std::cell::{Cell, RefCell};

@@ -60,6 +60,12 @@ impl Tape {
         self.recording && !self.recomputing
     }
 
+    /// How many values it holds.
+    #[cfg(test)]
+    pub fn operations(&self) -> usize {
+        self.state().nodes.len()
+    }
+
     fn state(&self) -> MutexGuard<'_, TapeState> {
         // a panic elsewhere has ended the pass whose tape this is
         self.state.lock().unwrap_or_else(|broken| broken.into_inner())

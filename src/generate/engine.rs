@@ -257,6 +257,9 @@ impl<'t> Engine<'t> {
     }
 
     /// Drops all requests, and what the cache holds.
+    ///
+    /// # Errors
+    /// The cache can't be emptied.
     pub fn clear(&mut self) -> Result<()> {
         self.unfinished.clear();
         self.submitted.clear();

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use anyhow::Context;
 use candle_core::{DType, Device, Tensor};
+use ndarray::ArrayD;
 
 use crate::Result;
 use crate::data::batch::PaddedBatch;
@@ -47,7 +48,7 @@ impl Evaluated {
             .map(|name| {
                 let tensor = results.get(name).with_context(|| format!("candle-onnx gives no {name}"))?;
                 let values = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
-                Ok(Values { name: name.clone(), shape: tensor.dims().to_vec(), values })
+                Ok(Values { name: name.clone(), array: ArrayD::from_shape_vec(tensor.dims(), values)? })
             })
             .collect()
     }

@@ -1,11 +1,13 @@
 //! Two runtimes' logits → how far they are apart.
 
+use anyhow::Context;
 use serde::Serialize;
 
 use super::Runtime;
 use super::difference::Difference;
 use crate::Result;
 use crate::task::scores::argmax;
+use crate::task::{Measured, Task};
 
 /// One runtime held against another.
 #[derive(Clone, Debug, Serialize)]
@@ -24,6 +26,28 @@ pub struct Compared {
     pub pass: bool,
     /// Where the two part, if they do.
     pub first_difference: Option<Difference>,
+    /// What both measure on labelled records; of a language model's graphs on the one that generates.
+    pub metric: Option<Measure>,
+}
+
+/// The task's first metric by two runtimes.
+#[derive(Clone, Debug, Serialize)]
+pub struct Measure {
+    pub name: &'static str,
+    pub expected: f64,
+    pub found: f64,
+}
+
+impl Measure {
+    /// The metric that decides what is best, of two measurements.
+    ///
+    /// # Errors
+    /// One lacks it.
+    pub fn of(task: &Task, expected: &Measured, found: &Measured) -> Result<Self> {
+        let name = task.deciding_metric(None)?.name;
+        let value = |of: &Measured| of.metrics.get(name).copied().with_context(|| format!("no {name}"));
+        Ok(Self { name, expected: value(expected)?, found: value(found)? })
+    }
 }
 
 impl Compared {
@@ -65,6 +89,7 @@ impl Compared {
             tolerance,
             pass: max_abs <= tolerance, // false for not a number
             first_difference: None,
+            metric: None,
         })
     }
 }

@@ -3,9 +3,7 @@
 
 use std::path::Path;
 
-use anyhow::Context;
-
-use super::{Compared, Runtime};
+use super::{Compared, Measure, Runtime};
 use crate::data::batch::Encoding;
 use crate::eager::Evaluator;
 use crate::runtime::decoder::Tokens;
@@ -13,6 +11,7 @@ use crate::runtime::slots::{SlotRead, Slots};
 use crate::runtime::{Decoder, Provider, Providers};
 use crate::saved::Saved;
 use crate::say::Say;
+use crate::task::Example;
 use crate::task::scores::argmax;
 use crate::{Result, unusable};
 
@@ -79,6 +78,16 @@ pub fn in_place(saved: &Saved, graph: &Path, encodings: &[Encoding], tolerance: 
         }
         Ok(compared)
     })
+}
+
+/// What candle and a graph of [`crate::task::Form::InPlace`] measure on texts.
+///
+/// # Errors
+/// As [`run`].
+pub fn measure(saved: &Saved, graph: &Path, examples: &[Example]) -> Result<Measure> {
+    let expected = Evaluator::open(saved, &candle_core::Device::Cpu)?.measure(examples)?;
+    let mut slots = Slots::open(graph, crate::process::cores(), Say::default())?;
+    Measure::of(&saved.task, &expected, &saved.task.measure_in_place(&mut slots, examples)?)
 }
 
 /// What a graph that generates is called in a table.
@@ -206,9 +215,7 @@ fn read(decoder: &mut Decoder, texts: &[&Encoding], start: usize, end: usize) ->
         }
     }
     let scores = decoder.read(Tokens { rows: texts.len(), ids: &ids, mask: &mask, positions: &positions })?;
-    let vocabulary = scores.shape.last().copied().filter(|&width| width > 0);
-    let vocabulary = vocabulary.with_context(|| format!("scores of the shape {:?}", scores.shape))?;
-    let rows = scores.values.chunks_exact(vocabulary).map(<[f32]>::to_vec).collect::<Vec<_>>();
+    let rows: Vec<Vec<f32>> = scores.array.rows().into_iter().map(|row| row.to_vec()).collect();
     let asked = texts.len() * (end - start);
     anyhow::ensure!(rows.len() == asked, "{} rows of scores for {asked} tokens", rows.len());
     let of_texts = rows.chunks(end - start).zip(texts);

@@ -87,13 +87,14 @@ fn flat(output: &Array2<f32>) -> Vec<f32> {
 
 /// Compares packed rows, one a token or one a record, with a padded output.
 fn in_tap(packed: &[Vec<f32>], values: &Values, batch: &[Encoding], tolerance: f32) -> Option<Difference> {
-    let width = *values.shape.last()?;
-    let row = |i: usize| values.values.get(i * width..(i + 1) * width).unwrap_or_default();
-    let per_token = values.shape.len() == 3;
+    let shape = values.array.shape();
+    let rows: Vec<Vec<f32>> = values.array.rows().into_iter().map(|row| row.to_vec()).collect();
+    let row = |i: usize| rows.get(i).map_or(&[][..], Vec::as_slice);
+    let per_token = shape.len() == 3;
     let mut next = 0;
     for (record, encoding) in batch.iter().enumerate() {
         for token in 0..if per_token { encoding.len() } else { 1 } {
-            let at = if per_token { record * values.shape[1] + token } else { record };
+            let at = if per_token { record * shape[1] + token } else { record };
             let expected = packed.get(next).map_or(&[][..], Vec::as_slice);
             next += 1;
             if let Some((channel, expected, found)) = in_row(expected, row(at), tolerance) {
@@ -135,10 +136,10 @@ mod tests {
         let encoding = |n: usize| Encoding { ids: vec![1; n], type_ids: vec![0; n], truncated: false };
         let batch = [encoding(1), encoding(2)];
         let packed = [vec![1.0], vec![2.0], vec![3.0]];
-        let mut values =
-            Values { name: "t".to_owned(), shape: vec![2, 2, 1], values: vec![1.0, 9.0, 2.0, 3.0] };
+        let array = ndarray::array![[[1.0], [9.0]], [[2.0], [3.0]]].into_dyn();
+        let mut values = Values { name: "t".to_owned(), array };
         assert_eq!(in_tap(&packed, &values, &batch, 1e-4), None);
-        values.values[3] = 4.0;
+        values.array[[1, 1, 0]] = 4.0;
         let difference = in_tap(&packed, &values, &batch, 1e-4).unwrap();
         assert_eq!((difference.record, difference.token, difference.channel), (1, Some(1), 0));
         assert_eq!((difference.expected, difference.found), (3.0, 4.0));

@@ -10,13 +10,17 @@ pub mod runtimes;
 
 use std::path::Path;
 
-pub use compare::Compared;
+pub use compare::{Compared, Measure};
 pub use runtimes::Runtime;
 
 use crate::Result;
 use crate::data::batch::Encoding;
+use crate::predict::{Options, Predictor};
+use crate::process;
+use crate::runtime::Providers;
 use crate::saved::Saved;
-use crate::task::Outputs;
+use crate::say::Say;
+use crate::task::{AnswerFlags, Example, Measured, Outputs};
 
 /// How far a logit may be from the reference's: what float32 rounding explains, and no more.
 pub const TOLERANCE: f32 = 1e-4;
@@ -30,6 +34,8 @@ pub struct Subject<'a> {
     /// The ONNX file that ONNX Runtime runs.
     pub graph: &'a Path,
     pub encodings: &'a [Encoding],
+    /// The same with what they ought to give, where the task's metric is measured too.
+    pub examples: Option<&'a [Example]>,
 }
 
 /// Runs the records on every runtime and compares each with the first.
@@ -41,19 +47,41 @@ pub fn run(subject: &Subject, runtimes: &[Runtime], tolerance: f32) -> Result<Ve
         return Ok(Vec::new());
     };
     let wanted = runtimes::outputs(reference, subject)?;
+    let metrics = |runtime, outputs: &[Outputs]| -> Result<Option<Measured>> {
+        subject.examples.map(|examples| measured(subject, runtime, outputs, examples)).transpose()
+    };
+    let expected = metrics(reference, &wanted)?;
     others
         .iter()
         .map(|&runtime| {
             let found = runtimes::outputs(runtime, subject)?;
-            let (expected, given) = (rows(&wanted), rows(&found));
-            let mut compared = Compared::new(runtime, reference, &expected, &given, tolerance)?;
+            let mut compared = Compared::new(runtime, reference, &rows(&wanted), &rows(&found), tolerance)?;
             compared.records = subject.encodings.len();
             if !compared.pass {
                 compared.first_difference = difference::first(subject, runtime, &wanted, &found, tolerance)?;
             }
+            if let (Some(expected), Some(found)) = (&expected, metrics(runtime, &found)?) {
+                compared.metric = Some(Measure::of(&subject.saved.task, expected, &found)?);
+            }
             Ok(compared)
         })
         .collect()
+}
+
+/// The task's metrics on a runtime: by the predictor, where it serves with that one, else from the outputs.
+fn measured(
+    subject: &Subject,
+    runtime: Runtime,
+    outputs: &[Outputs],
+    examples: &[Example],
+) -> Result<Measured> {
+    let Runtime::Ort(provider) = runtime else {
+        return subject.saved.task.measure_outputs(outputs, examples);
+    };
+    let (providers, flags) = (&Providers::only(provider), &AnswerFlags::default());
+    let threads = process::cores();
+    let options = Options { providers, threads, batch_tokens: None, max_length: None, flags };
+    Predictor::of_graph(subject.saved, subject.graph.to_owned(), &options, Say::default())?.measure(examples)
 }
 
 /// The rows of all outputs of all records, one after another.

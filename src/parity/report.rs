@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::Compared;
+use super::{Compared, Measure};
 
 /// One line a runtime; what it differs in below it.
 pub fn table(compared: &[Compared]) -> String {
@@ -25,8 +25,8 @@ pub fn table(compared: &[Compared]) -> String {
             c.records,
             verdict(c)
         );
-        if let Some(difference) = first_difference(c) {
-            let _ = writeln!(text, "  {difference}");
+        for line in [metric(c), first_difference(c)].into_iter().flatten() {
+            let _ = writeln!(text, "  {line}");
         }
     }
     text.pop(); // the last line's end is the printer's
@@ -41,7 +41,7 @@ pub fn html(title: &str, compared: &[Compared], lacking: &[(&str, String)]) -> S
         let _ = writeln!(
             rows,
             "<tr class=\"{class}\"><td>{}</td><td>{}</td><td>{:.2e}</td><td>{:.2e}</td><td>{:.1} %</td>\
-             <td>{}</td><td>{:.0e}</td><td>{}</td><td>{}</td></tr>",
+             <td>{}</td><td>{:.0e}</td><td>{}</td><td>{}</td><td>{}</td></tr>",
             c.name,
             c.compared_with,
             c.max_abs,
@@ -50,6 +50,7 @@ pub fn html(title: &str, compared: &[Compared], lacking: &[(&str, String)]) -> S
             c.records,
             c.tolerance,
             verdict(c),
+            metric(c).unwrap_or_default(),
             escaped(&first_difference(c).unwrap_or_default())
         );
     }
@@ -67,7 +68,8 @@ pub fn html(title: &str, compared: &[Compared], lacking: &[(&str, String)]) -> S
          th, td {{ border-bottom: 1px solid #ccc; padding: .3em .8em; text-align: left; }}\n\
          .fail td {{ background: #fdd; }}\n</style></head><body>\n<h1>Parity of {title}</h1>\n<table>\n\
          <tr><th>runtime</th><th>against</th><th>max |Δ|</th><th>max rel</th><th>argmax agrees</th>\
-         <th>records</th><th>tolerance</th><th>verdict</th><th>first difference</th></tr>\n\
+         <th>records</th><th>tolerance</th><th>verdict</th><th>metric</th>\
+         <th>first difference</th></tr>\n\
          {rows}</table>\n{lacking}<p>tk {}</p>\n</body></html>\n",
         env!("CARGO_PKG_VERSION"),
         title = escaped(title),
@@ -76,6 +78,11 @@ pub fn html(title: &str, compared: &[Compared], lacking: &[(&str, String)]) -> S
 
 fn verdict(compared: &Compared) -> &'static str {
     if compared.pass { "same" } else { "DIFFERS" }
+}
+
+fn metric(compared: &Compared) -> Option<String> {
+    let Measure { name, expected, found } = compared.metric.as_ref()?;
+    Some(format!("{name} {found:.4}, {expected:.4} by {}", compared.compared_with))
 }
 
 fn first_difference(compared: &Compared) -> Option<String> {

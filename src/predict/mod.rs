@@ -67,11 +67,15 @@ impl Predictor {
     /// # Errors
     /// Unusable: there is no graph of these weights, or no room for a record. As [`Pool::open`].
     pub fn open(saved: &Saved, options: &Options, say: Say) -> Result<Self> {
+        Self::of_graph(saved, graphs::checked(saved)?, options, say)
+    }
+
+    /// The same of a graph that stands anywhere.
+    pub fn of_graph(saved: &Saved, graph: PathBuf, options: &Options, say: Say) -> Result<Self> {
         let max_length = saved.checked_max_length(options.max_length)?;
         let columns = saved.task.columns(options.flags);
         let asking = Arc::new(Asking { columns, tokenizer: saved.tokenizer.clone(), max_length });
         saved.task.check_room(&asking)?;
-        let graph = graphs::checked(saved)?;
         let pool = Pool::open(saved, &graph, options.providers, options.threads, options.batch_tokens, say)?;
         Ok(Self { task: saved.task.clone(), asking, flags: options.flags.clone(), graph, pool })
     }

@@ -103,8 +103,7 @@ impl Decoder {
             self.past.push(present.with_context(|| format!("the graph gives no {}", cache.present))?);
         }
         let logits = outputs.remove("logits").context("the graph gives no logits")?;
-        let (shape, values) = logits.try_extract_tensor::<f32>()?;
-        let shape = shape.iter().map(|&n| n as usize).collect();
-        Ok(Values { name: "logits".to_owned(), shape, values: values.to_vec() })
+        let array = logits.try_extract_array::<f32>()?.to_owned();
+        Ok(Values { name: "logits".to_owned(), array })
     }
 }

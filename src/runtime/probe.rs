@@ -31,8 +31,9 @@ pub fn probe(provider: Provider) -> Result<()> {
     let bytes = model.encode_to_vec();
     let mut session = OrtSession::open(Model::Bytes(&bytes), &Providers::only(provider), 1, Say::default())?;
     let tokens = Encoding { ids: vec![1], type_ids: vec![0], truncated: false };
-    let found = session.run(&PaddedBatch::new(&[&tokens], 0))?.remove(0).values;
-    let wanted = [38.0, 127.0]; // 4·0 + 5·1 + 6·2 + 7·3, and 4·4 + 5·5 + 6·6 + 7·7 + 1
+    let found = session.run(&PaddedBatch::new(&[&tokens], 0))?.remove(0).array;
+    // 4·0 + 5·1 + 6·2 + 7·3, and 4·4 + 5·5 + 6·6 + 7·7 + 1
+    let wanted = ndarray::array![[[38.0, 127.0]]].into_dyn();
     anyhow::ensure!(found == wanted, "provider {} computes {found:?}, expected {wanted:?}", provider.name());
     Ok(())
 }

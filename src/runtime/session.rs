@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::path::Path;
 
 use anyhow::Context;
-use ndarray::{Array2, ArrayView2};
+use ndarray::{Array2, ArrayD, ArrayView2};
 use ort::environment::Environment;
 use ort::session::builder::{AutoDevicePolicy, SessionBuilder};
 use ort::session::{Session, SessionInputValue};
@@ -46,37 +46,32 @@ pub(super) enum Waiting {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Values {
     pub name: String,
-    pub shape: Vec<usize>,
-    /// Row-major.
-    pub values: Vec<f32>,
+    pub array: ArrayD<f32>,
 }
 
 impl Values {
     /// An output of a padded batch, cut into what each of its sequences has: (1, C) or (T, C).
     ///
     /// # Errors
-    /// Its shape is not (B, C) or (B, T, C) of the batch, or it has other values than its shape speaks of.
+    /// Its shape is not (B, C) or (B, T, C) of the batch.
     pub fn unpack(&self, scope: Scope, batch: &PaddedBatch) -> Result<Vec<Array2<f32>>> {
+        let shape = self.array.shape();
         let place = || {
             format!(
-                "{} has the shape {:?} and {} values, for {} sequences of {} tokens",
-                self.name,
-                self.shape,
-                self.values.len(),
-                batch.rows,
-                batch.width
+                "{} has the shape {shape:?}, for {} sequences of {} tokens",
+                self.name, batch.rows, batch.width
             )
         };
-        let (rows, width) = match (scope, &self.shape[..]) {
-            (Scope::Sequence, &[rows, width]) => (rows, width),
+        let rows = match (scope, shape) {
+            (Scope::Sequence, &[rows, width]) => self.array.to_shape((rows, width)),
             (Scope::Token, &[sequences, columns, width]) if columns == batch.width => {
-                (sequences.saturating_mul(columns), width)
+                self.array.to_shape((sequences * columns, width))
             }
             _ => anyhow::bail!("{}", place()),
         };
-        let rows = ArrayView2::from_shape((rows, width), &self.values).with_context(place)?;
+        let rows = rows.with_context(place)?;
         let standing = Standing::Padded { columns: batch.width };
-        scope.unpack(rows, &batch.lengths(), standing).with_context(place)
+        scope.unpack(rows.view(), &batch.lengths(), standing).with_context(place)
     }
 }
 
@@ -181,7 +176,7 @@ impl OrtSession {
     /// # Errors
     /// The model asks for an input that a batch does not have, gives other than f32, or the run fails.
     pub fn run(&mut self, batch: &PaddedBatch) -> Result<Vec<Values>> {
-        let shape = [batch.rows, batch.width];
+        let shape = (batch.rows, batch.width);
         let mut inputs: Vec<(Cow<'_, str>, SessionInputValue<'_>)> = Vec::new();
         for input in self.session.inputs() {
             let values = match input.name() {
@@ -192,7 +187,7 @@ impl OrtSession {
                     "the model asks for an input \"{other}\"; tk gives input_ids, attention_mask and token_type_ids"
                 ),
             };
-            let tensor = TensorRef::from_array_view((shape, values.as_slice()))?;
+            let tensor = TensorRef::from_array_view(ArrayView2::from_shape(shape, values)?)?;
             inputs.push((input.name().to_owned().into(), tensor.into()));
         }
         let outputs = self.session.run(inputs).with_context(|| {
@@ -201,9 +196,8 @@ impl OrtSession {
         outputs
             .iter()
             .map(|(name, value)| {
-                let (shape, values) = value.try_extract_tensor::<f32>().with_context(|| name.to_owned())?;
-                let shape = shape.iter().map(|&n| n as usize).collect();
-                Ok(Values { name: name.to_owned(), shape, values: values.to_vec() })
+                let array = value.try_extract_array::<f32>().with_context(|| name.to_owned())?;
+                Ok(Values { name: name.to_owned(), array: array.to_owned() })
             })
             .collect()
     }
@@ -230,27 +224,22 @@ mod tests {
     fn an_output_is_cut_by_sequence_or_refused() {
         let encoding = |n: usize| Encoding { ids: vec![1; n], type_ids: vec![0; n], truncated: false };
         let batch = PaddedBatch::new(&[&encoding(1), &encoding(3)], 0);
-        let output = |shape: &[usize], values: usize| Values {
-            name: "logits".to_owned(),
-            shape: shape.to_vec(),
-            values: vec![1.0; values],
-        };
-        let shapes = |scope, shape: &[usize], values| {
-            let found = output(shape, values).unpack(scope, &batch)?;
+        let shapes = |scope, shape: &[usize]| {
+            let output = Values { name: "logits".to_owned(), array: ArrayD::ones(shape) };
+            let found = output.unpack(scope, &batch)?;
             Ok::<_, anyhow::Error>(found.iter().map(|own| own.dim()).collect::<Vec<_>>())
         };
-        assert_eq!(shapes(Scope::Sequence, &[2, 5], 10).unwrap(), [(1, 5), (1, 5)]);
-        assert_eq!(shapes(Scope::Token, &[2, 3, 5], 30).unwrap(), [(1, 5), (3, 5)]);
-        for (scope, shape, values) in [
-            (Scope::Sequence, &[3, 5][..], 15),
-            (Scope::Sequence, &[2, 5], 9),
-            (Scope::Sequence, &[2, 3, 5], 30),
-            (Scope::Token, &[2, 5], 10),
-            (Scope::Token, &[2, 4, 5], 40),
-            (Scope::Token, &[usize::MAX, 3, 5], 30),
-            (Scope::Sequence, &[], 0),
+        assert_eq!(shapes(Scope::Sequence, &[2, 5]).unwrap(), [(1, 5), (1, 5)]);
+        assert_eq!(shapes(Scope::Token, &[2, 3, 5]).unwrap(), [(1, 5), (3, 5)]);
+        for (scope, shape) in [
+            (Scope::Sequence, &[3, 5][..]),
+            (Scope::Sequence, &[2, 3, 5]),
+            (Scope::Token, &[2, 5]),
+            (Scope::Token, &[2, 4, 5]),
+            (Scope::Token, &[3, 3, 5]),
+            (Scope::Sequence, &[]),
         ] {
-            let error = shapes(scope, shape, values).unwrap_err();
+            let error = shapes(scope, shape).unwrap_err();
             assert!(format!("{error:#}").contains(&format!("logits has the shape {shape:?}")), "{error:#}");
         }
     }

@@ -171,6 +171,18 @@ macro_rules! tasks {
                     _ => Ok(()),
                 }
             }
+
+            /// Refuses what says nothing where texts alone are read.
+            ///
+            /// # Errors
+            /// Unusable: names the flag.
+            pub fn check_of_texts(&self) -> Result<()> {
+                let own = Self { reading: Reading::default(), texts: TextColumns::default(), ..self.clone() };
+                match flags::given(&own)?.first() {
+                    Some(flag) => bail_unusable!("{flag} says nothing where texts alone are read"),
+                    None => Ok(()),
+                }
+            }
         }
 
         impl TrainingFlags {
