@@ -1,6 +1,6 @@
 //! The labels of `config.json`, as transformers has them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Map, Value, json};
 
@@ -8,11 +8,25 @@ use crate::model::{Head, ModelConfig};
 use crate::{Result, bail_unusable, unusable};
 
 /// What transformers' names of labels that have none begin with.
-pub const DEFAULT_NAME: &str = "LABEL_";
+const DEFAULT_NAME: &str = "LABEL_";
 
 /// transformers' names of labels that have none.
 pub fn default_names(n: usize) -> Vec<String> {
     (0..n).map(|id| format!("{DEFAULT_NAME}{id}")).collect()
+}
+
+/// Names as ids: by number where all are integers (or all are transformers' `LABEL_7`), else by text. One rule for
+/// all of them, because numbers among texts have no order that holds for any three.
+pub fn in_order(names: BTreeSet<String>) -> Vec<String> {
+    let mut names: Vec<String> = names.into_iter().collect();
+    let integer = |name: &str| name.parse::<i128>().ok();
+    let default = |name: &str| name.strip_prefix(DEFAULT_NAME)?.parse::<i128>().ok();
+    if names.iter().all(|name| integer(name).is_some()) {
+        names.sort_by_key(|name| integer(name)); // is stable: 01 stands before 1
+    } else if names.iter().all(|name| default(name).is_some()) {
+        names.sort_by_key(|name| default(name));
+    }
+    names
 }
 
 /// Writes a head's class and its labels.

@@ -7,7 +7,7 @@ use serde_json::Value;
 use super::{ProblemType, TextClassification, Wanted};
 use crate::model::{Head, ModelConfig};
 use crate::task::Objective;
-use crate::task::id2label::{self, DEFAULT_NAME, default_names};
+use crate::task::id2label::{self, default_names};
 use crate::{Result, bail_unusable, unusable};
 
 impl TextClassification {
@@ -62,7 +62,7 @@ impl TextClassification {
                 "the training data has the labels {names:?}: a classifier needs at least {least} different ones"
             );
         }
-        Ok(Self { problem, labels: in_order(names) })
+        Ok(Self { problem, labels: id2label::in_order(names) })
     }
 
     /// The places of labels of training data that are of another kind than the others, and what is wrong with each.
@@ -152,20 +152,6 @@ fn problem_of(labels: &[&Value]) -> ProblemType {
     } else {
         ProblemType::SingleLabelClassification
     }
-}
-
-/// Names as ids: by number where all are integers (or all are transformers' `LABEL_7`), else by text. One rule for
-/// all of them, because numbers among texts have no order that holds for any three.
-fn in_order(names: BTreeSet<String>) -> Vec<String> {
-    let mut names: Vec<String> = names.into_iter().collect();
-    let integer = |name: &str| name.parse::<i128>().ok();
-    let default = |name: &str| name.strip_prefix(DEFAULT_NAME)?.parse::<i128>().ok();
-    if names.iter().all(|name| integer(name).is_some()) {
-        names.sort_by_key(|name| integer(name)); // is stable: 01 stands before 1
-    } else if names.iter().all(|name| default(name).is_some()) {
-        names.sort_by_key(|name| default(name));
-    }
-    names
 }
 
 /// The id that a name is, as it is written in `id2label`: not `01`, not `+1`.

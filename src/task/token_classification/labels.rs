@@ -2,10 +2,11 @@
 
 use std::collections::BTreeSet;
 
+use crate::task::id2label::in_order;
 use crate::{Result, bail_unusable};
 
-/// The labels of a model, by id: those of the `base`, where it has all `tags`; else the tags, sorted as
-/// transformers' `run_ner.py` sorts them, by code points.
+/// The labels of a model, by id: those of the `base`, where it has all `tags`; else the tags in order, by number where all
+/// are integers, else by text, as transformers' `run_ner.py` has them.
 ///
 /// # Errors
 /// Unusable: fewer than two different tags, where the base doesn't have them all.
@@ -17,7 +18,7 @@ pub fn labels<'a>(tags: impl IntoIterator<Item = &'a str>, base: Vec<String>) ->
     if tags.len() < 2 {
         bail_unusable!("the training data has the tags {tags:?}: at least 2 different ones are needed");
     }
-    Ok(tags.into_iter().map(str::to_owned).collect())
+    Ok(in_order(tags.into_iter().map(str::to_owned).collect()))
 }
 
 /// The label of a word's later tokens, by the label of the word: I- for a B- that has an I- of its type, else the same, as
@@ -42,6 +43,8 @@ mod tests {
     fn tags_are_sorted_or_keep_the_bases_order() {
         let tags = ["O", "B-PER", "I-PER", "O", "B-ÄRA", "B-a"];
         assert_eq!(labels(tags, Vec::new()).unwrap(), ["B-PER", "B-a", "B-ÄRA", "I-PER", "O"]);
+        let integers = ["10", "9", "0", "-1", "10"];
+        assert_eq!(labels(integers, Vec::new()).unwrap(), ["-1", "0", "9", "10"]);
         let base = owned(&["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]);
         assert_eq!(labels(["I-PER", "O"], base.clone()).unwrap(), base);
         assert_eq!(labels(["O", "B-ORG"], base).unwrap(), ["B-ORG", "O"]);
