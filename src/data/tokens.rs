@@ -105,7 +105,8 @@ impl Tokenizer {
                 (byte_level::tokenizer_json(dir)?, class, "vocab.json", added)
             } else if let Some(name) = SENTENCEPIECE.into_iter().find(|name| has(name)) {
                 bail_unusable!(
-                    "{} has a tokenizer in SentencePiece's form alone ({name}), which tk does not read;                      AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) of transformers writes tokenizer.json",
+                    "{} has a tokenizer in SentencePiece's form alone ({name}), which tk does not read; \
+                     AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) of transformers writes tokenizer.json",
                     dir.display()
                 );
             } else {
