@@ -234,9 +234,13 @@ impl Tokenizer {
                 "a maximum length of {max_length} has no room for the {specials} special tokens of a text"
             );
         };
-        let tokens = |text: &str| self.inner.encode_fast(text, false);
+        let tokens = |text: &str, kind| {
+            let mut tokens = self.inner.encode_fast(text, false)?;
+            tokens.set_type_ids(vec![kind; tokens.len()]); // not every post-processor sets them
+            Ok::<_, tokenizers::Error>(tokens)
+        };
         let cut = || {
-            let (text, pair) = (tokens(text)?, pair.map(tokens).transpose()?);
+            let (text, pair) = (tokens(text, 0)?, pair.map(|pair| tokens(pair, 1)).transpose()?);
             let length = text.len() + pair.as_ref().map_or(0, |pair| pair.len());
             // The library's own truncation stops tokenizing at the maximum length. It would then not
             // know that something was cut, nor which of two long texts is the longer.

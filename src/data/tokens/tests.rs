@@ -376,6 +376,24 @@ const ROBERTA_PAIR: [u32; 12] = [0, 406, 284, 90, 82, 2, 2, 295, 275, 81, 224, 2
 const BERT: [&str; 3] = ["tokenizer.json", "tokenizer_config.json", "config.json"];
 const CONFIG: &str = "tokenizer_config.json";
 
+/// Types as transformers 4.57.6 gives them, for "a b" and "c d e". A template sets them itself, and others leave them.
+#[test]
+fn the_second_text_of_a_pair_has_a_type_of_its_own_whatever_puts_tokens_around_it() {
+    let bert = json!({"type": "BertProcessing", "sep": ["[SEP]", 3], "cls": ["[CLS]", 2]});
+    for (processor, types) in [(bert, &[0, 0, 0, 0, 1, 1, 1, 1][..]), (Value::Null, &[0, 0, 1, 1, 1])] {
+        let files = ["tokenizer.json", "tokenizer_config.json"];
+        let dir = dir(&files, &[]);
+        let path = dir.path().join("tokenizer.json");
+        let mut whole: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        whole["post_processor"] = processor;
+        std::fs::write(&path, whole.to_string()).unwrap();
+        let tokenizer = Tokenizer::open(dir.path()).unwrap();
+        assert_eq!(tokenizer.encode("a b", Some("c d e"), 20).unwrap().type_ids, types);
+        let single = tokenizer.encode("a b", None, 20).unwrap().type_ids;
+        assert!(single.iter().all(|&kind| kind == 0), "{single:?}");
+    }
+}
+
 #[test]
 fn what_tokenizer_config_says_of_berts_normalizer_holds() {
     let bert = |patches: &[(&str, Value)]| patched("tiny-bert-single", &BERT, patches);
