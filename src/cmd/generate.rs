@@ -26,13 +26,16 @@ pub struct Args {
     /// Threads that compute [default: the cores].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     threads: Option<u32>,
+    /// Draw from the K most likely tokens.
+    #[arg(long, value_name = "K", help_heading = "Generation")]
+    top_k: Option<usize>,
     #[command(flatten)]
     generation: generate::Flags,
 }
 
 /// Writes the text as it arrives; several texts one after another, each when it is whole.
 pub fn run(args: &Args, say: Say) -> Result<()> {
-    let (settings, limits) = (args.generation.settings()?, args.generation.limits()?);
+    let (settings, limits) = (args.generation.settings(args.top_k)?, args.generation.limits()?);
     let saved = Saved::open(&args.dir)?;
     let lm = saved.task.generating("generate")?;
     let (ends, positions) = (Ends::of(&saved.dir, lm)?, saved.config.max_positions());

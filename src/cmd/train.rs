@@ -80,7 +80,7 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     if args.settings.checkpoint_activations && !device.is_cpu() {
         bail_unusable!("--checkpoint-activations works with --device cpu; here, try a smaller --batch-size");
     }
-    let prepared = Prepared::new(&job, &device, &say)?;
+    let mut prepared = Prepared::new(&job, &device, &say)?;
     prepared.describe(&job, &say);
     let _held = output::start(&args.output, asked, &settings, prepared.inputs(&job)?)?;
 
@@ -105,6 +105,9 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
             outcome.progress.step,
             args.output.display()
         );
+    }
+    if let Some(best) = &outcome.progress.best {
+        prepared.tune(&best.measured());
     }
     output::write_model(&args.output, &prepared, args.settings.max_length)?;
     report(args, &outcome, &say)

@@ -9,6 +9,7 @@ mod encoding;
 mod exact;
 mod parquet;
 mod readers;
+mod squad;
 
 use std::collections::BTreeMap;
 use std::fs::File;

@@ -4,6 +4,7 @@ mod added;
 mod byte_level;
 mod class;
 mod language;
+mod pairs;
 mod trained;
 mod wordpiece;
 mod words;
@@ -23,6 +24,7 @@ use self::class::{Class, Files, Kind};
 use crate::data::batch::Encoding;
 use crate::{Result, bail_unusable, files, unusable};
 pub use language::Body;
+pub use pairs::PairWindow;
 pub use words::Pieces;
 
 /// The files that a tokenizer may consist of.

@@ -19,9 +19,6 @@ pub struct Flags {
     /// Below 1 likely tokens become likelier; 0 takes the most likely one.
     #[arg(long, value_name = "X", help_heading = "Generation", value_parser = finite)]
     temperature: Option<f32>,
-    /// Draw from the K most likely tokens.
-    #[arg(long, value_name = "K", help_heading = "Generation")]
-    top_k: Option<usize>,
     /// Draw from the most likely tokens that together have this probability.
     #[arg(long, value_name = "P", help_heading = "Generation", value_parser = finite)]
     top_p: Option<f32>,
@@ -88,11 +85,12 @@ pub fn on_cpu(providers: &Providers) -> Result<()> {
 }
 
 impl Flags {
-    /// What was given, by the names of [`GenerationConfig`].
-    pub fn given(&self) -> Result<Map<String, Value>> {
+    /// What was given, by the names of [`GenerationConfig`]. `top_k` is a flag of other tasks too, and stands apart.
+    pub fn given(&self, top_k: Option<usize>) -> Result<Map<String, Value>> {
         let Value::Object(mut given) = serde_json::to_value(self)? else {
             anyhow::bail!("flags are an object")
         };
+        given.insert("top_k".to_owned(), json!(top_k));
         given.retain(|_, value| !value.is_null());
         Ok(given)
     }
@@ -101,8 +99,8 @@ impl Flags {
     ///
     /// # Errors
     /// As [`GenerationConfig::with`].
-    pub fn settings(&self) -> Result<GenerationConfig> {
-        GenerationConfig::default().with(&self.given()?)
+    pub fn settings(&self, top_k: Option<usize>) -> Result<GenerationConfig> {
+        GenerationConfig::default().with(&self.given(top_k)?)
     }
 
     /// What an engine may use.

@@ -81,9 +81,9 @@ impl Architecture for Bert {
 
     fn class(&self, head: Head) -> Option<String> {
         match head {
-            Head::SequenceClassification { .. } | Head::TokenClassification { .. } => {
-                Some(format!("Bert{}", head.suffix()))
-            }
+            Head::SequenceClassification { .. }
+            | Head::TokenClassification { .. }
+            | Head::QuestionAnswering => Some(format!("Bert{}", head.suffix())),
             Head::CausalLm { .. } => None,
         }
     }
@@ -98,6 +98,9 @@ impl Architecture for Bert {
             Head::TokenClassification { labels } => {
                 let x = o.dropout(&body(o, self, None)?, self.before_classifier())?;
                 o.linear(At::labels("classifier").linear(self.hidden_size, labels), &x)
+            }
+            Head::QuestionAnswering => {
+                o.linear(At::labels("qa_outputs").linear(self.hidden_size, 2), &body(o, self, None)?)
             }
             Head::CausalLm { .. } => bail_unusable!(
                 "causal-lm needs a model that predicts the next token (model_type gpt2); a bert sees every token at once"

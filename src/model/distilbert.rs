@@ -29,6 +29,9 @@ pub struct DistilBert {
     /// Dropout in front of a sequence classifier.
     #[serde(default = "default::fifth")]
     pub seq_classif_dropout: f32,
+    /// Dropout in front of the scores of answers.
+    #[serde(default = "default::tenth")]
+    pub qa_dropout: f32,
     #[serde(default = "default::fiftieth")]
     pub initializer_range: f64,
 }
@@ -38,7 +41,8 @@ const EPS: f64 = 1e-12;
 
 impl Architecture for DistilBert {
     const MODEL_TYPES: &'static [&'static str] = &["distilbert"];
-    const DROPOUTS: &'static [&'static str] = &["dropout", "attention_dropout", "seq_classif_dropout"];
+    const DROPOUTS: &'static [&'static str] =
+        &["dropout", "attention_dropout", "seq_classif_dropout", "qa_dropout"];
 
     fn read(raw: &Map<String, Value>) -> Result<Self> {
         checked(raw, |c: &Self, found| {
@@ -50,6 +54,7 @@ impl Architecture for DistilBert {
             found.probability("dropout", c.dropout);
             found.probability("attention_dropout", c.attention_dropout);
             found.probability("seq_classif_dropout", c.seq_classif_dropout);
+            found.probability("qa_dropout", c.qa_dropout);
             found.small("initializer_range", c.initializer_range);
         })
     }
@@ -77,9 +82,9 @@ impl Architecture for DistilBert {
 
     fn class(&self, head: Head) -> Option<String> {
         match head {
-            Head::SequenceClassification { .. } | Head::TokenClassification { .. } => {
-                Some(format!("DistilBert{}", head.suffix()))
-            }
+            Head::SequenceClassification { .. }
+            | Head::TokenClassification { .. }
+            | Head::QuestionAnswering => Some(format!("DistilBert{}", head.suffix())),
             Head::CausalLm { .. } => None,
         }
     }
@@ -95,6 +100,10 @@ impl Architecture for DistilBert {
             Head::TokenClassification { labels } => {
                 let x = o.dropout(&body(o, self, None)?, self.dropout)?;
                 o.linear(At::labels("classifier").linear(self.dim, labels), &x)
+            }
+            Head::QuestionAnswering => {
+                let x = o.dropout(&body(o, self, None)?, self.qa_dropout)?;
+                o.linear(At::labels("qa_outputs").linear(self.dim, 2), &x)
             }
             Head::CausalLm { .. } => bail_unusable!(
                 "causal-lm needs a model that predicts the next token (model_type gpt2); a distilbert sees every token \

@@ -17,6 +17,8 @@ pub enum Head {
     SequenceClassification { labels: usize },
     /// One row of scores a token, (T, labels): `…ForTokenClassification`.
     TokenClassification { labels: usize },
+    /// Two scores a token, (T, 2), of an answer's beginning and of its end there: `…ForQuestionAnswering`.
+    QuestionAnswering,
     /// The scores of the next token behind every token, (T, V), or behind one token of every sequence alone, (B, V):
     /// `…LMHeadModel`.
     CausalLm { wanted: Option<Pick> },
@@ -28,6 +30,7 @@ impl Head {
         match self {
             Self::SequenceClassification { .. } => "text-classification",
             Self::TokenClassification { .. } => "token-classification",
+            Self::QuestionAnswering => "question-answering",
             Self::CausalLm { .. } => "causal-lm",
         }
     }
@@ -37,6 +40,7 @@ impl Head {
         match self {
             Self::SequenceClassification { .. } => "ForSequenceClassification",
             Self::TokenClassification { .. } => "ForTokenClassification",
+            Self::QuestionAnswering => "ForQuestionAnswering",
             Self::CausalLm { .. } => "LMHeadModel",
         }
     }

@@ -81,7 +81,7 @@ impl Architecture for Gpt2 {
 
     fn class(&self, head: Head) -> Option<String> {
         match head {
-            Head::SequenceClassification { .. } | Head::CausalLm { .. } => {
+            Head::SequenceClassification { .. } | Head::QuestionAnswering | Head::CausalLm { .. } => {
                 Some(format!("GPT2{}", head.suffix()))
             }
             Head::TokenClassification { .. } => None,
@@ -99,6 +99,9 @@ impl Architecture for Gpt2 {
                 // the head is the table of words
                 let x = body(o, &at, self, wanted)?;
                 o.linear(words(&at, self).tied(), &x)
+            }
+            Head::QuestionAnswering => {
+                o.linear(At::labels("qa_outputs").linear(self.n_embd, 2), &body(o, &at, self, None)?)
             }
             Head::TokenClassification { .. } => bail_unusable!(
                 "token-classification needs a model that sees a token's whole sentence, such as bert; a gpt2 sees \

@@ -70,9 +70,9 @@ impl Architecture for Roberta {
             _ => "Roberta",
         };
         match head {
-            Head::SequenceClassification { .. } | Head::TokenClassification { .. } => {
-                Some(format!("{name}{}", head.suffix()))
-            }
+            Head::SequenceClassification { .. }
+            | Head::TokenClassification { .. }
+            | Head::QuestionAnswering => Some(format!("{name}{}", head.suffix())),
             Head::CausalLm { .. } => None,
         }
     }
@@ -90,6 +90,9 @@ impl Architecture for Roberta {
             Head::TokenClassification { labels } => {
                 let x = o.dropout(&body(o, self, None)?, p)?;
                 o.linear(At::labels("classifier").linear(width, labels), &x)
+            }
+            Head::QuestionAnswering => {
+                o.linear(At::labels("qa_outputs").linear(width, 2), &body(o, self, None)?)
             }
             Head::CausalLm { .. } => bail_unusable!(
                 "causal-lm needs a model that predicts the next token (model_type gpt2); a {} sees every token at once",

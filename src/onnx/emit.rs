@@ -62,11 +62,16 @@ pub fn graph<'w>(
         results.len(),
         outputs.len()
     );
-    let outlet = |(output, x): (&Output, &X)| Outlet {
-        name: output.name.to_owned(),
-        kind: DataType::Float,
-        dims: output.dims.clone(),
-        value: x.value,
+    let outlet = |(output, x): (&Output, &X)| {
+        let value = match output.dims[..] {
+            // a number a token, not a row of one
+            [Dim::Batch, Dim::Sequence] => {
+                let axis = emit.list(&[-1]);
+                emit.plain(&x.scope, "Squeeze", &[x.value, axis])
+            }
+            _ => x.value,
+        };
+        Outlet { name: output.name.to_owned(), kind: DataType::Float, dims: output.dims.clone(), value }
     };
     let mut results: Vec<Outlet> = outputs.iter().zip(&results).map(outlet).collect();
     results.extend(emit.presents.take());

@@ -10,6 +10,8 @@ pub mod runtimes;
 
 use std::path::Path;
 
+use ndarray::Array2;
+
 pub use compare::{Compared, Measure};
 pub use runtimes::Runtime;
 
@@ -84,7 +86,11 @@ fn measured(
     Predictor::of_graph(subject.saved, subject.graph.to_owned(), &options, Say::default())?.measure(examples)
 }
 
-/// The rows of all outputs of all records, one after another.
+/// The rows of all outputs of all records, one after another. Of one number a token they are one row.
 fn rows(records: &[Outputs]) -> Vec<Vec<f32>> {
-    records.iter().flatten().flat_map(|output| output.rows()).map(|row| row.to_vec()).collect()
+    let of = |output: &Array2<f32>| match output.ncols() {
+        1 => vec![output.iter().copied().collect()],
+        _ => output.rows().into_iter().map(|row| row.to_vec()).collect(),
+    };
+    records.iter().flatten().flat_map(of).collect::<Vec<Vec<f32>>>()
 }

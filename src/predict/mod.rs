@@ -38,7 +38,6 @@ pub struct Predictor {
     task: Task,
     /// A tokenizer is large: reading threads share it.
     asking: Arc<Asking>,
-    flags: AnswerFlags,
     graph: PathBuf,
     pool: Pool,
 }
@@ -74,10 +73,11 @@ impl Predictor {
     pub fn of_graph(saved: &Saved, graph: PathBuf, options: &Options, say: Say) -> Result<Self> {
         let max_length = saved.checked_max_length(options.max_length)?;
         let columns = saved.task.columns(options.flags);
-        let asking = Arc::new(Asking { columns, tokenizer: saved.tokenizer.clone(), max_length });
+        let (tokenizer, flags) = (saved.tokenizer.clone(), options.flags.clone());
+        let asking = Arc::new(Asking { columns, tokenizer, max_length, flags });
         saved.task.check_room(&asking)?;
         let pool = Pool::open(saved, &graph, options.providers, options.threads, options.batch_tokens, say)?;
-        Ok(Self { task: saved.task.clone(), asking, flags: options.flags.clone(), graph, pool })
+        Ok(Self { task: saved.task.clone(), asking, graph, pool })
     }
 
     /// What runs the model.
@@ -120,7 +120,7 @@ impl Predictor {
         let answer = |asked: &&Asked| {
             let (own, others) = rest.split_at(asked.windows.len());
             rest = others;
-            let mut answer = self.task.answer(&asked.question, own, &self.flags)?;
+            let mut answer = self.task.answer(&asked.question, own, &self.asking.flags)?;
             if let (Ok(fields), true) = (&mut answer, asked.truncated()) {
                 fields.insert("truncated".to_owned(), true.into());
             }

@@ -53,7 +53,7 @@ impl Values {
     /// An output of a padded batch, cut into what each of its sequences has: (1, C) or (T, C).
     ///
     /// # Errors
-    /// Its shape is not (B, C) or (B, T, C) of the batch.
+    /// Its shape is not (B, C), (B, T, C) or (B, T) of the batch.
     pub fn unpack(&self, scope: Scope, batch: &PaddedBatch) -> Result<Vec<Array2<f32>>> {
         let shape = self.array.shape();
         let place = || {
@@ -64,6 +64,9 @@ impl Values {
         };
         let rows = match (scope, shape) {
             (Scope::Sequence, &[rows, width]) => self.array.to_shape((rows, width)),
+            (Scope::Token, &[sequences, columns]) if columns == batch.width => {
+                self.array.to_shape((sequences * columns, 1))
+            }
             (Scope::Token, &[sequences, columns, width]) if columns == batch.width => {
                 self.array.to_shape((sequences * columns, width))
             }
@@ -231,10 +234,11 @@ mod tests {
         };
         assert_eq!(shapes(Scope::Sequence, &[2, 5]).unwrap(), [(1, 5), (1, 5)]);
         assert_eq!(shapes(Scope::Token, &[2, 3, 5]).unwrap(), [(1, 5), (3, 5)]);
+        assert_eq!(shapes(Scope::Token, &[2, 3]).unwrap(), [(1, 1), (3, 1)]);
         for (scope, shape) in [
             (Scope::Sequence, &[3, 5][..]),
             (Scope::Sequence, &[2, 3, 5]),
-            (Scope::Token, &[2, 5]),
+            (Scope::Token, &[2, 5]), // is not 3, the batch's length
             (Scope::Token, &[2, 4, 5]),
             (Scope::Token, &[3, 3, 5]),
             (Scope::Sequence, &[]),

@@ -6,6 +6,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::data::offsets::OffsetUnit;
 use crate::data::records::{BadRow, Columns, Format, How, Row, TextEncoding};
 use crate::{Result, bail_unusable};
 
@@ -70,6 +71,21 @@ impl TextColumns {
     }
 }
 
+/// Flags of answers that mean something to several tasks; [`super::Objective::ANSWER_FLAGS`] says to which.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::Args, Serialize)]
+#[group(skip)]
+#[serde(rename_all = "kebab-case")]
+pub struct SharedFlags {
+    /// For token-classification and question-answering, what offsets count [default: char].
+    #[arg(long, value_enum, value_name = "UNIT")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub offset_unit: Option<OffsetUnit>,
+    /// For causal-lm, draw from the K most likely tokens; for question-answering, list the K best answers.
+    #[arg(long, value_name = "K")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub top_k: Option<usize>,
+}
+
 /// The flags that were given, in their long form and in alphabetical order.
 ///
 /// # Errors
@@ -103,6 +119,21 @@ pub(super) fn refuse_texts(texts: &TextColumns, read: &[&str], task: &str) -> Re
         Some(flag) => bail_unusable!("{flag} says nothing to {task}"),
         None => Ok(()),
     }
+}
+
+/// Refuses flags that several tasks share where another one is at work. `takers` are the tasks, and what each takes.
+///
+/// # Errors
+/// Unusable: names the flag and its tasks.
+pub(super) fn refuse_shared(flags: &SharedFlags, takers: &[(&str, &[&str])], task: &str) -> Result<()> {
+    for flag in given(flags)? {
+        let of = takers.iter().filter(|(_, taken)| taken.contains(&flag.as_str())).map(|(name, _)| *name);
+        let of: Vec<&str> = of.collect();
+        if !of.contains(&task) {
+            bail_unusable!("{flag} is for {}, and this is {task}", of.join(" and "));
+        }
+    }
+    Ok(())
 }
 
 /// Lists the first records that can't be used, if there are any.

@@ -6,6 +6,7 @@ pub mod flags;
 mod id2label;
 pub mod objective;
 pub mod output;
+pub mod question_answering;
 pub mod scores;
 #[cfg(test)]
 mod tests;
@@ -29,9 +30,10 @@ use crate::model::{Family, ModelConfig, manifest, token_ids};
 use crate::runtime::Slots;
 use crate::{Result, bail_unusable, unusable};
 pub use causal_lm::CausalLm;
-pub use flags::{Reading, TextColumns};
+pub use flags::{Reading, SharedFlags, TextColumns};
 pub use objective::{Asking, Encoder, Form, Learning, Objective, Start};
 pub use output::{Dim, Output, Outputs, Scope};
+pub use question_answering::QuestionAnswering;
 pub use text_classification::TextClassification;
 pub use token_classification::TokenClassification;
 
@@ -149,6 +151,9 @@ macro_rules! tasks {
             #[command(flatten)]
             #[serde(flatten)]
             pub texts: TextColumns,
+            #[command(flatten)]
+            #[serde(flatten)]
+            pub shared: SharedFlags,
             $(#[command(flatten)]
             #[serde(flatten)]
             pub $module: $module::AnswerFlags,)+
@@ -207,6 +212,7 @@ macro_rules! tasks {
                 $(if task != $task::NAME {
                     flags::refuse_given(&self.$module, $task::NAME, task)?;
                 })+
+                flags::refuse_shared(&self.shared, &[$(($task::NAME, $task::ANSWER_FLAGS)),+], task)?;
                 match task {
                     $($task::NAME => flags::refuse_texts(&self.texts, $task::TEXTS_ASKED, task),)+
                     _ => Ok(()),
@@ -376,6 +382,11 @@ macro_rules! tasks {
                 }
             }
 
+            /// See [`Objective::tuned`].
+            pub fn tuned(&self, best: &Measured) -> Option<Self> {
+                match self { $(Self::$task(task) => task.tuned(best).map(Self::$task)),+ }
+            }
+
             /// See [`Objective::check_room`].
             pub fn check_room(&self, asking: &Asking) -> Result<()> {
                 match self { $(Self::$task(task) => task.check_room(asking)),+ }
@@ -415,6 +426,7 @@ macro_rules! tasks {
 tasks!(
     TextClassification in text_classification,
     TokenClassification in token_classification,
+    QuestionAnswering in question_answering,
     CausalLm in causal_lm,
 );
 

@@ -106,6 +106,7 @@ pub struct Asking {
     pub columns: Columns,
     pub tokenizer: Tokenizer,
     pub max_length: usize,
+    pub flags: AnswerFlags,
 }
 
 /// One kind of work: its records, head, loss, outputs, metrics and answers.
@@ -118,6 +119,8 @@ pub trait Objective: Clone + Into<Task> {
     const TEXTS_LEARNT: &'static [&'static str];
     /// The same of records to answer.
     const TEXTS_ASKED: &'static [&'static str];
+    /// The flags of answers that it takes, of those that several tasks share.
+    const ANSWER_FLAGS: &'static [&'static str] = &[];
     /// Files of a model's directory, beside configuration, weights and tokenizer, that it reads and writes.
     const FILES: &'static [&'static str] = &[];
 
@@ -237,6 +240,11 @@ pub trait Objective: Clone + Into<Task> {
     /// Unusable: the task's model generates nothing. As [`Slots::read`].
     fn measure_in_place(&self, _: &mut Slots, _: &[(&Encoding, &Self::Target)]) -> Result<Measured> {
         bail_unusable!("a {} model generates no text", Self::NAME)
+    }
+
+    /// The task as it is kept with the weights of its best evaluation, where something of it was found there.
+    fn tuned(&self, _best: &Measured) -> Option<Self> {
+        None
     }
 
     /// The columns of a record to answer.

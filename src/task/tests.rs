@@ -62,6 +62,8 @@ fn a_flag_is_taken_by_its_own_task_alone_and_refused_by_name_elsewhere() {
         match given[0].as_str() {
             "--format" | "--encoding" => assert_eq!(tasks.len(), all),
             "--text-column" => assert_eq!(tasks, [TextClassification::NAME, TokenClassification::NAME]),
+            "--offset-unit" => assert_eq!(tasks, [TokenClassification::NAME, QuestionAnswering::NAME]),
+            "--top-k" => assert_eq!(tasks, [QuestionAnswering::NAME, CausalLm::NAME]),
             flag => assert_eq!(tasks.len(), 1, "{flag}: {tasks:?}"),
         }
     }

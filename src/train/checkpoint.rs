@@ -8,11 +8,12 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 use super::optimizer::AdamW;
 use crate::checkpoint::{self, Weights};
 use crate::eager::Params;
-use crate::task::Metrics;
+use crate::task::{Measured, Metrics};
 use crate::{Result, files, unusable};
 
 /// How far a run has come.
@@ -38,12 +39,20 @@ pub struct Best {
     pub step: usize,
     #[serde(deserialize_with = "metrics")]
     pub metrics: Metrics,
+    /// What else was measured; see [`Measured`].
+    #[serde(default, skip_serializing_if = "Map::is_empty")]
+    pub details: Map<String, Value>,
 }
 
 impl Best {
     /// The value of a metric, if it is a number.
     pub fn number(&self, name: &str) -> Option<f64> {
         self.metrics.get(name).copied().filter(|value| value.is_finite())
+    }
+
+    /// All that was measured.
+    pub fn measured(&self) -> Measured {
+        Measured { metrics: self.metrics.clone(), details: self.details.clone() }
     }
 }
 
@@ -308,7 +317,8 @@ mod tests {
     fn metrics_that_are_no_numbers_read_back() {
         let metrics = [("mse", 2.0), ("pearson", f64::NAN), ("loss", f64::INFINITY)];
         let metrics = metrics.map(|(name, value)| (name.to_owned(), value)).into();
-        let progress = Progress { best: Some(Best { step: 3, metrics }), ..Default::default() };
+        let progress =
+            Progress { best: Some(Best { step: 3, metrics, details: Map::new() }), ..Default::default() };
         let text = serde_json::to_string(&progress).unwrap();
         let read = serde_json::from_str::<Progress>(&text).unwrap().best.unwrap();
         assert_eq!((read.step, read.number("mse"), read.metrics.len()), (3, Some(2.0), 3));

@@ -12,7 +12,7 @@ use crate::eager::{Init, Params};
 use crate::model::ModelConfig;
 use crate::model::ops::{Param, Part};
 use crate::say::Say;
-use crate::task::{Encoder, Example, Learning, RecordFlags, Start, Target, Task, TrainingFlags};
+use crate::task::{Encoder, Example, Learning, Measured, RecordFlags, Start, Target, Task, TrainingFlags};
 use crate::{Result, bail_unusable};
 
 /// What is to be learnt, from what.
@@ -69,6 +69,13 @@ pub struct Prepared {
 }
 
 impl Prepared {
+    /// Takes over what the task has found in the evaluation whose weights are kept.
+    pub fn tune(&mut self, best: &Measured) {
+        if let Some(tuned) = self.learning.task.tuned(best) {
+            tuned.write_config(&mut self.config);
+        }
+    }
+
     /// Reads model and records, and finds out what is to be learnt.
     ///
     /// # Errors

@@ -158,9 +158,9 @@ impl Run<'_> {
 
     fn evaluate(&self, log: &mut Log, bar: &ProgressBar, progress: &mut Progress, plan: &Plan) -> Result<()> {
         let Self { params, family, task, device, .. } = *self;
-        let metrics = task.measure(&Forward { params, family, task, device }, self.eval)?.metrics;
+        let measured = task.measure(&Forward { params, family, task, device }, self.eval)?;
         let Metric { name, more_is_better } = self.deciding_metric()?;
-        let new = Best { step: progress.step, metrics };
+        let new = Best { step: progress.step, metrics: measured.metrics, details: measured.details };
         let is_better = is_better(
             new.number(name),
             progress.best.as_ref().and_then(|best| best.number(name)),

@@ -19,6 +19,9 @@ pub const CLASSIFIERS: [&str; 7] = [
 /// Those that give a row a token, of five labels.
 pub const TAGGERS: [&str; 4] =
     ["tiny-bert-tokens", "tiny-distilbert-tokens", "tiny-roberta-tokens", "tiny-xlm-roberta-tokens"];
+/// Those that give two numbers a token: where an answer begins, and where it ends.
+pub const ANSWERERS: [&str; 4] =
+    ["tiny-bert-answers", "tiny-distilbert-answers", "tiny-roberta-answers", "tiny-gpt2-answers"];
 pub const LANGUAGE_MODEL: &str = "tiny-gpt2-lm";
 
 /// A directory under `models/`.

@@ -5,7 +5,9 @@ use std::io::{BufRead, Cursor, Error, ErrorKind, Read};
 use serde_json::{Map, Value};
 
 use super::conll::{Sentence, Sentences};
-use super::{BadRow, EMPTY_LINE, Format, How, Input, Item, Row, TextEncoding, TextUnit, describe, exact};
+use super::{
+    BadRow, EMPTY_LINE, Format, How, Input, Item, Row, TextEncoding, TextUnit, describe, exact, squad,
+};
 use crate::{Result, bail_unusable, unusable};
 
 type Boxed = Box<dyn Iterator<Item = Item> + Send>;
@@ -394,6 +396,9 @@ fn json(input: Input, how: &How, name: &str) -> Result<Boxed> {
         ),
         Err(error) => return Err(unusable!("{name} is not JSON: {error}")),
     };
+    if squad::is_squad(&records) {
+        return Ok(Box::new(squad::questions(records).map(Ok)));
+    }
     let mut raw: Vec<String> = Vec::new();
     if records.iter().any(exact::has_fraction) {
         raw = exact::members(array).into_iter().map(|(_, raw)| raw.to_owned()).collect();

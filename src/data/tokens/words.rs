@@ -7,8 +7,8 @@ use tokenizers::{ModelWrapper, Token};
 
 use super::Tokenizer;
 use crate::data::batch::Encoding;
+use crate::data::offsets::joined;
 use crate::task::token_classification::decode;
-use crate::task::token_classification::offsets::joined;
 use crate::{Result, bail_unusable};
 
 /// A text's own tokens with their places, without those that the tokenizer puts around it.

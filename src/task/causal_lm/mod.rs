@@ -114,6 +114,7 @@ impl Objective for CausalLm {
     const HEAD: Head = Head::CausalLm { wanted: None };
     const TEXTS_LEARNT: &'static [&'static str] = &["text"];
     const TEXTS_ASKED: &'static [&'static str] = &[];
+    const ANSWER_FLAGS: &'static [&'static str] = &["--top-k"];
     const FILES: &'static [&'static str] = &[GENERATION_CONFIG];
 
     type Target = NextTokens;

@@ -6,7 +6,6 @@ use serde_json::{Map, Value, json};
 
 use super::TokenClassification;
 use super::decode::{self, Aggregation, Piece};
-use super::offsets::OffsetUnit;
 use super::scheme::OUTSIDE;
 use super::windowed::Windowed;
 use crate::Result;
@@ -29,10 +28,6 @@ pub struct AnswerFlags {
     #[arg(long, value_enum, value_name = "HOW", help_heading = "Entities")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub aggregation: Option<Aggregation>,
-    /// What offsets count [default: char].
-    #[arg(long, value_enum, value_name = "UNIT", help_heading = "Entities")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub offset_unit: Option<OffsetUnit>,
     /// Answer with the label of every word, too.
     #[arg(long, help_heading = "Entities")]
     pub tags: bool,
@@ -53,7 +48,7 @@ pub struct Question {
 /// # Errors
 /// The record has neither, or what can't be tokenized.
 pub(super) fn question(row: &Row, asking: &Asking) -> Result<(Vec<Encoding>, Question), BadRow> {
-    let Asking { columns, tokenizer, max_length } = asking;
+    let Asking { columns, tokenizer, max_length, .. } = asking;
     let bad = |error: anyhow::Error| row.bad(format!("{error:#}"));
     let given = row.fields.contains_key(columns.of("tokens"));
     let (text, pieces, count) = if given {
@@ -94,8 +89,9 @@ impl TokenClassification {
         &self,
         question: &Question,
         outputs: &[Outputs],
-        flags: &AnswerFlags,
+        flags: &crate::task::AnswerFlags,
     ) -> Result<Answer> {
+        let own = &flags.token_classification;
         let mut rows = Vec::with_capacity(question.places.len());
         for &(window, token) in &question.places {
             let logits =
@@ -120,8 +116,8 @@ impl TokenClassification {
                 logits: &rows[i],
             })
             .collect();
-        let aggregation = flags.aggregation.unwrap_or_default();
-        let unit = flags.offset_unit.unwrap_or_default();
+        let aggregation = own.aggregation.unwrap_or_default();
+        let unit = flags.shared.offset_unit.unwrap_or_default();
         let found = decode::entities(&question.text, &pieces, &self.labels, self.scheme, aggregation, unit);
         let entities: Vec<Value> = found
             .into_iter()
@@ -133,7 +129,7 @@ impl TokenClassification {
             })
             .collect();
         let mut answer = Map::from_iter([("entities".to_owned(), json!(entities))]);
-        if flags.tags {
+        if own.tags {
             let tags = decode::tags(&pieces, question.count, aggregation);
             let names = tags.into_iter().map(|id| id.map_or(OUTSIDE, |id| self.labels[id].as_str()));
             answer.insert("tags".to_owned(), names.collect());

@@ -4,8 +4,8 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
-use super::offsets::OffsetUnit;
 use super::scheme::{OUTSIDE, Scheme, split};
+use crate::data::offsets::OffsetUnit;
 use crate::task::scores::softmax;
 
 /// `--aggregation`: how tokens become entities. The names and their meaning are transformers'.

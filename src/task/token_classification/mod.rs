@@ -5,7 +5,6 @@ pub mod decode;
 pub mod entities;
 pub mod labels;
 pub mod metrics;
-pub mod offsets;
 pub mod scheme;
 mod windowed;
 
@@ -124,6 +123,7 @@ impl Objective for TokenClassification {
     const HEAD: Head = Head::TokenClassification { labels: 0 };
     const TEXTS_LEARNT: &'static [&'static str] = &[];
     const TEXTS_ASKED: &'static [&'static str] = &["text"];
+    const ANSWER_FLAGS: &'static [&'static str] = &["--offset-unit"];
 
     type Target = Tags;
     type Question = Question;
@@ -283,7 +283,7 @@ impl Objective for TokenClassification {
     }
 
     fn answer(&self, question: &Question, outputs: &[Outputs], flags: &super::AnswerFlags) -> Result<Answer> {
-        self.entities(question, outputs, &flags.token_classification)
+        self.entities(question, outputs, flags)
     }
 }
 

@@ -1,0 +1,592 @@
+//! Extractive question answering: a question and a text → the part of the text that answers it, or none.
+
+mod decode;
+pub mod squad;
+
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+
+use candle_core::{D, DType, Tensor};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use self::decode::{Answers, Limits, Scored, answers};
+use self::squad::{Judged, Match, best_threshold};
+use super::flags::refuse_records;
+
+use super::scores::{cross_entropy, short};
+use super::{
+    Answer, Asking, Dim, Encoder, Example, Form, Learning, Measured, Metric, Metrics, Objective, Output,
+    Outputs, Start,
+};
+use crate::data::batch::Encoding;
+use crate::data::offsets::OffsetUnit;
+use crate::data::records::{self, BadRow, Columns, Row};
+use crate::data::tokens::{PairWindow, Tokenizer};
+use crate::eager::{Eager, X, tensors};
+use crate::model::ops::Ops;
+use crate::model::{Family, Head, ModelConfig};
+use crate::{Result, unusable};
+
+/// What a model knows of questions.
+#[derive(Clone, Debug, PartialEq)]
+pub struct QuestionAnswering {
+    /// Where it has learnt that some questions have no answer in their text: how much likelier than the best answer none
+    /// must be, to be the answer.
+    pub null_threshold: Option<f64>,
+}
+
+/// The key of config.json that keeps the threshold, by the name that transformers' `run_qa.py` has for it.
+const NULL_THRESHOLD: &str = "null_score_diff_threshold";
+
+/// How texts are read and answers are looked for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::Args, Serialize, Deserialize)]
+#[group(skip)]
+#[serde(rename_all = "kebab-case", default)]
+pub struct QuestionFlags {
+    /// For question-answering, the tokens that neighbouring windows of a long text share [default: 128, or half of
+    /// --max-length].
+    #[arg(long, value_name = "N", help_heading = "Questions")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub doc_stride: Option<usize>,
+    /// Tokens of the longest answer [default: 30].
+    #[arg(long, value_name = "N", help_heading = "Questions", value_parser = clap::value_parser!(u32).range(1..))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_answer_length: Option<u32>,
+    /// Answers of each window that are compared [default: 20].
+    #[arg(long, value_name = "N", help_heading = "Questions", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub n_best: Option<u32>,
+}
+
+impl QuestionFlags {
+    fn limits(&self) -> Limits {
+        Limits {
+            max_answer_length: self.max_answer_length.unwrap_or(30) as usize,
+            n_best: self.n_best.unwrap_or(20) as usize,
+        }
+    }
+
+    fn stride(&self, max_length: usize) -> usize {
+        self.doc_stride.unwrap_or(128.min(max_length / 2))
+    }
+}
+
+/// Flags of questions, their texts and their answers.
+#[derive(Clone, Debug, Default, PartialEq, Eq, clap::Args, Serialize, Deserialize)]
+#[group(skip)]
+#[serde(rename_all = "kebab-case", default)]
+pub struct RecordFlags {
+    /// For question-answering, the column of the question [default: question].
+    #[arg(long, value_name = "NAME", help_heading = "Records")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub question_column: Option<String>,
+    /// For question-answering, the column of the text that the answer stands in [default: context].
+    #[arg(long, value_name = "NAME", help_heading = "Records")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub context_column: Option<String>,
+    /// For question-answering, the column of the right answers, {"text": […], "answer_start": […]} [default: answers].
+    #[arg(long, value_name = "NAME", help_heading = "Records")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub answers_column: Option<String>,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub questions: QuestionFlags,
+}
+
+/// Flags of training: it has none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::Args, Serialize, Deserialize)]
+#[group(skip)]
+#[serde(default)]
+pub struct TrainingFlags {}
+
+/// Flags of answers.
+#[derive(Clone, Debug, Default, PartialEq, Eq, clap::Args, Serialize)]
+#[group(skip)]
+#[serde(rename_all = "kebab-case")]
+pub struct AnswerFlags {
+    /// The column of the question [default: question].
+    #[arg(long, value_name = "NAME", help_heading = "Records")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub question_column: Option<String>,
+    /// The column of the text that is asked [default: context].
+    #[arg(long, value_name = "NAME", help_heading = "Records")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub context_column: Option<String>,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub questions: QuestionFlags,
+}
+
+/// A record to learn from, or to measure on.
+struct Record {
+    line: usize,
+    question: String,
+    context: Arc<str>,
+    /// The right answers; none, where the question can't be answered.
+    answers: Vec<String>,
+    /// The bytes of the first answer in the context.
+    place: Option<Range<usize>>,
+}
+
+/// What a window of a question's text ought to give.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Wanted {
+    /// Which of the file's questions it is of.
+    pub question: usize,
+    /// The tokens that the answer begins and ends with; the first one of the window for both, where it is not in it.
+    pub tokens: (usize, usize),
+    context: Arc<str>,
+    right: Arc<[String]>,
+    text: Range<usize>,
+    spans: Vec<Range<usize>>,
+    null: bool,
+    limits: Limits,
+}
+
+/// A question that is asked.
+pub struct Question {
+    context: String,
+    /// For each window, where the text's tokens stand, their bytes, and whether the first token stands for no answer.
+    windows: Vec<(Range<usize>, Vec<Range<usize>>, bool)>,
+    limits: Limits,
+}
+
+impl Objective for QuestionAnswering {
+    const NAME: &'static str = "question-answering";
+    const HEAD: Head = Head::QuestionAnswering;
+    const TEXTS_LEARNT: &'static [&'static str] = &[];
+    const TEXTS_ASKED: &'static [&'static str] = &[];
+    const ANSWER_FLAGS: &'static [&'static str] = &["--offset-unit", "--top-k"];
+
+    type Target = Wanted;
+    type Question = Question;
+
+    fn from_config(config: &ModelConfig) -> Result<Self> {
+        let null_threshold = match config.raw.get(NULL_THRESHOLD) {
+            None | Some(Value::Null) => None,
+            Some(value) => Some(
+                value
+                    .as_f64()
+                    .ok_or_else(|| unusable!("{NULL_THRESHOLD} is {value}, a number was expected"))?,
+            ),
+        };
+        Ok(Self { null_threshold })
+    }
+
+    fn write_config(&self, config: &mut ModelConfig) {
+        let class = config.family.class(self.head());
+        let raw = &mut config.raw;
+        raw.insert("architectures".to_owned(), json!([class]));
+        // the head's size is not that of labels
+        for key in ["id2label", "label2id", "num_labels", "problem_type", NULL_THRESHOLD] {
+            raw.remove(key);
+        }
+        if let Some(threshold) = self.null_threshold {
+            raw.insert(NULL_THRESHOLD.to_owned(), json!(threshold));
+        }
+    }
+
+    fn learn(start: &mut Start) -> Result<Learning<Self, Wanted>> {
+        let tokenizer = start.tokenizer()?;
+        let records = read(start.train, start.records)?;
+        let unplaced = records.iter().filter(|record| record.place.is_none() && !record.answers.is_empty());
+        let why = "an answer that is learnt needs its answer_start".to_owned();
+        refuse_records(
+            start.train,
+            "answers without a place",
+            unplaced.map(|record| (record.line, why.clone())),
+        )?;
+        let some_have_none = records.iter().any(|record| record.answers.is_empty());
+        let task = Self { null_threshold: some_have_none.then_some(0.0) };
+        let flags = start.records.question_answering.questions;
+        let examples = examples_of(&records, start.train, &tokenizer, start.max_length, flags)?;
+        Ok(Learning { task, tokenizer, examples, files: Vec::new() })
+    }
+
+    fn examples(&self, path: &Path, encoder: &Encoder) -> Result<Vec<Example<Wanted>>> {
+        let Encoder { records, tokenizer, max_length, .. } = *encoder;
+        examples_of(&read(path, records)?, path, tokenizer, max_length, records.question_answering.questions)
+    }
+
+    fn summary(&self) -> Option<String> {
+        self.null_threshold.map(|_| "some questions have no answer".to_owned())
+    }
+
+    fn smooths_labels(&self) -> bool {
+        false
+    }
+
+    fn head(&self) -> Head {
+        Head::QuestionAnswering
+    }
+
+    fn define<O: Ops>(&self, o: &O, family: &Family) -> Result<Vec<O::X>> {
+        o.split(&family.define(o, self.head())?, 2)
+    }
+
+    fn outputs(&self, _: Form) -> Vec<Output> {
+        ["start_logits", "end_logits"]
+            .map(|name| Output { name, dims: vec![Dim::Batch, Dim::Sequence] })
+            .to_vec()
+    }
+
+    /// The mean of both ends' cross-entropies over a window's tokens. Padding is not among them, as it is in
+    /// transformers, whose loss changes with the batch.
+    fn loss(
+        &self,
+        _: &Eager,
+        outputs: Vec<X>,
+        examples: &[(&Encoding, &Wanted)],
+        _: f64,
+        of: usize,
+    ) -> Result<Tensor> {
+        let outputs = tensors(outputs)?;
+        let [start, end] = &outputs[..] else { anyhow::bail!("the model has {} outputs", outputs.len()) };
+        let lengths: Vec<usize> = examples.iter().map(|(encoding, _)| encoding.len()).collect();
+        let at =
+            |end: fn(&Wanted) -> usize| examples.iter().map(|(_, wanted)| end(wanted)).collect::<Vec<_>>();
+        let losses = (sum_of_losses(start, &lengths, &at(|wanted| wanted.tokens.0))?
+            + sum_of_losses(end, &lengths, &at(|wanted| wanted.tokens.1))?)?;
+        Ok((losses / (2 * of) as f64)?)
+    }
+
+    fn metrics(&self) -> &'static [Metric] {
+        const { &[Metric::rising("f1"), Metric::rising("exact_match")] }
+    }
+
+    /// Exact match and F1 in percent, as SQuAD's scripts give them.
+    ///
+    /// # Errors
+    /// A window has other rows than its tokens.
+    fn measure_outputs(&self, outputs: &[Outputs], targets: &[&Wanted]) -> Result<Measured> {
+        let mut losses = 0.0;
+        let mut questions: Vec<(usize, Vec<Scored>)> = Vec::new();
+        let mut contexts: Vec<&Wanted> = Vec::new();
+        for (outputs, &wanted) in outputs.iter().zip(targets) {
+            let scored = scored(outputs, &wanted.text, &wanted.spans, wanted.null)?;
+            let (first, last) = wanted.tokens;
+            anyhow::ensure!(first.max(last) < scored.start.len(), "a window has fewer scores than tokens");
+            losses += (cross_entropy(&scored.start, first) + cross_entropy(&scored.end, last)) / 2.0;
+            match questions.last_mut() {
+                Some((question, windows)) if *question == wanted.question => windows.push(scored),
+                _ => {
+                    questions.push((wanted.question, vec![scored]));
+                    contexts.push(wanted);
+                }
+            }
+        }
+        let mut all: Vec<(bool, Match)> = Vec::with_capacity(questions.len());
+        let mut judged = [Vec::new(), Vec::new()]; // by exact match, by F1
+        for ((_, windows), wanted) in questions.iter().zip(contexts) {
+            let found = answers(&wanted.context, windows, wanted.limits);
+            let best = found.found.first();
+            let text = best.map_or("", |best| &wanted.context[best.span.clone()]);
+            let said = if self.says_none(&found) { "" } else { text };
+            let answerable = !wanted.right.is_empty();
+            all.push((answerable, Match::of(said, &wanted.right)));
+            let bare = Match::of(text, &wanted.right);
+            let null = found.null - best.map_or(0.0, |best| best.score);
+            let answered = !text.is_empty();
+            for (judged, score) in judged.iter_mut().zip([bare.exact, bare.f1]) {
+                judged.push(Judged { null, answerable, answered, score });
+            }
+        }
+        let percent = |which: &dyn Fn(bool) -> bool, how: fn(&Match) -> f64| {
+            let own: Vec<f64> =
+                all.iter().filter(|(answerable, _)| which(*answerable)).map(|(_, m)| how(m)).collect();
+            100.0 * own.iter().sum::<f64>() / own.len() as f64
+        };
+        let metrics = Metrics::from([
+            ("exact_match".to_owned(), percent(&|_| true, |m| m.exact)),
+            ("f1".to_owned(), percent(&|_| true, |m| m.f1)),
+            ("loss".to_owned(), losses / targets.len() as f64),
+        ]);
+        let mut details = Map::from_iter([("questions".to_owned(), json!(all.len()))]);
+        if all.iter().any(|(answerable, _)| !answerable) {
+            let [exact, f1] = judged.map(|judged| best_threshold(&judged));
+            for (name, value) in [
+                ("HasAns_exact", percent(&|answerable| answerable, |m| m.exact)),
+                ("HasAns_f1", percent(&|answerable| answerable, |m| m.f1)),
+                ("NoAns_exact", percent(&|answerable| !answerable, |m| m.exact)),
+                ("NoAns_f1", percent(&|answerable| !answerable, |m| m.f1)),
+                ("best_exact", 100.0 * exact.score),
+                ("best_exact_thresh", exact.at),
+                ("best_f1", 100.0 * f1.score),
+                ("best_f1_thresh", f1.at),
+                (NULL_THRESHOLD, f1.between),
+            ] {
+                details.insert(name.to_owned(), json!(value));
+            }
+        }
+        Ok(Measured { metrics, details })
+    }
+
+    fn columns(flags: &super::AnswerFlags) -> Columns {
+        let own = &flags.question_answering;
+        Columns::default()
+            .with("question", own.question_column.clone())
+            .with("context", own.context_column.clone())
+    }
+
+    fn check_room(&self, asking: &Asking) -> Result<()> {
+        asking.tokenizer.pair_windows("", "", asking.max_length, 0).map(drop)
+    }
+
+    fn ask(&self, row: &Row, asking: &Asking) -> Result<(Vec<Encoding>, Question), BadRow> {
+        let question = row.text(&asking.columns, "question")?;
+        let context = row.text(&asking.columns, "context")?.to_owned();
+        let flags = asking.flags.question_answering.questions;
+        let stride = flags.stride(asking.max_length);
+        let windows = asking.tokenizer.pair_windows(question, &context, asking.max_length, stride);
+        let windows = windows.map_err(|error| row.bad(format!("{error:#}")))?;
+        let (encodings, windows) = windows
+            .into_iter()
+            .map(|window| (window.encoding, (window.second, window.spans, window.begins_with_special)))
+            .unzip();
+        Ok((encodings, Question { context, windows, limits: flags.limits() }))
+    }
+
+    fn answer(&self, question: &Question, outputs: &[Outputs], flags: &super::AnswerFlags) -> Result<Answer> {
+        anyhow::ensure!(outputs.len() == question.windows.len(), "a window has no output");
+        let windows = outputs
+            .iter()
+            .zip(&question.windows)
+            .map(|(outputs, (text, spans, null))| scored(outputs, text, spans, *null))
+            .collect::<Result<Vec<_>>>()?;
+        if let Some(bad) = windows.iter().flat_map(|w| w.start.iter().chain(&w.end)).find(|x| !x.is_finite())
+        {
+            return Ok(Err(format!("the model's logits are not finite: {bad}")));
+        }
+        let found = answers(&question.context, &windows, question.limits);
+        let unit = flags.shared.offset_unit.unwrap_or_default();
+        let mut listed: Vec<Value> =
+            found.found.iter().map(|found| part(&question.context, &found.span, found.score, unit)).collect();
+        if self.null_threshold.is_some() {
+            let none = json!({"answer": "", "start": 0, "end": 0, "score": short(found.null as f32)});
+            let place = match self.says_none(&found) {
+                true => 0,
+                // not in front of what is said
+                false => found.found.partition_point(|other| other.score >= found.null).max(1),
+            };
+            listed.insert(place.min(listed.len()), none);
+        }
+        let Some(Value::Object(mut answer)) = listed.first().cloned() else {
+            return Ok(Err("the text has no words that could be an answer".to_owned()));
+        };
+        if let Some(k) = flags.shared.top_k {
+            listed.truncate(k);
+            answer.insert("answers".to_owned(), json!(listed));
+        }
+        Ok(Ok(answer))
+    }
+
+    fn tuned(&self, best: &Measured) -> Option<Self> {
+        let threshold = best.details.get(NULL_THRESHOLD)?.as_f64()?;
+        self.null_threshold.map(|_| Self { null_threshold: Some(threshold) })
+    }
+}
+
+impl QuestionAnswering {
+    /// Whether there is no answer.
+    fn says_none(&self, answers: &Answers) -> bool {
+        let best = answers.found.first().map_or(0.0, |best| best.score);
+        answers.found.is_empty()
+            || self.null_threshold.is_some_and(|threshold| answers.null - best > threshold)
+    }
+}
+
+/// An answer as a record's fields.
+fn part(context: &str, span: &Range<usize>, score: f64, unit: OffsetUnit) -> Value {
+    let Range { mut start, mut end } = span.clone();
+    unit.convert(context, &mut [&mut start, &mut end]);
+    json!({"answer": context[span.clone()], "start": start, "end": end, "score": short(score as f32)})
+}
+
+/// A window's scores, from its outputs.
+///
+/// # Errors
+/// There are others than two a token.
+fn scored<'a>(
+    outputs: &Outputs,
+    text: &Range<usize>,
+    spans: &'a [Range<usize>],
+    null: bool,
+) -> Result<Scored<'a>> {
+    let [start, end] = &outputs[..] else { anyhow::bail!("the model gives {} outputs", outputs.len()) };
+    anyhow::ensure!(
+        start.dim() == end.dim()
+            && start.ncols() == 1
+            && start.nrows() >= text.end
+            && spans.len() == text.len(),
+        "the model gives scores of {:?} and {:?} where one a token is due: export it again",
+        start.dim(),
+        end.dim()
+    );
+    let column = |scores: &ndarray::Array2<f32>| scores.iter().copied().collect();
+    Ok(Scored { start: column(start), end: column(end), text: text.clone(), spans, null })
+}
+
+/// The sum of the cross-entropies of one token of every sequence under the softmax over its own. `scores` are a packed
+/// batch's, (T, 1).
+fn sum_of_losses(scores: &Tensor, lengths: &[usize], targets: &[usize]) -> Result<Tensor> {
+    let count = scores.dim(0)?;
+    let width = lengths.iter().copied().max().unwrap_or(0);
+    // one row more stands for what is behind a sequence's end
+    let scores = scores.to_dtype(DType::F32)?.flatten_all()?;
+    let masked = Tensor::full(MASKED, 1, scores.device())?;
+    let scores = Tensor::cat(&[&scores, &masked], 0)?;
+    let mut places = Vec::with_capacity(lengths.len() * width);
+    let mut first = 0;
+    for &length in lengths {
+        places.extend((0..width).map(|i| if i < length { first + i } else { count } as u32));
+        first += length;
+    }
+    let places = Tensor::from_vec(places, lengths.len() * width, scores.device())?;
+    let rows = scores.index_select(&places, 0)?.reshape((lengths.len(), width))?;
+    let targets: Vec<u32> = targets.iter().map(|&target| target as u32).collect();
+    let targets = Tensor::from_vec(targets, (lengths.len(), 1), scores.device())?;
+    let log_p = candle_nn::ops::log_softmax(&rows, D::Minus1)?;
+    Ok(log_p.gather(&targets, 1)?.sum_all()?.neg()?)
+}
+
+/// What no token has for a score: far below any, and far from overflowing.
+const MASKED: f32 = -1e30;
+
+/// Reads every question of a file.
+///
+/// # Errors
+/// Unusable: the file can't be read, or has records that can't be used; the first of them are listed with file and line.
+fn read(path: &Path, flags: &super::RecordFlags) -> Result<Vec<Record>> {
+    let own = &flags.question_answering;
+    let columns = Columns::default()
+        .with("question", own.question_column.clone())
+        .with("context", own.context_column.clone())
+        .with("answers", own.answers_column.clone());
+    let mut before: Arc<str> = "".into();
+    records::read_examples(path, &flags.reading.how(), |row| {
+        let question = row.text(&columns, "question")?.to_owned();
+        let context = row.text(&columns, "context")?;
+        if *before != *context {
+            before = context.into(); // questions of one paragraph share it
+        }
+        let (answers, starts) = right_answers(&row, &columns)?;
+        let place = match (answers.first(), starts.first()) {
+            (Some(answer), Some(&start)) => Some(placed(&row, context, answer, start)?),
+            _ => None,
+        };
+        Ok(Record { line: row.line, question, context: before.clone(), answers, place })
+    })
+}
+
+/// The texts of the right answers, and where each begins, in characters, where that is said: of
+/// `{"text": […], "answer_start": […]}`, or of a list of such objects.
+fn right_answers(row: &Row, columns: &Columns) -> Result<(Vec<String>, Vec<usize>), BadRow> {
+    let field = columns.of("answers");
+    let value = row.value(columns, "answers")?;
+    let wrong = |what: &str| {
+        row.bad(format!(
+            "field {field:?} {what}; {{\"text\": [\"…\"], \"answer_start\": [0]}} was expected, or a list of such objects"
+        ))
+    };
+    let one = |value: &Value| match value {
+        Value::Array(list) => list.clone(),
+        value => vec![value.clone()],
+    };
+    let (texts, starts): (Vec<Value>, Option<Vec<Value>>) = match value {
+        Value::Object(answers) => (
+            answers.get("text").map(one).ok_or_else(|| wrong("has no \"text\""))?,
+            answers.get("answer_start").map(one),
+        ),
+        Value::Array(list) => {
+            let column = |name: &str| list.iter().map(|answer| answer.get(name).cloned()).collect();
+            let texts: Option<Vec<Value>> = column("text");
+            (texts.ok_or_else(|| wrong("has an answer without \"text\""))?, column("answer_start"))
+        }
+        _ => return Err(wrong("is neither")),
+    };
+    let impossible = row.fields.get("is_impossible").and_then(Value::as_bool) == Some(true);
+    if impossible {
+        return Ok((Vec::new(), Vec::new()));
+    }
+    let text = |value: &Value| value.as_str().map(str::to_owned).filter(|text| !text.trim().is_empty());
+    let texts = texts
+        .iter()
+        .map(text)
+        .collect::<Option<Vec<_>>>()
+        .ok_or_else(|| wrong("has an answer that is no text"))?;
+    let start = |value: &Value| value.as_u64().and_then(|start| usize::try_from(start).ok());
+    let starts = match starts {
+        None => Vec::new(),
+        Some(starts) => starts
+            .iter()
+            .map(start)
+            .collect::<Option<Vec<_>>>()
+            .ok_or_else(|| wrong("has an answer_start that is no place"))?,
+    };
+    if !starts.is_empty() && starts.len() != texts.len() {
+        return Err(wrong(&format!("has {} texts and {} places", texts.len(), starts.len())));
+    }
+    Ok((texts, starts))
+}
+
+/// The bytes of an answer that begins at a character of the context.
+fn placed(row: &Row, context: &str, answer: &str, start: usize) -> Result<Range<usize>, BadRow> {
+    let at = context.char_indices().map(|(at, _)| at).chain([context.len()]).nth(start);
+    match at.filter(|&at| context[at..].starts_with(answer)) {
+        Some(at) => Ok(at..at + answer.len()),
+        None => {
+            let stands: String = context.chars().skip(start).take(answer.chars().count()).collect();
+            Err(row.bad(format!(
+                "the answer {answer:?} does not stand at character {start} of the context, where {stands:?} stands"
+            )))
+        }
+    }
+}
+
+/// Questions as examples, one for each window of their texts.
+///
+/// # Errors
+/// Unusable: questions that leave no room for a text; the first of them are listed with file and line.
+fn examples_of(
+    records: &[Record],
+    path: &Path,
+    tokenizer: &Tokenizer,
+    max_length: usize,
+    flags: QuestionFlags,
+) -> Result<Vec<Example<Wanted>>> {
+    let stride = flags.stride(max_length);
+    let (mut examples, mut wrong) = (Vec::new(), Vec::new());
+    for (question, record) in records.iter().enumerate() {
+        let windows = match tokenizer.pair_windows(&record.question, &record.context, max_length, stride) {
+            Ok(windows) => windows,
+            Err(error) => {
+                wrong.push((record.line, format!("{error:#}")));
+                continue;
+            }
+        };
+        let right: Arc<[String]> = record.answers.clone().into();
+        for window in windows {
+            let tokens =
+                record.place.as_ref().and_then(|place| wanted_tokens(&window, place)).unwrap_or((0, 0));
+            let PairWindow { encoding, second: text, spans, begins_with_special: null } = window;
+            let (context, right) = (record.context.clone(), right.clone());
+            let target =
+                Wanted { question, tokens, context, right, text, spans, null, limits: flags.limits() };
+            examples.push(Example { encoding, target });
+        }
+    }
+    refuse_records(path, "questions that can't be used", wrong)?;
+    Ok(examples)
+}
+
+/// The tokens of a window that an answer begins and ends with, where all of it stands there: the last one that begins at
+/// or before it, and the first that ends at or behind its end, as transformers' `run_qa.py` finds them.
+fn wanted_tokens(window: &PairWindow, answer: &Range<usize>) -> Option<(usize, usize)> {
+    let spans = &window.spans;
+    let inside = spans.first()?.start <= answer.start && answer.end <= spans.last()?.end;
+    let first = spans.iter().rposition(|span| span.start <= answer.start).filter(|_| inside)?;
+    let last = spans.iter().position(|span| span.end >= answer.end)?;
+    Some((window.second.start + first, window.second.start + last.max(first)))
+}
