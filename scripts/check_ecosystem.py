@@ -26,6 +26,7 @@ from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
@@ -105,11 +106,18 @@ def is_tagger(config):
     return config.architectures[0].endswith("ForTokenClassification")
 
 
+def is_answerer(config):
+    return config.architectures[0].endswith("ForQuestionAnswering")
+
+
 def contract(config):
     """The inputs and outputs that a graph must have, in their order: name -> (type, shape)."""
     if not config.architectures[0].endswith("LMHeadModel"):
         types = ["token_type_ids"] if config.model_type == "bert" else []
         inputs = tokens_by("input_ids", "attention_mask", *types)
+        if is_answerer(config):
+            ends = (onnx.TensorProto.FLOAT, ["batch_size", "sequence_length"])
+            return inputs, {"start_logits": ends, "end_logits": ends}
         dims = ["batch_size", "sequence_length"] if is_tagger(config) else ["batch_size"]
         return inputs, {"logits": (onnx.TensorProto.FLOAT, [*dims, config.num_labels])}
     past, total = "past_sequence_length", "past_sequence_length + sequence_length"
@@ -507,6 +515,92 @@ def classifier(table, options, config, graph_file, tokenizer, records):
         table.attempt("tk serve-batch against transformers", serve_batch)
 
 
+def answerer(table, options, config, graph_file, tokenizer):
+    """Scores of answers' ends by ONNX Runtime and by Optimum against those of transformers, on the windows of 200 awkward
+    questions and texts; and the answers of `tk serve-batch` against those of transformers' pipeline."""
+    directory, tolerance = options.directory, options.tolerance
+    model = loaded(table, AutoModelForQuestionAnswering, directory)
+    max_length = options.max_length or longest(directory, tokenizer, config)
+    stride = min(max_length // 2, 128)
+    rng = random.Random(42)
+    questions = [awkward(rng, rng.randrange(1, 9), rng.choice(GAPS)) for _ in range(200)]
+    texts = [awkward(rng, rng.randrange(1, 40) if i % 10 else 400, rng.choice(GAPS)) for i in range(200)]
+    records = [dict(question=q, context=c) for q, c in zip(questions, texts)]
+    room = max_length - tokenizer.num_special_tokens_to_add(True) - stride  # else the pipeline fails
+    records = [r for r in records if len(tokenizer.tokenize(r["question"])) < room and tokenizer.tokenize(r["context"])]
+    print(f"onnx {onnx.__version__}, ONNX Runtime {onnxruntime.__version__}, torch {torch.__version__}, "
+          f"transformers {transformers.__version__}; {len(records)} questions, at most {max_length} tokens each")  # fmt: skip
+    check_graph(table, directory, graph_file, config)
+
+    def windows_of(part, kind):
+        cut = dict(truncation="only_second", max_length=max_length, stride=stride, return_overflowing_tokens=True)
+        e = tokenizer([r["question"] for r in part], [r["context"] for r in part], padding=True, return_tensors=kind, **cut)
+        return {name: e[name] for name in tokenizer.model_input_names if name in e}
+
+    def ends_by(run, kind):
+        found = []
+        for at in range(0, len(records), BATCH):
+            b = windows_of(records[at : at + BATCH], kind)
+            for ends in zip(*run(b), b["attention_mask"]):
+                *ends, mask = map(np.asarray, ends)
+                found += [end[mask == 1] for end in ends]
+        return found
+
+    def by_model(model):
+        def run(b):
+            with torch.no_grad():
+                output = model(**b)
+            return output.start_logits.numpy(), output.end_logits.numpy()
+
+        return ends_by(run, "pt")
+
+    truth = by_model(model)
+
+    def onnx_runtime():
+        session = onnxruntime.InferenceSession(graph_file, providers=["CPUExecutionProvider"])
+        wanted = {i.name for i in session.get_inputs()}
+        run = lambda b: session.run(["start_logits", "end_logits"], {n: v for n, v in b.items() if n in wanted})
+        compare(table, "ONNX Runtime against transformers", ends_by(run, "np"), truth, tolerance)
+
+    def optimum():
+        from optimum.onnxruntime import ORTModelForQuestionAnswering
+
+        files = dict(subfolder="onnx", file_name="model.onnx", local_files_only=True)
+        found = by_model(ORTModelForQuestionAnswering.from_pretrained(str(directory), **files))
+        compare(table, "Optimum against transformers", found, truth, tolerance)
+
+    def answers():
+        ask = pipeline("question-answering", model=model, tokenizer=tokenizer)
+        none = getattr(config, "null_score_diff_threshold", None) is not None
+        how = dict(top_k=20, max_answer_len=30, align_to_words=False, max_seq_len=max_length, doc_stride=stride)
+        how["handle_impossible_answer"] = none
+        flags = ["--top-k", "3", "--max-length", str(max_length)]
+        wrong, count, worst = [], 0, 0.0
+        for record, line in zip(records, serve(options.tk, directory, records, flags)):
+            due = ask(**record, **how)
+            due = [a for a in (due if isinstance(due, list) else [due]) if a["answer"] or none]
+            found = [a for a in line.get("answers", []) if a["answer"] or not none]
+            if none:  # the threshold, which the pipeline does not know, places no answer among the others
+                due = [a for a in due if a["answer"]]
+            # of answers that are as likely, either may be first
+            for a, b in zip(found, due):
+                same = [d for d in due if abs(d["score"] - a["score"]) <= tolerance]
+                if not any((a["answer"], a["start"], a["end"]) == (d["answer"], d["start"], d["end"]) for d in same):
+                    wrong.append(f"{record['question'][:30]!r}: {a}, not {b}")
+                    break
+                worst, count = max(worst, abs(a["score"] - b["score"])), count + 1
+            if record["context"][line["start"] : line["end"]] != line["answer"]:
+                wrong.append(f"{line} is no slice")
+        found = f"{len(records) - len(wrong)} of {len(records)}, {count} answers, scores within {worst:.1e}"
+        table.add("tk serve-batch's answers are the pipeline's", found + (f"; {wrong[0]}" if wrong else ""),
+                  not wrong and count >= len(records) and worst <= tolerance)  # fmt: skip
+
+    table.attempt("quantize_dynamic", lambda: quantizer(table, graph_file))
+    table.attempt("ONNX Runtime against transformers", onnx_runtime)
+    table.attempt("Optimum against transformers", optimum)
+    table.attempt("tk serve-batch's answers are the pipeline's", answers)
+
+
 def entities(table, tk, directory, tokenizer, model, max_length, tolerance):
     """What `tk serve-batch` finds in texts, against transformers' pipeline: kinds, places and scores. Of a text that is
     longer than the model, the pipeline is given each token's logits from the window that predicts it."""
@@ -650,6 +744,8 @@ def main():
     config = AutoConfig.from_pretrained(directory)
     if config.architectures[0].endswith("LMHeadModel"):
         language_model(table, options.tk, directory, graph_file, tokenizer, records)
+    elif is_answerer(config):
+        answerer(table, options, config, graph_file, tokenizer)
     else:
         records = [r for r in records if tokenizer(r["text"])["input_ids"]]  # GPT-2 has no token for an empty text
         classifier(table, options, config, graph_file, tokenizer, records)
