@@ -4,8 +4,8 @@
 use std::ops::Range;
 
 use anyhow::{Context, anyhow};
-use tokenizers::utils::truncation::{TruncationParams, TruncationStrategy, truncate_encodings};
 use tokenizers::Token;
+use tokenizers::utils::truncation::{TruncationParams, TruncationStrategy, truncate_encodings};
 
 use super::{Pieces, Tokenizer};
 use crate::data::batch::Encoding;

@@ -1,6 +1,8 @@
 //! Scores of where an answer begins and ends → answers, as `transformers`' question-answering pipeline finds them
 //! (4.57, with `align_to_words=False`).
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ops::Range;
 
 /// The scores of one window.
@@ -44,21 +46,23 @@ pub struct Answers {
 
 /// The answers of a text by all of its windows. Parts that read the same, small and capital letters aside, are one answer.
 pub fn answers(text: &str, windows: &[Scored], limits: Limits) -> Answers {
-    let mut found: Vec<(String, Found)> = Vec::new();
+    let mut found: Vec<Found> = Vec::new();
+    let mut known: HashMap<String, usize> = HashMap::new();
     let mut null = f64::INFINITY;
     for window in windows {
         let (start, end) = (probabilities(&window.start, window), probabilities(&window.end, window));
         null = null.min(if window.null { start.0 * end.0 } else { 0.0 });
         for (span, score) in spans(window, &start.1, &end.1, limits) {
             let Some(part) = text.get(span.clone()).filter(|part| !part.is_empty()) else { continue };
-            let key = part.to_lowercase();
-            match found.iter_mut().find(|(known, _)| *known == key) {
-                Some((_, found)) => found.score += score,
-                None => found.push((key, Found { span, score })),
+            match known.entry(part.to_lowercase()) {
+                Entry::Occupied(at) => found[*at.get()].score += score,
+                Entry::Vacant(new) => {
+                    new.insert(found.len());
+                    found.push(Found { span, score });
+                }
             }
         }
     }
-    let mut found: Vec<Found> = found.into_iter().map(|(_, found)| found).collect();
     found.sort_by(|a, b| b.score.total_cmp(&a.score)); // is stable
     Answers { found, null: if null.is_finite() { null } else { 0.0 } }
 }

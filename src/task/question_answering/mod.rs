@@ -265,7 +265,8 @@ impl Objective for QuestionAnswering {
         let mut questions: Vec<(usize, Vec<Scored>)> = Vec::new();
         let mut contexts: Vec<&Wanted> = Vec::new();
         for (outputs, &wanted) in outputs.iter().zip(targets) {
-            let scored = scored(outputs, &wanted.text, &wanted.spans, wanted.null)?;
+            let null = self.has_null(wanted.null, &wanted.text);
+            let scored = scored(outputs, &wanted.text, &wanted.spans, null)?;
             let (first, last) = wanted.tokens;
             anyhow::ensure!(first.max(last) < scored.start.len(), "a window has fewer scores than tokens");
             losses += (cross_entropy(&scored.start, first) + cross_entropy(&scored.end, last)) / 2.0;
@@ -353,7 +354,7 @@ impl Objective for QuestionAnswering {
         let windows = outputs
             .iter()
             .zip(&question.windows)
-            .map(|(outputs, (text, spans, null))| scored(outputs, text, spans, *null))
+            .map(|(outputs, (text, spans, null))| scored(outputs, text, spans, self.has_null(*null, text)))
             .collect::<Result<Vec<_>>>()?;
         if let Some(bad) = windows.iter().flat_map(|w| w.start.iter().chain(&w.end)).find(|x| !x.is_finite())
         {
@@ -361,8 +362,9 @@ impl Objective for QuestionAnswering {
         }
         let found = answers(&question.context, &windows, question.limits);
         let unit = flags.shared.offset_unit.unwrap_or_default();
+        let top = found.found.iter().take(flags.shared.top_k.unwrap_or(1).max(1));
         let mut listed: Vec<Value> =
-            found.found.iter().map(|found| part(&question.context, &found.span, found.score, unit)).collect();
+            top.map(|found| part(&question.context, &found.span, found.score, unit)).collect();
         if self.null_threshold.is_some() {
             let none = json!({"answer": "", "start": 0, "end": 0, "score": short(found.null as f32)});
             let place = match self.says_none(&found) {
@@ -389,6 +391,12 @@ impl Objective for QuestionAnswering {
 }
 
 impl QuestionAnswering {
+    /// Whether a window's first token stands for no answer: a special one does, and any that is not the text's where the
+    /// model has learnt so.
+    fn has_null(&self, special: bool, text: &Range<usize>) -> bool {
+        special || (self.null_threshold.is_some() && text.start > 0)
+    }
+
     /// Whether there is no answer.
     fn says_none(&self, answers: &Answers) -> bool {
         let best = answers.found.first().map_or(0.0, |best| best.score);
