@@ -10,7 +10,7 @@ use tk::data::tokens::Tokenizer;
 use tk::generate::GenerationConfig;
 use tk::model::ModelConfig;
 use tk::predict::chunks::Chunks;
-use tk::task::Task;
+use tk::task::{Start, Task};
 
 /// A file of any bytes, and what reads it in its folder.
 pub struct Target {
@@ -21,7 +21,14 @@ pub struct Target {
     pub read: fn(&Path),
 }
 
-pub const TARGETS: [Target; 12] = [
+/// A small model to learn with.
+const TINY: &[&str] = &[
+    "tiny-bert-single/config.json",
+    "tiny-bert-single/tokenizer.json",
+    "tiny-bert-single/tokenizer_config.json",
+];
+
+pub const TARGETS: [Target; 14] = [
     Target { file: "records.jsonl", seeds: &[], beside: &[], read: |dir| rows(&dir.join("records.jsonl")) },
     Target { file: "records.json", seeds: &[], beside: &[], read: |dir| rows(&dir.join("records.json")) },
     Target { file: "records.csv", seeds: &[], beside: &[], read: |dir| rows(&dir.join("records.csv")) },
@@ -32,6 +39,18 @@ pub const TARGETS: [Target; 12] = [
         seeds: &[],
         beside: &[],
         read: |dir| rows(&dir.join("records.parquet")),
+    },
+    Target {
+        file: "sentences.conll",
+        seeds: &[],
+        beside: TINY,
+        read: |dir| examples(dir, "token-classification", "sentences.conll"),
+    },
+    Target {
+        file: "questions.json",
+        seeds: &[],
+        beside: TINY,
+        read: |dir| examples(dir, "question-answering", "questions.json"),
     },
     Target { file: "requests.jsonl", seeds: &[], beside: &["tiny-gpt2-lm/tokenizer.json"], read: requests },
     Target {
@@ -82,6 +101,21 @@ fn rows(path: &Path) {
             (row.text(&columns, "text").map(str::len), row.optional_text(&columns, "text_pair").map(|_| ()));
         row.fields.values().for_each(|value| drop(records::describe(value)));
         row.take(&columns, "id");
+    }
+}
+
+/// Every record of a file as the examples of a task.
+fn examples(dir: &Path, task: &str, file: &str) {
+    let Ok(config) = ModelConfig::read(dir) else { return };
+    let (records, training, say) = Default::default();
+    let (train, max_length) = (&dir.join(file), 24);
+    let (records, training, say) = (&records, &training, &say);
+    let mut start =
+        Start { model: dir, config, from_scratch: false, train, records, training, max_length, say };
+    let Ok(learning) = Task::learn(task, &mut start) else { return };
+    for example in learning.examples {
+        let length = example.encoding.len();
+        assert!(length <= max_length, "{length} tokens where {max_length} were allowed");
     }
 }
 

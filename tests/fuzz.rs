@@ -123,6 +123,16 @@ fn seeds(target: &Target) -> Vec<Vec<u8>> {
         "records.tsv" => lines("id\ttext\tlabel\n1\ta \"b\tx\n2\té\t\n"),
         "records.txt" => lines("\u{feff}a line\r\n\nanother"),
         "records.parquet" => vec![parquet()],
+        "sentences.conll" => [
+            lines("-DOCSTART- -X- O O\n\nBob NNP B-PER\nsings VBZ O\n\nin IN O\nNew NNP B-LOC\nYork NNP I-LOC\n"),
+            lines("# id = 1\n1\tun\u{e9}\tS-A\n2\tb c\tO\n\n# text\nd\tE-A\n"),
+        ]
+        .concat(),
+        "questions.json" => lines(
+            "{\"version\": \"1.1\", \"data\": [{\"title\": \"t\", \"paragraphs\": [{\"context\": \"\u{e9}a b, c \u{1f600} d\", \
+             \"qas\": [{\"id\": \"1\", \"question\": \"who\", \"answers\": [{\"text\": \"b, c\", \"answer_start\": 3}]}, \
+             {\"id\": \"2\", \"question\": \"\", \"is_impossible\": true, \"answers\": []}]}]}]}",
+        ),
         "requests.jsonl" => lines(
             "{\"id\": \"a\", \"prompt\": \"Once\", \"max_new_tokens\": 5, \"temperature\": 0.5, \"stop\": [\"x\"], \
              \"top_k\": 3, \"top_p\": 0.9, \"seed\": 1}\n{\"prompt\": \"\", \"num_beams\": 2, \
@@ -234,6 +244,8 @@ tests! {
     any_tsv_is_read_or_refused "records.tsv",
     any_text_is_read_or_refused "records.txt",
     any_parquet_is_read_or_refused "records.parquet",
+    any_sentences_are_learnt_or_refused "sentences.conll",
+    any_questions_are_learnt_or_refused "questions.json",
     any_requests_are_read_or_refused "requests.jsonl",
     any_safetensors_are_read_or_refused "model.safetensors",
     any_configuration_is_read_or_refused "config.json",
