@@ -24,7 +24,7 @@ use self::class::{Class, Files, Kind};
 use crate::data::batch::Encoding;
 use crate::{Result, bail_unusable, files, unusable};
 pub use language::Body;
-pub use pairs::PairWindow;
+pub use pairs::{PairWindow, SecondText};
 pub use words::Pieces;
 
 /// The files that a tokenizer may consist of.
@@ -257,11 +257,8 @@ impl Tokenizer {
         let (encoding, truncated) =
             cut().map_err(|error: tokenizers::Error| anyhow!(error)).context("tokenizing")?;
         self.check_rows(encoding.get_ids())?;
-        if pair.is_some() && !self.takes_pairs() {
-            bail_unusable!(
-                "the model's token type embeddings have {} rows, too few for the second text of a pair",
-                self.token_types
-            );
+        if pair.is_some() {
+            self.check_pairs()?;
         }
         Ok(Encoding {
             ids: encoding.get_ids().to_vec(),
@@ -273,6 +270,17 @@ impl Tokenizer {
     /// Whether the model that the tokenizer was held against has a token type for each of two texts.
     pub fn takes_pairs(&self) -> bool {
         self.token_types >= self.pair_types
+    }
+
+    /// Refuses a pair where the model can't tell its texts apart.
+    fn check_pairs(&self) -> Result<()> {
+        if !self.takes_pairs() {
+            bail_unusable!(
+                "the model's token type embeddings have {} rows, too few for the second text of a pair",
+                self.token_types
+            );
+        }
+        Ok(())
     }
 
     /// [`Tokenizer::encode`] for many texts, in parallel. The order is kept.

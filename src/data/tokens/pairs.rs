@@ -4,8 +4,8 @@
 use std::ops::Range;
 
 use anyhow::{Context, anyhow};
-use tokenizers::Token;
 use tokenizers::utils::truncation::{TruncationParams, TruncationStrategy, truncate_encodings};
+use tokenizers::{PostProcessor, Token};
 
 use super::{Pieces, Tokenizer};
 use crate::data::batch::Encoding;
@@ -18,12 +18,18 @@ const MOST_TIMES: usize = 64;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PairWindow {
     pub encoding: Encoding,
-    /// Where the tokens of the second text stand.
-    pub second: Range<usize>,
-    /// For each of them the bytes of the second text that it stands for, whole characters.
+    pub second: SecondText,
+}
+
+/// What a window has of the second text.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SecondText {
+    /// Where its tokens stand.
+    pub tokens: Range<usize>,
+    /// For each of them the bytes of the text that it stands for, whole characters.
     pub spans: Vec<Range<usize>>,
-    /// Whether a token of neither text stands in front: what is said of it is said of no text.
-    pub begins_with_special: bool,
+    /// Whether a token of neither text begins the window: what is said of it is said of no text.
+    pub behind_special: bool,
 }
 
 impl Tokenizer {
@@ -40,12 +46,7 @@ impl Tokenizer {
         max_length: usize,
         stride: usize,
     ) -> Result<Vec<PairWindow>> {
-        if !self.takes_pairs() {
-            bail_unusable!(
-                "the model's token type embeddings have {} rows, too few for the second text of a pair",
-                self.token_types
-            );
-        }
+        self.check_pairs()?;
         let asked =
             self.inner.encode_fast(first, false).map_err(|error| anyhow!(error)).context("tokenizing")?;
         let text = self.pieces(second)?;
@@ -55,8 +56,7 @@ impl Tokenizer {
             tokenizers::Encoding::from_tokens(tokens.collect(), kind)
         };
         let asked = numbered(asked.get_ids(), 0);
-        let specials =
-            self.inner.get_post_processor().map_or(0, |p| tokenizers::PostProcessor::added_tokens(p, true));
+        let specials = self.inner.get_post_processor().map_or(0, |p| p.added_tokens(true));
         let room = max_length.saturating_sub(specials + asked.len());
         if room == 0 {
             bail_unusable!(
@@ -92,8 +92,8 @@ impl Tokenizer {
         let of = window.get_sequence_ids();
         let first = of.iter().position(|&of| of == Some(1)).unwrap_or(of.len());
         let count = of[first..].iter().take_while(|&&of| of == Some(1)).count();
-        let second = first..first + count;
-        let places = &window.get_offsets()[second.clone()];
+        let tokens = first..first + count;
+        let places = &window.get_offsets()[tokens.clone()];
         let spans = places.iter().map(|&(place, _)| text.spans.get(place).cloned());
         let spans = spans.collect::<Option<Vec<_>>>().context("a post-processor moves a text's tokens")?;
         Ok(PairWindow {
@@ -102,9 +102,7 @@ impl Tokenizer {
                 type_ids: window.get_type_ids().to_vec(),
                 truncated: false,
             },
-            second,
-            spans,
-            begins_with_special: of.first().is_some_and(Option::is_none),
+            second: SecondText { tokens, spans, behind_special: of.first().is_some_and(Option::is_none) },
         })
     }
 }

@@ -14,7 +14,6 @@ use serde_json::{Map, Value, json};
 use self::decode::{Answers, Limits, Scored, answers};
 use self::squad::{Judged, Match, best_threshold};
 use super::flags::refuse_records;
-
 use super::scores::{cross_entropy, short};
 use super::{
     Answer, Asking, Dim, Encoder, Example, Form, Learning, Measured, Metric, Metrics, Objective, Output,
@@ -23,7 +22,7 @@ use super::{
 use crate::data::batch::Encoding;
 use crate::data::offsets::OffsetUnit;
 use crate::data::records::{self, BadRow, Columns, Row};
-use crate::data::tokens::{PairWindow, Tokenizer};
+use crate::data::tokens::{PairWindow, SecondText, Tokenizer};
 use crate::eager::{Eager, X, tensors};
 use crate::model::ops::Ops;
 use crate::model::{Family, Head, ModelConfig};
@@ -40,11 +39,19 @@ pub struct QuestionAnswering {
 /// The key of config.json that keeps the threshold, by the name that transformers' `run_qa.py` has for it.
 const NULL_THRESHOLD: &str = "null_score_diff_threshold";
 
-/// How texts are read and answers are looked for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::Args, Serialize, Deserialize)]
+/// Where questions and texts stand, how texts are read, and how answers are looked for.
+#[derive(Clone, Debug, Default, PartialEq, Eq, clap::Args, Serialize, Deserialize)]
 #[group(skip)]
 #[serde(rename_all = "kebab-case", default)]
 pub struct QuestionFlags {
+    /// For question-answering, the column of the question [default: question].
+    #[arg(long, value_name = "NAME", help_heading = "Records")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub question_column: Option<String>,
+    /// For question-answering, the column of the text that the answer stands in [default: context].
+    #[arg(long, value_name = "NAME", help_heading = "Records")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub context_column: Option<String>,
     /// For question-answering, the tokens that neighbouring windows of a long text share [default: 128, or half of
     /// --max-length].
     #[arg(long, value_name = "N", help_heading = "Questions")]
@@ -61,6 +68,12 @@ pub struct QuestionFlags {
 }
 
 impl QuestionFlags {
+    fn columns(&self) -> Columns {
+        Columns::default()
+            .with("question", self.question_column.clone())
+            .with("context", self.context_column.clone())
+    }
+
     fn limits(&self) -> Limits {
         Limits {
             max_answer_length: self.max_answer_length.unwrap_or(30) as usize,
@@ -78,14 +91,6 @@ impl QuestionFlags {
 #[group(skip)]
 #[serde(rename_all = "kebab-case", default)]
 pub struct RecordFlags {
-    /// For question-answering, the column of the question [default: question].
-    #[arg(long, value_name = "NAME", help_heading = "Records")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub question_column: Option<String>,
-    /// For question-answering, the column of the text that the answer stands in [default: context].
-    #[arg(long, value_name = "NAME", help_heading = "Records")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub context_column: Option<String>,
     /// For question-answering, the column of the right answers, {"text": […], "answer_start": […]} [default: answers].
     #[arg(long, value_name = "NAME", help_heading = "Records")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -106,14 +111,6 @@ pub struct TrainingFlags {}
 #[group(skip)]
 #[serde(rename_all = "kebab-case")]
 pub struct AnswerFlags {
-    /// The column of the question [default: question].
-    #[arg(long, value_name = "NAME", help_heading = "Records")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub question_column: Option<String>,
-    /// The column of the text that is asked [default: context].
-    #[arg(long, value_name = "NAME", help_heading = "Records")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub context_column: Option<String>,
     #[command(flatten)]
     #[serde(flatten)]
     pub questions: QuestionFlags,
@@ -139,17 +136,15 @@ pub struct Wanted {
     pub tokens: (usize, usize),
     context: Arc<str>,
     right: Arc<[String]>,
-    text: Range<usize>,
-    spans: Vec<Range<usize>>,
-    null: bool,
+    text: SecondText,
     limits: Limits,
 }
 
 /// A question that is asked.
 pub struct Question {
     context: String,
-    /// For each window, where the text's tokens stand, their bytes, and whether the first token stands for no answer.
-    windows: Vec<(Range<usize>, Vec<Range<usize>>, bool)>,
+    /// The text in each window.
+    windows: Vec<SecondText>,
     limits: Limits,
 }
 
@@ -200,14 +195,14 @@ impl Objective for QuestionAnswering {
         )?;
         let some_have_none = records.iter().any(|record| record.answers.is_empty());
         let task = Self { null_threshold: some_have_none.then_some(0.0) };
-        let flags = start.records.question_answering.questions;
+        let flags = &start.records.question_answering.questions;
         let examples = examples_of(&records, start.train, &tokenizer, start.max_length, flags)?;
         Ok(Learning { task, tokenizer, examples, files: Vec::new() })
     }
 
     fn examples(&self, path: &Path, encoder: &Encoder) -> Result<Vec<Example<Wanted>>> {
         let Encoder { records, tokenizer, max_length, .. } = *encoder;
-        examples_of(&read(path, records)?, path, tokenizer, max_length, records.question_answering.questions)
+        examples_of(&read(path, records)?, path, tokenizer, max_length, &records.question_answering.questions)
     }
 
     fn summary(&self) -> Option<String> {
@@ -265,8 +260,7 @@ impl Objective for QuestionAnswering {
         let mut questions: Vec<(usize, Vec<Scored>)> = Vec::new();
         let mut contexts: Vec<&Wanted> = Vec::new();
         for (outputs, &wanted) in outputs.iter().zip(targets) {
-            let null = self.has_null(wanted.null, &wanted.text);
-            let scored = scored(outputs, &wanted.text, &wanted.spans, null)?;
+            let scored = self.scored(outputs, &wanted.text)?;
             let (first, last) = wanted.tokens;
             anyhow::ensure!(first.max(last) < scored.start.len(), "a window has fewer scores than tokens");
             losses += (cross_entropy(&scored.start, first) + cross_entropy(&scored.end, last)) / 2.0;
@@ -325,10 +319,7 @@ impl Objective for QuestionAnswering {
     }
 
     fn columns(flags: &super::AnswerFlags) -> Columns {
-        let own = &flags.question_answering;
-        Columns::default()
-            .with("question", own.question_column.clone())
-            .with("context", own.context_column.clone())
+        flags.question_answering.questions.columns()
     }
 
     fn check_room(&self, asking: &Asking) -> Result<()> {
@@ -338,14 +329,11 @@ impl Objective for QuestionAnswering {
     fn ask(&self, row: &Row, asking: &Asking) -> Result<(Vec<Encoding>, Question), BadRow> {
         let question = row.text(&asking.columns, "question")?;
         let context = row.text(&asking.columns, "context")?.to_owned();
-        let flags = asking.flags.question_answering.questions;
+        let flags = &asking.flags.question_answering.questions;
         let stride = flags.stride(asking.max_length);
         let windows = asking.tokenizer.pair_windows(question, &context, asking.max_length, stride);
         let windows = windows.map_err(|error| row.bad(format!("{error:#}")))?;
-        let (encodings, windows) = windows
-            .into_iter()
-            .map(|window| (window.encoding, (window.second, window.spans, window.begins_with_special)))
-            .unzip();
+        let (encodings, windows) = windows.into_iter().map(|window| (window.encoding, window.second)).unzip();
         Ok((encodings, Question { context, windows, limits: flags.limits() }))
     }
 
@@ -354,7 +342,7 @@ impl Objective for QuestionAnswering {
         let windows = outputs
             .iter()
             .zip(&question.windows)
-            .map(|(outputs, (text, spans, null))| scored(outputs, text, spans, self.has_null(*null, text)))
+            .map(|(outputs, text)| self.scored(outputs, text))
             .collect::<Result<Vec<_>>>()?;
         if let Some(bad) = windows.iter().flat_map(|w| w.start.iter().chain(&w.end)).find(|x| !x.is_finite())
         {
@@ -391,10 +379,26 @@ impl Objective for QuestionAnswering {
 }
 
 impl QuestionAnswering {
-    /// Whether a window's first token stands for no answer: a special one does, and any that is not the text's where the
-    /// model has learnt so.
-    fn has_null(&self, special: bool, text: &Range<usize>) -> bool {
-        special || (self.null_threshold.is_some() && text.start > 0)
+    /// A window's scores, from its outputs. The first token stands for no answer where it is a special one, or where it is
+    /// not the text's and the model has learnt so.
+    ///
+    /// # Errors
+    /// There are others than two a token.
+    fn scored<'a>(&self, outputs: &Outputs, text: &'a SecondText) -> Result<Scored<'a>> {
+        let [start, end] = &outputs[..] else { anyhow::bail!("the model gives {} outputs", outputs.len()) };
+        let SecondText { tokens, spans, behind_special } = text;
+        anyhow::ensure!(
+            start.dim() == end.dim()
+                && start.ncols() == 1
+                && start.nrows() >= tokens.end
+                && spans.len() == tokens.len(),
+            "the model gives scores of {:?} and {:?} where one a token is due: export it again",
+            start.dim(),
+            end.dim()
+        );
+        let column = |scores: &ndarray::Array2<f32>| scores.iter().copied().collect();
+        let null = *behind_special || (self.null_threshold.is_some() && tokens.start > 0);
+        Ok(Scored { start: column(start), end: column(end), text: tokens.clone(), spans, null })
     }
 
     /// Whether there is no answer.
@@ -410,30 +414,6 @@ fn part(context: &str, span: &Range<usize>, score: f64, unit: OffsetUnit) -> Val
     let Range { mut start, mut end } = span.clone();
     unit.convert(context, &mut [&mut start, &mut end]);
     json!({"answer": context[span.clone()], "start": start, "end": end, "score": short(score as f32)})
-}
-
-/// A window's scores, from its outputs.
-///
-/// # Errors
-/// There are others than two a token.
-fn scored<'a>(
-    outputs: &Outputs,
-    text: &Range<usize>,
-    spans: &'a [Range<usize>],
-    null: bool,
-) -> Result<Scored<'a>> {
-    let [start, end] = &outputs[..] else { anyhow::bail!("the model gives {} outputs", outputs.len()) };
-    anyhow::ensure!(
-        start.dim() == end.dim()
-            && start.ncols() == 1
-            && start.nrows() >= text.end
-            && spans.len() == text.len(),
-        "the model gives scores of {:?} and {:?} where one a token is due: export it again",
-        start.dim(),
-        end.dim()
-    );
-    let column = |scores: &ndarray::Array2<f32>| scores.iter().copied().collect();
-    Ok(Scored { start: column(start), end: column(end), text: text.clone(), spans, null })
 }
 
 /// The sum of the cross-entropies of one token of every sequence under the softmax over its own. `scores` are a packed
@@ -468,10 +448,7 @@ const MASKED: f32 = -1e30;
 /// Unusable: the file can't be read, or has records that can't be used; the first of them are listed with file and line.
 fn read(path: &Path, flags: &super::RecordFlags) -> Result<Vec<Record>> {
     let own = &flags.question_answering;
-    let columns = Columns::default()
-        .with("question", own.question_column.clone())
-        .with("context", own.context_column.clone())
-        .with("answers", own.answers_column.clone());
+    let columns = own.questions.columns().with("answers", own.answers_column.clone());
     let mut before: Arc<str> = "".into();
     records::read_examples(path, &flags.reading.how(), |row| {
         let question = row.text(&columns, "question")?.to_owned();
@@ -562,7 +539,7 @@ fn examples_of(
     path: &Path,
     tokenizer: &Tokenizer,
     max_length: usize,
-    flags: QuestionFlags,
+    flags: &QuestionFlags,
 ) -> Result<Vec<Example<Wanted>>> {
     let stride = flags.stride(max_length);
     let (mut examples, mut wrong) = (Vec::new(), Vec::new());
@@ -578,10 +555,9 @@ fn examples_of(
         for window in windows {
             let tokens =
                 record.place.as_ref().and_then(|place| wanted_tokens(&window, place)).unwrap_or((0, 0));
-            let PairWindow { encoding, second: text, spans, begins_with_special: null } = window;
+            let PairWindow { encoding, second: text } = window;
             let (context, right) = (record.context.clone(), right.clone());
-            let target =
-                Wanted { question, tokens, context, right, text, spans, null, limits: flags.limits() };
+            let target = Wanted { question, tokens, context, right, text, limits: flags.limits() };
             examples.push(Example { encoding, target });
         }
     }
@@ -592,9 +568,9 @@ fn examples_of(
 /// The tokens of a window that an answer begins and ends with, where all of it stands there: the last one that begins at
 /// or before it, and the first that ends at or behind its end, as transformers' `run_qa.py` finds them.
 fn wanted_tokens(window: &PairWindow, answer: &Range<usize>) -> Option<(usize, usize)> {
-    let spans = &window.spans;
+    let SecondText { tokens, spans, .. } = &window.second;
     let inside = spans.first()?.start <= answer.start && answer.end <= spans.last()?.end;
     let first = spans.iter().rposition(|span| span.start <= answer.start).filter(|_| inside)?;
     let last = spans.iter().position(|span| span.end >= answer.end)?;
-    Some((window.second.start + first, window.second.start + last.max(first)))
+    Some((tokens.start + first, tokens.start + last.max(first)))
 }
