@@ -257,24 +257,20 @@ impl Objective for QuestionAnswering {
     /// A window has other rows than its tokens.
     fn measure_outputs(&self, outputs: &[Outputs], targets: &[&Wanted]) -> Result<Measured> {
         let mut losses = 0.0;
-        let mut questions: Vec<(usize, Vec<Scored>)> = Vec::new();
-        let mut contexts: Vec<&Wanted> = Vec::new();
+        let mut questions: Vec<(&Wanted, Vec<Scored>)> = Vec::new();
         for (outputs, &wanted) in outputs.iter().zip(targets) {
             let scored = self.scored(outputs, &wanted.text)?;
             let (first, last) = wanted.tokens;
             anyhow::ensure!(first.max(last) < scored.start.len(), "a window has fewer scores than tokens");
             losses += (cross_entropy(&scored.start, first) + cross_entropy(&scored.end, last)) / 2.0;
             match questions.last_mut() {
-                Some((question, windows)) if *question == wanted.question => windows.push(scored),
-                _ => {
-                    questions.push((wanted.question, vec![scored]));
-                    contexts.push(wanted);
-                }
+                Some((first, windows)) if first.question == wanted.question => windows.push(scored),
+                _ => questions.push((wanted, vec![scored])),
             }
         }
         let mut all: Vec<(bool, Match)> = Vec::with_capacity(questions.len());
         let mut judged = [Vec::new(), Vec::new()]; // by exact match, by F1
-        for ((_, windows), wanted) in questions.iter().zip(contexts) {
+        for (wanted, windows) in &questions {
             let found = answers(&wanted.context, windows, wanted.limits);
             let best = found.found.first();
             let text = best.map_or("", |best| &wanted.context[best.span.clone()]);
