@@ -23,7 +23,7 @@ use candle_core::{Device, Tensor, Var};
 use rayon::prelude::*;
 use tk::Result;
 use tk::data::batch::Spans;
-use tk::eager::kernels::attention::{self, Attention};
+use tk::eager::kernels::attention::{self, Attention, Queries};
 use tk::eager::kernels::buffer::Buffer;
 use tk::eager::kernels::cross_entropy::{self, linear_cross_entropy, linear_losses};
 use tk::eager::kernels::dropout::{self, Mask, mix};
@@ -120,7 +120,7 @@ impl Bench {
             spans: Arc::new(Spans::of_lengths(lengths)),
             heads: HEADS,
             sees: Sees::All,
-            queries: None,
+            queries: Queries::All,
             mask: Some(mask),
         };
         let (matrix, bias): (&[usize], &[usize]) = (&[c, c], &[c]);

@@ -9,7 +9,7 @@ use common::relative;
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 use tk::data::batch::Spans;
-use tk::eager::kernels::attention::Attention;
+use tk::eager::kernels::attention::{Attention, Queries};
 use tk::eager::kernels::buffer::Buffer;
 use tk::eager::kernels::cross_entropy::{self, composite_losses, linear_cross_entropy, linear_losses};
 use tk::eager::kernels::dropout::Mask;
@@ -20,7 +20,7 @@ use tk::eager::kernels::residual::{self, Branch, residual_norm};
 use tk::eager::kernels::{activation, attention, dropout, embedding, layer_norm, linear, split};
 use tk::eager::tape::{Tape, TapeValue};
 use tk::eager::{Init, Kernels, Params, Weight};
-use tk::model::ops::{Activation, At, Ids, Layout, Ops, Pick, Sees};
+use tk::model::ops::{Activation, At, Ids, Layout, Ops, Sees};
 use tk::train::optimizer::{AdamW, Constants, Gradients};
 
 /// Both forms round differently; candle's own GELU gradients use six-digit constants.
@@ -248,7 +248,7 @@ proptest! {
         let parameters = [small(1), bias(2), small(3), small(4), bias(6)];
         let key_bias = Weight { values: key_bias.as_detached_tensor(), gradient: None };
         for sees in [Sees::All, Sees::Causal] {
-            let how = Attention { spans: spans.clone(), heads, sees, queries: None, mask };
+            let how = Attention { spans: spans.clone(), heads, sees, queries: Queries::All, mask };
             compare_within(
                 QUERY_TOLERANCE,
                 std::slice::from_ref(&x),
@@ -321,13 +321,14 @@ proptest! {
     ) {
         let spans = Arc::new(Spans::of_lengths(lengths));
         let mask = p.map(|p| Mask::new(seed, p));
-        for (sees, queries) in [
-            (Sees::All, None),
-            (Sees::Causal, None),
-            (Sees::All, Some(Pick::First)),
-            (Sees::Causal, Some(Pick::Last)),
+        let some = Spans::of_lengths(spans.iter().enumerate().map(|(b, span)| (7 * b + 1) % (span.len() + 1)));
+        for (sees, queries, asking) in [
+            (Sees::All, Queries::All, spans.tokens()),
+            (Sees::Causal, Queries::All, spans.tokens()),
+            (Sees::All, Queries::First, spans.len()),
+            (Sees::Causal, Queries::Last, spans.len()),
+            (Sees::All, Queries::Asked(Arc::new(some.clone())), some.tokens()),
         ] {
-            let asking = if queries.is_none() { spans.tokens() } else { spans.len() };
             let shapes = [[asking, heads * d], [spans.tokens(), heads * d]];
             let variables =
                 [random(seed, &shapes[0]), random(seed ^ 1, &shapes[1]), random(seed ^ 2, &shapes[1])];
@@ -353,7 +354,7 @@ proptest! {
         let x = random(seed, &[spans.tokens(), 3 * heads * d]);
         let mask = p.map(|p| Mask::new(seed, p));
         for sees in [Sees::All, Sees::Causal] {
-            let how = Attention { spans: spans.clone(), heads, sees, queries: None, mask };
+            let how = Attention { spans: spans.clone(), heads, sees, queries: Queries::All, mask };
             compare(
                 std::slice::from_ref(&x),
                 &[],
@@ -446,7 +447,13 @@ proptest! {
 #[test]
 fn a_later_token_changes_no_earlier_output_and_receives_no_gradient_from_it() {
     let spans = Arc::new(Spans::of_lengths([5, 150, 70]));
-    let how = Attention { spans, heads: 2, sees: Sees::Causal, queries: None, mask: Some(Mask::new(3, 0.2)) };
+    let how = Attention {
+        spans,
+        heads: 2,
+        sees: Sees::Causal,
+        queries: Queries::All,
+        mask: Some(Mask::new(3, 0.2)),
+    };
     const WIDTH: usize = 12;
     let later = (5 + 80) * WIDTH..(5 + 150) * WIDTH;
     let is_later = |i: usize| later.contains(&i);
@@ -517,7 +524,7 @@ fn results_do_not_depend_on_the_number_of_threads() {
 
 fn assert_independent_of_threads(sees: Sees) {
     let spans = Arc::new(Spans::of_lengths([70, 3, 129]));
-    let how = Attention { spans, heads: 4, sees, queries: None, mask: Some(Mask::new(5, 0.1)) };
+    let how = Attention { spans, heads: 4, sees, queries: Queries::All, mask: Some(Mask::new(5, 0.1)) };
     let work = || {
         let shapes: [&[usize]; 8] =
             [&[48, 48], &[48], &[48, 48], &[48], &[300, 48], &[300], &[48, 300], &[48]];

@@ -56,6 +56,11 @@ impl Spans {
         self.bounds[self.bounds.len() - 1]
     }
 
+    /// The tokens of sequence `b`.
+    pub fn get(&self, b: usize) -> std::ops::Range<usize> {
+        self.bounds[b]..self.bounds[b + 1]
+    }
+
     /// Each sequence's range of tokens.
     pub fn iter(&self) -> impl Iterator<Item = std::ops::Range<usize>> + '_ {
         self.bounds.windows(2).map(|pair| pair[0]..pair[1])
@@ -70,6 +75,18 @@ pub struct PackedBatch {
     /// (T)
     pub type_ids: Vec<u32>,
     pub spans: Spans,
+    /// The tokens that are asked for, where not all of them are.
+    pub asked: Option<Asked>,
+}
+
+/// Tokens of a packed batch that something is computed for. The first of every sequence is one of them, so that what is
+/// read there can be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Asked {
+    /// Their places among the batch's tokens, in order.
+    pub rows: Vec<u32>,
+    /// Which of the rows each sequence has.
+    pub spans: Spans,
 }
 
 impl PackedBatch {
@@ -81,7 +98,18 @@ impl PackedBatch {
             type_ids.extend_from_slice(&encoding.type_ids);
             lengths.push(encoding.len());
         }
-        Self { ids, type_ids, spans: Spans::of_lengths(lengths) }
+        Self { ids, type_ids, spans: Spans::of_lengths(lengths), asked: None }
+    }
+
+    /// The same where the first token of every sequence is asked for, and those that `is_asked`, (T), says.
+    pub fn asking(self, is_asked: impl Fn(usize) -> bool) -> Self {
+        let (mut rows, mut lengths) = (Vec::new(), Vec::new());
+        for span in self.spans.iter() {
+            let before = rows.len();
+            rows.extend(span.clone().filter(|&at| at == span.start || is_asked(at)).map(|at| at as u32));
+            lengths.push(rows.len() - before);
+        }
+        Self { asked: Some(Asked { rows, spans: Spans::of_lengths(lengths) }), ..self }
     }
 
     /// 0, 1, 2 … in every sequence. (T)
@@ -163,6 +191,13 @@ mod tests {
         assert_eq!(packed.ids, [5, 6, 7, 8, 9, 10]);
         assert_eq!(packed.positions(), [0, 1, 0, 0, 1, 2]);
         assert_eq!(packed.spans.iter().collect::<Vec<_>>(), [0..2, 2..3, 3..6]);
+    }
+
+    #[test]
+    fn the_first_token_of_every_sequence_is_asked_for() {
+        let packed = PackedBatch::new(&[encoding(&[5, 6]), encoding(&[]), encoding(&[8, 9, 10])]);
+        let asked = packed.asking(|at| at == 4).asked.unwrap();
+        assert_eq!((asked.rows, asked.spans), (vec![0, 2, 4], Spans::of_lengths([1, 0, 2])));
     }
 
     #[test]

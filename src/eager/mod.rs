@@ -23,7 +23,7 @@ pub use x::X;
 use crate::Result;
 use crate::data::batch::{PackedBatch, Spans};
 use crate::model::ops::{Activation, Attend, Ids, Linear, Norm, Ops, Param, Pick, Table};
-use kernels::attention::Attention;
+use kernels::attention::{Attention, Queries};
 use kernels::dropout::{Mask, mix};
 use kernels::linear::LinearMap;
 use kernels::residual::{Branch, residual_norm};
@@ -204,6 +204,15 @@ impl Ops for Eager<'_> {
     fn attention(&self, q: &X, k: &X, v: &X, how: Attend) -> Result<X> {
         let mask = self.mask(how.dropout);
         let Attend { heads, sees, queries, .. } = how;
+        let queries = match queries {
+            None => Queries::All,
+            Some(Pick::First) => Queries::First,
+            Some(Pick::Last) => Queries::Last,
+            Some(Pick::Asked) => match &self.batch.asked {
+                Some(asked) => Queries::Asked(Arc::new(asked.spans.clone())),
+                None => Queries::All,
+            },
+        };
         let how = Attention { spans: self.spans.clone(), heads, sees, queries, mask };
         let (q, k, v) = match (q, k, v) {
             (X::Fused(q), X::Fused(k), X::Fused(v)) => (q, k, v),
@@ -263,13 +272,21 @@ impl Ops for Eager<'_> {
     }
 
     fn pick(&self, x: &X, which: Pick) -> Result<X> {
+        // what is asked for has been picked before
+        let spans = match &self.batch.asked {
+            Some(asked) if x.rows()? == asked.rows.len() => &asked.spans,
+            _ => &*self.spans,
+        };
         anyhow::ensure!(
-            self.spans.iter().all(|span| !span.is_empty()),
+            which == Pick::Asked || spans.iter().all(|span| !span.is_empty()),
             "a sequence without tokens has no first or last one"
         );
-        let rows: Vec<u32> = match which {
-            Pick::First => self.spans.iter().map(|span| span.start as u32).collect(),
-            Pick::Last => self.spans.iter().map(|span| span.end as u32 - 1).collect(),
+        let rows: Vec<u32> = match (which, &self.batch.asked) {
+            (Pick::First, _) => spans.iter().map(|span| span.start as u32).collect(),
+            (Pick::Last, None) => spans.iter().map(|span| span.end as u32 - 1).collect(),
+            (Pick::Last, Some(_)) => anyhow::bail!("the last token is picked where all are there"),
+            (Pick::Asked, Some(asked)) if spans.tokens() != asked.rows.len() => asked.rows.clone(),
+            (Pick::Asked, _) => return Ok(x.clone()),
         };
         Ok(match x {
             X::Tensor(x) => X::Tensor(embedding::composite(x, &rows)?),

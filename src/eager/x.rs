@@ -32,6 +32,14 @@ impl X {
         }
     }
 
+    /// How many rows it has.
+    pub(super) fn rows(&self) -> Result<usize> {
+        Ok(match self {
+            X::Tensor(tensor) => tensor.dim(0)?,
+            X::Fused(x) => x.value()?.rows(),
+        })
+    }
+
     /// The numbers alone.
     pub(super) fn numbers(&self) -> Result<Tensor> {
         match self {

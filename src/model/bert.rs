@@ -3,10 +3,10 @@
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
+use crate::Result;
 use crate::model::config::{activation, checked, default};
 use crate::model::family::{Architecture, Head, Limits, Names};
-use crate::model::ops::{Activation, At, Attend, Ids, Ops, Pick, Sees};
-use crate::{Result, bail_unusable};
+use crate::model::ops::{Activation, At, Attend, Ids, Ops, Pick, Sees, Table};
 
 /// The configuration. Field names and defaults are `transformers.BertConfig`'s.
 #[derive(Clone, Debug, Deserialize)]
@@ -80,32 +80,33 @@ impl Architecture for Bert {
     }
 
     fn class(&self, head: Head) -> Option<String> {
-        match head {
-            Head::SequenceClassification { .. }
-            | Head::TokenClassification { .. }
-            | Head::QuestionAnswering => Some(format!("Bert{}", head.suffix())),
-            Head::CausalLm { .. } => None,
-        }
+        (!matches!(head, Head::CausalLm { .. })).then(|| format!("Bert{}", head.suffix()))
     }
 
-    fn define<O: Ops>(&self, o: &O, head: Head) -> Result<O::X> {
-        match head {
+    fn define<O: Ops>(&self, o: &O, head: Head) -> Result<Vec<O::X>> {
+        let scores = match head {
             Head::SequenceClassification { labels } => {
                 let x = pooler(o, &body(o, self, Some(Pick::First))?, self)?;
                 let x = o.dropout(&x, self.before_classifier())?;
-                o.linear(At::labels("classifier").linear(self.hidden_size, labels), &x)
+                o.linear(At::labels("classifier").linear(self.hidden_size, labels), &x)?
             }
             Head::TokenClassification { labels } => {
                 let x = o.dropout(&body(o, self, None)?, self.before_classifier())?;
-                o.linear(At::labels("classifier").linear(self.hidden_size, labels), &x)
+                o.linear(At::labels("classifier").linear(self.hidden_size, labels), &x)?
             }
             Head::QuestionAnswering => {
-                o.linear(At::labels("qa_outputs").linear(self.hidden_size, 2), &body(o, self, None)?)
+                o.linear(At::labels("qa_outputs").linear(self.hidden_size, 2), &body(o, self, None)?)?
             }
-            Head::CausalLm { .. } => bail_unusable!(
-                "causal-lm needs a model that predicts the next token (model_type gpt2); a bert sees every token at once"
-            ),
-        }
+            Head::MaskedLm => predictions(o, self, &body(o, self, None)?)?,
+            Head::NextSentence => follows(o, self, &body(o, self, Some(Pick::First))?)?,
+            Head::PreTraining => {
+                let x = body(o, self, None)?;
+                return Ok(vec![predictions(o, self, &x)?, follows(o, self, &o.pick(&x, Pick::First)?)?]);
+            }
+            Head::Embedding { wanted } => body(o, self, wanted)?,
+            Head::CausalLm { .. } => return Err(head.refused("bert")),
+        };
+        Ok(vec![scores])
     }
 }
 
@@ -136,9 +137,29 @@ pub(super) fn encoder<O: Ops>(o: &O, at: &At, c: &Bert, mut x: O::X, wanted: Opt
     }
 }
 
+/// The table of tokens, whose weight the head of masked words shares.
+fn words(c: &Bert) -> Table {
+    At::body("bert").to("embeddings.word_embeddings").table(c.vocab_size, c.hidden_size)
+}
+
+/// Hidden states → the scores of the tokens that stand at the places asked for.
+fn predictions<O: Ops>(o: &O, c: &Bert, x: &O::X) -> Result<O::X> {
+    let at = At::head("cls.predictions");
+    let (width, x) = (c.hidden_size, o.pick(x, Pick::Asked)?);
+    let x = o.linear(at.to("transform.dense").linear(width, width), &x)?;
+    let x = o.activate(&x, c.hidden_act)?;
+    let x = o.layer_norm(at.to("transform.LayerNorm").norm(width, c.layer_norm_eps), &x)?;
+    o.linear(words(c).tied().with_bias(at.bias(c.vocab_size)), &x)
+}
+
+/// The first tokens' hidden states → the scores that the second text follows the first, and that it does not.
+fn follows<O: Ops>(o: &O, c: &Bert, x: &O::X) -> Result<O::X> {
+    o.linear(At::head("cls.seq_relationship").linear(c.hidden_size, 2), &pooler(o, x, c)?)
+}
+
 fn embeddings<O: Ops>(o: &O, at: &At, c: &Bert) -> Result<O::X> {
     let width = c.hidden_size;
-    let words = o.embed(at.to("word_embeddings").table(c.vocab_size, width), Ids::Tokens)?;
+    let words = o.embed(words(c), Ids::Tokens)?;
     let types = o.embed(at.to("token_type_embeddings").table(c.type_vocab_size, width), Ids::TokenTypes)?;
     let places =
         o.embed(at.to("position_embeddings").table(c.max_position_embeddings, width), Ids::Positions)?;

@@ -4,10 +4,10 @@
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
+use crate::Result;
 use crate::model::config::{activation, checked, default};
 use crate::model::family::{Architecture, Head, Limits, Names};
-use crate::model::ops::{Activation, At, Attend, Ids, Ops, Pick, Sees};
-use crate::{Result, bail_unusable};
+use crate::model::ops::{Activation, At, Attend, Ids, Ops, Pick, Sees, Table};
 
 /// The configuration. Field names and defaults are `transformers.DistilBertConfig`'s.
 #[derive(Clone, Debug, Deserialize)]
@@ -82,35 +82,47 @@ impl Architecture for DistilBert {
 
     fn class(&self, head: Head) -> Option<String> {
         match head {
-            Head::SequenceClassification { .. }
-            | Head::TokenClassification { .. }
-            | Head::QuestionAnswering => Some(format!("DistilBert{}", head.suffix())),
-            Head::CausalLm { .. } => None,
+            Head::CausalLm { .. } | Head::NextSentence | Head::PreTraining => None,
+            _ => Some(format!("DistilBert{}", head.suffix())),
         }
     }
 
-    fn define<O: Ops>(&self, o: &O, head: Head) -> Result<O::X> {
-        match head {
+    fn define<O: Ops>(&self, o: &O, head: Head) -> Result<Vec<O::X>> {
+        let scores = match head {
             Head::SequenceClassification { labels } => {
                 let x = body(o, self, Some(Pick::First))?;
                 let x = o.linear(At::head("pre_classifier").linear(self.dim, self.dim), &x)?;
                 let x = o.dropout(&o.activate(&x, Activation::Relu)?, self.seq_classif_dropout)?;
-                o.linear(At::labels("classifier").linear(self.dim, labels), &x)
+                o.linear(At::labels("classifier").linear(self.dim, labels), &x)?
             }
             Head::TokenClassification { labels } => {
                 let x = o.dropout(&body(o, self, None)?, self.dropout)?;
-                o.linear(At::labels("classifier").linear(self.dim, labels), &x)
+                o.linear(At::labels("classifier").linear(self.dim, labels), &x)?
             }
             Head::QuestionAnswering => {
                 let x = o.dropout(&body(o, self, None)?, self.qa_dropout)?;
-                o.linear(At::labels("qa_outputs").linear(self.dim, 2), &x)
+                o.linear(At::labels("qa_outputs").linear(self.dim, 2), &x)?
             }
-            Head::CausalLm { .. } => bail_unusable!(
-                "causal-lm needs a model that predicts the next token (model_type gpt2); a distilbert sees every token \
-                 at once"
-            ),
-        }
+            Head::MaskedLm => {
+                let x = o.pick(&body(o, self, None)?, Pick::Asked)?;
+                let x = o.linear(At::head("vocab_transform").linear(self.dim, self.dim), &x)?;
+                let x = o.activate(&x, self.activation)?;
+                let x = o.layer_norm(At::head("vocab_layer_norm").norm(self.dim, EPS), &x)?;
+                let bias = At::head("vocab_projector").bias(self.vocab_size);
+                o.linear(words(self).tied().with_bias(bias), &x)?
+            }
+            Head::Embedding { wanted } => body(o, self, wanted)?,
+            Head::CausalLm { .. } | Head::NextSentence | Head::PreTraining => {
+                return Err(head.refused("distilbert"));
+            }
+        };
+        Ok(vec![scores])
     }
+}
+
+/// The table of tokens, whose weight the head of masked words shares.
+fn words(c: &DistilBert) -> Table {
+    At::body("distilbert").to("embeddings.word_embeddings").table(c.vocab_size, c.dim)
 }
 
 /// Token ids → hidden states, one (C) a token, or of one token of every sequence alone: then the last layer computes
@@ -129,7 +141,7 @@ fn body<O: Ops>(o: &O, c: &DistilBert, wanted: Option<Pick>) -> Result<O::X> {
 }
 
 fn embeddings<O: Ops>(o: &O, at: &At, c: &DistilBert) -> Result<O::X> {
-    let words = o.embed(at.to("word_embeddings").table(c.vocab_size, c.dim), Ids::Tokens)?;
+    let words = o.embed(words(c), Ids::Tokens)?;
     let rows = c.max_position_embeddings;
     let places = o.embed(at.to("position_embeddings").table(rows, c.dim), Ids::Positions)?;
     let x = o.layer_norm(at.to("LayerNorm").norm(c.dim, EPS), &o.add(&words, &places)?)?;

@@ -8,7 +8,7 @@ use crate::model::distilbert::DistilBert;
 use crate::model::gpt2::Gpt2;
 use crate::model::ops::{Ops, Pick};
 use crate::model::roberta::Roberta;
-use crate::{Result, bail_unusable};
+use crate::{Result, bail_unusable, unusable};
 
 /// What a task asks a family for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,6 +19,16 @@ pub enum Head {
     TokenClassification { labels: usize },
     /// Two scores a token, (T, 2), of an answer's beginning and of its end there: `…ForQuestionAnswering`.
     QuestionAnswering,
+    /// The scores of the token that stands at every place, (T, V), or at the places that are asked for alone:
+    /// `…ForMaskedLM`.
+    MaskedLm,
+    /// Two scores a pair of texts, (B, 2): that the second follows the first, and that it does not:
+    /// `…ForNextSentencePrediction`.
+    NextSentence,
+    /// Both, as BERT is pre-trained: (T, V) and (B, 2). `…ForPreTraining`.
+    PreTraining,
+    /// The hidden states alone, (T, C), or those of one token of every sequence, (B, C): `…Model`.
+    Embedding { wanted: Option<Pick> },
     /// The scores of the next token behind every token, (T, V), or behind one token of every sequence alone, (B, V):
     /// `…LMHeadModel`.
     CausalLm { wanted: Option<Pick> },
@@ -31,6 +41,10 @@ impl Head {
             Self::SequenceClassification { .. } => "text-classification",
             Self::TokenClassification { .. } => "token-classification",
             Self::QuestionAnswering => "question-answering",
+            Self::MaskedLm => "masked-lm",
+            Self::NextSentence => "next-sentence",
+            Self::PreTraining => "masked-lm,next-sentence",
+            Self::Embedding { .. } => "embedding",
             Self::CausalLm { .. } => "causal-lm",
         }
     }
@@ -41,7 +55,29 @@ impl Head {
             Self::SequenceClassification { .. } => "ForSequenceClassification",
             Self::TokenClassification { .. } => "ForTokenClassification",
             Self::QuestionAnswering => "ForQuestionAnswering",
+            Self::MaskedLm => "ForMaskedLM",
+            Self::NextSentence => "ForNextSentencePrediction",
+            Self::PreTraining => "ForPreTraining",
+            Self::Embedding { .. } => "Model",
             Self::CausalLm { .. } => "LMHeadModel",
+        }
+    }
+
+    /// Why a family lacks this head, as `transformers` does too.
+    pub(super) fn refused(self, model_type: &str) -> anyhow::Error {
+        let task = self.task();
+        match self {
+            Self::CausalLm { .. } => unusable!(
+                "causal-lm needs a model that predicts the next token (model_type gpt2); a {model_type} sees every token \
+                 at once"
+            ),
+            Self::TokenClassification { .. } | Self::MaskedLm => unusable!(
+                "{task} needs a model that sees a token's whole sentence, such as bert; a {model_type} sees what stands \
+                 before it alone"
+            ),
+            _ => {
+                unusable!("{task} needs a head that transformers has for bert; it has none for {model_type}")
+            }
         }
     }
 }
@@ -96,11 +132,11 @@ pub trait Architecture: Sized {
     /// `BertForSequenceClassification`. None where it has no such head.
     fn class(&self, head: Head) -> Option<String>;
 
-    /// The model with a head: the head's row a sequence, or a row a token.
+    /// The model with a head: what the head gives, most give one.
     ///
     /// # Errors
     /// It has no such head, which the error says by name.
-    fn define<O: Ops>(&self, o: &O, head: Head) -> Result<O::X>;
+    fn define<O: Ops>(&self, o: &O, head: Head) -> Result<Vec<O::X>>;
 
     /// Whether its tokenizers have no token for padding, so that the end of a text stands for it.
     fn pads_with_the_end(&self) -> bool {
@@ -164,7 +200,7 @@ macro_rules! families {
             }
 
             /// See [`Architecture::define`].
-            pub fn define<O: Ops>(&self, o: &O, head: Head) -> Result<O::X> {
+            pub fn define<O: Ops>(&self, o: &O, head: Head) -> Result<Vec<O::X>> {
                 match self { $(Self::$family(family) => family.define(o, head)),+ }
             }
 

@@ -3,10 +3,10 @@
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
+use crate::Result;
 use crate::model::config::{activation, checked, default};
 use crate::model::family::{Architecture, Head, Limits, Names};
 use crate::model::ops::{Activation, At, Attend, Ids, Ops, Pick, Sees, Table};
-use crate::{Result, bail_unusable};
 
 /// The configuration. Field names and defaults are `transformers.GPT2Config`'s.
 #[derive(Clone, Debug, Deserialize)]
@@ -84,30 +84,34 @@ impl Architecture for Gpt2 {
             Head::SequenceClassification { .. } | Head::QuestionAnswering | Head::CausalLm { .. } => {
                 Some(format!("GPT2{}", head.suffix()))
             }
-            Head::TokenClassification { .. } => None,
+            Head::Embedding { .. } => Some(format!("GPT2{}", head.suffix())),
+            Head::TokenClassification { .. } | Head::MaskedLm | Head::NextSentence | Head::PreTraining => {
+                None
+            }
         }
     }
 
-    fn define<O: Ops>(&self, o: &O, head: Head) -> Result<O::X> {
+    fn define<O: Ops>(&self, o: &O, head: Head) -> Result<Vec<O::X>> {
         let at = At::body("transformer");
-        match head {
+        let scores = match head {
             Head::SequenceClassification { labels } => {
                 let x = body(o, &at, self, Some(Pick::Last))?;
-                o.linear(At::labels("score").linear(self.n_embd, labels).without_bias(), &x)
+                o.linear(At::labels("score").linear(self.n_embd, labels).without_bias(), &x)?
             }
             Head::CausalLm { wanted } => {
                 // the head is the table of words
                 let x = body(o, &at, self, wanted)?;
-                o.linear(words(&at, self).tied(), &x)
+                o.linear(words(&at, self).tied(), &x)?
             }
             Head::QuestionAnswering => {
-                o.linear(At::labels("qa_outputs").linear(self.n_embd, 2), &body(o, &at, self, None)?)
+                o.linear(At::labels("qa_outputs").linear(self.n_embd, 2), &body(o, &at, self, None)?)?
             }
-            Head::TokenClassification { .. } => bail_unusable!(
-                "token-classification needs a model that sees a token's whole sentence, such as bert; a gpt2 sees \
-                 what stands before it alone"
-            ),
-        }
+            Head::Embedding { wanted } => body(o, &at, self, wanted)?,
+            Head::TokenClassification { .. } | Head::MaskedLm | Head::NextSentence | Head::PreTraining => {
+                return Err(head.refused("gpt2"));
+            }
+        };
+        Ok(vec![scores])
     }
 
     fn pads_with_the_end(&self) -> bool {

@@ -82,7 +82,7 @@ pub struct Table {
 }
 
 impl Table {
-    /// The map to scores of its rows by the same weight: a tied head, (C) → (rows), without a bias.
+    /// The map to scores of its rows by the same weight: a tied head, (C) → (rows), without a bias of its own.
     pub fn tied(&self) -> Linear {
         Linear { weight: self.weight.clone(), bias: None, layout: Layout::OutIn }
     }
@@ -112,6 +112,11 @@ impl Linear {
             Layout::OutIn => self.weight.shape[0],
             Layout::InOut => self.weight.shape[1],
         }
+    }
+
+    /// The same map with a bias that stands elsewhere.
+    pub fn with_bias(self, bias: Param) -> Self {
+        Self { bias: Some(bias), ..self }
     }
 
     /// The same map without a bias.
@@ -173,6 +178,11 @@ impl At {
             part: self.part,
             summands: 1,
         }
+    }
+
+    /// The bias that stands here by itself, beside a map that is tied.
+    pub fn bias(&self, width: usize) -> Param {
+        self.param("bias", &[width], Role::Bias)
     }
 
     /// The embedding table that stands here.
@@ -264,12 +274,15 @@ pub enum Pick {
     First,
     /// The last: what has seen all of a causal model's sequence.
     Last,
+    /// Those that the batch asks for, of any number a sequence; all of them where it asks for none in particular, and in
+    /// graphs.
+    Asked,
 }
 
 /// The vocabulary of model definitions.
 ///
 /// `X` is an activation. Between `embed` and `pick` it stands for every token of the batch, (…, C);
-/// after `pick` for one row a sequence, (B, C).
+/// after `pick` for one row a sequence, (B, C), or one a token that is asked for.
 pub trait Ops {
     type X: Clone;
 
@@ -298,7 +311,7 @@ pub trait Ops {
     /// Drops elements with probability `p` in training and scales the rest by 1 / (1 − p).
     fn dropout(&self, x: &Self::X, p: f32) -> Result<Self::X>;
 
-    /// Keeps one token of every sequence: (T, C) → (B, C).
+    /// Keeps one token of every sequence: (T, C) → (B, C); or those that are asked for.
     fn pick(&self, x: &Self::X, which: Pick) -> Result<Self::X>;
 
     /// Names an intermediate result, so that runtimes can be compared there. Returns it unchanged.

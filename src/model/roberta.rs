@@ -4,11 +4,11 @@
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
+use crate::Result;
 use crate::model::bert::{Bert, encoder};
 use crate::model::config::checked;
 use crate::model::family::{Architecture, Head, Limits, Names};
-use crate::model::ops::{Activation, At, Ids, Ops, Pick};
-use crate::{Result, bail_unusable};
+use crate::model::ops::{Activation, At, Ids, Ops, Pick, Table};
 
 /// The configuration. Field names and defaults are `transformers.RobertaConfig`'s: BERT's, and the token of padding.
 #[derive(Clone, Debug, Deserialize)]
@@ -70,36 +70,47 @@ impl Architecture for Roberta {
             _ => "Roberta",
         };
         match head {
-            Head::SequenceClassification { .. }
-            | Head::TokenClassification { .. }
-            | Head::QuestionAnswering => Some(format!("{name}{}", head.suffix())),
-            Head::CausalLm { .. } => None,
+            Head::CausalLm { .. } | Head::NextSentence | Head::PreTraining => None,
+            _ => Some(format!("{name}{}", head.suffix())),
         }
     }
 
-    fn define<O: Ops>(&self, o: &O, head: Head) -> Result<O::X> {
+    fn define<O: Ops>(&self, o: &O, head: Head) -> Result<Vec<O::X>> {
         let (width, p) = (self.bert.hidden_size, self.bert.before_classifier());
-        match head {
+        let scores = match head {
             Head::SequenceClassification { labels } => {
                 let at = At::head("classifier");
                 let x = o.dropout(&body(o, self, Some(Pick::First))?, p)?;
                 let x = o.linear(at.to("dense").linear(width, width), &x)?;
                 let x = o.dropout(&o.activate(&x, Activation::Tanh)?, p)?;
-                o.linear(At::labels("classifier.out_proj").linear(width, labels), &x)
+                o.linear(At::labels("classifier.out_proj").linear(width, labels), &x)?
             }
             Head::TokenClassification { labels } => {
                 let x = o.dropout(&body(o, self, None)?, p)?;
-                o.linear(At::labels("classifier").linear(width, labels), &x)
+                o.linear(At::labels("classifier").linear(width, labels), &x)?
             }
             Head::QuestionAnswering => {
-                o.linear(At::labels("qa_outputs").linear(width, 2), &body(o, self, None)?)
+                o.linear(At::labels("qa_outputs").linear(width, 2), &body(o, self, None)?)?
             }
-            Head::CausalLm { .. } => bail_unusable!(
-                "causal-lm needs a model that predicts the next token (model_type gpt2); a {} sees every token at once",
-                self.model_type
-            ),
-        }
+            Head::MaskedLm => {
+                let at = At::head("lm_head");
+                let x = o.pick(&body(o, self, None)?, Pick::Asked)?;
+                let x = o.activate(&o.linear(at.to("dense").linear(width, width), &x)?, Activation::Gelu)?;
+                let x = o.layer_norm(at.to("layer_norm").norm(width, self.bert.layer_norm_eps), &x)?;
+                o.linear(words(self).tied().with_bias(at.bias(self.bert.vocab_size)), &x)?
+            }
+            Head::Embedding { wanted } => body(o, self, wanted)?,
+            Head::CausalLm { .. } | Head::NextSentence | Head::PreTraining => {
+                return Err(head.refused(&self.model_type));
+            }
+        };
+        Ok(vec![scores])
     }
+}
+
+/// The table of tokens, whose weight the head of masked words shares.
+fn words(c: &Roberta) -> Table {
+    At::body("roberta").to("embeddings.word_embeddings").table(c.bert.vocab_size, c.bert.hidden_size)
 }
 
 /// Token ids → hidden states, one (C) a token, or of one token of every sequence alone.
@@ -111,7 +122,7 @@ fn body<O: Ops>(o: &O, c: &Roberta, wanted: Option<Pick>) -> Result<O::X> {
 
 fn embeddings<O: Ops>(o: &O, at: &At, c: &Roberta) -> Result<O::X> {
     let (width, bert) = (c.bert.hidden_size, &c.bert);
-    let words = o.embed(at.to("word_embeddings").table(bert.vocab_size, width), Ids::Tokens)?;
+    let words = o.embed(words(c), Ids::Tokens)?;
     let types = o.embed(at.to("token_type_embeddings").table(bert.type_vocab_size, width), Ids::Zero)?;
     let rows = bert.max_position_embeddings;
     let positions = Ids::PositionsBehind { padding: c.pad_token_id };

@@ -414,7 +414,7 @@ impl Ops for Emit {
         let scores = self.plain(&at, "Mul", &[scores, self.f32(scale as f32)]);
         let keep = match (how.sees, how.queries) {
             (Sees::All, _) | (Sees::Causal, Some(Pick::Last)) => self.keep(),
-            (Sees::Causal, None) => self.keep_causal(),
+            (Sees::Causal, None | Some(Pick::Asked)) => self.keep_causal(),
             (Sees::Causal, Some(Pick::First)) => {
                 anyhow::bail!("a causal model's first token sees nothing but itself")
             }
@@ -465,6 +465,7 @@ impl Ops for Emit {
                 let zero = self.graph.borrow_mut().i64s(&[], &[0]);
                 self.node(&x.scope, "Gather", &[x.value, zero], vec![int("axis", 1)])
             }
+            Pick::Asked => return Ok(x.clone()),
             Pick::Last if self.kind.form == Form::InPlace => {
                 let value = self.asked(&x.scope, x.value);
                 return Ok(X { value, ..x.clone() });

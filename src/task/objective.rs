@@ -181,7 +181,7 @@ pub trait Objective: Clone + Into<Task> {
     /// # Errors
     /// The family has no such head.
     fn define<O: Ops>(&self, o: &O, family: &Family) -> Result<Vec<O::X>> {
-        Ok(vec![family.define(o, self.head())?])
+        family.define(o, self.head())
     }
 
     /// The same for the last token of every sequence alone: what a graph that generates computes.

@@ -17,7 +17,7 @@ use super::linear::{Input, LinearMap};
 use super::{simd, wide};
 use crate::data::batch::Spans;
 use crate::eager::tape::{Tape, TapeValue};
-use crate::model::ops::{Pick, Sees};
+use crate::model::ops::Sees;
 
 /// Queries of one block.
 const BLOCK: usize = 64;
@@ -115,7 +115,7 @@ pub fn composite(q: &Tensor, k: &Tensor, v: &Tensor, how: &Attention) -> Result<
     how.check([q.dims2()?, k.dims2()?, v.dims2()?])?;
     let d = width / heads;
     let mut outputs = Vec::with_capacity(how.spans.len());
-    for Asked { span, queries, .. } in how.asked().filter(|asked| !asked.span.is_empty()) {
+    for Asked { span, queries, .. } in how.asked().filter(|asked| !asked.queries.is_empty()) {
         let (m, n) = (queries.len(), span.len());
         let part = |x: &Tensor, rows: &Range<usize>| {
             let n = rows.len();
@@ -123,7 +123,7 @@ pub fn composite(q: &Tensor, k: &Tensor, v: &Tensor, how: &Attention) -> Result<
         };
         let (q, k, v) = (part(q, &queries)?, part(k, &span)?, part(v, &span)?); // (H, T, D)
         let mut scores = (wide(&q.matmul(&k.transpose(1, 2)?)?)? / (d as f64).sqrt())?;
-        if how.sees == Sees::Causal && how.queries.is_none() {
+        if how.sees == Sees::Causal && matches!(how.queries, Queries::All) {
             // a row has its own key at least, so its largest score is finite
             let never = Tensor::full(f32::NEG_INFINITY, scores.shape(), scores.device())?;
             let visible = up_to_itself(n, scores.device())?.broadcast_as(scores.shape())?;
@@ -159,9 +159,20 @@ pub struct Attention {
     pub spans: Arc<Spans>,
     pub heads: usize,
     pub sees: Sees,
-    /// Which one of every sequence asks, where not all do.
-    pub queries: Option<Pick>,
+    pub queries: Queries,
     pub mask: Option<Mask>,
+}
+
+/// Which tokens of every sequence ask.
+#[derive(Clone)]
+pub enum Queries {
+    All,
+    /// The first alone.
+    First,
+    /// The last alone.
+    Last,
+    /// Some: these are the rows of q that each sequence has.
+    Asked(Arc<Spans>),
 }
 
 /// A sequence and its queries.
@@ -246,10 +257,11 @@ impl Attention {
     }
 
     fn asked(&self) -> impl Iterator<Item = Asked> + '_ {
-        self.spans.iter().enumerate().map(|(b, span)| match self.queries {
-            None => Asked { queries: span.clone(), position: 0, span },
-            Some(Pick::First) => Asked { queries: b..b + 1, position: 0, span },
-            Some(Pick::Last) => Asked { queries: b..b + 1, position: span.len() - 1, span },
+        self.spans.iter().enumerate().map(|(b, span)| match &self.queries {
+            Queries::All => Asked { queries: span.clone(), position: 0, span },
+            Queries::First => Asked { queries: b..b + 1, position: 0, span },
+            Queries::Last => Asked { queries: b..b + 1, position: span.len() - 1, span },
+            Queries::Asked(rows) => Asked { queries: rows.get(b), position: 0, span },
         })
     }
 
@@ -282,19 +294,26 @@ impl Attention {
 impl Attention {
     fn check(&self, shapes: [(usize, usize); 3]) -> Result<()> {
         let (tokens, width) = (self.spans.tokens(), shapes[0].1);
-        let asking = if self.queries.is_some() { self.spans.len() } else { tokens };
+        let asking = match &self.queries {
+            Queries::All => tokens,
+            Queries::First | Queries::Last => self.spans.len(),
+            Queries::Asked(rows) => rows.tokens(),
+        };
         if shapes != [(asking, width), (tokens, width), (tokens, width)] || width % self.heads != 0 {
             candle_core::bail!(
                 "attention by {} heads takes {asking} queries, {tokens} keys and values of one width, not {shapes:?}",
                 self.heads
             );
         }
-        match self.queries {
-            Some(_) if self.spans.iter().any(|span| span.is_empty()) => {
+        match &self.queries {
+            Queries::First | Queries::Last if self.spans.iter().any(|span| span.is_empty()) => {
                 candle_core::bail!("a sequence without tokens has no token that asks")
             }
-            Some(Pick::First) if self.sees == Sees::Causal => {
-                candle_core::bail!("a causal model's first token sees nothing but itself")
+            Queries::First | Queries::Asked(_) if self.sees == Sees::Causal => {
+                candle_core::bail!("of a causal model's tokens all ask, or the last one")
+            }
+            Queries::Asked(rows) if rows.len() != self.spans.len() => {
+                candle_core::bail!("{} sequences ask, of {}", rows.len(), self.spans.len())
             }
             _ => Ok(()),
         }

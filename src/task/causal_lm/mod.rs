@@ -219,7 +219,7 @@ impl Objective for CausalLm {
     }
 
     fn generate<O: Ops>(&self, o: &O, family: &Family) -> Result<Vec<O::X>> {
-        Ok(vec![family.define(o, Head::CausalLm { wanted: Some(Pick::Last) })?])
+        family.define(o, Head::CausalLm { wanted: Some(Pick::Last) })
     }
 
     fn language_model(&self) -> Option<&CausalLm> {

@@ -218,7 +218,10 @@ impl Objective for QuestionAnswering {
     }
 
     fn define<O: Ops>(&self, o: &O, family: &Family) -> Result<Vec<O::X>> {
-        o.split(&family.define(o, self.head())?, 2)
+        match &family.define(o, self.head())?[..] {
+            [scores] => o.split(scores, 2),
+            others => anyhow::bail!("the head gives {} outputs", others.len()),
+        }
     }
 
     fn outputs(&self, _: Form) -> Vec<Output> {
