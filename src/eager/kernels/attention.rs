@@ -171,7 +171,7 @@ pub enum Queries {
     First,
     /// The last alone.
     Last,
-    /// Some: these are the rows of q that each sequence has.
+    /// Some, one at least: these are the rows of q that each sequence has.
     Asked(Arc<Spans>),
 }
 
@@ -308,6 +308,10 @@ impl Attention {
         match &self.queries {
             Queries::First | Queries::Last if self.spans.iter().any(|span| span.is_empty()) => {
                 candle_core::bail!("a sequence without tokens has no token that asks")
+            }
+            // its keys and values would get no gradient
+            Queries::Asked(rows) if rows.iter().any(|rows| rows.is_empty()) => {
+                candle_core::bail!("a sequence has no token that asks")
             }
             Queries::First | Queries::Asked(_) if self.sees == Sees::Causal => {
                 candle_core::bail!("of a causal model's tokens all ask, or the last one")
