@@ -3,6 +3,7 @@
 
 use serde_json::{Map, Value};
 
+use crate::data::tokens::Vocabulary;
 use crate::model::bert::Bert;
 use crate::model::distilbert::DistilBert;
 use crate::model::gpt2::Gpt2;
@@ -113,6 +114,9 @@ pub trait Architecture: Sized {
     /// The keys of `config.json` that hold a dropout probability.
     const DROPOUTS: &'static [&'static str];
 
+    /// What vocabulary its models learn from texts of their own.
+    const VOCABULARY: Vocabulary;
+
     /// Reads and checks the fields of `config.json`.
     ///
     /// # Errors
@@ -177,6 +181,11 @@ macro_rules! families {
             /// The keys of `config.json` that hold a dropout probability.
             pub fn dropouts(&self) -> &'static [&'static str] {
                 match self { $(Self::$family(_) => $family::DROPOUTS),+ }
+            }
+
+            /// See [`Architecture::VOCABULARY`].
+            pub fn vocabulary(&self) -> Vocabulary {
+                match self { $(Self::$family(_) => $family::VOCABULARY),+ }
             }
 
             /// See [`Architecture::names`].

@@ -4,6 +4,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::Result;
+use crate::data::tokens::Vocabulary;
 use crate::model::config::{activation, checked, default};
 use crate::model::family::{Architecture, Head, Limits, Names};
 use crate::model::ops::{Activation, At, Attend, Ids, Ops, Pick, Sees, Table};
@@ -36,6 +37,7 @@ pub struct Gpt2 {
 impl Architecture for Gpt2 {
     const MODEL_TYPES: &'static [&'static str] = &["gpt2"];
     const DROPOUTS: &'static [&'static str] = &["resid_pdrop", "embd_pdrop", "attn_pdrop"];
+    const VOCABULARY: Vocabulary = Vocabulary::Gpt2;
 
     fn read(raw: &Map<String, Value>) -> Result<Self> {
         checked(raw, |c: &Self, found| {

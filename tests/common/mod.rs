@@ -22,6 +22,12 @@ pub const TAGGERS: [&str; 4] =
 /// Those that give two numbers a token: where an answer begins, and where it ends.
 pub const ANSWERERS: [&str; 4] =
     ["tiny-bert-answers", "tiny-distilbert-answers", "tiny-roberta-answers", "tiny-gpt2-answers"];
+/// Those that find masked words.
+pub const MASKERS: [&str; 3] = ["tiny-bert-masked", "tiny-distilbert-masked", "tiny-roberta-masked"];
+/// The one that tells whether a text follows another.
+pub const FOLLOWER: &str = "tiny-bert-pairs";
+/// The one that does both.
+pub const PRE_TRAINED: &str = "tiny-bert-pretraining";
 pub const LANGUAGE_MODEL: &str = "tiny-gpt2-lm";
 
 /// A directory under `models/`.

@@ -210,12 +210,12 @@ impl Objective for TextClassification {
         outputs: Vec<X>,
         examples: &[(&Encoding, &Wanted)],
         label_smoothing: f64,
-        of: usize,
-    ) -> Result<Tensor> {
+        of: &[usize],
+    ) -> Result<Vec<Tensor>> {
         let outputs = tensors(outputs)?;
         let logits = outputs.first().context("the model has no output")?;
         let targets: Vec<&Wanted> = examples.iter().map(|(_, target)| *target).collect();
-        Ok((self.sum_of_losses(logits, &targets, label_smoothing)? / of as f64)?)
+        Ok(vec![(self.sum_of_losses(logits, &targets, label_smoothing)? / of[0] as f64)?])
     }
 
     fn metrics(&self) -> &'static [Metric] {
@@ -267,10 +267,10 @@ impl Objective for TextClassification {
         }
     }
 
-    fn answer(&self, (): &(), outputs: &[Outputs], flags: &super::AnswerFlags) -> Result<Answer> {
+    fn answer(&self, (): &(), outputs: &[Outputs], asking: &Asking) -> Result<Answer> {
         let row = self.logits(outputs.first().context("a record has no output")?)?;
         if row.iter().all(|x| x.is_finite()) {
-            Ok(Ok(self.prediction(&row, flags.text_classification.logits)))
+            Ok(Ok(self.prediction(&row, asking.flags.text_classification.logits)))
         } else {
             Ok(Err(format!("the model's logits are not finite: {row:?}")))
         }
