@@ -30,6 +30,11 @@ pub const FOLLOWER: &str = "tiny-bert-pairs";
 pub const PRE_TRAINED: &str = "tiny-bert-pretraining";
 pub const LANGUAGE_MODEL: &str = "tiny-gpt2-lm";
 
+/// All that answer without generating, but for those that answer questions.
+pub fn predictors() -> impl Iterator<Item = &'static str> {
+    CLASSIFIERS.into_iter().chain(TAGGERS).chain(MASKERS).chain([FOLLOWER, PRE_TRAINED])
+}
+
 /// A directory under `models/`.
 pub fn models(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("models").join(name)
