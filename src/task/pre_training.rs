@@ -89,7 +89,12 @@ impl Objective for PreTraining {
         let task = Self::from_config(&start.config).map_err(|error| start.in_config(error))?;
         let masking = Masking::learnt(&tokenizer, task.vocabulary, &start.training.shared)?;
         let chunks = Corpus::new(&texts, start.train, &tokenizer)?.chunks(start.max_length)?;
-        let examples = chunks.into_iter().map(|chunk| example(chunk, &masking, 0)).collect::<Result<_>>()?;
+        let of_chunk = |chunk: Chunk| {
+            let Pair { encoding, words, follows } = chunk.pair(0)?;
+            let masked = Masked { wanted: vec![None; words.len()], words: words.into() };
+            Ok(Example { encoding, target: Pretrained { chunk: Some(chunk), follows, masked } })
+        };
+        let examples = chunks.into_iter().map(of_chunk).collect::<Result<_>>()?;
         Ok(Learning { task: Self { masking: Some(masking), ..task }, tokenizer, examples, files: Vec::new() })
     }
 
