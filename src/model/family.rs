@@ -72,7 +72,7 @@ impl Head {
                 "causal-lm needs a model that predicts the next token (model_type gpt2); a {model_type} sees every token \
                  at once"
             ),
-            Self::TokenClassification { .. } | Self::MaskedLm => unusable!(
+            Self::MaskedLm => unusable!(
                 "{task} needs a model that sees a token's whole sentence, such as bert; a {model_type} sees what stands \
                  before it alone"
             ),

@@ -172,7 +172,10 @@ pub(super) fn refuse_shared(flags: &impl Serialize, takers: &[(&str, &[&str])], 
         let of = takers.iter().filter(|(_, taken)| taken.contains(&flag.as_str())).map(|(name, _)| *name);
         let of: Vec<&str> = of.collect();
         if !of.contains(&task) {
-            bail_unusable!("{flag} is for {}, and this is {task}", of.join(" and "));
+            let (last, others) = of.split_last().map_or(("", &[][..]), |(last, others)| (*last, others));
+            let others = others.join(", ");
+            let and = if others.is_empty() { "" } else { " and " };
+            bail_unusable!("{flag} is for {others}{and}{last}, and this is {task}");
         }
     }
     Ok(())

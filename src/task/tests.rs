@@ -50,20 +50,51 @@ fn a_flag_is_taken_by_its_own_task_alone_and_refused_by_name_elsewhere() {
         let tasks = takers(&given, |flags: &RecordFlags, task| flags.check(task, &files));
         match given[0].as_str() {
             "--format" | "--encoding" => assert_eq!(tasks.len(), all),
-            "--text-column" => assert_eq!(tasks, [TextClassification::NAME, CausalLm::NAME]),
+            "--text-column" => assert_eq!(
+                tasks,
+                [
+                    TextClassification::NAME,
+                    MaskedLm::NAME,
+                    NextSentence::NAME,
+                    PreTraining::NAME,
+                    CausalLm::NAME
+                ]
+            ),
+            "--text-unit" => {
+                assert_eq!(tasks, [MaskedLm::NAME, NextSentence::NAME, PreTraining::NAME, CausalLm::NAME]);
+            }
             flag => assert_eq!(tasks.len(), 1, "{flag}: {tasks:?}"),
         }
     }
     for given in every::<TrainingFlags>() {
-        assert_eq!(takers(&given, TrainingFlags::check).len(), 1, "{given:?}");
+        let tasks = takers(&given, TrainingFlags::check);
+        match given[0].as_str() {
+            "--mask-probability" | "--whole-words" => assert_eq!(tasks, [MaskedLm::NAME, PreTraining::NAME]),
+            flag => assert_eq!(tasks.len(), 1, "{flag}: {tasks:?}"),
+        }
     }
     for given in every::<AnswerFlags>() {
         let tasks = takers(&given, AnswerFlags::check);
         match given[0].as_str() {
             "--format" | "--encoding" => assert_eq!(tasks.len(), all),
-            "--text-column" => assert_eq!(tasks, [TextClassification::NAME, TokenClassification::NAME]),
+            "--text-column" => assert_eq!(
+                tasks,
+                [
+                    TextClassification::NAME,
+                    TokenClassification::NAME,
+                    MaskedLm::NAME,
+                    NextSentence::NAME,
+                    PreTraining::NAME
+                ]
+            ),
+            "--text-pair-column" => {
+                assert_eq!(tasks, [TextClassification::NAME, NextSentence::NAME, PreTraining::NAME]);
+            }
             "--offset-unit" => assert_eq!(tasks, [TokenClassification::NAME, QuestionAnswering::NAME]),
-            "--top-k" => assert_eq!(tasks, [QuestionAnswering::NAME, CausalLm::NAME]),
+            "--top-k" => assert_eq!(
+                tasks,
+                [QuestionAnswering::NAME, MaskedLm::NAME, PreTraining::NAME, CausalLm::NAME]
+            ),
             flag => assert_eq!(tasks.len(), 1, "{flag}: {tasks:?}"),
         }
     }

@@ -17,8 +17,13 @@ pub const CLASSIFIERS: [&str; 7] = [
     "tiny-gpt2-single",
 ];
 /// Those that give a row a token, of five labels.
-pub const TAGGERS: [&str; 4] =
-    ["tiny-bert-tokens", "tiny-distilbert-tokens", "tiny-roberta-tokens", "tiny-xlm-roberta-tokens"];
+pub const TAGGERS: [&str; 5] = [
+    "tiny-bert-tokens",
+    "tiny-distilbert-tokens",
+    "tiny-roberta-tokens",
+    "tiny-xlm-roberta-tokens",
+    "tiny-gpt2-tokens",
+];
 /// Those that give two numbers a token: where an answer begins, and where it ends.
 pub const ANSWERERS: [&str; 4] =
     ["tiny-bert-answers", "tiny-distilbert-answers", "tiny-roberta-answers", "tiny-gpt2-answers"];

@@ -69,6 +69,11 @@ impl Document {
         Ok(Self { ids: pieces.ids, words: pieces.words, sentences })
     }
 
+    /// The first token from `at` to before `end` that a word begins with; `at` itself where there is none.
+    fn word_from(&self, at: usize, end: usize) -> usize {
+        (at..end).find(|&i| i == 0 || self.words[i] != self.words[i - 1]).unwrap_or(at)
+    }
+
     /// The sentences that begin inside of some tokens.
     fn sentences(&self, tokens: &Range<usize>) -> &[usize] {
         let first = self.sentences.partition_point(|&at| at <= tokens.start);
@@ -144,7 +149,7 @@ impl Chunk {
         let (start, end) = (self.tokens.start, self.tokens.end);
         let splits = own.sentences(&self.tokens);
         let split = match splits.len() {
-            0 => start + (end - start) / 2,
+            0 => own.word_from(start + (end - start) / 2, end),
             n => splits[below(&mut rng, n)],
         };
         let follows = rng.next_u64() & 1 == 0;
@@ -170,7 +175,8 @@ impl Chunk {
         let (sentences, tokens) = (&document.sentences, document.ids.len());
         if self.tokens.end == documents[self.document].ids.len() {
             let short = sentences.iter().find(|&&at| tokens - at <= length);
-            return (other, short.copied().unwrap_or(tokens.saturating_sub(length))..tokens);
+            let cut = || document.word_from(tokens.saturating_sub(length), tokens);
+            return (other, short.copied().unwrap_or_else(cut)..tokens);
         }
         let long = sentences.partition_point(|&at| tokens - at >= length);
         let start = if long == 0 { 0 } else { sentences[below(rng, long)] };
@@ -178,7 +184,7 @@ impl Chunk {
     }
 
     /// The most tokens of a pair that is drawn, with those around the texts.
-    pub fn len(&self) -> usize {
+    pub fn most_tokens(&self) -> usize {
         self.tokens.len() + self.corpus.tokenizer.frame_of_pair()
     }
 }
