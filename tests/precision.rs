@@ -9,6 +9,7 @@ use tk::data::batch::{Encoding, PackedBatch};
 use tk::device::TrainingPrecision;
 use tk::eager::{Eager, Init, Kernels, Mode, Params};
 use tk::model::ModelConfig;
+use tk::task::text_classification::Window;
 use tk::task::{Example, Target, Task};
 use tk::train::schedule::Schedule;
 use tk::train::{Settings, Trainer};
@@ -39,7 +40,10 @@ impl Tiny {
         let examples = records
             .map(|(i, record)| Example {
                 encoding: Encoding { ids: ids("ids", i), type_ids: ids("type_ids", i), truncated: false },
-                target: Target::TextClassification(classification.target(&record["label"]).unwrap()),
+                target: Target::TextClassification(Window::whole(
+                    0,
+                    classification.target(&record["label"]).unwrap(),
+                )),
             })
             .collect();
         Self { config, task, params, examples }

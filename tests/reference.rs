@@ -23,6 +23,7 @@ use tk::task::masked_lm::Masked;
 use tk::task::next_sentence::Follows;
 use tk::task::pre_training::Pretrained;
 use tk::task::question_answering::squad::{Judged, Match, Threshold, best_threshold};
+use tk::task::text_classification::Window;
 use tk::task::token_classification::Tags;
 use tk::task::{CausalLm, Encoder, Example, RecordFlags, Target, Task};
 use tk::train::plan::Plan;
@@ -75,7 +76,7 @@ impl Reference {
                 encoding: Encoding { ids: ids("ids", i), type_ids: ids("type_ids", i), truncated: false },
                 target: match &task {
                     Task::TextClassification(task) => {
-                        Target::TextClassification(task.target(&record["label"]).unwrap())
+                        Target::TextClassification(Window::whole(i, task.target(&record["label"]).unwrap()))
                     }
                     Task::CausalLm(_) => {
                         let predicted = (0..ids("ids", i).len()).map(|at| at > 0).collect();

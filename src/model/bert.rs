@@ -81,7 +81,7 @@ impl Architecture for Bert {
         self.initializer_range
     }
 
-    fn class(&self, head: Head) -> Option<String> {
+    fn class(_: &str, head: Head) -> Option<String> {
         (!matches!(head, Head::CausalLm { .. })).then(|| format!("Bert{}", head.suffix()))
     }
 

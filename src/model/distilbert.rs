@@ -82,7 +82,7 @@ impl Architecture for DistilBert {
         self.initializer_range
     }
 
-    fn class(&self, head: Head) -> Option<String> {
+    fn class(_: &str, head: Head) -> Option<String> {
         match head {
             Head::CausalLm { .. } | Head::NextSentence | Head::PreTraining => None,
             _ => Some(format!("DistilBert{}", head.suffix())),

@@ -132,9 +132,14 @@ pub trait Architecture: Sized {
     /// The standard deviation that new weights are drawn with.
     fn initializer_range(&self) -> f64;
 
-    /// The name of the class in `transformers` that is this model with a head, such as
+    /// Which of its `model_type`s it is.
+    fn model_type(&self) -> &str {
+        Self::MODEL_TYPES[0]
+    }
+
+    /// The name of the class in `transformers` that is a model of this type with a head, such as
     /// `BertForSequenceClassification`. None where it has no such head.
-    fn class(&self, head: Head) -> Option<String>;
+    fn class(model_type: &str, head: Head) -> Option<String>;
 
     /// The model with a head: what the head gives, most give one.
     ///
@@ -205,7 +210,15 @@ macro_rules! families {
 
             /// See [`Architecture::class`].
             pub fn class(&self, head: Head) -> Option<String> {
-                match self { $(Self::$family(family) => family.class(head)),+ }
+                match self { $(Self::$family(family) => $family::class(family.model_type(), head)),+ }
+            }
+
+            /// The same of any model of a type.
+            pub fn class_of(model_type: &str, head: Head) -> Option<String> {
+                $(if $family::MODEL_TYPES.contains(&model_type) {
+                    return $family::class(model_type, head);
+                })+
+                None
             }
 
             /// See [`Architecture::define`].

@@ -88,7 +88,7 @@ impl Architecture for Gpt2 {
         self.initializer_range
     }
 
-    fn class(&self, head: Head) -> Option<String> {
+    fn class(_: &str, head: Head) -> Option<String> {
         match head {
             Head::MaskedLm | Head::NextSentence | Head::PreTraining => None,
             _ => Some(format!("GPT2{}", head.suffix())),

@@ -65,8 +65,12 @@ impl Architecture for Roberta {
         self.bert.initializer_range
     }
 
-    fn class(&self, head: Head) -> Option<String> {
-        let name = match self.model_type.as_str() {
+    fn model_type(&self) -> &str {
+        &self.model_type
+    }
+
+    fn class(model_type: &str, head: Head) -> Option<String> {
+        let name = match model_type {
             "xlm-roberta" => "XLMRoberta",
             "camembert" => "Camembert",
             _ => "Roberta",

@@ -29,7 +29,7 @@ use crate::data::batch::{Encoding, PackedBatch};
 use crate::data::records::{BadRow, Columns, Row};
 use crate::eager::{Eager, Forward, X};
 use crate::model::ops::{Ops, Param};
-use crate::model::{Family, ModelConfig, manifest, token_ids};
+use crate::model::{Family, Head, ModelConfig, manifest, token_ids};
 use crate::runtime::Slots;
 use crate::{Result, bail_unusable, unusable};
 pub use causal_lm::CausalLm;
@@ -259,6 +259,9 @@ macro_rules! tasks {
             /// The names that `--task` takes.
             pub const NAMES: &'static [&'static str] = &[$($task::NAME),+];
 
+            /// The head that each of them asks a family for.
+            pub const HEADS: &'static [Head] = &[$($task::HEAD),+];
+
             /// Files of a model's directory that one of the tasks reads and writes, beside what every model has.
             pub fn files() -> Vec<&'static str> {
                 [$($task::FILES),+].concat()
@@ -355,6 +358,14 @@ macro_rules! tasks {
             /// See [`Objective::metrics`].
             pub fn metrics(&self) -> &'static [Metric] {
                 match self { $(Self::$task(task) => task.metrics()),+ }
+            }
+
+            /// See [`Objective::keeps`]; another task's head is not kept.
+            pub fn keeps(&self, base: &Self) -> bool {
+                match (self, base) {
+                    $((Self::$task(task), Self::$task(base)) => task.keeps(base),)+
+                    _ => false,
+                }
             }
 
             /// See [`Objective::LOSSES`].

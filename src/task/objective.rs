@@ -190,6 +190,11 @@ pub trait Objective: Clone + Into<Task> {
         true
     }
 
+    /// Whether the last map of a head that was trained as `base` means the same here: it is kept then.
+    fn keeps(&self, base: &Self) -> bool {
+        self.head() == base.head()
+    }
+
     /// How many losses of each of [`Objective::LOSSES`] a target has: a step's loss is their mean.
     fn losses(_target: &Self::Target) -> Vec<usize> {
         vec![1]

@@ -120,7 +120,10 @@ fn an_example_of_another_task_is_an_error() {
         labels: vec!["O".to_owned()],
         scheme: token_classification::scheme::Scheme::None,
     });
-    let target = Target::TextClassification(text_classification::Wanted::Class(0));
+    let target = Target::TextClassification(text_classification::Window::whole(
+        0,
+        text_classification::Wanted::Class(0),
+    ));
     let example = Example { encoding: Encoding::default(), target };
     let error = task.measure_outputs(&[Outputs::new()], &[example]).unwrap_err();
     assert!(error.to_string().contains("another task than token-classification"), "{error}");

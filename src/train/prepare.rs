@@ -108,7 +108,7 @@ impl Prepared {
             (Params::from_scratch(&manifest, init, device)?, Default::default())
         } else {
             let mut weights = Weights::open(model, config.family.names())?;
-            if Task::from_config(&config).ok().as_ref() != Some(task) {
+            if !Task::from_config(&config).is_ok_and(|base| task.keeps(&base)) {
                 // a head that was trained for other labels
                 for Param { name, .. } in manifest.iter().filter(|param| param.part == Part::Labels) {
                     if weights.forget(name) {

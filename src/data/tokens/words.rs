@@ -8,6 +8,7 @@ use tokenizers::{ModelWrapper, PostProcessor, Token};
 use super::Tokenizer;
 use crate::data::batch::Encoding;
 use crate::data::offsets::joined;
+use crate::data::windows::{SHARED, windows};
 use crate::task::token_classification::decode;
 use crate::{Result, bail_unusable};
 
@@ -99,6 +100,29 @@ impl Tokenizer {
             type_ids: found.get_type_ids().to_vec(),
             truncated: false,
         })
+    }
+
+    /// All of a text, or of a pair, in windows of at most `max_length` tokens with the special ones: one where it fits.
+    /// Neighbours share up to a quarter of a window, and part words only that are longer than one; of a pair the second
+    /// text is cut, behind the whole first.
+    ///
+    /// # Errors
+    /// As of [`Tokenizer::encode`]. Unusable: a first text that leaves no room for the second.
+    pub fn windows(&self, text: &str, pair: Option<&str>, max_length: usize) -> Result<Vec<Encoding>> {
+        let whole = self.encode(text, pair, max_length)?;
+        if !whole.truncated {
+            return Ok(vec![whole]);
+        }
+        if let Some(pair) = pair.filter(|pair| !pair.is_empty()) {
+            let windows = self.pair_windows(text, pair, max_length, max_length / SHARED)?;
+            return Ok(windows.into_iter().map(|window| window.encoding).collect());
+        }
+        let pieces = self.pieces(text)?;
+        let (before, behind) = self.frame()?;
+        let room = max_length.saturating_sub(before + behind);
+        let words: Vec<usize> = pieces.words.chunk_by(|a, b| a == b).map(<[usize]>::len).collect();
+        let windows = windows(&words, room, room / SHARED)?;
+        windows.into_iter().map(|window| self.framed(&pieces.ids[window.tokens])).collect()
     }
 
     /// Some tokens of two texts between those that the tokenizer puts around a pair, and which text each token is of.

@@ -184,6 +184,10 @@ impl Objective for TokenClassification {
         Some(format!("tags ({}): {}", self.scheme.name(), self.labels.join(", ")))
     }
 
+    fn keeps(&self, base: &Self) -> bool {
+        self.labels == base.labels
+    }
+
     fn losses(target: &Tags) -> Vec<usize> {
         vec![target.count()]
     }
