@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use common::{LANGUAGE_MODEL, TAGGERS, copy_dir, models, predictors, records_file, tk};
 use serde_json::{Value, json};
+use tk::onnx::proto::GraphProto;
 use tk::onnx::{GraphKind, model, write};
 use tk::parity::inputs;
 use tk::saved::Saved;
@@ -177,4 +178,53 @@ fn a_runtime_that_is_asked_for_and_not_there_is_an_error() {
     assert!(parity(&dir, &["--runtimes", "eager,torch"], 2).1.contains("\"torch\" is no runtime"));
     let (result, _) = parity(&dir, &["--runtimes", "ort-cpu,eager"], 0);
     assert_eq!(result["runtimes"][0]["compared_with"], "eager");
+}
+
+#[test]
+fn a_graph_of_others_is_held_against_the_model_that_it_is_of() {
+    let dir = tempfile::tempdir().unwrap();
+    let (own, model) = (dir.path().join("own"), models("tiny-bert-answers"));
+    copy_dir(&model, &own);
+    tk().args(["export", "--quiet"]).arg(&own).assert().success();
+    let (other, exported) = (dir.path().join("other.onnx"), own.join("onnx/model.onnx"));
+    let changed = |change: &dyn Fn(&mut GraphProto)| {
+        let mut graph = write::load(&exported).unwrap();
+        change(graph.graph.as_mut().unwrap());
+        write::save(graph, &other, false).unwrap();
+        let mut command = tk();
+        command.arg("parity").arg("--onnx").arg(&other).arg("--against").arg(&model).arg("--json");
+        command.assert()
+    };
+    let result = |assert: assert_cmd::assert::Assert| -> Value {
+        serde_json::from_slice(&assert.get_output().stdout).unwrap()
+    };
+    // its outputs stand in another order, beside one that tk does not know
+    let same = result(changed(&|graph| graph.output.reverse()).success());
+    let compared = &same["runtimes"][0];
+    assert_eq!((&compared["name"], same["runtimes"].as_array().unwrap().len()), (&json!("ort-cpu"), 1));
+    for name in ["start_logits", "end_logits"] {
+        let output = &compared["outputs"][name];
+        assert!(output["max_abs"].as_f64().unwrap() < 1e-5 && output["pass"] == true, "{output}");
+        assert!(output["mean_abs"].as_f64().unwrap() <= output["max_abs"].as_f64().unwrap());
+    }
+    assert!(compared["batch_invariance"].as_f64().unwrap() < 1e-5, "{compared}");
+
+    let differs = result(
+        changed(&|graph| {
+            let bias = graph.initializer.iter_mut().find(|tensor| tensor.name == "qa_outputs.bias").unwrap();
+            let end = f32::from_le_bytes(bias.raw_data[4..].try_into().unwrap());
+            bias.raw_data[4..].copy_from_slice(&(end + 0.5).to_le_bytes());
+        })
+        .code(1),
+    );
+    let compared = &differs["runtimes"][0];
+    assert_eq!(compared["outputs"]["start_logits"]["pass"], true);
+    assert_eq!(compared["outputs"]["end_logits"]["pass"], false);
+    assert_eq!(compared["first_difference"]["tap"], "end_logits");
+
+    let lacking = changed(&|graph| graph.output.truncate(1)).code(2);
+    let said = String::from_utf8_lossy(&lacking.get_output().stderr).into_owned();
+    assert!(said.contains("has no output end_logits; it has start_logits"), "{said}");
+    let usage = tk().args(["parity", "--onnx", "x.onnx"]).assert().code(2);
+    assert!(String::from_utf8_lossy(&usage.get_output().stderr).contains("--against"));
 }

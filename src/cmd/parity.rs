@@ -22,7 +22,14 @@ use crate::{Result, bail_unusable};
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// The trained model's directory.
-    dir: PathBuf,
+    #[arg(required_unless_present = "onnx")]
+    dir: Option<PathBuf>,
+    /// A graph that another program exported, to be held against the model of --against.
+    #[arg(long, value_name = "FILE", requires = "against", conflicts_with = "dir")]
+    onnx: Option<PathBuf>,
+    /// The directory of the model that --onnx is of.
+    #[arg(long, value_name = "DIR", requires = "onnx")]
+    against: Option<PathBuf>,
     /// Records to compare on [default: a built-in set of awkward ones].
     #[arg(long, value_name = "FILE")]
     input: Option<PathBuf>,
@@ -52,9 +59,16 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
         bail_unusable!("--tolerance {}: expected a number from 0 upwards", args.tolerance);
     }
     let destination = args.report.as_deref().map(Destination::of).transpose()?;
-    let saved = Saved::open(&args.dir)?;
+    let dir = args.dir.as_ref().or(args.against.as_ref()).context("no model's directory")?;
+    let saved = Saved::open(dir)?;
     let max_length = saved.checked_max_length(args.max_length)?;
-    let (runtimes, lacking) = pick(&args.runtimes, saved.task.form())?;
+    let (mut runtimes, lacking) = pick(&args.runtimes, saved.task.form())?;
+    if args.onnx.is_some() {
+        if args.runtimes.contains(&Runtime::CandleOnnx) {
+            bail_unusable!("candle-onnx runs graphs that tk writes; an --onnx is run by ONNX Runtime");
+        }
+        runtimes.retain(|&runtime| runtime != Runtime::CandleOnnx);
+    }
     for (name, why) in &lacking {
         say.line(format!("{name} is not on this machine: {why}"));
     }
@@ -84,7 +98,10 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
         Ok(path)
     };
     let form = saved.task.form();
-    let model = graph(graphs::path(&args.dir), GraphKind::fp32(form, DEFAULT_OPSET))?;
+    let model = match &args.onnx {
+        Some(path) => path.clone(),
+        None => graph(graphs::path(dir), GraphKind::fp32(form, DEFAULT_OPSET))?,
+    };
 
     let compared = match form {
         Form::Whole => {
@@ -95,8 +112,8 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
         Form::Cached | Form::InPlace => {
             let texts = if args.input.is_some() { encodings } else { decoding::few(&encodings) };
             let mut compared = of_language_model(&saved, &model, &texts, &runtimes, args.tolerance)?;
-            if runtimes.contains(&Runtime::Ort(Provider::Cpu)) {
-                let generating = graphs::generating(&args.dir, Precision::Fp32);
+            if runtimes.contains(&Runtime::Ort(Provider::Cpu)) && args.onnx.is_none() {
+                let generating = graphs::generating(dir, Precision::Fp32);
                 let generating = graph(generating, GraphKind::in_place(Precision::Fp32))?;
                 let mut in_place = decoding::in_place(&saved, &generating, &texts, args.tolerance)?;
                 let measure = |examples| decoding::measure(&saved, &generating, examples);
@@ -108,7 +125,8 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     };
     let pass = compared.iter().all(|c| c.pass);
     if let Some(destination) = &destination {
-        destination.write(report::html(&args.dir.display().to_string(), &compared, &lacking))?;
+        let title = args.onnx.as_ref().unwrap_or(dir).display().to_string();
+        destination.write(report::html(&title, &compared, &lacking))?;
     }
     let lacking: Vec<_> = lacking.iter().map(|(name, why)| json!({"name": name, "reason": why})).collect();
     say.result(

@@ -161,6 +161,11 @@ impl PaddedBatch {
         self.mask.chunks(self.width.max(1)).take(self.rows).map(ones).collect()
     }
 
+    /// 0, 1, 2 … in every row, padding's too.
+    pub fn positions(&self) -> Vec<i64> {
+        (0..self.rows).flat_map(|_| 0..self.width as i64).collect()
+    }
+
     /// Pads on the right to the longest encoding.
     pub fn new(encodings: &[&Encoding], pad_id: u32) -> Self {
         let width = encodings.iter().map(|e| e.len()).max().unwrap_or(0);

@@ -1,5 +1,7 @@
 //! Two runtimes' logits → how far they are apart.
 
+use std::collections::BTreeMap;
+
 use anyhow::Context;
 use serde::Serialize;
 
@@ -24,10 +26,26 @@ pub struct Compared {
     pub tolerance: f32,
     /// Whether `max_abs` is within the tolerance and every logit is finite.
     pub pass: bool,
+    /// The same for each output.
+    pub outputs: BTreeMap<&'static str, Apart>,
+    /// The largest |a − b| between a record that runs alone and the same among others, on this runtime. None of a language
+    /// model.
+    pub batch_invariance: Option<f32>,
     /// Where the two part, if they do.
     pub first_difference: Option<Difference>,
     /// What both measure on labelled records; of a language model's graphs on the one that generates.
     pub metric: Option<Measure>,
+}
+
+/// How far two runtimes are apart in one output.
+#[derive(Clone, Debug, Serialize)]
+pub struct Apart {
+    pub max_abs: f32,
+    pub max_rel: f32,
+    /// The mean of |a − b|.
+    pub mean_abs: f64,
+    pub argmax_agreement: f64,
+    pub pass: bool,
 }
 
 /// The task's first metric by two runtimes.
@@ -88,6 +106,8 @@ impl Compared {
             records: wanted.len(),
             tolerance,
             pass: max_abs <= tolerance, // false for not a number
+            outputs: BTreeMap::new(),
+            batch_invariance: None,
             first_difference: None,
             metric: None,
         })
@@ -95,6 +115,25 @@ impl Compared {
 }
 
 impl Compared {
+    /// The same as of an output of this name alone, by rows that were compared.
+    pub fn of_output(self, name: &'static str, wanted: &[Vec<f32>], found: &[Vec<f32>]) -> Self {
+        let pairs = || wanted.iter().flatten().zip(found.iter().flatten());
+        let sum: f64 = pairs().map(|(a, b)| f64::from((a - b).abs())).sum();
+        let apart = Apart {
+            max_abs: self.max_abs,
+            max_rel: self.max_rel,
+            mean_abs: sum / pairs().count().max(1) as f64,
+            argmax_agreement: self.argmax_agreement,
+            pass: self.pass,
+        };
+        Self { outputs: BTreeMap::from([(name, apart)]), ..self }
+    }
+
+    /// Says how far records that run alone are from the same among others, and fails where that is too far.
+    pub fn among_others(self, apart: f32) -> Self {
+        Self { batch_invariance: Some(apart), pass: self.pass && apart <= self.tolerance, ..self }
+    }
+
     /// Both comparisons of the same runtimes as one.
     pub fn with(self, other: &Self) -> Self {
         let records = self.records + other.records;
@@ -106,6 +145,7 @@ impl Compared {
             argmax_agreement: agreeing / records.max(1) as f64,
             records,
             pass: self.pass && other.pass,
+            outputs: self.outputs.into_iter().chain(other.outputs.clone()).collect(),
             ..self
         }
     }

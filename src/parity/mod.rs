@@ -10,6 +10,7 @@ pub mod runtimes;
 
 use std::path::Path;
 
+use anyhow::Context;
 use ndarray::Array2;
 
 pub use compare::{Compared, Measure};
@@ -48,7 +49,9 @@ pub fn run(subject: &Subject, runtimes: &[Runtime], tolerance: f32) -> Result<Ve
     let Some((&reference, others)) = runtimes.split_first() else {
         return Ok(Vec::new());
     };
-    let wanted = runtimes::outputs(reference, subject)?;
+    let wanted = runtimes::outputs(reference, subject, BATCH)?;
+    let task = &subject.saved.task;
+    let names: Vec<&'static str> = task.outputs(task.form()).iter().map(|output| output.name).collect();
     let metrics = |runtime, outputs: &[Outputs]| -> Result<Option<Measured>> {
         subject.examples.map(|examples| measured(subject, runtime, outputs, examples)).transpose()
     };
@@ -56,9 +59,17 @@ pub fn run(subject: &Subject, runtimes: &[Runtime], tolerance: f32) -> Result<Ve
     others
         .iter()
         .map(|&runtime| {
-            let found = runtimes::outputs(runtime, subject)?;
-            let mut compared = Compared::new(runtime, reference, &rows(&wanted), &rows(&found), tolerance)?;
+            let found = runtimes::outputs(runtime, subject, BATCH)?;
+            let by_output = names.iter().enumerate().map(|(i, name)| {
+                let (wanted, found) = (rows(&wanted, i), rows(&found, i));
+                let compared = Compared::new(runtime, reference, &wanted, &found, tolerance)?;
+                Ok(compared.of_output(name, &wanted, &found))
+            });
+            let both = by_output.reduce(|a, b: Result<Compared>| Ok(a?.with(&b?)));
+            let mut compared = both.context("the task has no output")??;
             compared.records = subject.encodings.len();
+            let alone = runtimes::outputs(runtime, subject, 1)?;
+            compared = compared.among_others(apart(&found, &alone));
             if !compared.pass {
                 compared.first_difference = difference::first(subject, runtime, &wanted, &found, tolerance)?;
             }
@@ -87,11 +98,17 @@ fn measured(
     Predictor::of_graph(subject.saved, subject.graph.to_owned(), &options, Say::default())?.measure(examples)
 }
 
-/// The rows of all outputs of all records, one after another. Of one number a token they are one row.
-fn rows(records: &[Outputs]) -> Vec<Vec<f32>> {
+/// The rows of one output of all records, one after another. Of one number a token they are one row.
+fn rows(records: &[Outputs], output: usize) -> Vec<Vec<f32>> {
     let of = |output: &Array2<f32>| match output.ncols() {
         1 => vec![output.iter().copied().collect()],
         _ => output.rows().into_iter().map(|row| row.to_vec()).collect(),
     };
-    records.iter().flatten().flat_map(of).collect::<Vec<Vec<f32>>>()
+    records.iter().filter_map(|outputs| outputs.get(output)).flat_map(of).collect::<Vec<Vec<f32>>>()
+}
+
+/// The largest difference between the same records' outputs.
+fn apart(a: &[Outputs], b: &[Outputs]) -> f32 {
+    let flat = |outputs: &[Outputs]| -> Vec<f32> { outputs.iter().flatten().flatten().copied().collect() };
+    compare::distance(&flat(a), &flat(b))
 }

@@ -25,7 +25,7 @@ pub fn table(compared: &[Compared]) -> String {
             c.records,
             verdict(c)
         );
-        for line in [metric(c), first_difference(c)].into_iter().flatten() {
+        for line in [among_others(c), metric(c), first_difference(c)].into_iter().flatten() {
             let _ = writeln!(text, "  {line}");
         }
     }
@@ -41,7 +41,7 @@ pub fn html(title: &str, compared: &[Compared], lacking: &[(&str, String)]) -> S
         let _ = writeln!(
             rows,
             "<tr class=\"{class}\"><td>{}</td><td>{}</td><td>{:.2e}</td><td>{:.2e}</td><td>{:.1} %</td>\
-             <td>{}</td><td>{:.0e}</td><td>{}</td><td>{}</td><td>{}</td></tr>",
+             <td>{}</td><td>{:.0e}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td></tr>",
             c.name,
             c.compared_with,
             c.max_abs,
@@ -50,6 +50,7 @@ pub fn html(title: &str, compared: &[Compared], lacking: &[(&str, String)]) -> S
             c.records,
             c.tolerance,
             verdict(c),
+            c.batch_invariance.map(|apart| format!("{apart:.2e}")).unwrap_or_default(),
             metric(c).unwrap_or_default(),
             escaped(&first_difference(c).unwrap_or_default())
         );
@@ -68,7 +69,7 @@ pub fn html(title: &str, compared: &[Compared], lacking: &[(&str, String)]) -> S
          th, td {{ border-bottom: 1px solid #ccc; padding: .3em .8em; text-align: left; }}\n\
          .fail td {{ background: #fdd; }}\n</style></head><body>\n<h1>Parity of {title}</h1>\n<table>\n\
          <tr><th>runtime</th><th>against</th><th>max |Δ|</th><th>max rel</th><th>argmax agrees</th>\
-         <th>records</th><th>tolerance</th><th>verdict</th><th>metric</th>\
+         <th>records</th><th>tolerance</th><th>verdict</th><th>alone, among others</th><th>metric</th>\
          <th>first difference</th></tr>\n\
          {rows}</table>\n{lacking}<p>tk {}</p>\n</body></html>\n",
         env!("CARGO_PKG_VERSION"),
@@ -78,6 +79,12 @@ pub fn html(title: &str, compared: &[Compared], lacking: &[(&str, String)]) -> S
 
 fn verdict(compared: &Compared) -> &'static str {
     if compared.pass { "same" } else { "DIFFERS" }
+}
+
+/// How far a record alone is from the same among others.
+fn among_others(compared: &Compared) -> Option<String> {
+    let apart = compared.batch_invariance?;
+    Some(format!("a record alone and the same among others: {apart:.2e}"))
 }
 
 fn metric(compared: &Compared) -> Option<String> {

@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use anyhow::Context;
 
-use super::{BATCH, Subject, candle};
+use super::{Subject, candle};
 use crate::data::batch::{Encoding, PaddedBatch};
 use crate::eager::Evaluator;
 use crate::onnx::write;
@@ -13,7 +13,7 @@ use crate::predict::pool;
 use crate::runtime::session::Values;
 use crate::runtime::{Model, OrtSession, Provider, Providers, probe};
 use crate::say::Say;
-use crate::task::Outputs;
+use crate::task::{Output, Outputs};
 use crate::{Result, unusable};
 
 /// A way to run a model.
@@ -71,19 +71,31 @@ impl FromStr for Runtime {
     }
 }
 
-/// Each record's outputs on a runtime, in order.
-pub fn outputs(runtime: Runtime, subject: &Subject) -> Result<Vec<Outputs>> {
+/// Each record's outputs on a runtime, in order; so many records run together.
+///
+/// # Errors
+/// The runtime can't be had or fails, or its graph lacks an output of the task's.
+pub fn outputs(runtime: Runtime, subject: &Subject, together: usize) -> Result<Vec<Outputs>> {
     let found = match runtime {
         Runtime::Eager => {
-            Evaluator::open(subject.saved, &candle_core::Device::Cpu)?.outputs(subject.encodings)
+            let evaluator = Evaluator::open(subject.saved, &candle_core::Device::Cpu)?;
+            match together {
+                1 => {
+                    let alone = |encoding: &Encoding| evaluator.outputs(std::slice::from_ref(encoding));
+                    let alone = subject.encodings.iter().map(alone).collect::<Result<Vec<_>>>();
+                    alone.map(|outputs| outputs.concat())
+                }
+                _ => evaluator.outputs(subject.encodings),
+            }
         }
         _ => {
             let mut graph = LoadedGraph::open(runtime, subject, &[])?;
-            let scopes = subject.saved.task.scopes();
+            let task = &subject.saved.task;
+            let (outputs, scopes) = (task.outputs(task.form()), task.scopes());
             let mut found = Vec::with_capacity(subject.encodings.len());
-            for batch in subject.encodings.chunks(BATCH) {
+            for batch in subject.encodings.chunks(together) {
                 let batch = padded(subject, batch);
-                found.extend(pool::unpack(&graph.run(&batch)?, &batch, &scopes)?);
+                found.extend(pool::unpack(&named(graph.run(&batch)?, &outputs)?, &batch, &scopes)?);
             }
             Ok(found)
         }
@@ -97,6 +109,22 @@ pub fn outputs(runtime: Runtime, subject: &Subject) -> Result<Vec<Outputs>> {
         subject.encodings.len()
     );
     Ok(found)
+}
+
+/// A graph's outputs in the order of the task's, whatever else it gives.
+///
+/// # Errors
+/// Unusable: it lacks one, or has none.
+fn named(values: Vec<Values>, outputs: &[Output]) -> Result<Vec<Values>> {
+    outputs
+        .iter()
+        .map(|output| {
+            values.iter().find(|values| values.name == output.name).cloned().ok_or_else(|| {
+                let names: Vec<&str> = values.iter().map(|values| values.name.as_str()).collect();
+                unusable!("the graph has no output {}; it has {}", output.name, names.join(", "))
+            })
+        })
+        .collect()
 }
 
 /// A batch as graphs take it.

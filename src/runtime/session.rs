@@ -180,14 +180,17 @@ impl OrtSession {
     /// The model asks for an input that a batch does not have, gives other than f32, or the run fails.
     pub fn run(&mut self, batch: &PaddedBatch) -> Result<Vec<Values>> {
         let shape = (batch.rows, batch.width);
+        let positions = batch.positions();
         let mut inputs: Vec<(Cow<'_, str>, SessionInputValue<'_>)> = Vec::new();
         for input in self.session.inputs() {
             let values = match input.name() {
                 "input_ids" => &batch.ids,
                 "attention_mask" => &batch.mask,
                 "token_type_ids" => &batch.type_ids,
+                "position_ids" => &positions, // of graphs that others export
                 other => bail_unusable!(
-                    "the model asks for an input \"{other}\"; tk gives input_ids, attention_mask and token_type_ids"
+                    "the model asks for an input \"{other}\"; tk gives input_ids, attention_mask, token_type_ids and \
+                     position_ids"
                 ),
             };
             let tensor = TensorRef::from_array_view(ArrayView2::from_shape(shape, values)?)?;
