@@ -1,5 +1,7 @@
 //! What this process asks of the C library, of candle and of ONNX Runtime before it computes, and the cores that it has.
 
+use std::path::Path;
+
 /// Makes the process ready; the first thing that `main` does.
 ///
 /// # Safety
@@ -47,4 +49,16 @@ unsafe fn keep_freed_memory() {
 /// The cores that this process may use.
 pub fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// What the processor calls itself, where the system tells.
+pub fn cpu_model() -> Option<String> {
+    field(Path::new("/proc/cpuinfo"), "model name")
+}
+
+/// The value of a file's first line `name: value`.
+pub fn field(path: &Path, name: &str) -> Option<String> {
+    let text = std::fs::read_to_string(path).ok()?;
+    let line = text.lines().find(|line| line.starts_with(name))?;
+    Some(line.split_once(':')?.1.trim().to_owned())
 }

@@ -7,6 +7,7 @@ use std::process::Command;
 use serde_json::{Value, json};
 
 use crate::Result;
+use crate::process;
 use crate::runtime::{Provider, library, probe};
 use crate::say::Say;
 
@@ -78,8 +79,8 @@ fn nvidia() -> Value {
 }
 
 fn cpu() -> Value {
-    let threads = crate::process::cores();
-    json!({"model": cpu_model(), "threads": threads, "features": features()})
+    let threads = process::cores();
+    json!({"model": process::cpu_model(), "threads": threads, "features": features()})
 }
 
 /// What the kernels here and in ONNX Runtime choose their code by.
@@ -111,21 +112,10 @@ fn features() -> Vec<&'static str> {
     Vec::new()
 }
 
-fn cpu_model() -> Option<String> {
-    field(Path::new("/proc/cpuinfo"), "model name")
-}
-
 /// The machine's memory, where the system tells.
 fn memory_bytes() -> Option<u64> {
-    let text = field(Path::new("/proc/meminfo"), "MemTotal")?;
+    let text = process::field(Path::new("/proc/meminfo"), "MemTotal")?;
     Some(text.trim_end_matches(" kB").parse::<u64>().ok()? * 1024)
-}
-
-/// The value of the first line `name: value`.
-fn field(path: &Path, name: &str) -> Option<String> {
-    let text = std::fs::read_to_string(path).ok()?;
-    let line = text.lines().find(|line| line.starts_with(name))?;
-    Some(line.split_once(':')?.1.trim().to_owned())
 }
 
 fn human(report: &Value) -> String {

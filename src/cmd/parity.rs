@@ -10,7 +10,8 @@ use crate::data::records;
 use crate::files::Destination;
 use crate::onnx::{DEFAULT_OPSET, GraphKind, Precision, model, write};
 use crate::parity::inputs::{self, Text};
-use crate::parity::{self, Compared, Runtime, Subject, decoding, report};
+use crate::parity::page::{self, About};
+use crate::parity::{self, Compared, Runtime, Subject, decoding, detail, report};
 use crate::predict::graphs;
 use crate::runtime::Provider;
 use crate::saved::Saved;
@@ -40,7 +41,8 @@ pub struct Args {
     /// How far a logit may be from the reference's.
     #[arg(long, value_name = "X", default_value_t = parity::TOLERANCE)]
     tolerance: f32,
-    /// Write the table as a page.
+    /// Write a page that stands on its own: the table, differences layer by layer, the records that differ most, hashes,
+    /// versions and the machine.
     #[arg(long, value_name = "FILE.html")]
     report: Option<PathBuf>,
     /// Tokens of the longest record [default: what the model takes].
@@ -76,9 +78,10 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
         Some(path) if args.metrics => Some(saved.examples(path, &args.records, max_length, say)?),
         _ => None,
     };
+    let texts = if examples.is_some() { Vec::new() } else { texts(args, &saved)? };
     let encodings = match &examples {
         Some(examples) => examples.iter().map(|example| example.encoding.clone()).collect(),
-        None => saved.tokenizer.encode_all(&texts(args, &saved)?, max_length)?,
+        None => saved.tokenizer.encode_all(&texts, max_length)?,
     };
 
     let scratch = write::Scratch::new(&std::env::temp_dir())?; // for graphs that are not there
@@ -103,14 +106,21 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
         None => graph(graphs::path(dir), GraphKind::fp32(form, DEFAULT_OPSET))?,
     };
 
+    let subject =
+        Subject { saved: &saved, graph: &model, encodings: &encodings, examples: examples.as_deref() };
+    let mut details = Vec::new();
     let compared = match form {
         Form::Whole => {
-            let (encodings, examples) = (&encodings, examples.as_deref());
-            let subject = Subject { saved: &saved, graph: &model, encodings, examples };
-            parity::run(&subject, &runtimes, args.tolerance)?
+            let compared = parity::run(&subject, &runtimes, args.tolerance)?;
+            if destination.is_some() {
+                let others = runtimes.iter().filter(|&&runtime| runtime != Runtime::Eager);
+                let detail = |&runtime: &Runtime| detail::of(&subject, runtime, &texts);
+                details = others.map(detail).collect::<Result<_>>()?;
+            }
+            compared
         }
         Form::Cached | Form::InPlace => {
-            let texts = if args.input.is_some() { encodings } else { decoding::few(&encodings) };
+            let texts = if args.input.is_some() { encodings.clone() } else { decoding::few(&encodings) };
             let mut compared = of_language_model(&saved, &model, &texts, &runtimes, args.tolerance)?;
             if runtimes.contains(&Runtime::Ort(Provider::Cpu)) && args.onnx.is_none() {
                 let generating = graphs::generating(dir, Precision::Fp32);
@@ -126,7 +136,8 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     let pass = compared.iter().all(|c| c.pass);
     if let Some(destination) = &destination {
         let title = args.onnx.as_ref().unwrap_or(dir).display().to_string();
-        destination.write(report::html(&title, &compared, &lacking))?;
+        let about = About::of(title, &subject, lacking.clone())?;
+        destination.write(page::html(&about, &compared, &details))?;
     }
     let lacking: Vec<_> = lacking.iter().map(|(name, why)| json!({"name": name, "reason": why})).collect();
     say.result(

@@ -208,9 +208,14 @@ macro_rules! families {
                 match self { $(Self::$family(family) => family.initializer_range()),+ }
             }
 
+            /// See [`Architecture::model_type`].
+            pub fn model_type(&self) -> &str {
+                match self { $(Self::$family(family) => family.model_type()),+ }
+            }
+
             /// See [`Architecture::class`].
             pub fn class(&self, head: Head) -> Option<String> {
-                match self { $(Self::$family(family) => $family::class(family.model_type(), head)),+ }
+                match self { $(Self::$family(_) => $family::class(self.model_type(), head)),+ }
             }
 
             /// The same of any model of a type.

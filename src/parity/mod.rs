@@ -3,8 +3,10 @@
 pub mod candle;
 pub mod compare;
 pub mod decoding;
+pub mod detail;
 pub mod difference;
 pub mod inputs;
+pub mod page;
 pub mod report;
 pub mod runtimes;
 
