@@ -66,6 +66,7 @@ pub const TARGETS: [Target; 14] = [
             "tiny-bert-regression/config.json",
             "tiny-gpt2-lm/config.json",
             "tiny-distilbert-single/config.json",
+            "tiny-electra-single/config.json",
             "tiny-roberta-single/config.json",
         ],
         beside: &[],

@@ -5,6 +5,7 @@ use serde_json::{Map, Value};
 
 use crate::model::bert::Bert;
 use crate::model::distilbert::DistilBert;
+use crate::model::electra::Electra;
 use crate::model::gpt2::Gpt2;
 use crate::model::ops::{Ops, Pick};
 use crate::model::roberta::Roberta;
@@ -212,4 +213,4 @@ macro_rules! families {
     };
 }
 
-families!(Bert, DistilBert, Roberta, Gpt2);
+families!(Bert, DistilBert, Roberta, Electra, Gpt2);

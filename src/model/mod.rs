@@ -4,6 +4,7 @@
 pub mod bert;
 pub mod config;
 pub mod distilbert;
+pub mod electra;
 pub mod family;
 pub mod gpt2;
 pub mod manifest;

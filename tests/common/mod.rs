@@ -7,21 +7,32 @@ use tk::checkpoint::Weights;
 use tk::model::ops::Param;
 
 /// The reference checkpoints that give a row of scores a sequence.
-pub const CLASSIFIERS: [&str; 7] = [
+pub const CLASSIFIERS: [&str; 8] = [
     "tiny-bert-single",
     "tiny-bert-multi",
     "tiny-bert-regression",
     "tiny-distilbert-single",
     "tiny-roberta-single",
     "tiny-xlm-roberta-single",
+    "tiny-electra-single",
     "tiny-gpt2-single",
 ];
 /// Those that give a row a token, of five labels.
-pub const TAGGERS: [&str; 4] =
-    ["tiny-bert-tokens", "tiny-distilbert-tokens", "tiny-roberta-tokens", "tiny-xlm-roberta-tokens"];
+pub const TAGGERS: [&str; 5] = [
+    "tiny-bert-tokens",
+    "tiny-distilbert-tokens",
+    "tiny-roberta-tokens",
+    "tiny-xlm-roberta-tokens",
+    "tiny-electra-tokens",
+];
 /// Those that give two numbers a token: where an answer begins, and where it ends.
-pub const ANSWERERS: [&str; 4] =
-    ["tiny-bert-answers", "tiny-distilbert-answers", "tiny-roberta-answers", "tiny-gpt2-answers"];
+pub const ANSWERERS: [&str; 5] = [
+    "tiny-bert-answers",
+    "tiny-distilbert-answers",
+    "tiny-roberta-answers",
+    "tiny-electra-answers",
+    "tiny-gpt2-answers",
+];
 pub const LANGUAGE_MODEL: &str = "tiny-gpt2-lm";
 
 /// A directory under `models/`.
