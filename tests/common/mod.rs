@@ -7,7 +7,7 @@ use tk::checkpoint::Weights;
 use tk::model::ops::Param;
 
 /// The reference checkpoints that give a row of scores a sequence.
-pub const CLASSIFIERS: [&str; 8] = [
+pub const CLASSIFIERS: [&str; 9] = [
     "tiny-bert-single",
     "tiny-bert-multi",
     "tiny-bert-regression",
@@ -15,22 +15,25 @@ pub const CLASSIFIERS: [&str; 8] = [
     "tiny-roberta-single",
     "tiny-xlm-roberta-single",
     "tiny-electra-single",
+    "tiny-mpnet-single",
     "tiny-gpt2-single",
 ];
 /// Those that give a row a token, of five labels.
-pub const TAGGERS: [&str; 5] = [
+pub const TAGGERS: [&str; 6] = [
     "tiny-bert-tokens",
     "tiny-distilbert-tokens",
     "tiny-roberta-tokens",
     "tiny-xlm-roberta-tokens",
     "tiny-electra-tokens",
+    "tiny-mpnet-tokens",
 ];
 /// Those that give two numbers a token: where an answer begins, and where it ends.
-pub const ANSWERERS: [&str; 5] = [
+pub const ANSWERERS: [&str; 6] = [
     "tiny-bert-answers",
     "tiny-distilbert-answers",
     "tiny-roberta-answers",
     "tiny-electra-answers",
+    "tiny-mpnet-answers",
     "tiny-gpt2-answers",
 ];
 pub const LANGUAGE_MODEL: &str = "tiny-gpt2-lm";
