@@ -68,6 +68,7 @@ pub const TARGETS: [Target; 14] = [
             "tiny-distilbert-single/config.json",
             "tiny-electra-single/config.json",
             "tiny-mpnet-single/config.json",
+            "tiny-modernbert-single/config.json",
             "tiny-roberta-single/config.json",
         ],
         beside: &[],

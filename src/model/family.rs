@@ -7,6 +7,7 @@ use crate::model::bert::Bert;
 use crate::model::distilbert::DistilBert;
 use crate::model::electra::Electra;
 use crate::model::gpt2::Gpt2;
+use crate::model::modernbert::ModernBert;
 use crate::model::mpnet::MpNet;
 use crate::model::ops::{Ops, Pick};
 use crate::model::roberta::Roberta;
@@ -214,4 +215,4 @@ macro_rules! families {
     };
 }
 
-families!(Bert, DistilBert, Roberta, Electra, MpNet, Gpt2);
+families!(Bert, DistilBert, Roberta, Electra, MpNet, ModernBert, Gpt2);

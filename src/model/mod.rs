@@ -8,6 +8,7 @@ pub mod electra;
 pub mod family;
 pub mod gpt2;
 pub mod manifest;
+pub mod modernbert;
 pub mod mpnet;
 pub mod ops;
 pub mod roberta;

@@ -132,7 +132,8 @@ fn embeddings<O: Ops>(o: &O, at: &At, c: &MpNet) -> Result<O::X> {
     let (width, bert) = (c.bert.hidden_size, &c.bert);
     let words = o.embed(words(c), Ids::Tokens)?;
     let positions = Ids::PositionsBehind { padding: PADDING };
-    let places = o.embed(at.to("position_embeddings").table(bert.max_position_embeddings, width), positions)?;
+    let places =
+        o.embed(at.to("position_embeddings").table(bert.max_position_embeddings, width), positions)?;
     let x = o.layer_norm(at.to("LayerNorm").norm(width, bert.layer_norm_eps), &o.add(&words, &places)?)?;
     let x = o.dropout(&x, bert.hidden_dropout_prob)?;
     o.tap(at.path(), x)
@@ -165,12 +166,8 @@ fn attention<O: Ops>(
     let q = o.linear(at.to("attn.q").linear(width, width), asking)?;
     let k = o.linear(at.to("attn.k").linear(width, width), x)?;
     let v = o.linear(at.to("attn.v").linear(width, width), x)?;
-    let how = Attend {
-        heads,
-        sees: Sees::All,
-        queries: wanted,
-        dropout: c.bert.attention_probs_dropout_prob,
-    };
+    let how =
+        Attend { heads, sees: Sees::All, queries: wanted, dropout: c.bert.attention_probs_dropout_prob };
     // one table for all layers
     let distances = Distances::Bias {
         table: encoder.to("relative_attention_bias").table(c.relative_attention_num_buckets, heads),
