@@ -67,6 +67,7 @@ pub const TARGETS: [Target; 14] = [
             "tiny-gpt2-lm/config.json",
             "tiny-distilbert-single/config.json",
             "tiny-electra-single/config.json",
+            "tiny-deberta-v2-single/config.json",
             "tiny-mpnet-single/config.json",
             "tiny-modernbert-single/config.json",
             "tiny-roberta-single/config.json",

@@ -4,6 +4,7 @@
 use serde_json::{Map, Value};
 
 use crate::model::bert::Bert;
+use crate::model::deberta_v2::DebertaV2;
 use crate::model::distilbert::DistilBert;
 use crate::model::electra::Electra;
 use crate::model::gpt2::Gpt2;
@@ -215,4 +216,4 @@ macro_rules! families {
     };
 }
 
-families!(Bert, DistilBert, Roberta, Electra, MpNet, ModernBert, Gpt2);
+families!(Bert, DistilBert, Roberta, Electra, MpNet, ModernBert, DebertaV2, Gpt2);

@@ -7,7 +7,7 @@ use tk::checkpoint::Weights;
 use tk::model::ops::Param;
 
 /// The reference checkpoints that give a row of scores a sequence.
-pub const CLASSIFIERS: [&str; 10] = [
+pub const CLASSIFIERS: [&str; 11] = [
     "tiny-bert-single",
     "tiny-bert-multi",
     "tiny-bert-regression",
@@ -17,10 +17,11 @@ pub const CLASSIFIERS: [&str; 10] = [
     "tiny-electra-single",
     "tiny-mpnet-single",
     "tiny-modernbert-single",
+    "tiny-deberta-v2-single",
     "tiny-gpt2-single",
 ];
 /// Those that give a row a token, of five labels.
-pub const TAGGERS: [&str; 7] = [
+pub const TAGGERS: [&str; 8] = [
     "tiny-bert-tokens",
     "tiny-distilbert-tokens",
     "tiny-roberta-tokens",
@@ -28,15 +29,17 @@ pub const TAGGERS: [&str; 7] = [
     "tiny-electra-tokens",
     "tiny-mpnet-tokens",
     "tiny-modernbert-tokens",
+    "tiny-deberta-v2-tokens",
 ];
 /// Those that give two numbers a token: where an answer begins, and where it ends.
-pub const ANSWERERS: [&str; 7] = [
+pub const ANSWERERS: [&str; 8] = [
     "tiny-bert-answers",
     "tiny-distilbert-answers",
     "tiny-roberta-answers",
     "tiny-electra-answers",
     "tiny-mpnet-answers",
     "tiny-modernbert-answers",
+    "tiny-deberta-v2-answers",
     "tiny-gpt2-answers",
 ];
 pub const LANGUAGE_MODEL: &str = "tiny-gpt2-lm";
