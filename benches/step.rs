@@ -15,7 +15,7 @@ use tk::model::ModelConfig;
 use tk::model::ops::{Param, Part, Role};
 use tk::say::peak_rss_bytes;
 use tk::task::causal_lm::NextTokens;
-use tk::task::text_classification::{ProblemType, Wanted};
+use tk::task::text_classification::{ProblemType, Wanted, Window};
 use tk::task::{CausalLm, Example, Objective, Target, Task, TextClassification};
 use tk::train::Settings;
 use tk::train::trainer::Trainer;
@@ -79,6 +79,7 @@ fn measure(model: &str, batch: usize, length: usize, repeat: usize) -> Result<(f
         false => Task::from(TextClassification {
             problem: ProblemType::SingleLabelClassification,
             labels: ["a", "b", "c"].map(str::to_owned).to_vec(),
+            aggregation: Default::default(),
         }),
     };
     let manifest = task.params(&config.family)?;
@@ -93,7 +94,7 @@ fn measure(model: &str, batch: usize, length: usize, repeat: usize) -> Result<(f
                 true => {
                     Target::CausalLm(NextTokens { predicted: (0..length).map(|t| t > 0).collect(), bytes: 0 })
                 }
-                false => Target::TextClassification(Wanted::Class(i as u32 % 3)),
+                false => Target::TextClassification(Window::whole(i, Wanted::Class(i as u32 % 3))),
             };
             Example { encoding, target }
         })

@@ -166,7 +166,7 @@ fn config(dir: &Path) {
 
 fn tokenizer(dir: &Path) {
     let Ok(mut tokenizer) = Tokenizer::open(dir) else { return };
-    let _ = (tokenizer.check_fits(512, Some(2)), tokenizer.end(), tokenizer.pad_id());
+    let _ = (tokenizer.check_fits(512, Some(2)), tokenizer.pad_id());
     for text in ["", "a plain text, of no kind", "Ça va 中文 😀 \u{0} \u{202e}[SEP] <|endoftext|>"] {
         for (pair, longest) in [(None, 2), (None, 64), (Some("and another"), 5), (Some(""), usize::MAX)] {
             let Ok(encoding) = tokenizer.encode(text, pair, longest) else { continue };

@@ -26,6 +26,9 @@ from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForNextSentencePrediction,
+    AutoModelForPreTraining,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -110,6 +113,25 @@ def is_answerer(config):
     return config.architectures[0].endswith("ForQuestionAnswering")
 
 
+# What fills masks or tells whether a text follows: the class, and each output's name, here and in transformers, and what
+# of it is one number or more a token.
+FILLERS = {
+    "ForMaskedLM": (AutoModelForMaskedLM, [("logits", "logits", "vocabulary")]),
+    "ForNextSentencePrediction": (AutoModelForNextSentencePrediction, [("seq_relationship_logits", "logits", "pair")]),
+    "ForPreTraining": (
+        AutoModelForPreTraining,
+        [
+            ("prediction_logits", "prediction_logits", "vocabulary"),
+            ("seq_relationship_logits", "seq_relationship_logits", "pair"),
+        ],
+    ),
+}
+
+
+def is_filler(config):
+    return next((kind for end, kind in FILLERS.items() if config.architectures[0].endswith(end)), None)
+
+
 def contract(config):
     """The inputs and outputs that a graph must have, in their order: name -> (type, shape)."""
     if not config.architectures[0].endswith("LMHeadModel"):
@@ -118,6 +140,9 @@ def contract(config):
         if is_answerer(config):
             ends = (onnx.TensorProto.FLOAT, ["batch_size", "sequence_length"])
             return inputs, {"start_logits": ends, "end_logits": ends}
+        if is_filler(config):
+            shapes = {"vocabulary": ["batch_size", "sequence_length", config.vocab_size], "pair": ["batch_size", 2]}
+            return inputs, {name: (onnx.TensorProto.FLOAT, shapes[of]) for name, _, of in is_filler(config)[1]}
         dims = ["batch_size", "sequence_length"] if is_tagger(config) else ["batch_size"]
         return inputs, {"logits": (onnx.TensorProto.FLOAT, [*dims, config.num_labels])}
     past, total = "past_sequence_length", "past_sequence_length + sequence_length"
@@ -613,6 +638,98 @@ def answerer(table, options, config, graph_file, tokenizer):
     table.attempt("tk serve-batch's answers are the pipeline's", answers)
 
 
+def filler(table, options, config, graph_file, tokenizer):
+    """Scores of masked places, and of pairs, by ONNX Runtime and by Optimum against those of transformers, on 200 awkward
+    texts with masks, and pairs of them; and what `tk serve-batch` says against transformers' pipeline and softmax."""
+    directory, tolerance = options.directory, options.tolerance
+    kind, outputs = is_filler(config)
+    model = loaded(table, kind, directory)
+    max_length = options.max_length or longest(directory, tokenizer, config)
+    check_graph(table, directory, graph_file, config)
+    rng = random.Random(7)
+    mask = tokenizer.mask_token
+    texts = []
+    while len(texts) < 200:
+        parts = [awkward(rng, rng.randrange(0, 8), rng.choice(GAPS)) for _ in range(rng.randrange(2, 5))]
+        text = f" {mask} ".join(parts)
+        if len(tokenizer(text)["input_ids"]) <= max_length:
+            texts.append(text)
+    masked = any(of == "vocabulary" for _, _, of in outputs)
+    paired = any(of == "pair" for _, _, of in outputs)
+    records = [{"text": text, "text_pair": texts[i - 1] or "a"} for i, text in enumerate(texts)] if paired else [{"text": text} for text in texts]
+
+    def run(call):
+        """Each record's outputs, of tokens those of its masks alone."""
+        found = [[] for _ in outputs]
+        with torch.no_grad():
+            for b in batches(tokenizer, records, max_length, "pt"):
+                for own, (values, (_, _, of)) in zip(found, zip(call(b), outputs)):
+                    for row, ids in zip(np.asarray(values), b["input_ids"].numpy()):
+                        own.append(row[ids == tokenizer.mask_token_id].reshape(-1) if of == "vocabulary" else row)
+        return found
+
+    truth = run(lambda b: [model(**b)[name] for _, name, _ in outputs])
+
+    def held(what, found):
+        for (name, _, _), a, b in zip(outputs, found, truth):
+            some = [(x, y) for x, y in zip(a, b) if y.size or x.size]
+            compare(table, f"{what} against transformers: {name}", [x for x, _ in some], [y for _, y in some], tolerance)
+
+    def onnx_runtime():
+        session = onnxruntime.InferenceSession(graph_file, providers=["CPUExecutionProvider"])
+        wanted = [i.name for i in session.get_inputs()]
+        names = [name for name, _, _ in outputs]
+        held("ONNX Runtime", run(lambda b: session.run(names, {n: b[n].numpy() for n in wanted})))
+
+    def optimum():
+        from optimum.onnxruntime import ORTModelForMaskedLM
+
+        loaded = ORTModelForMaskedLM.from_pretrained(
+            str(directory), subfolder="onnx", file_name="model.onnx", local_files_only=True
+        )
+        held("Optimum", run(lambda b: [loaded(**b).logits]))
+
+    def fills():
+        ask = pipeline("fill-mask", model=AutoModelForMaskedLM.from_pretrained(directory).eval(), tokenizer=tokenizer)
+        wrong, worst, count = [], 0.0, 0
+        lines = serve(options.tk, directory, [{"text": text} for text in texts], [])
+        for text, line in zip(texts, lines):
+            said = ask(text)
+            said = [said] if isinstance(said[0], dict) else said
+            own = line.get("fills", [])
+            if len(own) != len(said):
+                wrong.append(f"{text!r}: {line}")
+                continue
+            for a, b in zip(own, said):
+                count += 1
+                apart = max(abs(x["score"] - y["score"]) for x, y in zip(a, b, strict=True))
+                worst = max(worst, apart)
+                # of two that are as likely, either may stand first
+                strangers = {x["token"] for x in a} ^ {y["token_str"] for y in b}
+                if apart > 1e-4 or (strangers and a[-1]["score"] - b[-1]["score"] > 1e-5):
+                    wrong.append(f"{text!r}: {a} {b}")
+        table.add("tk serve-batch's fills are the pipeline's", f"{count} masks of {len(texts)} texts, scores within {worst:.1e}"
+                  + (f"; {wrong[0]}" if wrong else ""), not wrong)  # fmt: skip
+
+    def relations():
+        place = [of for _, _, of in outputs].index("pair")
+        due = torch.softmax(torch.tensor(np.array(truth[place])), -1).numpy()
+        lines = serve(options.tk, directory, records, [])
+        # of a pair that is cut, a mask may be lost: that is said
+        told = [i for i, line in enumerate(lines) if "stand outside" not in line.get("error", "")]
+        found = [np.array([lines[i]["scores"][name] for name in ("IsNext", "NotNext")]) for i in told]
+        compare(table, "tk serve-batch's relations are transformers'", found, [due[i] for i in told], 1e-4)
+
+    table.attempt("quantize_dynamic", lambda: quantizer(table, graph_file))
+    table.attempt("ONNX Runtime against transformers", onnx_runtime)
+    if kind is AutoModelForMaskedLM:
+        table.attempt("Optimum against transformers", optimum)
+    if masked:
+        table.attempt("tk serve-batch's fills are the pipeline's", fills)
+    if paired:
+        table.attempt("tk serve-batch's relations are transformers'", relations)
+
+
 def entities(table, tk, directory, tokenizer, model, max_length, tolerance):
     """What `tk serve-batch` finds in texts, against transformers' pipeline: kinds, places and scores. Of a text that is
     longer than the model, the pipeline is given each token's logits from the window that predicts it."""
@@ -756,6 +873,8 @@ def main():
     config = AutoConfig.from_pretrained(directory)
     if config.architectures[0].endswith("LMHeadModel"):
         language_model(table, options.tk, directory, graph_file, tokenizer, records)
+    elif is_filler(config):
+        filler(table, options, config, graph_file, tokenizer)
     elif is_answerer(config):
         answerer(table, options, config, graph_file, tokenizer)
     else:

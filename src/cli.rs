@@ -48,6 +48,7 @@ pub enum Command {
     Parity(cmd::parity::Args),
     Generate(Box<cmd::generate::Args>),
     ServeBatch(Box<cmd::serve_batch::Args>),
+    Models(cmd::models::Args),
     Doctor(cmd::doctor::Args),
     Completions(cmd::completions::Args),
 }
@@ -184,6 +185,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Parity(args) => cmd::parity::run(&args, say),
         Command::Generate(args) => cmd::generate::run(&args, say),
         Command::ServeBatch(args) => cmd::serve_batch::run(&args, say),
+        Command::Models(args) => cmd::models::run(&args, say),
         Command::Doctor(args) => cmd::doctor::run(&args, say),
         Command::Completions(args) => cmd::completions::run(&args),
     }

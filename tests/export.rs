@@ -4,7 +4,7 @@ mod common;
 
 use std::path::{Path, PathBuf};
 
-use common::{CLASSIFIERS, TAGGERS, copy_dir, json, models, tk};
+use common::{copy_dir, json, models, predictors, tk};
 use tk::checkpoint::{Weights, write_safetensors};
 use tk::onnx::write;
 
@@ -41,7 +41,7 @@ fn change_weights(dir: &Path, change: impl Fn(&str, &mut Vec<f32>)) {
 
 #[test]
 fn an_export_is_verified_and_says_what_it_is() {
-    for model in CLASSIFIERS.into_iter().chain(TAGGERS) {
+    for model in predictors() {
         let (_guard, dir) = copy(model);
         let mut expected = names(&dir);
         let out = tk().args(["export", "--json"]).arg(&dir).assert().success();

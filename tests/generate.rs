@@ -361,7 +361,7 @@ fn what_can_not_be_generated_with_is_refused_by_name() {
         tk().arg("serve-batch").arg(dir.path()).arg("--input").arg(&input).args(["--top-k", "3"]).assert();
     assert!(
         stderr(&refused.code(2))
-            .contains("--top-k is for question-answering and causal-lm, and this is text-")
+            .contains("--top-k is for question-answering, masked-lm, masked-lm,next-sentence and causal-lm, and this is text-")
     );
     let refused = tk().arg("export").arg(dir.path()).args(["--precision", "q8"]).assert().code(2);
     assert!(stderr(&refused).contains("is for language models"), "{}", stderr(&refused));

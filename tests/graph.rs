@@ -4,7 +4,9 @@ mod common;
 
 use std::path::Path;
 
-use common::{CLASSIFIERS, LANGUAGE_MODEL, TAGGERS, floats, json, models};
+use common::{
+    CLASSIFIERS, FOLLOWER, LANGUAGE_MODEL, MASKERS, PRE_TRAINED, TAGGERS, floats, json, models, predictors,
+};
 use prost::Message;
 use serde_json::Value;
 use tk::checkpoint::Weights;
@@ -71,7 +73,9 @@ fn distance(a: &[Vec<f32>], b: &[Vec<f32>]) -> f32 {
 #[test]
 fn graphs_stay_as_they_are() {
     let both = CLASSIFIERS.into_iter().chain([LANGUAGE_MODEL]).flat_map(|name| [(name, 14), (name, 18)]);
-    for (name, opset) in both.chain(TAGGERS.map(|name| (name, 18))) {
+    for (name, opset) in
+        both.chain(TAGGERS.into_iter().chain(MASKERS).chain([FOLLOWER, PRE_TRAINED]).map(|name| (name, 18)))
+    {
         insta::assert_snapshot!(format!("{name}-{opset}"), dump::dump(&exported(name, opset)));
     }
     for precision in [Precision::Fp32, Precision::Q4] {
@@ -90,7 +94,7 @@ fn the_same_weights_give_the_same_bytes() {
 
 #[test]
 fn initializers_are_the_checkpoints_numbers_and_matrices_stand_as_matmul_takes_them() {
-    for name in CLASSIFIERS.into_iter().chain(TAGGERS).chain([LANGUAGE_MODEL]) {
+    for name in predictors().chain([LANGUAGE_MODEL]) {
         let weights = weights(&models(name));
         let model = exported(name, 18);
         let initializers = &model.graph.as_ref().unwrap().initializer;
@@ -115,7 +119,7 @@ fn initializers_are_the_checkpoints_numbers_and_matrices_stand_as_matmul_takes_t
 
 #[test]
 fn every_opset_gives_transformers_logits() {
-    for name in CLASSIFIERS.into_iter().chain(TAGGERS) {
+    for name in CLASSIFIERS.into_iter().chain(TAGGERS).chain([FOLLOWER]) {
         let (encodings, wanted) = reference(name);
         let batch = PaddedBatch::new(&encodings.iter().collect::<Vec<_>>(), 0);
         for opset in OPSETS {

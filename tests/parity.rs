@@ -4,7 +4,7 @@ mod common;
 
 use std::path::{Path, PathBuf};
 
-use common::{CLASSIFIERS, LANGUAGE_MODEL, TAGGERS, copy_dir, models, records_file, tk};
+use common::{LANGUAGE_MODEL, TAGGERS, copy_dir, models, predictors, records_file, tk};
 use serde_json::{Value, json};
 use tk::onnx::{GraphKind, model, write};
 use tk::parity::inputs;
@@ -46,7 +46,7 @@ fn export_changed(dir: &Path, weight: &str, change: f32) {
 
 #[test]
 fn all_runtimes_of_this_machine_agree_on_awkward_records() {
-    for name in CLASSIFIERS.into_iter().chain(TAGGERS) {
+    for name in predictors() {
         let (result, text) = parity(&models(name), &[], 0);
         assert_eq!(result["pass"], true);
         let compared = result["runtimes"].as_array().unwrap();

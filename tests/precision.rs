@@ -9,6 +9,7 @@ use tk::data::batch::{Encoding, PackedBatch};
 use tk::device::TrainingPrecision;
 use tk::eager::{Eager, Init, Kernels, Mode, Params};
 use tk::model::ModelConfig;
+use tk::task::text_classification::Window;
 use tk::task::{Example, Target, Task};
 use tk::train::schedule::Schedule;
 use tk::train::{Settings, Trainer};
@@ -39,7 +40,10 @@ impl Tiny {
         let examples = records
             .map(|(i, record)| Example {
                 encoding: Encoding { ids: ids("ids", i), type_ids: ids("type_ids", i), truncated: false },
-                target: Target::TextClassification(classification.target(&record["label"]).unwrap()),
+                target: Target::TextClassification(Window::whole(
+                    0,
+                    classification.target(&record["label"]).unwrap(),
+                )),
             })
             .collect();
         Self { config, task, params, examples }
@@ -85,7 +89,7 @@ fn every_gradient_in_bf16_is_near_that_in_fp32() {
         let eager = Eager::new(&tiny.params, &batch, &Device::Cpu, Mode::Training { key: 3 });
         let eager = eager.with_kernels(Kernels::Composite).with_dtype(dtype);
         let outputs = tiny.task.define(&eager, &tiny.config.family).unwrap();
-        let loss = tiny.task.loss(&eager, outputs, &examples, 0.0, 1).unwrap();
+        let loss = tiny.task.loss(&eager, outputs, &examples, 0.0, &[1]).unwrap().remove(0);
         let store = loss.backward().unwrap();
         let of = |name: &str| gradient(&tiny.params, name, &store, Kernels::Composite);
         tiny.params.iter().map(|(param, _)| (param.name.clone(), of(&param.name))).collect()

@@ -58,6 +58,7 @@ fn every_family_learns_answers_and_that_there_are_none() {
         records_file(model, 1, &records);
         let said = stderr(&trained(model, &records, &out, &[]).success());
         assert!(said.contains("some questions have no answer"), "{said}");
+        assert!(!said.contains("starts anew"), "the head is kept: {said}");
         let config = common::json(out.join("config.json"));
         assert!(config["null_score_diff_threshold"].is_number() && config["id2label"].is_null(), "{config}");
 

@@ -145,7 +145,7 @@ fn a_text_unit_makes_one_text_of_lines_and_is_refused_where_it_says_nothing() {
     let eval = bench.run("eval", &[&["--input", "in.jsonl"], &unit[..]].concat());
     for said in [train, eval] {
         let said = stderr(&said.code(2));
-        assert!(said.contains("--text-unit is for causal-lm"), "{said}");
+        assert!(said.contains("--text-unit is for masked-lm, next-sentence, "), "{said}");
     }
 }
 

@@ -6,7 +6,10 @@ mod common;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
-use common::{ANSWERERS, CLASSIFIERS, LANGUAGE_MODEL, TAGGERS, floats, gradient, max_abs, models, relative};
+use common::{
+    ANSWERERS, CLASSIFIERS, FOLLOWER, LANGUAGE_MODEL, MASKERS, PRE_TRAINED, TAGGERS, floats, gradient,
+    max_abs, models, relative,
+};
 use serde_json::{Value, json};
 use tk::checkpoint::Weights;
 use tk::data::batch::{Encoding, PackedBatch};
@@ -16,14 +19,19 @@ use tk::eager::{Eager, Forward, Init, Kernels, Mode, Params, X, tensors};
 use tk::model::ModelConfig;
 use tk::model::ops::At;
 use tk::task::causal_lm::NextTokens;
+use tk::task::masked_lm::Masked;
+use tk::task::next_sentence::Follows;
+use tk::task::pre_training::Pretrained;
 use tk::task::question_answering::squad::{Judged, Match, Threshold, best_threshold};
+use tk::task::text_classification::Window;
 use tk::task::token_classification::Tags;
 use tk::task::{CausalLm, Encoder, Example, RecordFlags, Target, Task};
 use tk::train::plan::Plan;
 use tk::train::{Settings, Trainer};
 
 fn all() -> impl Iterator<Item = &'static str> {
-    CLASSIFIERS.into_iter().chain(TAGGERS).chain(ANSWERERS).chain([LANGUAGE_MODEL])
+    let others = [FOLLOWER, PRE_TRAINED, LANGUAGE_MODEL];
+    CLASSIFIERS.into_iter().chain(TAGGERS).chain(ANSWERERS).chain(MASKERS).chain(others)
 }
 
 /// Whether a gradient is rounding alone, beside the largest: softmax cancels what a bias adds to every key, or to the score
@@ -68,13 +76,22 @@ impl Reference {
                 encoding: Encoding { ids: ids("ids", i), type_ids: ids("type_ids", i), truncated: false },
                 target: match &task {
                     Task::TextClassification(task) => {
-                        Target::TextClassification(task.target(&record["label"]).unwrap())
+                        Target::TextClassification(Window::whole(i, task.target(&record["label"]).unwrap()))
                     }
                     Task::CausalLm(_) => {
                         let predicted = (0..ids("ids", i).len()).map(|at| at > 0).collect();
                         Target::CausalLm(NextTokens { predicted, bytes: 0 })
                     }
                     Task::TokenClassification(_) => Target::TokenClassification(tags(&json["targets"][i])),
+                    Task::MaskedLm(_) => Target::MaskedLm(masked(&json["targets"][i])),
+                    Task::NextSentence(_) => {
+                        Target::NextSentence(Follows { chunk: None, follows: follows(record) })
+                    }
+                    Task::PreTraining(_) => Target::PreTraining(Pretrained {
+                        chunk: None,
+                        follows: follows(record),
+                        masked: masked(&json["targets"][i]),
+                    }),
                     Task::QuestionAnswering(_) => {
                         let found = answered(&task, name, record, 64, 0).remove(0);
                         assert_eq!(found.encoding.ids, ids("ids", i), "{name}, record {i}");
@@ -92,11 +109,24 @@ impl Reference {
     }
 }
 
-/// What is learnt of a sentence, by transformers' ids of labels: -100 is none.
-fn tags(targets: &Value) -> Tags {
+/// transformers' ids of what is to be learnt: -100 is none.
+fn ids(targets: &Value) -> Vec<Option<u32>> {
     let targets: Vec<i64> = serde_json::from_value(targets.clone()).unwrap();
-    let wanted = targets.into_iter().map(|label| u32::try_from(label).ok()).collect();
-    Tags { sentence: 0, gold: Arc::new([]), wanted, words: Vec::new() }
+    targets.into_iter().map(|id| u32::try_from(id).ok()).collect()
+}
+
+/// What is learnt of a sentence.
+fn tags(targets: &Value) -> Tags {
+    Tags { sentence: 0, gold: Arc::new([]), wanted: ids(targets), words: Vec::new() }
+}
+
+/// What is to be found in a text.
+fn masked(targets: &Value) -> Masked {
+    Masked { words: Arc::new([]), wanted: ids(targets) }
+}
+
+fn follows(record: &Value) -> bool {
+    record["follows"].as_bool().unwrap()
 }
 
 /// The windows of a question, with what they ought to give.
@@ -124,7 +154,7 @@ fn numbers(value: &Value) -> Vec<f32> {
 
 #[test]
 fn logits_are_those_of_transformers() {
-    for name in CLASSIFIERS {
+    for name in CLASSIFIERS.into_iter().chain([FOLLOWER]) {
         let r = Reference::load(name);
         let encodings: Vec<Encoding> = r.examples.iter().map(|e| e.encoding.clone()).collect();
         let Reference { params, config, task, .. } = &r;
@@ -142,13 +172,12 @@ fn loss_and_every_gradient_are_those_of_transformers() {
     for name in all() {
         for kernels in [Kernels::Fused, Kernels::Composite] {
             let r = Reference::load(name);
-            let batch = PackedBatch::new(r.examples.iter().map(|e| &e.encoding));
             let examples: Vec<&Example> = r.examples.iter().collect();
+            let batch = Task::packed(&examples);
             let eager =
                 Eager::new(&r.params, &batch, &Device::Cpu, Mode::Training { key: 0 }).with_kernels(kernels);
             let outputs = r.task.define(&eager, &r.config.family).unwrap();
-            let losses = examples.iter().map(|example| example.target.losses()).sum();
-            let loss = r.task.loss(&eager, outputs, &examples, 0.0, losses).unwrap();
+            let loss = loss(&r, &eager, outputs, &examples, 0.0);
             let value = loss.to_scalar::<f32>().unwrap();
             let expected = r.json["loss"].as_f64().unwrap() as f32;
             assert!(
@@ -173,6 +202,15 @@ fn loss_and_every_gradient_are_those_of_transformers() {
             }
         }
     }
+}
+
+/// The sum of the task's losses, each a mean.
+fn loss(r: &Reference, eager: &Eager, outputs: Vec<X>, examples: &[&Example], smoothing: f64) -> Tensor {
+    let counts: Vec<Vec<usize>> = examples.iter().map(|example| example.target.losses()).collect();
+    let counts: Vec<usize> =
+        (0..r.task.loss_names().len()).map(|i| counts.iter().map(|own| own[i]).sum()).collect();
+    let losses = r.task.loss(eager, outputs, examples, smoothing, &counts).unwrap();
+    losses.into_iter().reduce(|a, b| (a + b).unwrap()).unwrap()
 }
 
 fn norm(values: &[f32]) -> f64 {
@@ -204,6 +242,61 @@ fn a_row_of_scores_a_token_is_that_of_transformers() {
                 assert!(worst <= allowed, "{name}, {kernels:?}, record {i}: {worst:e} at {at}");
             }
         }
+    }
+}
+
+#[test]
+fn scores_of_masked_places_are_those_of_transformers_asked_for_or_not() {
+    for name in MASKERS.into_iter().chain([PRE_TRAINED]) {
+        let r = Reference::load(name);
+        let bytes = r.file("logits.safetensors");
+        let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let examples: Vec<&Example> = r.examples.iter().collect();
+        let (all, asked) =
+            (PackedBatch::new(r.examples.iter().map(|e| &e.encoding)), Task::packed(&examples));
+        for (batch, kernels) in [
+            (&all, Kernels::Fused),
+            (&all, Kernels::Composite),
+            (&asked, Kernels::Fused),
+            (&asked, Kernels::Composite),
+        ] {
+            let (_, scores) = scores(&r, batch, kernels);
+            let scores = tensors(scores).unwrap();
+            for (i, example) in r.examples.iter().enumerate() {
+                let places = example.target.asked().unwrap();
+                assert_eq!(places[0], ids(&r.json["targets"][i]).iter().position(Option::is_some).unwrap());
+                let rows: Vec<u32> = match &batch.asked {
+                    None => places.iter().map(|at| (batch.spans.get(i).start + at) as u32).collect(),
+                    // behind that of the first token
+                    Some(asked) => asked.spans.get(i).skip(1).map(|row| row as u32).collect(),
+                };
+                let rows = Tensor::from_slice(&rows, rows.len(), &Device::Cpu).unwrap();
+                let found = scores[0].index_select(&rows, 0).unwrap();
+                let (worst, at) =
+                    max_abs(&found.flatten_all().unwrap().to_vec1().unwrap(), &floats(&file, &i.to_string()));
+                assert!(worst <= 1e-5, "{name}, {kernels:?}, record {i}: {worst:e} at {at}");
+            }
+            if name == PRE_TRAINED {
+                let found = scores[1].flatten_all().unwrap().to_vec1().unwrap();
+                let (worst, at) = max_abs(&found, &floats(&file, "seq_relationship"));
+                assert!(worst <= 1e-5, "{name}, {kernels:?}: {worst:e} at {at}");
+            }
+        }
+    }
+}
+
+#[test]
+fn both_losses_of_pre_training_are_those_of_transformers() {
+    let r = Reference::load(PRE_TRAINED);
+    let settings = Settings { dropout: Some(0.0), ..Settings::default() };
+    let mut trainer =
+        Trainer::new(&settings, &r.config.family, &r.task, &r.params, &Device::Cpu, 10).unwrap();
+    let (first, rest) = r.examples.split_at(2);
+    let did = trainer.step(&[first.iter().collect(), rest.iter().collect()]).unwrap();
+    assert_eq!(r.task.loss_names(), ["masked_lm_loss", "next_sentence_loss"]);
+    for (name, found) in r.task.loss_names().iter().zip(did.losses) {
+        let expected = r.json[*name].as_f64().unwrap();
+        assert!((found - expected).abs() <= 1e-5 * expected, "{name}: {found}, {expected}");
     }
 }
 
@@ -243,7 +336,7 @@ fn label_smoothing_is_pytorchs() {
     let examples: Vec<&Example> = r.examples.iter().collect();
     let eager = Eager::new(&r.params, &batch, &Device::Cpu, Mode::Evaluation);
     let outputs = r.task.define(&eager, &r.config.family).unwrap();
-    let loss = r.task.loss(&eager, outputs, &examples, 0.1, examples.len()).unwrap();
+    let loss = loss(&r, &eager, outputs, &examples, 0.1);
     let loss = loss.to_scalar::<f32>().unwrap();
     let expected = r.json["loss_smoothed"].as_f64().unwrap() as f32;
     assert!((loss - expected).abs() <= 1e-5, "{loss}, {expected}");
@@ -398,8 +491,7 @@ fn the_labels_of_all_pieces_and_their_loss_are_those_of_transformers() {
         let examples: Vec<&Example> = r.examples.iter().collect();
         let eager = Eager::new(&r.params, &batch, &Device::Cpu, Mode::Evaluation);
         let outputs = r.task.define(&eager, &r.config.family).unwrap();
-        let losses = examples.iter().map(|example| example.target.losses()).sum();
-        let loss = r.task.loss(&eager, outputs, &examples, 0.0, losses).unwrap();
+        let loss = loss(&r, &eager, outputs, &examples, 0.0);
         let (loss, expected) = (loss.to_scalar::<f32>().unwrap(), &r.json["loss_of_all_pieces"]);
         assert!((loss - expected.as_f64().unwrap() as f32).abs() <= 1e-5, "{name}: {loss}, {expected}");
     }

@@ -517,3 +517,53 @@ mod outputs {
         assert_eq!(text.lines().count(), 1);
     }
 }
+
+/// What is decisive stands behind the tokens that the model reads at once.
+#[test]
+fn long_texts_are_labelled_by_their_windows_where_that_is_asked_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let (train, out) = (dir.path().join("train.jsonl"), dir.path().join("out"));
+    let record = |word: &str, label: &str, at: usize| {
+        let mut words = vec!["okay"; 60];
+        words[at] = word;
+        json!({"text": words.join(" "), "label": label})
+    };
+    let records = (0..6).flat_map(|i| [record("great", "good", 45 + i), record("terrible", "bad", 45 + i)]);
+    let lines: String = records.map(|record| format!("{record}\n")).collect();
+    std::fs::write(&train, &lines).unwrap();
+    let run = |command: &str, more: &[&str]| {
+        let mut tk = tk();
+        tk.arg(command).args(more.iter().map(|arg| match *arg {
+            "out" | "train.jsonl" => dir.path().join(arg).into_os_string(),
+            other => other.into(),
+        }));
+        tk.assert().success()
+    };
+    let base = models("tiny-bert-single");
+    let learn =
+        ["--task", "text-classification", "--train", "train.jsonl", "--output", "out", "--epochs", "40"];
+    let how = ["--max-length", "24", "--learning-rate", "5e-3", "--window-aggregation", "max", "--model"];
+    run("train", &[&learn[..], &how[..], &[base.to_str().unwrap()]].concat());
+    assert_eq!(json(out.join("config.json"))["window_aggregation"], "max");
+    run("export", &["out"]);
+    let accuracy = |more: &[&str]| {
+        let said = run("eval", &[&["out", "--input", "train.jsonl", "--json"], more].concat());
+        let found: Value = serde_json::from_slice(&said.get_output().stdout).unwrap();
+        (found["metrics"]["accuracy"].as_f64().unwrap(), found["truncated"].as_u64().unwrap())
+    };
+    assert_eq!(accuracy(&[]), (1.0, 0), "by all windows");
+    assert_eq!(accuracy(&["--runtime", "onnx"]), (1.0, 0));
+    assert_eq!(accuracy(&["--window-aggregation", "first"]), (0.5, 12), "the beginnings are all alike");
+    let served = |more: &[&str]| -> Vec<Value> {
+        let said = run("serve-batch", &[&["out", "--input", "train.jsonl", "--output", "-"], more].concat());
+        let text = String::from_utf8(said.get_output().stdout.clone()).unwrap();
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    };
+    let labels =
+        |answers: &[Value]| -> Vec<Value> { answers.iter().map(|answer| answer["label"].clone()).collect() };
+    let all = served(&[]);
+    assert_eq!(labels(&all), ["good", "bad"].repeat(6));
+    assert!(all.iter().all(|answer| answer["truncated"].is_null()), "nothing was cut: {all:?}");
+    let first = served(&["--window-aggregation", "first"]);
+    assert!(first.iter().all(|answer| answer["truncated"] == true), "{first:?}");
+}

@@ -159,14 +159,4 @@ fn what_is_no_tag_or_no_sentence_is_refused_with_its_place() {
     let model = models("tiny-bert-single");
     let entities = tk().arg("serve-batch").arg(&model).args(["--input", "-", "--tags"]).assert().code(2);
     assert!(stderr(&entities).contains("--tags is for token-classification"), "{}", stderr(&entities));
-    let gpt2 = tk()
-        .args(["train", "--task", "token-classification", "--model"])
-        .arg(models("tiny-gpt2-lm"))
-        .args(["--max-length", "24", "--output"])
-        .arg(dir.path().join("out"))
-        .arg("--train")
-        .arg(conll("tiny-bert-tokens", dir.path()))
-        .assert()
-        .code(2);
-    assert!(stderr(&gpt2).contains("token-classification needs a model that sees"), "{}", stderr(&gpt2));
 }

@@ -5,6 +5,7 @@ pub mod doctor;
 pub mod eval;
 pub mod export;
 pub mod generate;
+pub mod models;
 pub mod parity;
 pub mod serve_batch;
 pub mod train;

@@ -101,12 +101,19 @@ impl PackedBatch {
         Self { ids, type_ids, spans: Spans::of_lengths(lengths), asked: None }
     }
 
-    /// The same where the first token of every sequence is asked for, and those that `is_asked`, (T), says.
-    pub fn asking(self, is_asked: impl Fn(usize) -> bool) -> Self {
+    /// The same where the first token of every sequence is asked for, and those at its places, in order; all of them
+    /// where it has none.
+    pub fn asking(self, places: &[Option<Vec<usize>>]) -> Self {
         let (mut rows, mut lengths) = (Vec::new(), Vec::new());
-        for span in self.spans.iter() {
+        for (span, places) in self.spans.iter().zip(places) {
             let before = rows.len();
-            rows.extend(span.clone().filter(|&at| at == span.start || is_asked(at)).map(|at| at as u32));
+            let Some(places) = places else {
+                rows.extend(span.clone().map(|at| at as u32));
+                lengths.push(span.len());
+                continue;
+            };
+            rows.extend(span.clone().take(1).map(|at| at as u32));
+            rows.extend(places.iter().filter(|&&at| at > 0).map(|at| (span.start + at) as u32));
             lengths.push(rows.len() - before);
         }
         Self { asked: Some(Asked { rows, spans: Spans::of_lengths(lengths) }), ..self }
@@ -196,7 +203,8 @@ mod tests {
     #[test]
     fn the_first_token_of_every_sequence_is_asked_for() {
         let packed = PackedBatch::new(&[encoding(&[5, 6]), encoding(&[]), encoding(&[8, 9, 10])]);
-        let asked = packed.asking(|at| at == 4).asked.unwrap();
+        let places = [Some(vec![0]), None, Some(vec![2])];
+        let asked = packed.asking(&places).asked.unwrap();
         assert_eq!((asked.rows, asked.spans), (vec![0, 2, 4], Spans::of_lengths([1, 0, 2])));
     }
 

@@ -25,6 +25,7 @@ use crate::data::batch::Encoding;
 use crate::{Result, bail_unusable, files, unusable};
 pub use language::Body;
 pub use pairs::{PairWindow, SecondText};
+pub use trained::Vocabulary;
 pub use words::Pieces;
 
 /// The files that a tokenizer may consist of.
@@ -55,8 +56,9 @@ pub struct Tokenizer {
     direction: TruncationDirection,
     /// What stands for a piece of text that the vocabulary lacks.
     unknown: Option<u32>,
-    /// Whether tokenizer_config.json is to say `add_prefix_space`, whatever it says.
-    prefix_space: bool,
+    mask: Option<u32>,
+    /// What tokenizer_config.json is to say, whatever it says.
+    says: Map<String, Value>,
     /// Of the model that it was held against: rows of the word embeddings, and of the token types'.
     rows: usize,
     token_types: usize,
@@ -157,29 +159,29 @@ impl Tokenizer {
         names.into_iter().any(|name| dir.join(name).exists())
     }
 
-    /// Trains a byte-level BPE, as GPT-2's, of at most `vocab_size` tokens.
+    /// Learns a vocabulary of at most `vocab_size` tokens from texts.
     ///
     /// # Errors
-    /// Unusable: a vocabulary that has no room for the 256 bytes and the end of a text.
-    pub fn train<S: AsRef<str> + Send + Sync>(texts: &[S], vocab_size: usize) -> Result<Self> {
-        if vocab_size < 257 {
-            bail_unusable!(
-                "vocab_size {vocab_size} has no room for the 256 bytes and the end of a text: 257 at least"
-            );
-        }
-        let json = trained::tokenizer_json(texts, vocab_size)?;
-        Self::of(
+    /// Unusable: a size that has no room for what stands in every vocabulary of the kind.
+    pub fn train<S: AsRef<str> + Send + Sync>(
+        kind: Vocabulary,
+        texts: &[S],
+        vocab_size: usize,
+    ) -> Result<Self> {
+        let json = kind.tokenizer_json(texts, vocab_size)?;
+        let new = Self::of(
             parsed(json.as_bytes())?,
             json.clone().as_bytes(),
             None,
             None,
             Some((json, "the trained tokenizer")),
-        )
+        )?;
+        Ok(Self { says: kind.settings(), ..new })
     }
 
-    /// The token that ends a text in GPT-2's vocabulary.
-    pub fn end(&self) -> Option<u32> {
-        self.inner.token_to_id(byte_level::END)
+    /// The token that stands for one that is to be found, where the tokenizer has one.
+    pub fn mask(&self) -> Option<u32> {
+        self.mask
     }
 
     /// `json` is the tokenizer.json that `inner` is.
@@ -206,6 +208,8 @@ impl Tokenizer {
         let ids = inner.get_vocab(true).into_iter().filter(|(token, _)| !token.is_empty() && !beyond(token));
         let vocab_size = ids.map(|(_, id)| id as usize + 1).max().unwrap_or(0);
         let unknown = added.and_then(|added| inner.token_to_id(&added.role("unk_token")?));
+        let mask = added.and_then(|added| inner.token_to_id(&added.role("mask_token")?));
+        let mask = mask.or_else(|| inner.token_to_id("[MASK]")).or_else(|| inner.token_to_id("<mask>"));
         let hash = Sha256::digest(json).iter().map(|byte| format!("{byte:02x}")).collect();
         Ok(Self {
             inner,
@@ -215,7 +219,8 @@ impl Tokenizer {
             vocab_size,
             direction,
             unknown,
-            prefix_space: false,
+            mask,
+            says: Map::new(),
             rows: usize::MAX,
             token_types: usize::MAX,
             pair_types: 0,
@@ -373,10 +378,10 @@ impl Tokenizer {
                 std::fs::read(from.join(name)).with_context(|| format!("reading {}", from.display()))?;
             files::write(&to.join(name), bytes)?;
         }
-        if self.prefix_space {
+        if !self.says.is_empty() {
             let path = to.join("tokenizer_config.json");
             let mut config = settings(&path)?;
-            config.insert("add_prefix_space".to_owned(), true.into());
+            config.extend(self.says.clone());
             files::write(&path, serde_json::to_string_pretty(&config)? + "\n")?;
         }
         self.built.as_ref().map_or(Ok(()), |(json, _)| files::write(&to.join("tokenizer.json"), json))

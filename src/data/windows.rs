@@ -4,6 +4,9 @@ use std::ops::Range;
 
 use crate::{Result, bail_unusable};
 
+/// Neighbouring windows share up to a quarter of their room.
+pub const SHARED: usize = 4;
+
 /// Tokens that the model sees at once.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Window {

@@ -11,7 +11,7 @@ use crate::Result;
 use crate::data::batch::{Encoding, PackedBatch};
 use crate::model::Family;
 use crate::saved::Saved;
-use crate::task::output::Standing;
+use crate::task::output::{Scope, Standing};
 use crate::task::{Example, Measured, Outputs, Task};
 
 /// Tokens of one packed batch: enough for the matrix products, little enough for the memory.
@@ -37,18 +37,53 @@ impl Forward<'_> {
         for batch in batches(examples.iter().map(|example| example.borrow().len())) {
             let packed = PackedBatch::new(batch.iter().map(|&i| examples[i].borrow()));
             let lengths: Vec<usize> = packed.spans.iter().map(|span| span.len()).collect();
-            let eager = Eager::new(self.params, &packed, self.device, Mode::Evaluation);
-            let outputs = tensors(self.task.define(&eager, self.family)?)?;
-            anyhow::ensure!(outputs.len() == scopes.len(), "the definition gives {} outputs", outputs.len());
-            for (scope, output) in scopes.iter().zip(outputs) {
-                let shape = output.dims2()?;
-                let rows = Array2::from_shape_vec(shape, output.flatten_all()?.to_vec1()?)?;
-                for (&i, own) in batch.iter().zip(scope.unpack(rows.view(), &lengths, Standing::Packed)?) {
-                    of_examples[i].push(own);
-                }
-            }
+            self.compute(&packed, &scopes, &lengths, |i, output| of_examples[batch[i]].push(output))?;
         }
         Ok(of_examples)
+    }
+
+    /// Each example's outputs where some of its tokens are asked for: a row for the first token, and one for each of
+    /// `places` of an example that is not the first. They are handed on as they come, in any order.
+    ///
+    /// # Errors
+    /// As [`Forward::outputs`], and what `take` fails with.
+    pub fn asked(
+        &self,
+        examples: &[&Encoding],
+        places: impl Fn(usize) -> Option<Vec<usize>>,
+        mut take: impl FnMut(usize, Outputs) -> Result<()>,
+    ) -> Result<()> {
+        let scopes = self.task.scopes();
+        for batch in batches(examples.iter().map(|example| example.len())) {
+            let places: Vec<_> = batch.iter().map(|&i| places(i)).collect();
+            let packed = PackedBatch::new(batch.iter().map(|&i| examples[i])).asking(&places);
+            let lengths: Vec<usize> =
+                packed.asked.iter().flat_map(|asked| asked.spans.iter()).map(|span| span.len()).collect();
+            let mut of_examples = vec![Outputs::new(); batch.len()];
+            self.compute(&packed, &scopes, &lengths, |i, output| of_examples[i].push(output))?;
+            batch.iter().zip(of_examples).try_for_each(|(&i, outputs)| take(i, outputs))?;
+        }
+        Ok(())
+    }
+
+    /// Hands on each output of each sequence of a batch; of tokens, a sequence has so many rows.
+    fn compute(
+        &self,
+        packed: &PackedBatch,
+        scopes: &[Scope],
+        lengths: &[usize],
+        mut take: impl FnMut(usize, Array2<f32>),
+    ) -> Result<()> {
+        let eager = Eager::new(self.params, packed, self.device, Mode::Evaluation);
+        let outputs = tensors(self.task.define(&eager, self.family)?)?;
+        anyhow::ensure!(outputs.len() == scopes.len(), "the definition gives {} outputs", outputs.len());
+        for (scope, output) in scopes.iter().zip(outputs) {
+            let shape = output.dims2()?;
+            let rows = Array2::from_shape_vec(shape, output.flatten_all()?.to_vec1()?)?;
+            let own = scope.unpack(rows.view(), lengths, Standing::Packed)?;
+            own.into_iter().enumerate().for_each(|(i, own)| take(i, own));
+        }
+        Ok(())
     }
 
     /// The sum of all losses of the first output's rows. `wanted` gives the target of each row of a packed batch, of

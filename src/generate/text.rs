@@ -145,6 +145,7 @@ mod tests {
     /// All bytes, the end of a text, and merges, also across characters.
     fn tokenizer() -> tokens::Tokenizer {
         tokens::Tokenizer::train(
+            tokens::Vocabulary::Gpt2,
             &["ab ab abc äöü äöü öü \u{3042}\u{3044}\u{3042}\u{3044} \u{1f980}\u{1f980}"],
             300,
         )
@@ -233,8 +234,11 @@ mod tests {
     fn special_tokens_are_no_text_and_a_stop_text_goes_across_them() {
         let tokenizer = tokenizer();
         let inner = tokenizer.inner();
-        let (a, b, end) =
-            (inner.token_to_id("a").unwrap(), inner.token_to_id("b").unwrap(), tokenizer.end().unwrap());
+        let (a, b, end) = (
+            inner.token_to_id("a").unwrap(),
+            inner.token_to_id("b").unwrap(),
+            tokenizer.inner().token_to_id("<|endoftext|>").unwrap(),
+        );
         assert_eq!(stream(inner, &[a, end, b, u32::MAX], &[]).0, ["a", "", "b", ""]);
         assert_eq!(
             stream(inner, &[b, a, end, b], &["ab"]),

@@ -4,6 +4,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::Result;
+use crate::data::tokens::Vocabulary;
 use crate::model::config::{activation, checked, default};
 use crate::model::family::{Architecture, Head, Limits, Names};
 use crate::model::ops::{Activation, At, Attend, Ids, Ops, Pick, Sees, Table};
@@ -38,6 +39,7 @@ impl Architecture for Bert {
     const MODEL_TYPES: &'static [&'static str] = &["bert"];
     const DROPOUTS: &'static [&'static str] =
         &["hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"];
+    const VOCABULARY: Vocabulary = Vocabulary::WordPiece;
 
     fn read(raw: &Map<String, Value>) -> Result<Self> {
         checked(raw, |c: &Self, found| {
@@ -79,7 +81,7 @@ impl Architecture for Bert {
         self.initializer_range
     }
 
-    fn class(&self, head: Head) -> Option<String> {
+    fn class(_: &str, head: Head) -> Option<String> {
         (!matches!(head, Head::CausalLm { .. })).then(|| format!("Bert{}", head.suffix()))
     }
 
@@ -97,10 +99,10 @@ impl Architecture for Bert {
             Head::QuestionAnswering => {
                 o.linear(At::labels("qa_outputs").linear(self.hidden_size, 2), &body(o, self, None)?)?
             }
-            Head::MaskedLm => predictions(o, self, &body(o, self, None)?)?,
+            Head::MaskedLm => predictions(o, self, &body(o, self, Some(Pick::Asked))?)?,
             Head::NextSentence => follows(o, self, &body(o, self, Some(Pick::First))?)?,
             Head::PreTraining => {
-                let x = body(o, self, None)?;
+                let x = body(o, self, Some(Pick::Asked))?;
                 return Ok(vec![predictions(o, self, &x)?, follows(o, self, &o.pick(&x, Pick::First)?)?]);
             }
             Head::Embedding { wanted } => body(o, self, wanted)?,
@@ -145,8 +147,8 @@ fn words(c: &Bert) -> Table {
 /// Hidden states → the scores of the tokens that stand at the places asked for.
 fn predictions<O: Ops>(o: &O, c: &Bert, x: &O::X) -> Result<O::X> {
     let at = At::head("cls.predictions");
-    let (width, x) = (c.hidden_size, o.pick(x, Pick::Asked)?);
-    let x = o.linear(at.to("transform.dense").linear(width, width), &x)?;
+    let width = c.hidden_size;
+    let x = o.linear(at.to("transform.dense").linear(width, width), x)?;
     let x = o.activate(&x, c.hidden_act)?;
     let x = o.layer_norm(at.to("transform.LayerNorm").norm(width, c.layer_norm_eps), &x)?;
     o.linear(words(c).tied().with_bias(at.bias(c.vocab_size)), &x)

@@ -61,15 +61,15 @@ impl ModelConfig {
         self.set(self.family.dropouts().iter().map(|&key| (key, p.into())))
     }
 
-    /// Takes a vocabulary of another size, whose texts begin and end with the token `end`, which pads too. Other tokens
-    /// of the old vocabulary are none of this one.
+    /// Takes a vocabulary of another size, with the ids of its special tokens. Other tokens of the old vocabulary are none
+    /// of this one.
     ///
     /// # Errors
     /// The family refuses the size.
-    pub fn set_vocabulary(&mut self, size: usize, end: u32) -> Result<()> {
+    pub fn set_vocabulary(&mut self, size: usize, special: &[(&'static str, u32)]) -> Result<()> {
         self.raw.retain(|key, _| !key.ends_with("_token_id"));
-        let ends = ["bos_token_id", "eos_token_id", "pad_token_id"].map(|key| (key, end.into()));
-        self.set([("vocab_size", size.into())].into_iter().chain(ends))
+        let special = special.iter().map(|&(key, id)| (key, id.into()));
+        self.set([("vocab_size", size.into())].into_iter().chain(special))
     }
 
     /// The class in `transformers` that the directory was saved from, the first of `architectures`.
@@ -322,7 +322,7 @@ mod tests {
     fn what_is_set_is_saved_and_computed_with() {
         let mut config = parse(json!({})).unwrap();
         config.set_dropout(0.25).unwrap();
-        config.set_vocabulary(50, 7).unwrap();
+        config.set_vocabulary(50, &[("eos_token_id", 7)]).unwrap();
         assert_eq!((config.vocab_size(), &config.raw["eos_token_id"]), (50, &json!(7)));
         assert!(matches!(&config.family, Family::Bert(c) if c.hidden_dropout_prob == 0.25));
         assert_eq!(config.raw["classifier_dropout"], json!(0.25));

@@ -4,6 +4,7 @@
 use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value};
 
+use crate::data::tokens::Vocabulary;
 use crate::model::config::{Findings, activation, checked, default};
 use crate::model::family::{Architecture, Head, Limits, Names};
 use crate::model::ops::{Activation, At, Attend, Buckets, Distances, Ids, Ops, Pick, Sees, Table};
@@ -99,6 +100,7 @@ impl Architecture for DebertaV2 {
     const MODEL_TYPES: &'static [&'static str] = &["deberta-v2"];
     const DROPOUTS: &'static [&'static str] =
         &["hidden_dropout_prob", "attention_probs_dropout_prob", "pooler_dropout", "cls_dropout"];
+    const VOCABULARY: Vocabulary = Vocabulary::WordPiece;
 
     fn read(raw: &Map<String, Value>) -> Result<Self> {
         checked(raw, |c: &Self, found| {
@@ -156,7 +158,7 @@ impl Architecture for DebertaV2 {
         self.initializer_range
     }
 
-    fn class(&self, head: Head) -> Option<String> {
+    fn class(_: &str, head: Head) -> Option<String> {
         match head {
             Head::CausalLm { .. } | Head::NextSentence | Head::PreTraining => None,
             _ => Some(format!("DebertaV2{}", head.suffix())),

@@ -5,6 +5,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::Result;
+use crate::data::tokens::Vocabulary;
 use crate::model::config::{activation, checked, default};
 use crate::model::family::{Architecture, Head, Limits, Names};
 use crate::model::ops::{Activation, At, Attend, Ids, Ops, Pick, Sees, Table};
@@ -43,6 +44,7 @@ impl Architecture for DistilBert {
     const MODEL_TYPES: &'static [&'static str] = &["distilbert"];
     const DROPOUTS: &'static [&'static str] =
         &["dropout", "attention_dropout", "seq_classif_dropout", "qa_dropout"];
+    const VOCABULARY: Vocabulary = Vocabulary::WordPiece;
 
     fn read(raw: &Map<String, Value>) -> Result<Self> {
         checked(raw, |c: &Self, found| {
@@ -80,7 +82,7 @@ impl Architecture for DistilBert {
         self.initializer_range
     }
 
-    fn class(&self, head: Head) -> Option<String> {
+    fn class(_: &str, head: Head) -> Option<String> {
         match head {
             Head::CausalLm { .. } | Head::NextSentence | Head::PreTraining => None,
             _ => Some(format!("DistilBert{}", head.suffix())),
@@ -104,7 +106,7 @@ impl Architecture for DistilBert {
                 o.linear(At::labels("qa_outputs").linear(self.dim, 2), &x)?
             }
             Head::MaskedLm => {
-                let x = o.pick(&body(o, self, None)?, Pick::Asked)?;
+                let x = body(o, self, Some(Pick::Asked))?;
                 let x = o.linear(At::head("vocab_transform").linear(self.dim, self.dim), &x)?;
                 let x = o.activate(&x, self.activation)?;
                 let x = o.layer_norm(At::head("vocab_layer_norm").norm(self.dim, EPS), &x)?;

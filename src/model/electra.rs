@@ -5,6 +5,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::Result;
+use crate::data::tokens::Vocabulary;
 use crate::model::bert::{Bert, encoder};
 use crate::model::config::checked;
 use crate::model::family::{Architecture, Head, Limits, Names};
@@ -26,6 +27,7 @@ fn narrow() -> usize {
 impl Architecture for Electra {
     const MODEL_TYPES: &'static [&'static str] = &["electra"];
     const DROPOUTS: &'static [&'static str] = Bert::DROPOUTS;
+    const VOCABULARY: Vocabulary = Vocabulary::WordPiece;
 
     fn read(raw: &Map<String, Value>) -> Result<Self> {
         Bert::read(raw)?;
@@ -48,7 +50,7 @@ impl Architecture for Electra {
         self.bert.initializer_range
     }
 
-    fn class(&self, head: Head) -> Option<String> {
+    fn class(_: &str, head: Head) -> Option<String> {
         match head {
             // transformers' `ElectraForPreTraining` is the discriminator, which tells replaced tokens from others
             Head::CausalLm { .. } | Head::NextSentence | Head::PreTraining => None,
@@ -73,7 +75,7 @@ impl Architecture for Electra {
             Head::QuestionAnswering => {
                 o.linear(At::labels("qa_outputs").linear(width, 2), &body(o, self, None)?)?
             }
-            Head::MaskedLm => predictions(o, self, &body(o, self, None)?)?,
+            Head::MaskedLm => predictions(o, self, &body(o, self, Some(Pick::Asked))?)?,
             Head::Embedding { wanted } => body(o, self, wanted)?,
             Head::CausalLm { .. } | Head::NextSentence | Head::PreTraining => {
                 return Err(head.refused("electra"));
@@ -88,11 +90,10 @@ fn words(c: &Electra) -> Table {
     At::body("electra").to("embeddings.word_embeddings").table(c.bert.vocab_size, c.embedding_size)
 }
 
-/// Hidden states → the scores of the tokens that stand at the places asked for: the generator's head.
+/// Hidden states → the scores of the tokens that stand there: the generator's head.
 fn predictions<O: Ops>(o: &O, c: &Electra, x: &O::X) -> Result<O::X> {
     let at = At::head("generator_predictions");
-    let x = o.pick(x, Pick::Asked)?;
-    let x = o.linear(at.to("dense").linear(c.bert.hidden_size, c.embedding_size), &x)?;
+    let x = o.linear(at.to("dense").linear(c.bert.hidden_size, c.embedding_size), x)?;
     let x = o.activate(&x, Activation::Gelu)?;
     let x = o.layer_norm(at.to("LayerNorm").norm(c.embedding_size, c.bert.layer_norm_eps), &x)?;
     o.linear(words(c).tied().with_bias(At::head("generator_lm_head").bias(c.bert.vocab_size)), &x)

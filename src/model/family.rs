@@ -3,6 +3,7 @@
 
 use serde_json::{Map, Value};
 
+use crate::data::tokens::Vocabulary;
 use crate::model::bert::Bert;
 use crate::model::deberta_v2::DebertaV2;
 use crate::model::distilbert::DistilBert;
@@ -75,7 +76,7 @@ impl Head {
                 "causal-lm needs a model that predicts the next token (model_type gpt2); a {model_type} sees every token \
                  at once"
             ),
-            Self::TokenClassification { .. } | Self::MaskedLm => unusable!(
+            Self::MaskedLm => unusable!(
                 "{task} needs a model that sees a token's whole sentence, such as bert; a {model_type} sees what stands \
                  before it alone"
             ),
@@ -117,6 +118,9 @@ pub trait Architecture: Sized {
     /// The keys of `config.json` that hold a dropout probability.
     const DROPOUTS: &'static [&'static str];
 
+    /// What vocabulary its models learn from texts of their own.
+    const VOCABULARY: Vocabulary;
+
     /// Reads and checks the fields of `config.json`.
     ///
     /// # Errors
@@ -132,9 +136,14 @@ pub trait Architecture: Sized {
     /// The standard deviation that new weights are drawn with.
     fn initializer_range(&self) -> f64;
 
-    /// The name of the class in `transformers` that is this model with a head, such as
+    /// Which of its `model_type`s it is.
+    fn model_type(&self) -> &str {
+        Self::MODEL_TYPES[0]
+    }
+
+    /// The name of the class in `transformers` that is a model of this type with a head, such as
     /// `BertForSequenceClassification`. None where it has no such head.
-    fn class(&self, head: Head) -> Option<String>;
+    fn class(model_type: &str, head: Head) -> Option<String>;
 
     /// The model with a head: what the head gives, most give one.
     ///
@@ -183,6 +192,11 @@ macro_rules! families {
                 match self { $(Self::$family(_) => $family::DROPOUTS),+ }
             }
 
+            /// See [`Architecture::VOCABULARY`].
+            pub fn vocabulary(&self) -> Vocabulary {
+                match self { $(Self::$family(_) => $family::VOCABULARY),+ }
+            }
+
             /// See [`Architecture::names`].
             pub fn names(&self) -> Names {
                 match self { $(Self::$family(family) => family.names()),+ }
@@ -200,7 +214,15 @@ macro_rules! families {
 
             /// See [`Architecture::class`].
             pub fn class(&self, head: Head) -> Option<String> {
-                match self { $(Self::$family(family) => family.class(head)),+ }
+                match self { $(Self::$family(family) => $family::class(family.model_type(), head)),+ }
+            }
+
+            /// The same of any model of a type.
+            pub fn class_of(model_type: &str, head: Head) -> Option<String> {
+                $(if $family::MODEL_TYPES.contains(&model_type) {
+                    return $family::class(model_type, head);
+                })+
+                None
             }
 
             /// See [`Architecture::define`].

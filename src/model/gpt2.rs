@@ -4,6 +4,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::Result;
+use crate::data::tokens::Vocabulary;
 use crate::model::config::{activation, checked, default};
 use crate::model::family::{Architecture, Head, Limits, Names};
 use crate::model::ops::{Activation, At, Attend, Ids, Ops, Pick, Sees, Table};
@@ -27,6 +28,11 @@ pub struct Gpt2 {
     pub embd_pdrop: f32,
     #[serde(default = "default::tenth")]
     pub attn_pdrop: f32,
+    /// Dropout in front of the scores of tokens; where it is absent `hidden_dropout`, or a tenth.
+    #[serde(default)]
+    pub classifier_dropout: Option<f32>,
+    #[serde(default)]
+    pub hidden_dropout: Option<f32>,
     #[serde(default = "default::eps_1e_5")]
     pub layer_norm_epsilon: f64,
     #[serde(default = "default::fiftieth")]
@@ -35,7 +41,9 @@ pub struct Gpt2 {
 
 impl Architecture for Gpt2 {
     const MODEL_TYPES: &'static [&'static str] = &["gpt2"];
-    const DROPOUTS: &'static [&'static str] = &["resid_pdrop", "embd_pdrop", "attn_pdrop"];
+    const DROPOUTS: &'static [&'static str] =
+        &["resid_pdrop", "embd_pdrop", "attn_pdrop", "classifier_dropout"];
+    const VOCABULARY: Vocabulary = Vocabulary::Gpt2;
 
     fn read(raw: &Map<String, Value>) -> Result<Self> {
         checked(raw, |c: &Self, found| {
@@ -47,6 +55,7 @@ impl Architecture for Gpt2 {
             found.probability("resid_pdrop", c.resid_pdrop);
             found.probability("embd_pdrop", c.embd_pdrop);
             found.probability("attn_pdrop", c.attn_pdrop);
+            found.probability("classifier_dropout", c.before_classifier());
             found.small("layer_norm_epsilon", c.layer_norm_epsilon);
             found.small("initializer_range", c.initializer_range);
             found.never(
@@ -79,15 +88,10 @@ impl Architecture for Gpt2 {
         self.initializer_range
     }
 
-    fn class(&self, head: Head) -> Option<String> {
+    fn class(_: &str, head: Head) -> Option<String> {
         match head {
-            Head::SequenceClassification { .. } | Head::QuestionAnswering | Head::CausalLm { .. } => {
-                Some(format!("GPT2{}", head.suffix()))
-            }
-            Head::Embedding { .. } => Some(format!("GPT2{}", head.suffix())),
-            Head::TokenClassification { .. } | Head::MaskedLm | Head::NextSentence | Head::PreTraining => {
-                None
-            }
+            Head::MaskedLm | Head::NextSentence | Head::PreTraining => None,
+            _ => Some(format!("GPT2{}", head.suffix())),
         }
     }
 
@@ -107,7 +111,11 @@ impl Architecture for Gpt2 {
                 o.linear(At::labels("qa_outputs").linear(self.n_embd, 2), &body(o, &at, self, None)?)?
             }
             Head::Embedding { wanted } => body(o, &at, self, wanted)?,
-            Head::TokenClassification { .. } | Head::MaskedLm | Head::NextSentence | Head::PreTraining => {
+            Head::TokenClassification { labels } => {
+                let x = o.dropout(&body(o, &at, self, None)?, self.before_classifier())?;
+                o.linear(At::labels("classifier").linear(self.n_embd, labels), &x)?
+            }
+            Head::MaskedLm | Head::NextSentence | Head::PreTraining => {
                 return Err(head.refused("gpt2"));
             }
         };
@@ -120,6 +128,11 @@ impl Architecture for Gpt2 {
 }
 
 impl Gpt2 {
+    /// The probability of dropout in front of the scores of tokens.
+    fn before_classifier(&self) -> f32 {
+        self.classifier_dropout.or(self.hidden_dropout).unwrap_or_else(default::tenth)
+    }
+
     /// The width inside a feed-forward layer.
     fn inner(&self) -> usize {
         self.n_inner.unwrap_or(self.n_embd.saturating_mul(4))

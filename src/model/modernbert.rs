@@ -4,6 +4,7 @@
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
+use crate::data::tokens::Vocabulary;
 use crate::model::config::{Findings, activation, checked, default};
 use crate::model::family::{Architecture, Head, Limits, Names};
 use crate::model::ops::{Activation, At, Attend, Distances, Ids, Linear, Norm, Ops, Pick, Sees, Table};
@@ -124,6 +125,7 @@ impl Architecture for ModernBert {
     const MODEL_TYPES: &'static [&'static str] = &["modernbert"];
     const DROPOUTS: &'static [&'static str] =
         &["embedding_dropout", "attention_dropout", "mlp_dropout", "classifier_dropout"];
+    const VOCABULARY: Vocabulary = Vocabulary::Roberta;
 
     fn read(raw: &Map<String, Value>) -> Result<Self> {
         checked(raw, |c: &Self, found| {
@@ -158,7 +160,7 @@ impl Architecture for ModernBert {
         self.initializer_range
     }
 
-    fn class(&self, head: Head) -> Option<String> {
+    fn class(_: &str, head: Head) -> Option<String> {
         match head {
             Head::CausalLm { .. } | Head::NextSentence | Head::PreTraining => None,
             _ => Some(format!("ModernBert{}", head.suffix())),

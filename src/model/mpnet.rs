@@ -5,6 +5,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::Result;
+use crate::data::tokens::Vocabulary;
 use crate::model::bert::Bert;
 use crate::model::config::{checked, default};
 use crate::model::family::{Architecture, Head, Limits, Names};
@@ -30,6 +31,7 @@ const BUCKETS: usize = 32;
 impl Architecture for MpNet {
     const MODEL_TYPES: &'static [&'static str] = &["mpnet"];
     const DROPOUTS: &'static [&'static str] = &["hidden_dropout_prob", "attention_probs_dropout_prob"];
+    const VOCABULARY: Vocabulary = Vocabulary::Roberta;
 
     fn read(raw: &Map<String, Value>) -> Result<Self> {
         Bert::read(raw)?;
@@ -68,7 +70,7 @@ impl Architecture for MpNet {
         self.bert.initializer_range
     }
 
-    fn class(&self, head: Head) -> Option<String> {
+    fn class(_: &str, head: Head) -> Option<String> {
         match head {
             Head::CausalLm { .. } | Head::NextSentence | Head::PreTraining => None,
             _ => Some(format!("MPNet{}", head.suffix())),

@@ -5,6 +5,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::Result;
+use crate::data::tokens::Vocabulary;
 use crate::model::bert::{Bert, encoder};
 use crate::model::config::checked;
 use crate::model::family::{Architecture, Head, Limits, Names};
@@ -28,6 +29,7 @@ fn one() -> u32 {
 impl Architecture for Roberta {
     const MODEL_TYPES: &'static [&'static str] = &["roberta", "xlm-roberta", "camembert"];
     const DROPOUTS: &'static [&'static str] = Bert::DROPOUTS;
+    const VOCABULARY: Vocabulary = Vocabulary::Roberta;
 
     fn read(raw: &Map<String, Value>) -> Result<Self> {
         Bert::read(raw)?;
@@ -63,8 +65,12 @@ impl Architecture for Roberta {
         self.bert.initializer_range
     }
 
-    fn class(&self, head: Head) -> Option<String> {
-        let name = match self.model_type.as_str() {
+    fn model_type(&self) -> &str {
+        &self.model_type
+    }
+
+    fn class(model_type: &str, head: Head) -> Option<String> {
+        let name = match model_type {
             "xlm-roberta" => "XLMRoberta",
             "camembert" => "Camembert",
             _ => "Roberta",
@@ -94,7 +100,7 @@ impl Architecture for Roberta {
             }
             Head::MaskedLm => {
                 let at = At::head("lm_head");
-                let x = o.pick(&body(o, self, None)?, Pick::Asked)?;
+                let x = body(o, self, Some(Pick::Asked))?;
                 let x = o.activate(&o.linear(at.to("dense").linear(width, width), &x)?, Activation::Gelu)?;
                 let x = o.layer_norm(at.to("layer_norm").norm(width, self.bert.layer_norm_eps), &x)?;
                 o.linear(words(self).tied().with_bias(at.bias(self.bert.vocab_size)), &x)?

@@ -78,7 +78,8 @@ fn measured(
     examples: &[Example],
 ) -> Result<Measured> {
     let Runtime::Ort(provider) = runtime else {
-        return subject.saved.task.measure_outputs(outputs, examples);
+        let task = &subject.saved.task;
+        return task.measure_outputs(&task.kept(outputs.to_vec(), examples)?, examples);
     };
     let (providers, flags) = (&Providers::only(provider), &AnswerFlags::default());
     let threads = process::cores();

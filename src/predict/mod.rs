@@ -7,6 +7,7 @@ pub mod graphs;
 pub mod pool;
 pub mod sink;
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -19,6 +20,9 @@ use crate::runtime::{Provider, Providers};
 use crate::saved::Saved;
 use crate::say::Say;
 use crate::task::{Answer, AnswerFlags, Asking, Example, Measured, Question, Task};
+
+/// Numbers of outputs that are held at once (256 MiB), where one record's are fewer.
+const HELD: usize = 64 * 1024 * 1024;
 
 /// How a model is loaded.
 pub struct Options<'a> {
@@ -114,19 +118,43 @@ impl Predictor {
     /// # Errors
     /// The model fails, or gives other outputs than its task has.
     pub fn answers(&mut self, asked: &[&Asked]) -> Result<Vec<Answer>> {
-        let windows: Vec<&Encoding> = asked.iter().flat_map(|asked| &asked.windows).collect();
-        let outputs = self.pool.outputs(&windows)?;
-        let mut rest = &outputs[..];
-        let answer = |asked: &&Asked| {
-            let (own, others) = rest.split_at(asked.windows.len());
-            rest = others;
-            let mut answer = self.task.answer(&asked.question, own, &self.asking.flags)?;
-            if let (Ok(fields), true) = (&mut answer, asked.truncated()) {
-                fields.insert("truncated".to_owned(), true.into());
+        let mut answers = Vec::with_capacity(asked.len());
+        for part in self.parts(asked.iter().map(|asked| asked.tokens())) {
+            let asked = &asked[part];
+            let windows: Vec<&Encoding> = asked.iter().flat_map(|asked| &asked.windows).collect();
+            let outputs = self.pool.outputs(&windows)?;
+            let mut rest = &outputs[..];
+            for asked in asked {
+                let (own, others) = rest.split_at(asked.windows.len());
+                rest = others;
+                let mut answer = self.task.answer(&asked.question, own, &self.asking)?;
+                if let (Ok(fields), true) = (&mut answer, asked.truncated()) {
+                    fields.insert("truncated".to_owned(), true.into());
+                }
+                answers.push(answer);
             }
-            Ok(answer)
-        };
-        asked.iter().map(answer).collect()
+        }
+        Ok(answers)
+    }
+
+    /// Cuts records of these numbers of tokens into parts whose outputs are held at once; one at least stands in each.
+    fn parts(&self, tokens: impl Iterator<Item = usize>) -> Vec<Range<usize>> {
+        let most = HELD / self.task.numbers_of_token().max(1);
+        let mut parts: Vec<Range<usize>> = Vec::new();
+        let mut held = 0;
+        for (i, tokens) in tokens.enumerate() {
+            match parts.last_mut() {
+                Some(part) if held + tokens <= most => {
+                    part.end += 1;
+                    held += tokens;
+                }
+                _ => {
+                    parts.push(i..i + 1);
+                    held = tokens;
+                }
+            }
+        }
+        parts
     }
 
     /// The task's metrics and mean loss over examples.
@@ -134,7 +162,12 @@ impl Predictor {
     /// # Errors
     /// As [`Predictor::answers`].
     pub fn measure(&mut self, examples: &[Example]) -> Result<Measured> {
-        let encodings: Vec<&Encoding> = examples.iter().map(|example| &example.encoding).collect();
-        self.task.measure_outputs(&self.pool.outputs(&encodings)?, examples)
+        let mut kept = Vec::with_capacity(examples.len());
+        for part in self.parts(examples.iter().map(|example| example.encoding.len())) {
+            let examples = &examples[part];
+            let encodings: Vec<&Encoding> = examples.iter().map(|example| &example.encoding).collect();
+            kept.extend(self.task.kept(self.pool.outputs(&encodings)?, examples)?);
+        }
+        self.task.measure_outputs(&kept, examples)
     }
 }

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::data::offsets::OffsetUnit;
-use crate::data::records::{BadRow, Columns, Format, How, Row, TextEncoding};
+use crate::data::records::{BadRow, Columns, Format, How, Row, TextEncoding, TextUnit};
 use crate::{Result, bail_unusable};
 
 /// How records stand in files.
@@ -71,6 +71,47 @@ impl TextColumns {
     }
 }
 
+/// Flags of records that mean something to several tasks; [`super::Objective::RECORD_FLAGS`] says to which.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::Args, Serialize, Deserialize)]
+#[group(skip)]
+#[serde(rename_all = "kebab-case", default)]
+pub struct SharedRecordFlags {
+    /// For causal-lm, masked-lm and next-sentence, what one text of a .txt file is: a line, what stands between blank
+    /// lines, or the whole file [default: line; for next-sentence: document].
+    #[arg(long, value_enum, value_name = "UNIT", help_heading = "Records")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub text_unit: Option<TextUnit>,
+}
+
+impl SharedRecordFlags {
+    /// Refuses flags that say nothing of any of these files.
+    ///
+    /// # Errors
+    /// Unusable: names the flag.
+    pub fn check_files(&self, reading: &Reading, files: &[&Path]) -> Result<()> {
+        if self.text_unit.is_some() && !files.iter().any(|path| reading.is(Format::Txt, path)) {
+            bail_unusable!("--text-unit is for .txt files; here is none");
+        }
+        Ok(())
+    }
+}
+
+/// Flags of training that mean something to several tasks; [`super::Objective::TRAINING_FLAGS`] says to which.
+#[derive(Clone, Copy, Debug, Default, PartialEq, clap::Args, Serialize, Deserialize)]
+#[group(skip)]
+#[serde(rename_all = "kebab-case", default)]
+pub struct SharedTrainingFlags {
+    /// For masked-lm, the share of a text's tokens that are to be found; of these 80 % are masked, 10 % are another
+    /// token, 10 % stay. Evaluations take 0.15 [default: 0.15].
+    #[arg(long, value_name = "P", alias = "mlm-probability", help_heading = "Masked words")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mask_probability: Option<f64>,
+    /// For masked-lm, all tokens of a word are to be found, or none. Evaluations take single tokens.
+    #[arg(long, help_heading = "Masked words")]
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub whole_words: bool,
+}
+
 /// Flags of answers that mean something to several tasks; [`super::Objective::ANSWER_FLAGS`] says to which.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::Args, Serialize)]
 #[group(skip)]
@@ -80,7 +121,8 @@ pub struct SharedFlags {
     #[arg(long, value_enum, value_name = "UNIT")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub offset_unit: Option<OffsetUnit>,
-    /// For causal-lm, draw from the K most likely tokens; for question-answering, list the K best answers.
+    /// For causal-lm, draw from the K most likely tokens; for question-answering, list the K best answers; for
+    /// masked-lm, the K most likely tokens of each mask [default of masked-lm: 5].
     #[arg(long, value_name = "K")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub top_k: Option<usize>,
@@ -125,12 +167,15 @@ pub(super) fn refuse_texts(texts: &TextColumns, read: &[&str], task: &str) -> Re
 ///
 /// # Errors
 /// Unusable: names the flag and its tasks.
-pub(super) fn refuse_shared(flags: &SharedFlags, takers: &[(&str, &[&str])], task: &str) -> Result<()> {
+pub(super) fn refuse_shared(flags: &impl Serialize, takers: &[(&str, &[&str])], task: &str) -> Result<()> {
     for flag in given(flags)? {
         let of = takers.iter().filter(|(_, taken)| taken.contains(&flag.as_str())).map(|(name, _)| *name);
         let of: Vec<&str> = of.collect();
         if !of.contains(&task) {
-            bail_unusable!("{flag} is for {}, and this is {task}", of.join(" and "));
+            let (last, others) = of.split_last().map_or(("", &[][..]), |(last, others)| (*last, others));
+            let others = others.join(", ");
+            let and = if others.is_empty() { "" } else { " and " };
+            bail_unusable!("{flag} is for {others}{and}{last}, and this is {task}");
         }
     }
     Ok(())

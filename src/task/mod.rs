@@ -4,8 +4,11 @@
 pub mod causal_lm;
 pub mod flags;
 mod id2label;
+pub mod masked_lm;
+pub mod next_sentence;
 pub mod objective;
 pub mod output;
+pub mod pre_training;
 pub mod question_answering;
 pub mod scores;
 #[cfg(test)]
@@ -22,17 +25,20 @@ use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::data::batch::Encoding;
+use crate::data::batch::{Encoding, PackedBatch};
 use crate::data::records::{BadRow, Columns, Row};
 use crate::eager::{Eager, Forward, X};
 use crate::model::ops::{Ops, Param};
-use crate::model::{Family, ModelConfig, manifest, token_ids};
+use crate::model::{Family, Head, ModelConfig, manifest, token_ids};
 use crate::runtime::Slots;
 use crate::{Result, bail_unusable, unusable};
 pub use causal_lm::CausalLm;
-pub use flags::{Reading, SharedFlags, TextColumns};
+pub use flags::{Reading, SharedFlags, SharedRecordFlags, SharedTrainingFlags, TextColumns};
+pub use masked_lm::MaskedLm;
+pub use next_sentence::NextSentence;
 pub use objective::{Asking, Encoder, Form, Learning, Objective, Start};
 pub use output::{Dim, Output, Outputs, Scope};
+pub use pre_training::PreTraining;
 pub use question_answering::QuestionAnswering;
 pub use text_classification::TextClassification;
 pub use token_classification::TokenClassification;
@@ -125,6 +131,9 @@ macro_rules! tasks {
             #[command(flatten)]
             #[serde(flatten)]
             pub texts: TextColumns,
+            #[command(flatten)]
+            #[serde(flatten)]
+            pub shared: flags::SharedRecordFlags,
             $(#[command(flatten)]
             #[serde(flatten)]
             pub $module: $module::RecordFlags,)+
@@ -135,6 +144,9 @@ macro_rules! tasks {
         #[group(skip)]
         #[serde(rename_all = "kebab-case", default)]
         pub struct TrainingFlags {
+            #[command(flatten)]
+            #[serde(flatten)]
+            pub shared: flags::SharedTrainingFlags,
             $(#[command(flatten)]
             #[serde(flatten)]
             pub $module: $module::TrainingFlags,)+
@@ -168,6 +180,8 @@ macro_rules! tasks {
                 $(if task != $task::NAME {
                     flags::refuse_given(&self.$module, $task::NAME, task)?;
                 })+
+                flags::refuse_shared(&self.shared, &[$(($task::NAME, $task::RECORD_FLAGS)),+], task)?;
+                self.shared.check_files(&self.reading, files)?;
                 match task {
                     $($task::NAME => {
                         flags::refuse_texts(&self.texts, $task::TEXTS_LEARNT, task)?;
@@ -199,7 +213,7 @@ macro_rules! tasks {
                 $(if task != $task::NAME {
                     flags::refuse_given(&self.$module, $task::NAME, task)?;
                 })+
-                Ok(())
+                flags::refuse_shared(&self.shared, &[$(($task::NAME, $task::TRAINING_FLAGS)),+], task)
             }
         }
 
@@ -230,15 +244,23 @@ macro_rules! tasks {
         })+
 
         impl Target {
-            /// How many losses it has: a step's loss is their mean.
-            pub fn losses(&self) -> usize {
+            /// How many losses it has of each of the task's: a step's loss is their mean.
+            pub fn losses(&self) -> Vec<usize> {
                 match self { $(Self::$task(target) => $task::losses(target)),+ }
+            }
+
+            /// See [`Objective::asked`].
+            pub fn asked(&self) -> Option<Vec<usize>> {
+                match self { $(Self::$task(target) => $task::asked(target)),+ }
             }
         }
 
         impl Task {
             /// The names that `--task` takes.
             pub const NAMES: &'static [&'static str] = &[$($task::NAME),+];
+
+            /// The head that each of them asks a family for.
+            pub const HEADS: &'static [Head] = &[$($task::HEAD),+];
 
             /// Files of a model's directory that one of the tasks reads and writes, beside what every model has.
             pub fn files() -> Vec<&'static str> {
@@ -338,6 +360,36 @@ macro_rules! tasks {
                 match self { $(Self::$task(task) => task.metrics()),+ }
             }
 
+            /// See [`Objective::keeps`]; another task's head is not kept.
+            pub fn keeps(&self, base: &Self) -> bool {
+                match (self, base) {
+                    $((Self::$task(task), Self::$task(base)) => task.keeps(base),)+
+                    _ => false,
+                }
+            }
+
+            /// See [`Objective::LOSSES`].
+            pub fn loss_names(&self) -> &'static [&'static str] {
+                match self { $(Self::$task(_) => $task::LOSSES),+ }
+            }
+
+            /// See [`Objective::drawn`].
+            pub fn drawn(&self, example: &Example, key: u64) -> Result<Option<Example>> {
+                match self {
+                    $(Self::$task(task) => {
+                        let Target::$task(target) = &example.target else {
+                            anyhow::bail!("an example of another task than {}", $task::NAME)
+                        };
+                        let example = Example { encoding: example.encoding.clone(), target: target.clone() };
+                        let drawn = task.drawn(&example, key)?;
+                        Ok(drawn.map(|drawn| Example {
+                            encoding: drawn.encoding,
+                            target: Target::$task(drawn.target),
+                        }))
+                    })+
+                }
+            }
+
             /// See [`Objective::loss`].
             pub fn loss(
                 &self,
@@ -345,8 +397,8 @@ macro_rules! tasks {
                 outputs: Vec<X>,
                 examples: &[&Example],
                 label_smoothing: f64,
-                of: usize,
-            ) -> Result<Tensor> {
+                of: &[usize],
+            ) -> Result<Vec<Tensor>> {
                 match self {
                     $(Self::$task(task) => task.loss(eager, outputs, &own::<$task>(examples)?, label_smoothing, of)),+
                 }
@@ -356,6 +408,16 @@ macro_rules! tasks {
             pub fn measure(&self, model: &Forward, examples: &[Example]) -> Result<Measured> {
                 match self {
                     $(Self::$task(task) => task.measure(model, &own::<$task>(examples)?)),+
+                }
+            }
+
+            /// See [`Objective::kept`].
+            pub fn kept(&self, outputs: Vec<Outputs>, examples: &[Example]) -> Result<Vec<Outputs>> {
+                match self {
+                    $(Self::$task(task) => {
+                        let targets = own::<$task>(examples)?.into_iter().map(|(_, target)| target);
+                        outputs.into_iter().zip(targets).map(|(outputs, target)| task.kept(outputs, target)).collect()
+                    })+
                 }
             }
 
@@ -412,10 +474,10 @@ macro_rules! tasks {
                 &self,
                 question: &Question,
                 outputs: &[Outputs],
-                flags: &AnswerFlags,
+                asking: &Asking,
             ) -> Result<Answer> {
                 match (self, question) {
-                    $((Self::$task(task), Question::$task(question)) => task.answer(question, outputs, flags),)+
+                    $((Self::$task(task), Question::$task(question)) => task.answer(question, outputs, asking),)+
                     _ => anyhow::bail!("a question of another task than {}", self.name()),
                 }
             }
@@ -427,6 +489,9 @@ tasks!(
     TextClassification in text_classification,
     TokenClassification in token_classification,
     QuestionAnswering in question_answering,
+    MaskedLm in masked_lm,
+    NextSentence in next_sentence,
+    PreTraining in pre_training,
     CausalLm in causal_lm,
 );
 
@@ -457,9 +522,22 @@ fn own<'e, T: Own>(
 }
 
 impl Task {
+    /// Examples as one packed batch, which asks for the tokens that their losses look at.
+    pub fn packed(examples: &[&Example]) -> PackedBatch {
+        let batch = PackedBatch::new(examples.iter().map(|example| &example.encoding));
+        let places: Vec<_> = examples.iter().map(|example| example.target.asked()).collect();
+        if places.iter().all(Option::is_none) { batch } else { batch.asking(&places) }
+    }
+
     /// The parameters of the model with the task's head.
     pub fn params(&self, family: &Family) -> Result<Vec<Param>> {
         manifest::manifest(|o| self.define(o, family).map(drop))
+    }
+
+    /// How many numbers a graph of the task gives for a token.
+    pub fn numbers_of_token(&self) -> usize {
+        let outputs = self.outputs(self.form()).into_iter().filter(|output| output.scope() == Scope::Token);
+        outputs.map(|output| output.width()).sum()
     }
 
     /// What the rows of each output stand for.

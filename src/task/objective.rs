@@ -3,6 +3,7 @@
 //!
 //! ```text
 //! row ─read─▶ record ─encode─▶ examples (one, or several windows, each with its target)
+//!     ─drawn(key)─▶ what a step learns of them (masked-lm masks other tokens each time)
 //!     ─define(head)─▶ outputs, a row a sequence or a row a token
 //!     ├─loss─▶ training   ├─measure─▶ metrics   └─answer─▶ the JSON that users read
 //! ```
@@ -77,6 +78,23 @@ impl Start<'_> {
         Ok(tokenizer)
     }
 
+    /// The model's tokenizer; of a model that is drawn anew and has none, one that learns its vocabulary from the texts,
+    /// which becomes the model's. Returns whether it did.
+    ///
+    /// # Errors
+    /// Unusable: as [`Start::tokenizer`], or a `vocab_size` that is too small.
+    pub fn tokenizer_of(&mut self, texts: &[&str]) -> Result<(Tokenizer, bool)> {
+        if !self.from_scratch || Tokenizer::is_in(self.model) {
+            return Ok((self.tokenizer()?, false));
+        }
+        let kind = self.config.family.vocabulary();
+        let tokenizer = Tokenizer::train(kind, texts, self.config.vocab_size())?;
+        self.config.set_vocabulary(tokenizer.vocab_size(), kind.ids())?;
+        let size = indicatif::HumanCount(tokenizer.vocab_size() as u64);
+        self.say.line(format!("trained a tokenizer of {size} tokens on the texts"));
+        Ok((self.checked(tokenizer)?, true))
+    }
+
     /// Says of an error that it is about the model's configuration.
     pub fn in_config(&self, error: anyhow::Error) -> anyhow::Error {
         error.context(self.model.join("config.json").display().to_string())
@@ -119,8 +137,12 @@ pub trait Objective: Clone + Into<Task> {
     const TEXTS_LEARNT: &'static [&'static str];
     /// The same of records to answer.
     const TEXTS_ASKED: &'static [&'static str];
-    /// The flags of answers that it takes, of those that several tasks share.
+    /// The flags of records, of training and of answers that it takes, of those that several tasks share.
+    const RECORD_FLAGS: &'static [&'static str] = &[];
+    const TRAINING_FLAGS: &'static [&'static str] = &[];
     const ANSWER_FLAGS: &'static [&'static str] = &[];
+    /// What its losses are called in a run's log, where there are several: they are added up.
+    const LOSSES: &'static [&'static str] = &["loss"];
     /// Files of a model's directory, beside configuration, weights and tokenizer, that it reads and writes.
     const FILES: &'static [&'static str] = &[];
 
@@ -168,9 +190,28 @@ pub trait Objective: Clone + Into<Task> {
         true
     }
 
-    /// How many losses a target has: a step's loss is their mean.
-    fn losses(_target: &Self::Target) -> usize {
-        1
+    /// Whether the last map of a head that was trained as `base` means the same here: it is kept then.
+    fn keeps(&self, base: &Self) -> bool {
+        self.head() == base.head()
+    }
+
+    /// How many losses of each of [`Objective::LOSSES`] a target has: a step's loss is their mean.
+    fn losses(_target: &Self::Target) -> Vec<usize> {
+        vec![1]
+    }
+
+    /// The example as a step with this key learns it, where it is another one at every step.
+    ///
+    /// # Errors
+    /// As of making an example.
+    fn drawn(&self, _example: &Example<Self::Target>, _key: u64) -> Result<Option<Example<Self::Target>>> {
+        Ok(None)
+    }
+
+    /// The places of the tokens that the loss asks for, in order, where these are not all. The outputs then have a row
+    /// for each of them, and one for the first token.
+    fn asked(_target: &Self::Target) -> Option<Vec<usize>> {
+        None
     }
 
     /// The head, with its size.
@@ -205,8 +246,8 @@ pub trait Objective: Clone + Into<Task> {
     /// The outputs of a graph of this form.
     fn outputs(&self, form: Form) -> Vec<Output>;
 
-    /// The sum of the examples' losses over the outputs of [`Objective::define`], divided by `of`; gradients flow back
-    /// through it. The examples are those of the batch.
+    /// For each of [`Objective::LOSSES`] the sum of the examples' losses over the outputs of [`Objective::define`],
+    /// divided by the count that `of` has for it; gradients flow back through them. The examples are those of the batch.
     ///
     /// # Errors
     /// The outputs do not fit the targets.
@@ -216,8 +257,8 @@ pub trait Objective: Clone + Into<Task> {
         outputs: Vec<X>,
         examples: &[(&Encoding, &Self::Target)],
         label_smoothing: f64,
-        of: usize,
-    ) -> Result<Tensor>;
+        of: &[usize],
+    ) -> Result<Vec<Tensor>>;
 
     /// The metrics, beside the loss; the first says which evaluation is the best, where nobody asks for another.
     fn metrics(&self) -> &'static [Metric];
@@ -228,7 +269,16 @@ pub trait Objective: Clone + Into<Task> {
         self.measure_outputs(&model.outputs(&encodings)?, &targets)
     }
 
-    /// The metrics and the mean loss of outputs, whatever has computed them.
+    /// What of an example's outputs has to be kept until those of all are there: the outputs themselves, where they are
+    /// few.
+    ///
+    /// # Errors
+    /// They are not those of the target.
+    fn kept(&self, outputs: Outputs, _target: &Self::Target) -> Result<Outputs> {
+        Ok(outputs)
+    }
+
+    /// The metrics and the mean loss of what is [kept](Objective::kept) of outputs, whatever has computed them.
     ///
     /// # Errors
     /// They are not those of the targets; or the task's outputs are too many to be held.
@@ -268,5 +318,5 @@ pub trait Objective: Clone + Into<Task> {
     ///
     /// # Errors
     /// The outputs are not those of the windows: then no record can be answered. The inner error is the record's.
-    fn answer(&self, question: &Self::Question, outputs: &[Outputs], flags: &AnswerFlags) -> Result<Answer>;
+    fn answer(&self, question: &Self::Question, outputs: &[Outputs], asking: &Asking) -> Result<Answer>;
 }

@@ -12,6 +12,14 @@ pub struct Output {
 }
 
 impl Output {
+    /// How many numbers a row of it has.
+    pub fn width(&self) -> usize {
+        match self.dims.last() {
+            Some(&Dim::Of(width)) => width,
+            _ => 1,
+        }
+    }
+
     /// What its rows stand for.
     pub fn scope(&self) -> Scope {
         match self.dims[..] {

@@ -50,20 +50,51 @@ fn a_flag_is_taken_by_its_own_task_alone_and_refused_by_name_elsewhere() {
         let tasks = takers(&given, |flags: &RecordFlags, task| flags.check(task, &files));
         match given[0].as_str() {
             "--format" | "--encoding" => assert_eq!(tasks.len(), all),
-            "--text-column" => assert_eq!(tasks, [TextClassification::NAME, CausalLm::NAME]),
+            "--text-column" => assert_eq!(
+                tasks,
+                [
+                    TextClassification::NAME,
+                    MaskedLm::NAME,
+                    NextSentence::NAME,
+                    PreTraining::NAME,
+                    CausalLm::NAME
+                ]
+            ),
+            "--text-unit" => {
+                assert_eq!(tasks, [MaskedLm::NAME, NextSentence::NAME, PreTraining::NAME, CausalLm::NAME]);
+            }
             flag => assert_eq!(tasks.len(), 1, "{flag}: {tasks:?}"),
         }
     }
     for given in every::<TrainingFlags>() {
-        assert_eq!(takers(&given, TrainingFlags::check).len(), 1, "{given:?}");
+        let tasks = takers(&given, TrainingFlags::check);
+        match given[0].as_str() {
+            "--mask-probability" | "--whole-words" => assert_eq!(tasks, [MaskedLm::NAME, PreTraining::NAME]),
+            flag => assert_eq!(tasks.len(), 1, "{flag}: {tasks:?}"),
+        }
     }
     for given in every::<AnswerFlags>() {
         let tasks = takers(&given, AnswerFlags::check);
         match given[0].as_str() {
             "--format" | "--encoding" => assert_eq!(tasks.len(), all),
-            "--text-column" => assert_eq!(tasks, [TextClassification::NAME, TokenClassification::NAME]),
+            "--text-column" => assert_eq!(
+                tasks,
+                [
+                    TextClassification::NAME,
+                    TokenClassification::NAME,
+                    MaskedLm::NAME,
+                    NextSentence::NAME,
+                    PreTraining::NAME
+                ]
+            ),
+            "--text-pair-column" => {
+                assert_eq!(tasks, [TextClassification::NAME, NextSentence::NAME, PreTraining::NAME]);
+            }
             "--offset-unit" => assert_eq!(tasks, [TokenClassification::NAME, QuestionAnswering::NAME]),
-            "--top-k" => assert_eq!(tasks, [QuestionAnswering::NAME, CausalLm::NAME]),
+            "--top-k" => assert_eq!(
+                tasks,
+                [QuestionAnswering::NAME, MaskedLm::NAME, PreTraining::NAME, CausalLm::NAME]
+            ),
             flag => assert_eq!(tasks.len(), 1, "{flag}: {tasks:?}"),
         }
     }
@@ -89,7 +120,10 @@ fn an_example_of_another_task_is_an_error() {
         labels: vec!["O".to_owned()],
         scheme: token_classification::scheme::Scheme::None,
     });
-    let target = Target::TextClassification(text_classification::Wanted::Class(0));
+    let target = Target::TextClassification(text_classification::Window::whole(
+        0,
+        text_classification::Wanted::Class(0),
+    ));
     let example = Example { encoding: Encoding::default(), target };
     let error = task.measure_outputs(&[Outputs::new()], &[example]).unwrap_err();
     assert!(error.to_string().contains("another task than token-classification"), "{error}");

@@ -108,7 +108,7 @@ impl Prepared {
             (Params::from_scratch(&manifest, init, device)?, Default::default())
         } else {
             let mut weights = Weights::open(model, config.family.names())?;
-            if Task::from_config(&config).ok().as_ref() != Some(task) {
+            if !Task::from_config(&config).is_ok_and(|base| task.keeps(&base)) {
                 // a head that was trained for other labels
                 for Param { name, .. } in manifest.iter().filter(|param| param.part == Part::Labels) {
                     if weights.forget(name) {
@@ -153,8 +153,10 @@ impl Prepared {
         let cut = |examples: &[Example]| examples.iter().filter(|example| example.encoding.truncated).count();
         let train = &self.learning.examples;
         let tokens: usize = train.iter().map(|example| example.encoding.len()).sum();
-        let learnt: usize = train.iter().map(|example| example.target.losses()).sum();
-        let learnt = (learnt != train.len()).then(|| format!("{} tokens are learnt", grouped(learnt)));
+        let learnt: usize = train.iter().filter_map(|example| example.target.losses().first().copied()).sum();
+        // what is drawn at every step counts none before
+        let learnt =
+            (learnt != train.len() && learnt > 0).then(|| format!("{} tokens are learnt", grouped(learnt)));
         let more = self.learning.task.summary().into_iter().chain(learnt).map(|text| format!("; {text}"));
         say.line(format!(
             "{} training examples of {:.1} tokens, {} to measure on{}",

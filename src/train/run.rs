@@ -79,7 +79,7 @@ impl Run<'_> {
             progress.loss_sum += step.loss;
             progress.seconds = seconds_before + started.elapsed().as_secs_f64();
             let speed = step.tokens as f64 / before.elapsed().as_secs_f64();
-            self.report(&mut log, &bar, &progress, &plan, step, speed)?;
+            self.report(&mut log, &bar, &progress, &plan, &step, speed)?;
 
             let last = progress.step == total;
             if plan.is_due(self.settings.eval_every, progress.step) && !self.eval.is_empty() {
@@ -128,11 +128,11 @@ impl Run<'_> {
         bar: &ProgressBar,
         progress: &Progress,
         plan: &Plan,
-        step: StepReport,
+        step: &StepReport,
         tokens_per_second: f64,
     ) -> Result<()> {
         let total = plan.total_steps();
-        log.write(&json!({
+        let mut line = json!({
             "step": progress.step,
             "epoch": plan.epochs(progress.step),
             "loss": step.loss,
@@ -140,7 +140,12 @@ impl Run<'_> {
             "grad_norm": step.grad_norm,
             "tokens": step.tokens,
             "tokens_per_second": tokens_per_second.round(),
-        }))?;
+        });
+        let names = self.task.loss_names();
+        for (name, loss) in names.iter().zip(&step.losses).filter(|_| names.len() > 1) {
+            line[*name] = json!(loss);
+        }
+        log.write(&line)?;
         let mean_speed = progress.tokens as f64 / progress.seconds;
         bar.set_position(progress.step as u64);
         bar.set_message(format!("loss {:.4}  {mean_speed:.0} tokens/s", step.loss));

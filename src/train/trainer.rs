@@ -1,12 +1,14 @@
 //! One optimizer step: micro-batches of examples → changed parameters, and what there is to say about it.
 
+use std::borrow::Cow;
+
+use anyhow::Context;
 use candle_core::Device;
 
 use super::Settings;
 use super::optimizer::{AdamW, Constants, Gradients, clip_factor};
 use super::schedule::warmup_steps;
 use crate::Result;
-use crate::data::batch::PackedBatch;
 use crate::eager::kernels::dropout::mix;
 use crate::eager::kernels::gradient::GradientRows;
 use crate::eager::{Eager, Kernels, Mode, Params};
@@ -27,10 +29,12 @@ pub struct Trainer<'a> {
 }
 
 /// What a step did.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct StepReport {
-    /// The mean loss of the step's examples, or of their predicted tokens, before its update.
+    /// The mean loss of the step's examples, or of their predicted tokens, before its update; the sum of several.
     pub loss: f64,
+    /// Each of the task's losses.
+    pub losses: Vec<f64>,
     pub learning_rate: f64,
     /// The gradients' norm before clipping.
     pub grad_norm: f64,
@@ -72,18 +76,30 @@ impl<'a> Trainer<'a> {
     /// nothing has been changed then.
     pub fn step(&mut self, micro_batches: &[Vec<&Example>]) -> Result<StepReport> {
         let number = self.optimizer.steps();
-        let (mut loss, mut tokens) = (0.0, 0);
+        let mut tokens = 0;
         self.params.gradients().iter().for_each(|gradient| gradient.lock().clear());
         let mut gradients = match self.kernels {
             Kernels::Fused => Gradients::Slots,
             Kernels::Composite => Gradients::Tensors(Vec::new()),
         };
-        let losses = micro_batches.iter().flatten().map(|example| example.target.losses()).sum();
-        for (part, micro_batch) in micro_batches.iter().enumerate() {
-            let key = mix(mix(self.settings.seed ^ mix(number as u64)) ^ part as u64);
-            loss += self.backward(micro_batch, losses, key, &mut gradients)?;
-            tokens += micro_batch.iter().map(|example| example.encoding.len()).sum::<usize>();
+        let key = |part: usize| mix(mix(self.settings.seed ^ mix(number as u64)) ^ part as u64);
+        let drawn = micro_batches.iter().enumerate();
+        let drawn = drawn
+            .map(|(part, examples)| self.drawn(examples, key(part)))
+            .collect::<Result<Vec<Vec<Cow<Example>>>>>()?;
+        let mut counts = vec![0; self.task.loss_names().len()];
+        for example in drawn.iter().flatten() {
+            let own = example.target.losses();
+            counts.iter_mut().zip(own).for_each(|(count, own)| *count += own);
         }
+        let mut losses = vec![0.0; counts.len()];
+        for (part, examples) in drawn.iter().enumerate() {
+            let examples: Vec<&Example> = examples.iter().map(Cow::as_ref).collect();
+            let own = self.backward(&examples, &counts, key(part), &mut gradients)?;
+            losses.iter_mut().zip(own).for_each(|(loss, own)| *loss += own);
+            tokens += examples.iter().map(|example| example.encoding.len()).sum::<usize>();
+        }
+        let loss: f64 = losses.iter().sum();
         let grad_norm = gradients.global_norm(self.params)?;
         if !loss.is_finite() || !grad_norm.is_finite() {
             anyhow::bail!(
@@ -98,21 +114,41 @@ impl<'a> Trainer<'a> {
         let learning_rate = self.settings.learning_rate * factor;
         let clip = clip_factor(grad_norm, self.settings.max_grad_norm);
         self.optimizer.step(self.params, &gradients, learning_rate, clip)?;
-        Ok(StepReport { loss, learning_rate, grad_norm, tokens })
+        Ok(StepReport { loss, losses, learning_rate, grad_norm, tokens })
     }
 
-    /// Adds a micro-batch's gradients up; returns its share of the mean of `of` losses.
-    fn backward(&self, examples: &[&Example], of: usize, key: u64, gradients: &mut Gradients) -> Result<f64> {
-        let batch = PackedBatch::new(examples.iter().map(|example| &example.encoding));
+    /// The examples as they are learnt in a micro-batch with this key.
+    fn drawn<'e>(&self, examples: &[&'e Example], key: u64) -> Result<Vec<Cow<'e, Example>>> {
+        let drawn = |(i, example): (usize, &&'e Example)| {
+            // dropout has keys of its own
+            let drawn = self.task.drawn(example, mix(!key ^ mix(i as u64)))?;
+            Ok(drawn.map_or(Cow::Borrowed(*example), Cow::Owned))
+        };
+        examples.iter().enumerate().map(drawn).collect()
+    }
+
+    /// Adds a micro-batch's gradients up; returns its shares of the means of `of` losses.
+    fn backward(
+        &self,
+        examples: &[&Example],
+        of: &[usize],
+        key: u64,
+        gradients: &mut Gradients,
+    ) -> Result<Vec<f64>> {
+        let batch = Task::packed(examples);
         let eager = Eager::new(self.params, &batch, self.device, Mode::Training { key })
             .with_kernels(self.kernels)
             .with_dtype(self.settings.precision.dtype());
         let eager = if self.settings.checkpoint_activations { eager.with_recomputation() } else { eager };
         let outputs = self.task.define(&eager, self.family)?;
         let smoothing = self.settings.label_smoothing;
-        let loss = self.task.loss(&eager, outputs, examples, smoothing, of)?;
-        let value = f64::from(loss.to_scalar::<f32>()?);
-        let mut store = loss.backward()?;
+        let losses = self.task.loss(&eager, outputs, examples, smoothing, of)?;
+        let values = losses
+            .iter()
+            .map(|loss| Ok(f64::from(loss.to_scalar::<f32>()?)))
+            .collect::<Result<Vec<f64>>>()?;
+        let loss = losses.into_iter().map(Ok).reduce(|a, b| a? + b?).context("the task has no loss")?;
+        let mut store = loss?.backward()?;
         let mut missing = Vec::new();
         match gradients {
             Gradients::Slots => {
@@ -142,7 +178,7 @@ impl<'a> Trainer<'a> {
                 missing.join(", ")
             );
         }
-        Ok(value)
+        Ok(values)
     }
 
     /// Names the parameters whose gradients are not finite.

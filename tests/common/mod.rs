@@ -21,7 +21,7 @@ pub const CLASSIFIERS: [&str; 11] = [
     "tiny-gpt2-single",
 ];
 /// Those that give a row a token, of five labels.
-pub const TAGGERS: [&str; 8] = [
+pub const TAGGERS: [&str; 9] = [
     "tiny-bert-tokens",
     "tiny-distilbert-tokens",
     "tiny-roberta-tokens",
@@ -30,6 +30,7 @@ pub const TAGGERS: [&str; 8] = [
     "tiny-mpnet-tokens",
     "tiny-modernbert-tokens",
     "tiny-deberta-v2-tokens",
+    "tiny-gpt2-tokens",
 ];
 /// Those that give two numbers a token: where an answer begins, and where it ends.
 pub const ANSWERERS: [&str; 8] = [
@@ -42,7 +43,26 @@ pub const ANSWERERS: [&str; 8] = [
     "tiny-deberta-v2-answers",
     "tiny-gpt2-answers",
 ];
+/// Those that find masked words.
+pub const MASKERS: [&str; 7] = [
+    "tiny-bert-masked",
+    "tiny-distilbert-masked",
+    "tiny-roberta-masked",
+    "tiny-electra-masked",
+    "tiny-mpnet-masked",
+    "tiny-modernbert-masked",
+    "tiny-deberta-v2-masked",
+];
+/// The one that tells whether a text follows another.
+pub const FOLLOWER: &str = "tiny-bert-pairs";
+/// The one that does both.
+pub const PRE_TRAINED: &str = "tiny-bert-pretraining";
 pub const LANGUAGE_MODEL: &str = "tiny-gpt2-lm";
+
+/// All that answer without generating, but for those that answer questions.
+pub fn predictors() -> impl Iterator<Item = &'static str> {
+    CLASSIFIERS.into_iter().chain(TAGGERS).chain(MASKERS).chain([FOLLOWER, PRE_TRAINED])
+}
 
 /// A directory under `models/`.
 pub fn models(name: &str) -> PathBuf {

@@ -96,7 +96,10 @@ fn a_tokenizer_built_from_vocab_json_is_the_one_transformers_saves() {
 fn a_trained_tokenizer_gives_every_text_back_and_is_the_same_every_time() {
     let texts: Vec<String> =
         (0..200).map(|i| format!("the same words again and again, text {}", i % 7)).collect();
-    let (tokenizer, again) = (Tokenizer::train(&texts, 300).unwrap(), Tokenizer::train(&texts, 300).unwrap());
+    let (tokenizer, again) = (
+        Tokenizer::train(Vocabulary::Gpt2, &texts, 300).unwrap(),
+        Tokenizer::train(Vocabulary::Gpt2, &texts, 300).unwrap(),
+    );
     assert_eq!(tokenizer.hash(), again.hash());
     assert!((258..=300).contains(&tokenizer.vocab_size()));
     let ids = tokenizer.encode("the same words", None, 99).unwrap().ids;
@@ -107,9 +110,9 @@ fn a_trained_tokenizer_gives_every_text_back_and_is_the_same_every_time() {
         let body = tokenizer.body(text).unwrap();
         assert_eq!((body.ids, body.bytes.iter().sum()), (ids, text.len()));
     }
-    let end = tokenizer.end().unwrap();
+    let end = tokenizer.inner().token_to_id("<|endoftext|>").unwrap();
     assert_eq!(tokenizer.encode("a<|endoftext|>", None, 9).unwrap().ids.last(), Some(&end));
-    assert!(Tokenizer::train(&texts, 200).is_err());
+    assert!(Tokenizer::train(Vocabulary::Gpt2, &texts, 200).is_err());
 }
 
 #[test]
@@ -639,7 +642,7 @@ proptest! {
 #[test]
 fn the_bytes_of_tokens_are_those_of_the_text_whatever_the_tokenizer_makes_of_it() {
     let bert = Tokenizer::open(&model("tiny-bert-single")).unwrap();
-    let trained = Tokenizer::train(&["the cat 東京"], 300).unwrap();
+    let trained = Tokenizer::train(Vocabulary::Gpt2, &["the cat 東京"], 300).unwrap();
     for text in ["", " ", "The Cat\u{0} sat  ", "東京 café e\u{301}", "[MASK] [CLS]", "👋🏽 x\u{ad}\u{200b}"]
     {
         for tokenizer in [&bert, &trained] {
@@ -652,7 +655,7 @@ fn the_bytes_of_tokens_are_those_of_the_text_whatever_the_tokenizer_makes_of_it(
     // spaces count, and the name of a token does not
     assert_eq!(bert.body("the the").unwrap().bytes, [3, 4]);
     // bytes that make a character together
-    let plain = Tokenizer::train(&["x"], 257).unwrap();
+    let plain = Tokenizer::train(Vocabulary::Gpt2, &["x"], 257).unwrap();
     assert_eq!(plain.body("東a").unwrap().bytes, [1, 1, 1, 1]);
 }
 
@@ -661,9 +664,9 @@ fn what_a_tokenizer_puts_around_a_text_is_known_and_can_be_put_there() {
     let bert = Tokenizer::open(&model("tiny-bert-single")).unwrap();
     assert_eq!(bert.around().unwrap(), (vec![2], vec![3]));
     assert_eq!(bert.body("[CLS] a").unwrap().ids[0], 2, "a text's own are its own");
-    let trained = Tokenizer::train(&["the cat"], 300).unwrap();
+    let trained = Tokenizer::train(Vocabulary::Gpt2, &["the cat"], 300).unwrap();
     assert_eq!(trained.around().unwrap(), (vec![], vec![]));
-    let end = trained.end().unwrap();
+    let end = trained.inner().token_to_id("<|endoftext|>").unwrap();
     let begun = trained.starting_with(end).unwrap();
     assert_eq!(begun.around().unwrap(), (vec![end], vec![]));
     let ids = trained.encode("the cat", None, 99).unwrap().ids;

@@ -3,11 +3,12 @@
 use std::ops::Range;
 
 use anyhow::{Context, anyhow};
-use tokenizers::{ModelWrapper, Token};
+use tokenizers::{ModelWrapper, PostProcessor, Token};
 
 use super::Tokenizer;
 use crate::data::batch::Encoding;
 use crate::data::offsets::joined;
+use crate::data::windows::{SHARED, windows};
 use crate::task::token_classification::decode;
 use crate::{Result, bail_unusable};
 
@@ -101,6 +102,62 @@ impl Tokenizer {
         })
     }
 
+    /// All of a text, or of a pair, in windows of at most `max_length` tokens with the special ones: one where it fits.
+    /// Neighbours share up to a quarter of a window, and part words only that are longer than one; of a pair the second
+    /// text is cut, behind the whole first.
+    ///
+    /// # Errors
+    /// As of [`Tokenizer::encode`]. Unusable: a first text that leaves no room for the second.
+    pub fn windows(&self, text: &str, pair: Option<&str>, max_length: usize) -> Result<Vec<Encoding>> {
+        let whole = self.encode(text, pair, max_length)?;
+        if !whole.truncated {
+            return Ok(vec![whole]);
+        }
+        if let Some(pair) = pair.filter(|pair| !pair.is_empty()) {
+            let windows = self.pair_windows(text, pair, max_length, max_length / SHARED)?;
+            return Ok(windows.into_iter().map(|window| window.encoding).collect());
+        }
+        let pieces = self.pieces(text)?;
+        let (before, behind) = self.frame()?;
+        let room = max_length.saturating_sub(before + behind);
+        let words: Vec<usize> = pieces.words.chunk_by(|a, b| a == b).map(<[usize]>::len).collect();
+        let windows = windows(&words, room, room / SHARED)?;
+        windows.into_iter().map(|window| self.framed(&pieces.ids[window.tokens])).collect()
+    }
+
+    /// Some tokens of two texts between those that the tokenizer puts around a pair, and which text each token is of.
+    ///
+    /// # Errors
+    /// As of [`Tokenizer::framed`]. Unusable: the model tells no pairs apart.
+    pub fn framed_pair(&self, first: &[u32], second: &[u32]) -> Result<(Encoding, Vec<Option<usize>>)> {
+        self.check_pairs()?;
+        let text = |ids: &[u32], kind| {
+            let tokens = ids.iter().map(|&id| Token::new(id, String::new(), (0, 0))).collect();
+            tokenizers::Encoding::from_tokens(tokens, kind)
+        };
+        let found = self.inner.post_process(text(first, 0), Some(text(second, 1)), true);
+        let found = found.map_err(|error| anyhow!(error)).context("adding special tokens")?;
+        let texts = found.get_sequence_ids();
+        let of = |text| {
+            let own = found.get_ids().iter().zip(&texts).filter(move |(_, own)| **own == Some(text));
+            own.map(|(&id, _)| id).collect::<Vec<u32>>()
+        };
+        if of(0) != first || of(1) != second {
+            bail_unusable!(
+                "the post-processor of {} does not put a pair's tokens into one row, once, as they are",
+                self.name()
+            );
+        }
+        self.check_rows(found.get_ids())?;
+        let (ids, type_ids) = (found.get_ids().to_vec(), found.get_type_ids().to_vec());
+        Ok((Encoding { ids, type_ids, truncated: false }, texts))
+    }
+
+    /// How many tokens the tokenizer puts around a pair of texts.
+    pub fn frame_of_pair(&self) -> usize {
+        self.inner.get_post_processor().map_or(0, |processor| processor.added_tokens(true))
+    }
+
     /// How many tokens the tokenizer puts in front of a text, and how many behind it.
     ///
     /// # Errors
@@ -128,7 +185,9 @@ impl Tokenizer {
         if puts["type"] == "RobertaProcessing" {
             puts["add_prefix_space"] = true.into();
         }
-        Ok(Self { prefix_space: true, ..self.rebuilt(&whole)? })
+        let mut new = self.rebuilt(&whole)?;
+        new.says.insert("add_prefix_space".to_owned(), true.into());
+        Ok(new)
     }
 
     /// Whether the vocabulary marks the tokens that go on with a word, as WordPiece's `##` does.

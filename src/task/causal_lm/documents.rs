@@ -115,7 +115,7 @@ pub(super) fn read(path: &Path, flags: &RecordFlags) -> Result<Vec<Document>> {
         .with("text", flags.texts.text_column.clone())
         .with("prompt", own.prompt_column.clone())
         .with("completion", own.completion_column.clone());
-    let how = How { unit: own.text_unit, ..flags.reading.how() };
+    let how = How { unit: flags.shared.text_unit, ..flags.reading.how() };
     records::read_examples(path, &how, |row| {
         let prompt = row.optional_text(&columns, "prompt")?.map(str::to_owned);
         let name = if prompt.is_some() { "completion" } else { "text" };

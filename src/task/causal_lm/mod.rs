@@ -19,7 +19,7 @@ use super::{
     Outputs, Start,
 };
 use crate::data::batch::Encoding;
-use crate::data::records::{BadRow, Columns, Format, Row, TextUnit};
+use crate::data::records::{BadRow, Columns, Row};
 use crate::data::tokens::Tokenizer;
 use crate::eager::{Eager, Forward, X};
 use crate::generate::prompt::GENERATION_CONFIG;
@@ -77,11 +77,6 @@ pub struct RecordFlags {
     #[arg(long, value_name = "NAME", help_heading = "Records")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub completion_column: Option<String>,
-    /// For causal-lm, what one text of a .txt file is: a line, what stands between blank lines, or the whole file
-    /// [default: line].
-    #[arg(long, value_enum, value_name = "UNIT", help_heading = "Records")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub text_unit: Option<TextUnit>,
 }
 
 /// Flags of training.
@@ -114,6 +109,7 @@ impl Objective for CausalLm {
     const HEAD: Head = Head::CausalLm { wanted: None };
     const TEXTS_LEARNT: &'static [&'static str] = &["text"];
     const TEXTS_ASKED: &'static [&'static str] = &[];
+    const RECORD_FLAGS: &'static [&'static str] = &["--text-unit"];
     const ANSWER_FLAGS: &'static [&'static str] = &["--top-k"];
     const FILES: &'static [&'static str] = &[GENERATION_CONFIG];
 
@@ -162,19 +158,11 @@ impl Objective for CausalLm {
         }
     }
 
-    fn check_files(flags: &super::RecordFlags, files: &[&Path]) -> Result<()> {
-        let is_text = |path: &&Path| flags.reading.is(Format::Txt, path);
-        if flags.causal_lm.text_unit.is_some() && !files.iter().any(is_text) {
-            bail_unusable!("--text-unit is for .txt files; here is none");
-        }
-        Ok(())
-    }
-
     fn learn(start: &mut Start) -> Result<Learning<Self, NextTokens>> {
         let documents = documents::read(start.train, start.records)?;
-        let new_tokenizer = start.from_scratch && !Tokenizer::is_in(start.model);
-        let mut tokenizer =
-            if new_tokenizer { learn_tokenizer(&documents, start)? } else { start.tokenizer()? };
+        let texts = documents.iter().flat_map(|document| document.prompt.iter().chain([&document.text]));
+        let texts: Vec<&str> = texts.map(String::as_str).collect();
+        let (mut tokenizer, new_tokenizer) = start.tokenizer_of(&texts)?;
         let mut lm = Self::from_config(&start.config).map_err(|error| start.in_config(error))?;
         let cutting =
             if start.training.causal_lm.concatenate { Cutting::Concatenated } else { Cutting::Training };
@@ -210,8 +198,8 @@ impl Objective for CausalLm {
         self.examples_of_file(&documents, path, encoder.tokenizer, encoder.max_length, cutting)
     }
 
-    fn losses(target: &NextTokens) -> usize {
-        target.count()
+    fn losses(target: &NextTokens) -> Vec<usize> {
+        vec![target.count()]
     }
 
     fn head(&self) -> Head {
@@ -241,10 +229,11 @@ impl Objective for CausalLm {
         outputs: Vec<X>,
         examples: &[(&Encoding, &NextTokens)],
         label_smoothing: f64,
-        of: usize,
-    ) -> Result<Tensor> {
+        of: &[usize],
+    ) -> Result<Vec<Tensor>> {
         let scores = outputs.first().context("the model has no output")?;
-        eager.cross_entropy(scores, &Self::targets(examples), label_smoothing as f32, 1.0 / of as f32)
+        let share = 1.0 / of[0] as f32;
+        Ok(vec![eager.cross_entropy(scores, &Self::targets(examples), label_smoothing as f32, share)?])
     }
 
     fn metrics(&self) -> &'static [Metric] {
@@ -295,22 +284,9 @@ impl Objective for CausalLm {
         Err(row.bad("a language model answers by generating"))
     }
 
-    fn answer(&self, question: &Infallible, _: &[Outputs], _: &super::AnswerFlags) -> Result<Answer> {
+    fn answer(&self, question: &Infallible, _: &[Outputs], _: &Asking) -> Result<Answer> {
         match *question {}
     }
-}
-
-/// A tokenizer of the documents' own, whose vocabulary becomes the model's.
-fn learn_tokenizer(documents: &[Document], start: &mut Start) -> Result<Tokenizer> {
-    let texts = documents.iter().flat_map(|document| document.prompt.iter().chain([&document.text]));
-    let texts: Vec<&str> = texts.map(String::as_str).collect();
-    let tokenizer = Tokenizer::train(&texts, start.config.vocab_size())?;
-    if let Some(end) = tokenizer.end() {
-        start.config.set_vocabulary(tokenizer.vocab_size(), end)?;
-    }
-    let size = indicatif::HumanCount(tokenizer.vocab_size() as u64);
-    start.say.line(format!("trained a tokenizer of {size} tokens on the texts"));
-    start.checked(tokenizer)
 }
 
 impl CausalLm {

@@ -1,5 +1,5 @@
 use super::*;
-use crate::data::tokens::Tokenizer;
+use crate::data::tokens::{Tokenizer, Vocabulary};
 
 /// The end in a vocabulary that is trained below.
 const END: u32 = 0;
@@ -10,8 +10,8 @@ fn lm() -> CausalLm {
 
 /// Every byte is a token, so ids are easy to read.
 fn tokenizer() -> Tokenizer {
-    let tokenizer = Tokenizer::train(&["x"], 257).unwrap();
-    assert_eq!(tokenizer.end(), Some(END));
+    let tokenizer = Tokenizer::train(Vocabulary::Gpt2, &["x"], 257).unwrap();
+    assert_eq!(tokenizer.inner().token_to_id("<|endoftext|>"), Some(END));
     tokenizer
 }
 

@@ -238,8 +238,8 @@ impl Objective for QuestionAnswering {
         outputs: Vec<X>,
         examples: &[(&Encoding, &Wanted)],
         _: f64,
-        of: usize,
-    ) -> Result<Tensor> {
+        of: &[usize],
+    ) -> Result<Vec<Tensor>> {
         let outputs = tensors(outputs)?;
         let [start, end] = &outputs[..] else { anyhow::bail!("the model has {} outputs", outputs.len()) };
         let lengths: Vec<usize> = examples.iter().map(|(encoding, _)| encoding.len()).collect();
@@ -247,7 +247,7 @@ impl Objective for QuestionAnswering {
             |end: fn(&Wanted) -> usize| examples.iter().map(|(_, wanted)| end(wanted)).collect::<Vec<_>>();
         let losses = (sum_of_losses(start, &lengths, &at(|wanted| wanted.tokens.0))?
             + sum_of_losses(end, &lengths, &at(|wanted| wanted.tokens.1))?)?;
-        Ok((losses / (2 * of) as f64)?)
+        Ok(vec![(losses / (2 * of[0]) as f64)?])
     }
 
     fn metrics(&self) -> &'static [Metric] {
@@ -336,7 +336,8 @@ impl Objective for QuestionAnswering {
         Ok((encodings, Question { context, windows, limits: flags.limits() }))
     }
 
-    fn answer(&self, question: &Question, outputs: &[Outputs], flags: &super::AnswerFlags) -> Result<Answer> {
+    fn answer(&self, question: &Question, outputs: &[Outputs], asking: &Asking) -> Result<Answer> {
+        let flags = &asking.flags;
         anyhow::ensure!(outputs.len() == question.windows.len(), "a window has no output");
         let windows = outputs
             .iter()

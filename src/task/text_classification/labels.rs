@@ -40,11 +40,11 @@ impl TextClassification {
         let problem = problem.unwrap_or_else(|| problem_of(labels));
         if problem == ProblemType::Regression {
             labels.iter().try_for_each(|label| number_of(label).map(drop))?;
-            return Ok(Self { problem, labels: vec!["LABEL_0".to_owned()] });
+            return Ok(Self::new(problem, vec!["LABEL_0".to_owned()]));
         }
         if let (ProblemType::MultiLabelClassification, Some(width)) = (problem, multi_hot_width(labels)) {
             let named = known.len() == width;
-            return Ok(Self { problem, labels: if named { known } else { default_names(width) } });
+            return Ok(Self::new(problem, if named { known } else { default_names(width) }));
         }
         let mut names = BTreeSet::new();
         for label in labels {
@@ -55,14 +55,14 @@ impl TextClassification {
         let by_name = || names.iter().all(|name| known.contains(name));
         let by_id = || !own_integers && names.iter().all(|name| id_below(known.len(), name).is_some());
         if known.len() >= least && (by_name() || by_id()) {
-            return Ok(Self { problem, labels: known });
+            return Ok(Self::new(problem, known));
         }
         if names.len() < least {
             bail_unusable!(
                 "the training data has the labels {names:?}: a classifier needs at least {least} different ones"
             );
         }
-        Ok(Self { problem, labels: id2label::in_order(names) })
+        Ok(Self::new(problem, id2label::in_order(names)))
     }
 
     /// The places of labels of training data that are of another kind than the others, and what is wrong with each.

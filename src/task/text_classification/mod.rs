@@ -4,14 +4,17 @@ mod labels;
 mod metrics;
 #[cfg(test)]
 mod tests;
+mod windows;
 
 use std::path::Path;
 
 use anyhow::Context;
 use candle_core::{DType, Device, Tensor};
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
+pub use self::windows::{Aggregation, Window, WindowFlags};
 use super::flags::refuse_records;
 use super::id2label::{self, default_names};
 use super::scores::{argmax, short, softmax};
@@ -24,7 +27,7 @@ use crate::data::records::{self, BadRow, Columns, Row};
 use crate::data::tokens::Tokenizer;
 use crate::eager::{Eager, X, tensors};
 use crate::model::{Head, ModelConfig};
-use crate::{Result, bail_unusable};
+use crate::{Result, bail_unusable, unusable};
 
 /// The labels and what a text may have of them.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,7 +35,12 @@ pub struct TextClassification {
     pub problem: ProblemType,
     /// In the order of `id2label`; one, for a regression.
     pub labels: Vec<String>,
+    /// What becomes of a text that is longer than the model.
+    pub aggregation: Aggregation,
 }
+
+/// The key of config.json that keeps it.
+const AGGREGATION: &str = "window_aggregation";
 
 /// What a text ought to be labelled with.
 #[derive(Clone, Debug, PartialEq)]
@@ -52,6 +60,9 @@ pub struct RecordFlags {
     #[arg(long, value_name = "NAME", help_heading = "Records")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub label_column: Option<String>,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub windows: WindowFlags,
 }
 
 /// Flags of training.
@@ -73,6 +84,9 @@ pub struct AnswerFlags {
     /// For text-classification, write the logits too, in the order of id2label.
     #[arg(long)]
     pub logits: bool,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub windows: WindowFlags,
 }
 
 /// A record before the labels are known: its place, its texts, its label.
@@ -115,7 +129,7 @@ impl Objective for TextClassification {
     const TEXTS_LEARNT: &'static [&'static str] = &["text", "text_pair"];
     const TEXTS_ASKED: &'static [&'static str] = Self::TEXTS_LEARNT;
 
-    type Target = Wanted;
+    type Target = Window;
     /// The windows are all.
     type Question = ();
 
@@ -146,7 +160,12 @@ impl Objective for TextClassification {
         if problem == ProblemType::Regression && labels.len() != 1 {
             bail_unusable!("a regression has one label, id2label has {}", labels.len());
         }
-        Ok(Self { problem, labels })
+        let aggregation = match config.raw.get(AGGREGATION) {
+            None | Some(Value::Null) => Aggregation::First,
+            Some(value) => serde_json::from_value(value.clone())
+                .map_err(|_| unusable!("{AGGREGATION} is {value}, expected first, mean or max"))?,
+        };
+        Ok(Self { problem, labels, aggregation })
     }
 
     fn write_config(&self, config: &mut ModelConfig) {
@@ -154,6 +173,10 @@ impl Objective for TextClassification {
         let pads_with_the_end = config.family.pads_with_the_end();
         let raw = &mut config.raw;
         raw.insert("problem_type".to_owned(), json!(self.problem.name()));
+        raw.remove(AGGREGATION);
+        if self.aggregation != Aggregation::First {
+            raw.insert(AGGREGATION.to_owned(), json!(self.aggregation));
+        }
         if pads_with_the_end && raw.get("pad_token_id").is_none_or(Value::is_null) {
             // transformers finds the last token of a padded row by it
             let end = raw.get("eos_token_id").cloned().unwrap_or_else(|| json!(50_256));
@@ -162,7 +185,7 @@ impl Objective for TextClassification {
         }
     }
 
-    fn learn(start: &mut Start) -> Result<Learning<Self, Wanted>> {
+    fn learn(start: &mut Start) -> Result<Learning<Self, Window>> {
         let tokenizer = start.tokenizer()?;
         let records = read(start.train, start.records)?;
         let known = Self::known(&start.config).context("config.json of the model to start from")?;
@@ -176,12 +199,16 @@ impl Objective for TextClassification {
         )?;
         let task =
             Self::from_labels(&labels, problem, known).with_context(|| start.train.display().to_string())?;
-        let examples = task.encode(&records, start.train, &tokenizer, start.max_length)?;
+        let asked = start.records.text_classification.windows.window_aggregation;
+        let task = Self { aggregation: asked.unwrap_or_default(), ..task };
+        let examples = task.encode(&records, start.train, &tokenizer, start.max_length, task.aggregation)?;
         Ok(Learning { task, tokenizer, examples, files: Vec::new() })
     }
 
-    fn examples(&self, path: &Path, encoder: &Encoder) -> Result<Vec<Example<Wanted>>> {
-        self.encode(&read(path, encoder.records)?, path, encoder.tokenizer, encoder.max_length)
+    fn examples(&self, path: &Path, encoder: &Encoder) -> Result<Vec<Example<Window>>> {
+        let Encoder { records, tokenizer, max_length, .. } = *encoder;
+        let asked = records.text_classification.windows.window_aggregation;
+        self.encode(&read(path, records)?, path, tokenizer, max_length, asked.unwrap_or(self.aggregation))
     }
 
     fn summary(&self) -> Option<String> {
@@ -189,6 +216,10 @@ impl Objective for TextClassification {
             ProblemType::Regression => "the labels are numbers: a regression".to_owned(),
             _ => format!("labels: {}", self.labels.join(", ")),
         })
+    }
+
+    fn keeps(&self, base: &Self) -> bool {
+        (self.problem, &self.labels) == (base.problem, &base.labels)
     }
 
     /// One label's share is spread over the others: where there are none, there is nothing to spread.
@@ -208,14 +239,14 @@ impl Objective for TextClassification {
         &self,
         _: &Eager,
         outputs: Vec<X>,
-        examples: &[(&Encoding, &Wanted)],
+        examples: &[(&Encoding, &Window)],
         label_smoothing: f64,
-        of: usize,
-    ) -> Result<Tensor> {
+        of: &[usize],
+    ) -> Result<Vec<Tensor>> {
         let outputs = tensors(outputs)?;
         let logits = outputs.first().context("the model has no output")?;
-        let targets: Vec<&Wanted> = examples.iter().map(|(_, target)| *target).collect();
-        Ok((self.sum_of_losses(logits, &targets, label_smoothing)? / of as f64)?)
+        let targets: Vec<&Wanted> = examples.iter().map(|(_, target)| &target.wanted).collect();
+        Ok(vec![(self.sum_of_losses(logits, &targets, label_smoothing)? / of[0] as f64)?])
     }
 
     fn metrics(&self) -> &'static [Metric] {
@@ -239,9 +270,18 @@ impl Objective for TextClassification {
         }
     }
 
-    fn measure_outputs(&self, outputs: &[Outputs], targets: &[&Wanted]) -> Result<Measured> {
+    /// Of texts, whatever windows they are read in.
+    fn measure_outputs(&self, outputs: &[Outputs], targets: &[&Window]) -> Result<Measured> {
         let width = self.labels.len();
-        let logits = outputs.iter().map(|outputs| self.logits(outputs)).collect::<Result<Vec<_>>>()?;
+        let windows = outputs.iter().map(|outputs| self.logits(outputs)).collect::<Result<Vec<_>>>()?;
+        let mut rest = &windows[..];
+        let texts = targets.chunk_by(|a, b| a.text == b.text).map(|own| {
+            let (windows, others) = rest.split_at(own.len().min(rest.len()));
+            rest = others;
+            (own[0].aggregation.of(windows), &own[0].wanted)
+        });
+        let (logits, targets): (Vec<Vec<f32>>, Vec<&Wanted>) = texts.unzip();
+        let targets = &targets[..];
         let matrix = Tensor::from_vec(logits.concat(), (logits.len(), width), &Device::Cpu)?;
         let loss = self.sum_of_losses(&matrix.to_dtype(DType::F64)?, targets, 0.0)?.to_scalar::<f32>()?;
         let mut metrics = self.compare(&logits, targets);
@@ -260,17 +300,22 @@ impl Objective for TextClassification {
 
     fn ask(&self, row: &Row, asking: &Asking) -> Result<(Vec<Encoding>, ()), BadRow> {
         let (text, pair) = TextColumns::read(&asking.columns, row)?;
-        match asking.tokenizer.encode(&text, pair.as_deref(), asking.max_length) {
-            Ok(encoding) if encoding.is_empty() => Err(row.bad("the text has no tokens")),
-            Ok(encoding) => Ok((vec![encoding], ())),
+        let asked = asking.flags.text_classification.windows.window_aggregation;
+        let how = asked.unwrap_or(self.aggregation);
+        match how.windows(&asking.tokenizer, &text, pair.as_deref(), asking.max_length) {
+            Ok(windows) if windows.iter().any(Encoding::is_empty) => Err(row.bad("the text has no tokens")),
+            Ok(windows) => Ok((windows, ())),
             Err(error) => Err(row.bad(format!("{error:#}"))),
         }
     }
 
-    fn answer(&self, (): &(), outputs: &[Outputs], flags: &super::AnswerFlags) -> Result<Answer> {
-        let row = self.logits(outputs.first().context("a record has no output")?)?;
+    fn answer(&self, (): &(), outputs: &[Outputs], asking: &Asking) -> Result<Answer> {
+        let windows = outputs.iter().map(|outputs| self.logits(outputs)).collect::<Result<Vec<_>>>()?;
+        anyhow::ensure!(!windows.is_empty(), "a record has no output");
+        let asked = asking.flags.text_classification.windows.window_aggregation;
+        let row = asked.unwrap_or(self.aggregation).of(&windows);
         if row.iter().all(|x| x.is_finite()) {
-            Ok(Ok(self.prediction(&row, flags.text_classification.logits)))
+            Ok(Ok(self.prediction(&row, asking.flags.text_classification.logits)))
         } else {
             Ok(Err(format!("the model's logits are not finite: {row:?}")))
         }
@@ -301,6 +346,11 @@ fn read(path: &Path, flags: &super::RecordFlags) -> Result<Vec<Labelled>> {
 }
 
 impl TextClassification {
+    /// Of texts whose beginning is read.
+    pub fn new(problem: ProblemType, labels: Vec<String>) -> Self {
+        Self { problem, labels, aggregation: Aggregation::First }
+    }
+
     /// Encodes records and reads their labels.
     ///
     /// # Errors
@@ -311,7 +361,8 @@ impl TextClassification {
         path: &Path,
         tokenizer: &Tokenizer,
         max_length: usize,
-    ) -> Result<Vec<Example<Wanted>>> {
+        aggregation: Aggregation,
+    ) -> Result<Vec<Example<Window>>> {
         let (mut targets, mut wrong) = (Vec::with_capacity(records.len()), Vec::new());
         let labels: Vec<&Value> = records.iter().map(|record| &record.label).collect();
         for (record, target) in records.iter().zip(self.targets(&labels)) {
@@ -323,20 +374,23 @@ impl TextClassification {
         refuse_records(path, WRONG_LABELS, wrong)?;
         let texts: Vec<(&str, Option<&str>)> =
             records.iter().map(|record| (record.text.as_str(), record.pair.as_deref())).collect();
-        let encodings: Vec<Encoding> = tokenizer.encode_all(&texts, max_length).map_err(|error| {
-            let bad =
-                |(text, pair): &(&str, Option<&str>)| tokenizer.encode(text, *pair, max_length).is_err();
-            let first = texts.iter().position(bad).map_or(0, |i| records[i].line);
-            error.context(format!("{}:{first}", path.display()))
-        })?;
-        let empty = records.iter().zip(&encodings).filter(|(_, encoding)| encoding.is_empty());
+        let windows =
+            |(text, pair): &(&str, Option<&str>)| aggregation.windows(tokenizer, text, *pair, max_length);
+        let windows: Vec<Result<Vec<Encoding>>> = texts.par_iter().map(windows).collect();
+        let of_records = windows
+            .into_iter()
+            .zip(records)
+            .map(|(windows, record)| windows.with_context(|| format!("{}:{}", path.display(), record.line)));
+        let windows = of_records.collect::<Result<Vec<_>>>()?;
+        let is_empty = |windows: &[Encoding]| windows.iter().any(Encoding::is_empty);
+        let empty = records.iter().zip(&windows).filter(|(_, windows)| is_empty(windows));
         let empty = empty.map(|(record, _)| (record.line, "the text is empty".to_owned()));
         refuse_records(path, "texts without tokens", empty)?;
-        Ok(encodings
-            .into_iter()
-            .zip(targets)
-            .map(|(encoding, target)| Example { encoding, target })
-            .collect())
+        let of_text = |(text, (windows, wanted)): (usize, (Vec<Encoding>, Wanted))| {
+            let target = Window { wanted, text, aggregation };
+            windows.into_iter().map(move |encoding| Example { encoding, target: target.clone() })
+        };
+        Ok(windows.into_iter().zip(targets).enumerate().flat_map(of_text).collect())
     }
 
     /// The sum over the examples. A mean over the labels of an example with several, as in

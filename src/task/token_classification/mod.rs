@@ -184,8 +184,12 @@ impl Objective for TokenClassification {
         Some(format!("tags ({}): {}", self.scheme.name(), self.labels.join(", ")))
     }
 
-    fn losses(target: &Tags) -> usize {
-        target.count()
+    fn keeps(&self, base: &Self) -> bool {
+        self.labels == base.labels
+    }
+
+    fn losses(target: &Tags) -> Vec<usize> {
+        vec![target.count()]
     }
 
     fn head(&self) -> Head {
@@ -202,12 +206,12 @@ impl Objective for TokenClassification {
         outputs: Vec<X>,
         examples: &[(&Encoding, &Tags)],
         label_smoothing: f64,
-        of: usize,
-    ) -> Result<Tensor> {
+        of: &[usize],
+    ) -> Result<Vec<Tensor>> {
         let wanted: Vec<Option<u32>> =
             examples.iter().flat_map(|(_, tags)| tags.wanted.iter().copied()).collect();
         let scores = outputs.first().context("the model has no output")?;
-        eager.cross_entropy(scores, &wanted, label_smoothing as f32, 1.0 / of as f32)
+        Ok(vec![eager.cross_entropy(scores, &wanted, label_smoothing as f32, 1.0 / of[0] as f32)?])
     }
 
     /// Of entities where there are some, else of words.
@@ -282,8 +286,8 @@ impl Objective for TokenClassification {
         answer::question(row, asking)
     }
 
-    fn answer(&self, question: &Question, outputs: &[Outputs], flags: &super::AnswerFlags) -> Result<Answer> {
-        self.entities(question, outputs, flags)
+    fn answer(&self, question: &Question, outputs: &[Outputs], asking: &Asking) -> Result<Answer> {
+        self.entities(question, outputs, &asking.flags)
     }
 }
 

@@ -5,10 +5,7 @@ use std::ops::Range;
 use crate::Result;
 use crate::data::batch::Encoding;
 use crate::data::tokens::{Pieces, Tokenizer};
-use crate::data::windows::windows;
-
-/// Neighbouring windows share up to a quarter of their room.
-const SHARED: usize = 4;
+use crate::data::windows::{SHARED, windows};
 
 /// A window of a text, between the tokens that the tokenizer puts around it.
 pub(super) struct Windowed {
