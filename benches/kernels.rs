@@ -23,7 +23,7 @@ use candle_core::{Device, Tensor, Var};
 use rayon::prelude::*;
 use tk::Result;
 use tk::data::batch::Spans;
-use tk::eager::kernels::attention::{self, Attention, Queries};
+use tk::eager::kernels::attention::{self, Attention, Queries, Relative};
 use tk::eager::kernels::buffer::Buffer;
 use tk::eager::kernels::cross_entropy::{self, linear_cross_entropy, linear_losses};
 use tk::eager::kernels::dropout::{self, Mask, mix};
@@ -134,11 +134,11 @@ impl Bench {
             )?,
             |x, p| {
                 let of = |i: usize| mapped(&x[0], &p[2 * i], &p[2 * i + 1]);
-                attention::composite(&of(0)?, &of(1)?, &of(2)?, &how)
+                attention::composite(&of(0)?, &of(1)?, &of(2)?, &how, &Relative::Nothing)
             },
             |tape, x, p| {
                 let maps = [map(&p[0], &p[1])?, map(&p[2], &p[3])?, map(&p[4], &p[5])?];
-                attention::self_attention(tape, &x[0], maps.each_ref(), &how)
+                attention::self_attention(tape, &x[0], maps.each_ref(), &how, &Relative::Nothing)
             },
         )?;
 
@@ -151,7 +151,7 @@ impl Bench {
             )?,
             |x, p| {
                 let branch = mapped(&x[0], &p[0], &p[1])?;
-                residual::composite(&branch, Some(mask), &x[1], &p[2], &p[3], EPS.into())
+                residual::composite(&branch, Some(mask), &x[1], &p[2], Some(&p[3]), EPS.into())
             },
             |tape, x, p| {
                 let branch = Branch::Linear { x: x[0].clone(), map: map(&p[0], &p[1])? };
@@ -168,18 +168,24 @@ impl Bench {
             |x, p| {
                 let inner = activation::composite(&mapped(&x[0], &p[0], &p[1])?, Activation::Gelu)?;
                 let branch = mapped(&inner, &p[2], &p[3])?;
-                residual::composite(&branch, Some(mask), &x[0], &p[4], &p[5], EPS.into())
+                residual::composite(&branch, Some(mask), &x[0], &p[4], Some(&p[5]), EPS.into())
             },
             |tape, x, p| {
                 let (first, second) = (map(&p[0], &p[1])?, map(&p[2], &p[3])?);
-                let branch = Branch::FeedForward { x: x[0].clone(), first, how: Activation::Gelu, second };
+                let branch = Branch::FeedForward {
+                    x: x[0].clone(),
+                    first,
+                    how: Activation::Gelu,
+                    gated: false,
+                    second,
+                };
                 Ok(residual_norm(tape, &branch, Some(mask), &x[0], &norm(&p[4], &p[5]))?.1)
             },
         )?;
 
         self.compare(
             Operation::new("layer norm", 0, &[&[t, c]], &[bias, bias])?,
-            |x, p| layer_norm::composite(&x[0], &p[0], &p[1], EPS.into()),
+            |x, p| layer_norm::composite(&x[0], &p[0], Some(&p[1]), EPS.into()),
             |tape, x, p| layer_norm::layer_norm(tape, &x[0], &norm(&p[0], &p[1])),
         )?;
         self.compare(
@@ -450,5 +456,5 @@ fn mapped(x: &Tensor, weight: &Weight, bias: &Weight) -> candle_core::Result<Ten
 }
 
 fn norm(weight: &Weight, bias: &Weight) -> NormWeights {
-    NormWeights { weight: weight.clone(), bias: bias.clone(), eps: EPS }
+    NormWeights { weight: weight.clone(), bias: Some(bias.clone()), eps: EPS }
 }

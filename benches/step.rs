@@ -41,8 +41,8 @@ fn main() -> Result<()> {
     if shapes.is_empty() {
         shapes.push(match model.as_str() {
             "gpt2" => (4, 256),
-            "base" | "distilbert" | "roberta" => (8, 128),
-            _ => (32, 128),
+            "minilm" => (32, 128),
+            _ => (8, 128),
         });
     }
     // the thread that waits for the pool would take a core of it
@@ -145,8 +145,9 @@ impl Products {
         let shapes: Vec<[usize; 3]> = maps
             .iter()
             .map(|param| {
-                let of_all =
-                    ["self.key", "self.value", "k_lin", "v_lin"].iter().any(|name| param.name.contains(name));
+                let of_all = ["self.key", "self.value", "k_lin", "v_lin", "attn.k.", "attn.v.", "Wqkv"]
+                    .iter()
+                    .any(|name| param.name.contains(name));
                 let picked = classifies && layer(param) == last && !of_all;
                 let tokens = if picked { batch } else { batch * length };
                 [tokens, param.shape[0], param.shape[1]]
@@ -205,7 +206,31 @@ fn config(model: &str) -> Result<String> {
             "model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12,
             "n_head": 12,
         }),
-        _ => anyhow::bail!("--model {model}: expected minilm, base, distilbert, roberta or gpt2"),
+        "electra" => json!({
+            "model_type": "electra", "vocab_size": 30522, "embedding_size": 768, "hidden_size": 768,
+            "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
+            "max_position_embeddings": 512,
+        }),
+        "mpnet" => json!({
+            "model_type": "mpnet", "vocab_size": 30527, "hidden_size": 768, "num_hidden_layers": 12,
+            "num_attention_heads": 12, "intermediate_size": 3072, "max_position_embeddings": 514,
+            "layer_norm_eps": 1e-5,
+        }),
+        "modernbert" => json!({
+            "model_type": "modernbert", "vocab_size": 50368, "hidden_size": 768, "num_hidden_layers": 22,
+            "num_attention_heads": 12, "intermediate_size": 1152, "max_position_embeddings": 8192,
+        }),
+        // version 3
+        "deberta" => json!({
+            "model_type": "deberta-v2", "vocab_size": 128100, "hidden_size": 768, "num_hidden_layers": 12,
+            "num_attention_heads": 12, "intermediate_size": 3072, "max_position_embeddings": 512,
+            "relative_attention": true, "position_buckets": 256, "norm_rel_ebd": "layer_norm",
+            "share_att_key": true, "pos_att_type": "p2c|c2p", "position_biased_input": false,
+            "type_vocab_size": 0, "layer_norm_eps": 1e-7,
+        }),
+        _ => anyhow::bail!(
+            "--model {model}: expected minilm, base, distilbert, roberta, electra, mpnet, modernbert, deberta or gpt2"
+        ),
     };
     Ok(config.to_string())
 }

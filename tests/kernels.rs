@@ -9,7 +9,7 @@ use common::relative;
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 use tk::data::batch::Spans;
-use tk::eager::kernels::attention::{Attention, Queries};
+use tk::eager::kernels::attention::{Attention, ByDistance, Queries, Relative};
 use tk::eager::kernels::buffer::Buffer;
 use tk::eager::kernels::cross_entropy::{self, composite_losses, linear_cross_entropy, linear_losses};
 use tk::eager::kernels::dropout::Mask;
@@ -20,13 +20,44 @@ use tk::eager::kernels::residual::{self, Branch, residual_norm};
 use tk::eager::kernels::{activation, attention, dropout, embedding, layer_norm, linear, split};
 use tk::eager::tape::{Tape, TapeValue};
 use tk::eager::{Init, Kernels, Params, Weight};
-use tk::model::ops::{Activation, At, Ids, Layout, Ops, Sees};
+use tk::model::ops::{Activation, At, Buckets, Ids, Layout, Ops, Sees};
 use tk::train::optimizer::{AdamW, Constants, Gradients};
 
 /// Both forms round differently; candle's own GELU gradients use six-digit constants.
 const TOLERANCE: f64 = 5e-6;
 /// The gradient of what a query or a key is made of is a difference of nearly equal sums.
 const QUERY_TOLERANCE: f64 = 2e-5;
+
+/// Sequences of more blocks than one, and more of them than tables have groups.
+#[test]
+fn attention_with_tables_over_long_sequences_is_its_composite() {
+    let spans = Arc::new(Spans::of_lengths([290, 3, 40, 7, 5, 270, 6]));
+    let rows = || Arc::new(ByDistance::new(Buckets::Signed { span: 16, most: Some(100) }, 290));
+    let how =
+        Attention { spans: spans.clone(), heads: 2, sees: Sees::All, queries: Queries::All, mask: None };
+    let x = |i: u64, rows: usize| random(i, &[rows, 12]);
+    let inputs = [x(1, spans.tokens()), x(2, spans.tokens()), x(3, spans.tokens()), x(4, 32), x(5, 32)];
+    compare_within(
+        QUERY_TOLERANCE,
+        &inputs,
+        &[],
+        |t, _| {
+            let (keys, queries) = (Some(t[3].clone()), Some(t[4].clone()));
+            attention::composite(
+                &t[0],
+                &t[1],
+                &t[2],
+                &how,
+                &Relative::Products { keys, queries, rows: rows() },
+            )
+        },
+        |tape, t, _| {
+            let (keys, queries) = (Some(t[3].clone()), Some(t[4].clone()));
+            let relative = Relative::Products { keys, queries, rows: rows() };
+            attention::attention(tape, &t[0], &t[1], &t[2], &how, &relative)
+        },
+    );
+}
 
 /// Numbers between −2 and 2 that a seed and a place decide.
 fn random(seed: u64, shape: &[usize]) -> Var {
@@ -111,7 +142,7 @@ fn mapped(x: &Tensor, weight: &Weight, bias: &Weight) -> Result<Tensor> {
 }
 
 fn norm(weight: &Weight, bias: &Weight) -> NormWeights {
-    NormWeights { weight: weight.clone(), bias: bias.clone(), eps: 1e-5 }
+    NormWeights { weight: weight.clone(), bias: Some(bias.clone()), eps: 1e-5 }
 }
 
 fn numbers(tensor: &Tensor) -> Vec<f32> {
@@ -148,7 +179,7 @@ proptest! {
         compare(
             &[x],
             &[w, b],
-            |t, p| layer_norm::composite(&t[0], &p[0], &p[1], 1e-5),
+            |t, p| layer_norm::composite(&t[0], &p[0], Some(&p[1]), 1e-5),
             |tape, t, p| layer_norm::layer_norm(tape, &t[0], &norm(&p[0], &p[1])),
         );
     }
@@ -185,7 +216,7 @@ proptest! {
         compare(
             &[r(1, &[rows, width]), r(2, &[rows, width])],
             &[r(3, &[width]), r(4, &[width])],
-            |t, p| residual::composite(&t[0], mask, &t[1], &p[0], &p[1], 1e-5),
+            |t, p| residual::composite(&t[0], mask, &t[1], &p[0], Some(&p[1]), 1e-5),
             |tape, t, p| {
                 let branch = Branch::Ready(t[0].clone());
                 Ok(residual_norm(tape, &branch, mask, &t[1], &norm(&p[0], &p[1]))?.1)
@@ -197,7 +228,7 @@ proptest! {
             &[r(3, &[width]), r(4, &[width]), r(5, &[width, inner]), r(6, &[width])],
             |t, p| {
                 let branch = mapped(&t[0], &p[2], &p[3])?;
-                residual::composite(&branch, mask, &t[1], &p[0], &p[1], 1e-5)
+                residual::composite(&branch, mask, &t[1], &p[0], Some(&p[1]), 1e-5)
             },
             |tape, t, p| {
                 let branch = Branch::Linear { x: t[0].clone(), map: map(&p[2], &p[3]) };
@@ -216,11 +247,11 @@ proptest! {
                 let branch = mapped(&inner, &p[4], &p[5])?;
                 let dropped = mask.map(|mask| dropout::composite(&branch, mask)).unwrap_or(Ok(branch))?;
                 let sum = (dropped + &t[0])?;
-                residual::composite(&sum, None, &layer_norm::composite(&sum, &p[0], &p[1], 1e-5)?, &p[0], &p[1], 1e-5)
+                residual::composite(&sum, None, &layer_norm::composite(&sum, &p[0], Some(&p[1]), 1e-5)?, &p[0], Some(&p[1]), 1e-5)
             },
             |tape, t, p| {
                 let (first, second) = (map(&p[2], &p[3]), map(&p[4], &p[5]));
-                let branch = Branch::FeedForward { x: t[0].clone(), first, how: Activation::Gelu, second };
+                let branch = Branch::FeedForward { x: t[0].clone(), first, how: Activation::Gelu, gated: false, second };
                 let (sum, normed) = residual_norm(tape, &branch, mask, &t[0], &norm(&p[0], &p[1]))?;
                 Ok(residual_norm(tape, &Branch::Ready(sum), None, &normed, &norm(&p[0], &p[1]))?.1)
             },
@@ -256,11 +287,11 @@ proptest! {
                 |t, p| {
                     let of = |w: &Weight, b: &Weight| mapped(&t[0], w, b);
                     let (q, k, v) = (of(&p[0], &p[1])?, of(&p[2], &key_bias)?, of(&p[3], &p[4])?);
-                    attention::composite(&q, &k, &v, &how)
+                    attention::composite(&q, &k, &v, &how, &Relative::Nothing)
                 },
                 |tape, t, p| {
                     let maps = [map(&p[0], &p[1]), map(&p[2], &key_bias), map(&p[3], &p[4])];
-                    attention::self_attention(tape, &t[0], maps.each_ref(), &how)
+                    attention::self_attention(tape, &t[0], maps.each_ref(), &how, &Relative::Nothing)
                 },
             );
         }
@@ -336,8 +367,193 @@ proptest! {
             compare(
                 &variables,
                 &[],
-                |t, _| attention::composite(&t[0], &t[1], &t[2], &how),
-                |tape, t, _| attention::attention(tape, &t[0], &t[1], &t[2], &how),
+                |t, _| attention::composite(&t[0], &t[1], &t[2], &how, &Relative::Nothing),
+                |tape, t, _| attention::attention(tape, &t[0], &t[1], &t[2], &how, &Relative::Nothing),
+            );
+        }
+    }
+
+    #[test]
+    fn attention_that_counts_distances_is_its_composite(
+        lengths in prop::collection::vec(2usize..150, 1..6),
+        heads in 1usize..4,
+        half in 1usize..8,
+        reach in 0usize..90,
+        span in 4usize..40,
+        p in prop::option::of(0.05f32..0.6),
+        seed: u64,
+    ) {
+        let spans = Arc::new(Spans::of_lengths(lengths));
+        let (longest, width) = (spans.iter().map(|span| span.len()).max().unwrap(), heads * 2 * half);
+        let mask = p.map(|p| Mask::new(seed, p));
+        let rows = |buckets| Arc::new(ByDistance::new(buckets, longest));
+        for (sees, queries) in [
+            (Sees::All, Queries::All),
+            (Sees::Near { reach }, Queries::All),
+            (Sees::All, Queries::First),
+            (Sees::Near { reach }, Queries::First),
+            (Sees::Near { reach }, Queries::Last),
+        ] {
+            let asking = if matches!(queries, Queries::All) { spans.tokens() } else { spans.len() };
+            let how = Attention { spans: spans.clone(), heads, sees, queries, mask };
+            let x = |i: u64, rows: usize| random(seed ^ i, &[rows, width]);
+            let inputs = [x(0, asking), x(1, spans.tokens()), x(2, spans.tokens())];
+            compare_within(
+                QUERY_TOLERANCE,
+                &inputs,
+                &[random(seed ^ 3, &[32, heads])],
+                |t, p| {
+                    let relative = Relative::Bias { table: p[0].clone(), rows: rows(Buckets::T5) };
+                    attention::composite(&t[0], &t[1], &t[2], &how, &relative)
+                },
+                |tape, t, p| {
+                    let relative = Relative::Bias { table: p[0].clone(), rows: rows(Buckets::T5) };
+                    attention::attention(tape, &t[0], &t[1], &t[2], &how, &relative)
+                },
+            );
+            compare_within(
+                QUERY_TOLERANCE,
+                &inputs,
+                &[],
+                |t, _| attention::composite(&t[0], &t[1], &t[2], &how, &Relative::Rotary { theta: 50.0 }),
+                |tape, t, _| {
+                    attention::attention(tape, &t[0], &t[1], &t[2], &how, &Relative::Rotary { theta: 50.0 })
+                },
+            );
+            let buckets = Buckets::Signed { span, most: Some(100) };
+            let tables = [x(4, 2 * span), x(5, 2 * span)];
+            for used in [[true, true], [true, false], [false, true]] {
+                let tables: Vec<Var> =
+                    tables.iter().zip(used).filter(|(_, used)| *used).map(|(table, _)| table.clone()).collect();
+                let activations = [&inputs[..], &tables].concat();
+                compare_within(
+                    QUERY_TOLERANCE,
+                    &activations,
+                    &[],
+                    |t, _| {
+                        let (keys, queries) = (used[0].then(|| t[3].clone()), used[1].then(|| t[t.len() - 1].clone()));
+                        let relative = Relative::Products { keys, queries, rows: rows(buckets) };
+                        attention::composite(&t[0], &t[1], &t[2], &how, &relative)
+                    },
+                    |tape, t, _| {
+                        let (keys, queries) = (used[0].then(|| t[3].clone()), used[1].then(|| t[t.len() - 1].clone()));
+                        let relative = Relative::Products { keys, queries, rows: rows(buckets) };
+                        attention::attention(tape, &t[0], &t[1], &t[2], &how, &relative)
+                    },
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn self_attention_that_counts_distances_is_its_composite(
+        lengths in prop::collection::vec(2usize..100, 1..5),
+        heads in 1usize..4,
+        half in 2usize..10,
+        input in 4usize..40,
+        reach in 0usize..50,
+        p in prop::option::of(0.05f32..0.6),
+        seed: u64,
+    ) {
+        let (spans, width) = (Arc::new(Spans::of_lengths(lengths)), heads * 2 * half);
+        let x = random(seed, &[spans.tokens(), input]);
+        let small = |i: u64, rows: usize| {
+            Var::from_tensor(&(random(seed ^ i, &[rows, input]).as_tensor() * 0.1).unwrap()).unwrap()
+        };
+        let how = Attention {
+            spans: spans.clone(),
+            heads,
+            sees: Sees::Near { reach },
+            queries: Queries::All,
+            mask: p.map(|p| Mask::new(seed, p)),
+        };
+        let theta = 100.0;
+        compare_within(
+            QUERY_TOLERANCE,
+            std::slice::from_ref(&x),
+            &[small(1, width), small(2, width), small(3, width)],
+            |t, p| {
+                let of = |w: &Weight| linear::composite(&t[0], w, None, Layout::OutIn);
+                attention::composite(&of(&p[0])?, &of(&p[1])?, &of(&p[2])?, &how, &Relative::Rotary { theta })
+            },
+            |tape, t, p| {
+                let maps = [&p[0], &p[1], &p[2]].map(|w| LinearMap::new(w, None, Layout::OutIn).unwrap());
+                attention::self_attention(tape, &t[0], maps.each_ref(), &how, &Relative::Rotary { theta })
+            },
+        );
+        let parts = |x: &Tensor| -> Result<Vec<Tensor>> {
+            (0..3).map(|i| split::composite(x, i, 3)).collect()
+        };
+        for relative in [Relative::Rotary { theta }, Relative::Nothing] {
+            let of_tensors = match relative {
+                Relative::Rotary { theta } => Relative::Rotary { theta },
+                _ => Relative::Nothing,
+            };
+            compare_within(
+                QUERY_TOLERANCE,
+                std::slice::from_ref(&x),
+                &[small(4, 3 * width)],
+                |t, p| {
+                    let parts = parts(&linear::composite(&t[0], &p[0], None, Layout::OutIn)?)?;
+                    attention::composite(&parts[0], &parts[1], &parts[2], &how, &of_tensors)
+                },
+                |tape, t, p| {
+                    let map = LinearMap::new(&p[0], None, Layout::OutIn)?;
+                    attention::self_attention_of_parts(tape, &t[0], &map, &how, &relative)
+                },
+            );
+            compare_within(
+                QUERY_TOLERANCE,
+                &[random(seed ^ 5, &[spans.tokens(), 3 * width])],
+                &[],
+                |t, _| {
+                    let parts = parts(&t[0])?;
+                    attention::composite(&parts[0], &parts[1], &parts[2], &how, &of_tensors)
+                },
+                |tape, t, _| attention::attention_of_parts(tape, &t[0], &how, &relative),
+            );
+        }
+    }
+
+    #[test]
+    fn a_gated_non_linearity_is_its_composite(
+        rows in 1usize..300,
+        input in 1usize..90,
+        inner in 1usize..100,
+        width in 8usize..100,
+        seed: u64,
+    ) {
+        let r = |i: u64, shape: &[usize]| random(seed ^ i, shape);
+        for how in [Activation::Gelu, Activation::Silu] {
+            compare(
+                &[r(1, &[rows, 2 * inner])],
+                &[],
+                |t, _| activation::gated_composite(&t[0], how),
+                |tape, t, _| activation::gated(tape, &t[0], how),
+            );
+            compare(
+                &[r(1, &[rows, input])],
+                &[r(2, &[2 * inner, input]), r(3, &[2 * inner])],
+                |t, p| activation::gated_composite(&mapped(&t[0], &p[0], &p[1])?, how),
+                |tape, t, p| linear::linear_gated(tape, &t[0], &map(&p[0], &p[1]), how),
+            );
+            // a whole feed-forward network with the norm behind it, which has no bias
+            compare(
+                &[r(1, &[rows, width])],
+                &[r(2, &[2 * inner, width]), r(3, &[width, inner]), r(4, &[width])],
+                |t, p| {
+                    let inner = linear::composite(&t[0], &p[0], None, Layout::OutIn)?;
+                    let inner = activation::gated_composite(&inner, how)?;
+                    let branch = linear::composite(&inner, &p[1], None, Layout::OutIn)?;
+                    residual::composite(&branch, None, &t[0], &p[2], None, 1e-5)
+                },
+                |tape, t, p| {
+                    let of = |w: &Weight| LinearMap::new(w, None, Layout::OutIn);
+                    let (first, second) = (of(&p[0])?, of(&p[1])?);
+                    let branch = Branch::FeedForward { x: t[0].clone(), first, how, gated: true, second };
+                    let norm = NormWeights { weight: p[2].clone(), bias: None, eps: 1e-5 };
+                    Ok(residual_norm(tape, &branch, None, &t[0], &norm)?.1)
+                },
             );
         }
     }
@@ -360,9 +576,9 @@ proptest! {
                 &[],
                 |t, _| {
                     let part = |i| split::composite(&t[0], i, 3);
-                    attention::composite(&part(0)?, &part(1)?, &part(2)?, &how)
+                    attention::composite(&part(0)?, &part(1)?, &part(2)?, &how, &Relative::Nothing)
                 },
-                |tape, t, _| attention::attention_of_parts(tape, &t[0], &how),
+                |tape, t, _| attention::attention_of_parts(tape, &t[0], &how, &Relative::Nothing),
             );
         }
     }
@@ -474,13 +690,13 @@ fn a_later_token_changes_no_earlier_output_and_receives_no_gradient_from_it() {
     // y, dq, dk, dv
     let fused = |changed| {
         on_tape(&inputs(changed), &[], &cotangent, |tape, t, _| {
-            attention::attention(tape, &t[0], &t[1], &t[2], &how)
+            attention::attention(tape, &t[0], &t[1], &t[2], &how, &Relative::Nothing)
         })
     };
     let composite = |dtype: DType, changed| {
         let inputs = inputs(changed);
         let t: Vec<Tensor> = inputs.iter().map(|x| x.as_tensor().to_dtype(dtype).unwrap()).collect();
-        let y = attention::composite(&t[0], &t[1], &t[2], &how).unwrap();
+        let y = attention::composite(&t[0], &t[1], &t[2], &how, &Relative::Nothing).unwrap();
         assert_eq!(y.dtype(), dtype);
         let y = y.to_dtype(DType::F32).unwrap();
         let weight = Tensor::from_slice(&cotangent, (225, WIDTH), &Device::Cpu).unwrap();
@@ -532,11 +748,12 @@ fn assert_independent_of_threads(sees: Sees) {
         let cotangent = numbers(random(1, &[202, 48]).as_tensor());
         on_tape(&[random(1, &[202, 48])], &parameters, &cotangent, |tape, t, p| {
             let x = linear::linear(tape, &t[0], &map(&p[0], &p[1]))?;
-            let x = attention::attention(tape, &x, &x, &x, &how)?;
+            let x = attention::attention(tape, &x, &x, &x, &how, &Relative::Nothing)?;
             let branch = Branch::Linear { x: x.clone(), map: map(&p[2], &p[3]) };
             let (_, x) = residual_norm(tape, &branch, how.mask, &x, &norm(&p[1], &p[3]))?;
             let (first, second) = (map(&p[4], &p[5]), map(&p[6], &p[7]));
-            let branch = Branch::FeedForward { x: x.clone(), first, how: Activation::Gelu, second };
+            let branch =
+                Branch::FeedForward { x: x.clone(), first, how: Activation::Gelu, gated: false, second };
             residual::residual(tape, &branch, how.mask, &x)
         })
         .into_iter()

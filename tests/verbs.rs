@@ -12,7 +12,7 @@ use tk::checkpoint::Weights;
 use tk::data::batch::{Encoding, PackedBatch, PaddedBatch};
 use tk::eager::{Eager, Init, Kernels, Mode, Params};
 use tk::model::manifest::manifest;
-use tk::model::ops::{Activation, At, Attend, Ids, Ops, Param, Pick, Sees};
+use tk::model::ops::{Activation, At, Attend, Buckets, Distances, Ids, Ops, Param, Pick, Sees};
 use tk::onnx::proto::ModelProto;
 use tk::onnx::{CANDLE_OPSET, GraphKind, OPSETS, Precision, emit};
 use tk::runtime::decoder::Tokens;
@@ -28,7 +28,7 @@ const TOLERANCE: f32 = 3e-6;
 /// The same for gradients, relative to the gradient's norm.
 const GRADIENT_TOLERANCE: f64 = 3e-6;
 
-const CASES: [&str; 24] = [
+const CASES: [&str; 36] = [
     "embed_tokens",
     "embed_types",
     "embed_positions",
@@ -53,6 +53,18 @@ const CASES: [&str; 24] = [
     "tied",
     "embed_positions_behind",
     "embed_zero",
+    "layer_norm_without_bias",
+    "gated",
+    "attention_near",
+    "attention_near_of_first",
+    "attention_bias",
+    "attention_bias_of_first",
+    "attention_rotary",
+    "attention_rotary_of_first",
+    "attention_rotary_near",
+    "attention_rotary_near_of_first",
+    "attention_products",
+    "attention_products_of_first",
 ];
 
 /// A case's definition: `x` is looked up in a table of its own, so that its gradient is the table's.
@@ -89,16 +101,39 @@ fn define<O: Ops>(o: &O, case: &Case) -> Result<O::X> {
             o.add(&o.add(&parts[1], &parts[2])?, &parts[2])
         }
         "tied" => o.linear(table("x").tied(), &x()?),
+        "layer_norm_without_bias" => {
+            o.layer_norm(At::body("f").norm(case.shape("f.weight")[0], 1e-12).biased(false), &x()?)
+        }
+        "gated" => o.gated(&x()?, Activation::Gelu),
         "layer_norm" => o.layer_norm(At::body("f").norm(case.shape("f.weight")[0], 1e-12), &x()?),
         name if name.starts_with("attention") => {
             let of = |name| o.embed(table(name), Ids::Tokens);
-            let sees = if name.contains("causal") { Sees::Causal } else { Sees::All };
+            let sees = match name {
+                _ if name.contains("causal") => Sees::Causal,
+                _ if name.contains("rotary_near") => Sees::Near { reach: 5 },
+                _ if name.contains("near") => Sees::Near { reach: 3 },
+                _ => Sees::All,
+            };
+            let longest = 24;
+            let distances = match name {
+                _ if name.contains("bias") => {
+                    Distances::Bias { table: table("bias"), buckets: Buckets::T5, longest }
+                }
+                _ if name.contains("rotary") => Distances::Rotary { theta: 50.0 },
+                _ if name.contains("products") => {
+                    let buckets = Buckets::Signed { span: 4, most: Some(12) };
+                    let (keys, queries) = (Some(o.whole(table("keys"))?), Some(o.whole(table("queries"))?));
+                    Distances::Products { keys, queries, buckets, longest }
+                }
+                _ => Distances::Nothing,
+            };
             let queries = case.picked();
             let q = match queries {
                 Some(which) => o.pick(&of("q")?, which)?,
                 None => of("q")?,
             };
-            o.attention(&q, &of("k")?, &of("v")?, Attend { heads: 4, sees, queries, dropout: 0.0 })
+            let how = Attend { heads: 4, sees, queries, dropout: 0.0 };
+            o.attention_by_distance(&q, &of("k")?, &of("v")?, how, distances)
         }
         "gelu" => o.activate(&x()?, Activation::Gelu),
         "gelu_tanh" => o.activate(&x()?, Activation::GeluTanh),
@@ -341,9 +376,24 @@ fn every_verb_gives_the_reference_in_candle_onnx() {
 }
 
 /// What a graph that generates is never asked for: types of tokens, tokens that see those behind them, the first token
-/// of a sequence, and positions that are counted in all of its tokens.
-const NOT_IN_PLACE: [&str; 5] =
-    ["embed_types", "attention", "attention_of_first", "pick_first", "embed_positions_behind"];
+/// of a sequence, positions that are counted in all of its tokens, and attention that depends on distances.
+const NOT_IN_PLACE: [&str; 15] = [
+    "embed_types",
+    "attention",
+    "attention_of_first",
+    "pick_first",
+    "embed_positions_behind",
+    "attention_near",
+    "attention_near_of_first",
+    "attention_bias",
+    "attention_bias_of_first",
+    "attention_rotary",
+    "attention_rotary_of_first",
+    "attention_rotary_near",
+    "attention_rotary_near_of_first",
+    "attention_products",
+    "attention_products_of_first",
+];
 
 /// Each sequence in a slot of its own, its first half and then the other, all sequences' halves one after another.
 #[test]

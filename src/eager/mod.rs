@@ -22,8 +22,8 @@ pub use x::X;
 
 use crate::Result;
 use crate::data::batch::{PackedBatch, Spans};
-use crate::model::ops::{Activation, Attend, Ids, Linear, Norm, Ops, Param, Pick, Table};
-use kernels::attention::{Attention, Queries};
+use crate::model::ops::{Activation, Attend, Distances, Ids, Linear, Norm, Ops, Param, Pick, Table};
+use kernels::attention::{Attention, ByDistance, Queries, Relative};
 use kernels::dropout::{Mask, mix};
 use kernels::linear::LinearMap;
 use kernels::residual::{Branch, residual_norm};
@@ -127,6 +127,30 @@ impl Eager<'_> {
     }
 }
 
+impl Eager<'_> {
+    /// What scores take from distances, for an operation.
+    fn relative<T>(
+        &self,
+        distances: Distances<X>,
+        table: impl Fn(&X) -> candle_core::Result<T>,
+    ) -> Result<Relative<T>> {
+        let longest = self.spans.iter().map(|span| span.len()).max().unwrap_or(0).max(1);
+        Ok(match distances {
+            Distances::Nothing => Relative::Nothing,
+            Distances::Rotary { theta } => Relative::Rotary { theta },
+            Distances::Bias { table, buckets, .. } => Relative::Bias {
+                table: self.weight(&table.weight)?,
+                rows: Arc::new(ByDistance::new(buckets, longest)),
+            },
+            Distances::Products { keys, queries, buckets, .. } => Relative::Products {
+                keys: keys.as_ref().map(&table).transpose()?,
+                queries: queries.as_ref().map(&table).transpose()?,
+                rows: Arc::new(ByDistance::new(buckets, longest)),
+            },
+        })
+    }
+}
+
 impl Ops for Eager<'_> {
     type X = X;
 
@@ -148,6 +172,16 @@ impl Ops for Eager<'_> {
         x.with_context(|| table.weight.name)
     }
 
+    fn whole(&self, table: Table) -> Result<X> {
+        let rows: Arc<[u32]> = (0..table.weight.shape[0] as u32).collect();
+        let values = self.weight(&table.weight)?;
+        let x = match self.kernels {
+            Kernels::Fused => embedding::embedding(&self.tape, &values, &rows).map(|x| self.ready(x)),
+            Kernels::Composite => values.values.to_dtype(self.dtype).map(X::Tensor),
+        };
+        x.with_context(|| table.weight.name)
+    }
+
     fn linear(&self, map: Linear, x: &X) -> Result<X> {
         let weight = self.weight(&map.weight)?;
         let bias = map.bias.as_ref().map(|bias| self.weight(bias)).transpose()?;
@@ -159,8 +193,8 @@ impl Ops for Eager<'_> {
             X::Fused(x) => {
                 let second = LinearMap::new(&weight, bias.as_ref(), map.layout)?;
                 self.fused(Pending::Branch(match x.state() {
-                    Pending::Activated { x, map: first, how } => {
-                        Branch::FeedForward { x, first, how, second }
+                    Pending::Activated { x, map: first, how, gated } => {
+                        Branch::FeedForward { x, first, how, gated, second }
                     }
                     _ => Branch::Linear { x: x.value()?, map: second },
                 }))
@@ -181,9 +215,10 @@ impl Ops for Eager<'_> {
     }
 
     fn layer_norm(&self, norm: Norm, x: &X) -> Result<X> {
-        let (weight, bias) = (self.weight(&norm.weight)?, self.weight(&norm.bias)?);
+        let weight = self.weight(&norm.weight)?;
+        let bias = norm.bias.as_ref().map(|bias| self.weight(bias)).transpose()?;
         let normed = match x {
-            X::Tensor(x) => layer_norm::composite(x, &weight, &bias, norm.eps)
+            X::Tensor(x) => layer_norm::composite(x, &weight, bias.as_ref(), norm.eps)
                 .and_then(|x| x.to_dtype(self.dtype))
                 .map(X::Tensor),
             X::Fused(x) => {
@@ -201,7 +236,7 @@ impl Ops for Eager<'_> {
         normed.with_context(|| norm.weight.name)
     }
 
-    fn attention(&self, q: &X, k: &X, v: &X, how: Attend) -> Result<X> {
+    fn attention_by_distance(&self, q: &X, k: &X, v: &X, how: Attend, distances: Distances<X>) -> Result<X> {
         let mask = self.mask(how.dropout);
         let Attend { heads, sees, queries, .. } = how;
         let queries = match queries {
@@ -216,33 +251,58 @@ impl Ops for Eager<'_> {
         let how = Attention { spans: self.spans.clone(), heads, sees, queries, mask };
         let (q, k, v) = match (q, k, v) {
             (X::Fused(q), X::Fused(k), X::Fused(v)) => (q, k, v),
-            _ => return Ok(X::Tensor(attention::composite(&q.tensor()?, &k.tensor()?, &v.tensor()?, &how)?)),
+            _ => {
+                let relative = self.relative(distances, X::tensor)?;
+                let [q, k, v] = [q.tensor()?, k.tensor()?, v.tensor()?];
+                return Ok(X::Tensor(attention::composite(&q, &k, &v, &how, &relative)?));
+            }
         };
+        let relative = self.relative(distances, |x| match x {
+            X::Fused(x) => x.value(),
+            X::Tensor(_) => Err(candle_core::Error::Msg("a table of distances of another form".to_owned())),
+        })?;
         let y = match [q.state(), k.state(), v.state()] {
             [
                 Pending::Branch(Branch::Linear { x, map: q }),
                 Pending::Branch(Branch::Linear { x: x_k, map: k }),
                 Pending::Branch(Branch::Linear { x: x_v, map: v }),
             ] if Arc::ptr_eq(&x, &x_k) && Arc::ptr_eq(&x, &x_v) => {
-                attention::self_attention(&self.tape, &x, [&q, &k, &v], &how)?
+                attention::self_attention(&self.tape, &x, [&q, &k, &v], &how, &relative)?
             }
             [
                 Pending::Part { whole, index: 0, parts: 3 },
                 Pending::Part { whole: of_k, index: 1, parts: 3 },
                 Pending::Part { whole: of_v, index: 2, parts: 3 },
-            ] if whole.is(&of_k) && whole.is(&of_v) => {
-                attention::attention_of_parts(&self.tape, &whole.value()?, &how)?
-            }
-            _ => attention::attention(&self.tape, &q.value()?, &k.value()?, &v.value()?, &how)?,
+            ] if whole.is(&of_k) && whole.is(&of_v) => match whole.state() {
+                Pending::Branch(Branch::Linear { x, map }) => {
+                    attention::self_attention_of_parts(&self.tape, &x, &map, &how, &relative)?
+                }
+                _ => attention::attention_of_parts(&self.tape, &whole.value()?, &how, &relative)?,
+            },
+            _ => attention::attention(&self.tape, &q.value()?, &k.value()?, &v.value()?, &how, &relative)?,
         };
         Ok(self.ready(y))
+    }
+
+    fn gated(&self, x: &X, how: Activation) -> Result<X> {
+        Ok(match x {
+            X::Tensor(x) => X::Tensor(activation::gated_composite(x, how)?),
+            X::Fused(x) => match x.state() {
+                Pending::Branch(Branch::Linear { x, map }) => {
+                    self.fused(Pending::Activated { x, map, how, gated: true })
+                }
+                _ => self.ready(activation::gated(&self.tape, &x.value()?, how)?),
+            },
+        })
     }
 
     fn activate(&self, x: &X, how: Activation) -> Result<X> {
         Ok(match x {
             X::Tensor(x) => X::Tensor(activation::composite(x, how)?),
             X::Fused(x) => match x.state() {
-                Pending::Branch(Branch::Linear { x, map }) => self.fused(Pending::Activated { x, map, how }),
+                Pending::Branch(Branch::Linear { x, map }) => {
+                    self.fused(Pending::Activated { x, map, how, gated: false })
+                }
                 _ => self.ready(activation::activate(&self.tape, &x.value()?, how)),
             },
         })

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use candle_core::{Device, Result, Tensor};
 
 use super::kernels::dropout::{Mask, dropout};
-use super::kernels::linear::{LinearMap, linear, linear_activation};
+use super::kernels::linear::{LinearMap, linear, linear_activation, linear_gated};
 use super::kernels::residual::{Branch, residual};
 use super::kernels::split::split;
 use super::tape::{Tape, TapeValue};
@@ -64,11 +64,12 @@ pub struct Fused {
 #[derive(Clone)]
 pub(super) enum Pending {
     Branch(Branch),
-    /// `how(map(x))`
+    /// `how(map(x))`, or the second half of `map(x)` times `how` of the first
     Activated {
         x: Arc<TapeValue>,
         map: LinearMap,
         how: Activation,
+        gated: bool,
     },
     /// `dropout(branch)`
     Dropped {
@@ -112,7 +113,7 @@ impl Fused {
     pub(super) fn value(&self) -> Result<Arc<TapeValue>> {
         let value = match self.state() {
             Pending::Branch(branch) => self.computed(branch)?,
-            Pending::Activated { x, map, how } => linear_activation(&self.tape, &x, &map, how)?,
+            Pending::Activated { x, map, how, gated } => self.activated(&x, &map, how, gated)?,
             Pending::Dropped { branch, mask } => dropout(&self.tape, &self.computed(branch)?, mask),
             Pending::Part { whole, index, parts } => split(&self.tape, &whole.value()?, index, parts)?,
             Pending::Sum { branch, mask, x } => residual(&self.tape, &branch, mask, &x)?,
@@ -125,9 +126,22 @@ impl Fused {
         match branch {
             Branch::Ready(value) => Ok(value),
             Branch::Linear { x, map } => linear(&self.tape, &x, &map),
-            Branch::FeedForward { x, first, how, second } => {
-                linear(&self.tape, &linear_activation(&self.tape, &x, &first, how)?, &second)
+            Branch::FeedForward { x, first, how, gated, second } => {
+                linear(&self.tape, &self.activated(&x, &first, how, gated)?, &second)
             }
+        }
+    }
+
+    fn activated(
+        &self,
+        x: &Arc<TapeValue>,
+        map: &LinearMap,
+        how: Activation,
+        gated: bool,
+    ) -> Result<Arc<TapeValue>> {
+        match gated {
+            true => linear_gated(&self.tape, x, map, how),
+            false => linear_activation(&self.tape, x, map, how),
         }
     }
 

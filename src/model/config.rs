@@ -240,6 +240,9 @@ pub(super) mod default {
     pub fn two() -> usize {
         2
     }
+    pub fn thirty_two() -> usize {
+        32
+    }
     pub fn tenth() -> f32 {
         0.1
     }

@@ -5,8 +5,12 @@ use serde_json::{Map, Value};
 
 use crate::data::tokens::Vocabulary;
 use crate::model::bert::Bert;
+use crate::model::deberta_v2::DebertaV2;
 use crate::model::distilbert::DistilBert;
+use crate::model::electra::Electra;
 use crate::model::gpt2::Gpt2;
+use crate::model::modernbert::ModernBert;
+use crate::model::mpnet::MpNet;
 use crate::model::ops::{Ops, Pick};
 use crate::model::roberta::Roberta;
 use crate::{Result, bail_unusable, unusable};
@@ -239,4 +243,4 @@ macro_rules! families {
     };
 }
 
-families!(Bert, DistilBert, Roberta, Gpt2);
+families!(Bert, DistilBert, Roberta, Electra, MpNet, ModernBert, DebertaV2, Gpt2);

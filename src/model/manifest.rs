@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 
 use crate::Result;
-use crate::model::ops::{Activation, Attend, Ids, Linear, Norm, Ops, Param, Pick, Table};
+use crate::model::ops::{Activation, Attend, Distances, Ids, Linear, Norm, Ops, Param, Pick, Table};
 
 /// Every parameter of a definition once, in the order of first use.
 ///
@@ -53,6 +53,10 @@ impl Ops for Manifest {
         self.note([table.weight])
     }
 
+    fn whole(&self, table: Table) -> Result<()> {
+        self.note([table.weight])
+    }
+
     fn linear(&self, map: Linear, _: &()) -> Result<()> {
         self.note([map.weight].into_iter().chain(map.bias))
     }
@@ -62,10 +66,24 @@ impl Ops for Manifest {
     }
 
     fn layer_norm(&self, norm: Norm, _: &()) -> Result<()> {
-        self.note([norm.weight, norm.bias])
+        self.note([norm.weight].into_iter().chain(norm.bias))
     }
 
-    fn attention(&self, _: &(), _: &(), _: &(), _: Attend) -> Result<()> {
+    fn attention_by_distance(
+        &self,
+        _: &(),
+        _: &(),
+        _: &(),
+        _: Attend,
+        distances: Distances<()>,
+    ) -> Result<()> {
+        match distances {
+            Distances::Bias { table, .. } => self.note([table.weight]),
+            _ => Ok(()),
+        }
+    }
+
+    fn gated(&self, _: &(), _: Activation) -> Result<()> {
         Ok(())
     }
 

@@ -3,10 +3,14 @@
 
 pub mod bert;
 pub mod config;
+pub mod deberta_v2;
 pub mod distilbert;
+pub mod electra;
 pub mod family;
 pub mod gpt2;
 pub mod manifest;
+pub mod modernbert;
+pub mod mpnet;
 pub mod ops;
 pub mod roberta;
 pub mod token_ids;

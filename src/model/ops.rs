@@ -124,6 +124,11 @@ impl Linear {
         Self { bias: None, ..self }
     }
 
+    /// The same map with its bias, or without it.
+    pub fn biased(self, is: bool) -> Self {
+        Self { bias: self.bias.filter(|_| is), ..self }
+    }
+
     /// One of so many maps that add to one residual stream; see [`Param::summands`].
     pub fn one_of(mut self, summands: usize) -> Self {
         self.weight.summands = summands;
@@ -131,12 +136,19 @@ impl Linear {
     }
 }
 
-/// Layer normalisation over the last axis (Ba et al. 2016, arXiv:1607.06450), biased variance.
+/// Layer normalisation over the last axis (Ba et al. 2016, arXiv:1607.06450), biased variance; with a bias or without.
 #[derive(Clone, Debug)]
 pub struct Norm {
     pub weight: Param,
-    pub bias: Param,
+    pub bias: Option<Param>,
     pub eps: f64,
+}
+
+impl Norm {
+    /// The same with a bias, or without one.
+    pub fn biased(self, is: bool) -> Self {
+        Self { bias: self.bias.filter(|_| is), ..self }
+    }
 }
 
 impl At {
@@ -212,7 +224,7 @@ impl At {
     pub fn norm(&self, width: usize, eps: f64) -> Norm {
         Norm {
             weight: self.param("weight", &[width], Role::Scale),
-            bias: self.param("bias", &[width], Role::Bias),
+            bias: Some(self.param("bias", &[width], Role::Bias)),
             eps,
         }
     }
@@ -242,6 +254,8 @@ pub enum Sees {
     All,
     /// Every token of its own sequence up to itself.
     Causal,
+    /// The tokens of its own sequence that are at most so far away, on both sides.
+    Near { reach: usize },
 }
 
 /// How attention is to be computed: `softmax(q · kᵀ / √D) · v` (Vaswani et al. 2017, arXiv:1706.03762).
@@ -253,6 +267,77 @@ pub struct Attend {
     pub queries: Option<Pick>,
     /// The probability with which an attention weight is dropped in training.
     pub dropout: f32,
+}
+
+/// What attention's scores take from the distance between query and key.
+#[derive(Clone, Debug)]
+pub enum Distances<X> {
+    /// Nothing: places are in the embeddings.
+    Nothing,
+    /// A number a head, of the distance's row of a table, (R, H), is added to the scaled score.
+    Bias { table: Table, buckets: Buckets, longest: usize },
+    /// Queries and keys are turned by their positions (Su et al. 2021, arXiv:2104.09864): the channels of a head's first
+    /// half with those of its second, each pair at its own speed.
+    Rotary { theta: f64 },
+    /// The products of queries with rows of one table and of keys with rows of another, (R, H·D) each, the distance's
+    /// row; `(q · k + q · keys[row] + k · queries[row]) / √(D · summands)` (He et al. 2020, arXiv:2006.03654).
+    Products { keys: Option<X>, queries: Option<X>, buckets: Buckets, longest: usize },
+}
+
+/// Which row of a table a distance, query − key, has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Buckets {
+    /// T5's 32 (Raffel et al. 2019, arXiv:1910.10683), 16 for either side: distances below 8 have their own, those up to
+    /// 128 share the others by their logarithms.
+    T5,
+    /// DeBERTa's: row `span` is that of no distance, the row of a positive one is behind it. Distances up to half of the
+    /// span have their own, those up to `most` share the others by their logarithms. Without `most` each has its own, and
+    /// those that are too far share the last.
+    Signed { span: usize, most: Option<usize> },
+}
+
+impl Buckets {
+    /// The row of a distance. Logarithms are taken in f32, as `transformers` takes them.
+    pub fn row(self, distance: i64) -> u32 {
+        let far = distance.unsigned_abs();
+        match self {
+            Self::T5 => {
+                let side = if distance < 0 { 16 } else { 0 };
+                let log = |far: u64| ((far as f32 / 8.0).ln() / 16f32.ln() * 8.0) as u32;
+                side + if far < 8 { far as u32 } else { (8 + log(far)).min(15) }
+            }
+            Self::Signed { span, most } => {
+                let middle = span as u64 / 2;
+                let bucket = match most {
+                    Some(most) if far > middle => {
+                        let (middle, most) = (middle as f32, (most as f32 - 1.0) / middle as f32);
+                        let log = (far as f32 / middle).ln() / most.ln() * (middle - 1.0);
+                        (log.ceil() + middle) as i64 * distance.signum()
+                    }
+                    _ => distance,
+                };
+                (bucket + span as i64).clamp(0, 2 * span as i64 - 1) as u32
+            }
+        }
+    }
+
+    /// The rows of all distances inside sequences of so many tokens, from the largest negative one up.
+    pub fn by_distance(self, longest: usize) -> Vec<u32> {
+        let largest = longest as i64 - 1;
+        (-largest..=largest).map(|distance| self.row(distance)).collect()
+    }
+}
+
+/// The speeds at which [`Distances::Rotary`] turns a head's pairs of channels, (D / 2): radians a position.
+pub fn speeds(theta: f64, d: usize) -> Vec<f32> {
+    (0..d / 2).map(|pair| (1.0 / theta.powf(2.0 * pair as f64 / d as f64)) as f32).collect()
+}
+
+/// Sines and cosines of the angles at every position, (L, D / 2). Angles are products in f32, as `transformers` has them.
+pub fn turn_by(theta: f64, d: usize, longest: usize) -> Vec<(f32, f32)> {
+    let speeds = speeds(theta, d);
+    let angles = (0..longest).flat_map(|at| speeds.iter().map(move |speed| at as f32 * speed));
+    angles.map(|angle| f64::from(angle).sin_cos()).map(|(sin, cos)| (sin as f32, cos as f32)).collect()
 }
 
 /// An element-wise non-linearity.
@@ -289,6 +374,9 @@ pub trait Ops {
     /// Looks rows up in a table: (T) ids → (T, C).
     fn embed(&self, table: Table, ids: Ids) -> Result<Self::X>;
 
+    /// A table as it is, (R, C): rows that are no tokens', for [`Distances::Products`].
+    fn whole(&self, table: Table) -> Result<Self::X>;
+
     /// Applies a linear map to the last axis: (…, in) → (…, out).
     fn linear(&self, map: Linear, x: &Self::X) -> Result<Self::X>;
 
@@ -300,10 +388,26 @@ pub trait Ops {
 
     /// Multi-head attention inside every sequence: three times (T, H·D) → (T, H·D). Where one token of every sequence
     /// asks, q and the result are (B, H·D).
-    fn attention(&self, q: &Self::X, k: &Self::X, v: &Self::X, how: Attend) -> Result<Self::X>;
+    fn attention(&self, q: &Self::X, k: &Self::X, v: &Self::X, how: Attend) -> Result<Self::X> {
+        self.attention_by_distance(q, k, v, how, Distances::Nothing)
+    }
+
+    /// The same where the distance between tokens counts.
+    fn attention_by_distance(
+        &self,
+        q: &Self::X,
+        k: &Self::X,
+        v: &Self::X,
+        how: Attend,
+        distances: Distances<Self::X>,
+    ) -> Result<Self::X>;
 
     /// Applies a non-linearity to every element.
     fn activate(&self, x: &Self::X, how: Activation) -> Result<Self::X>;
+
+    /// Multiplies the second half of the last axis with a non-linearity of the first: (…, 2·C) → (…, C) (Shazeer 2020,
+    /// arXiv:2002.05202).
+    fn gated(&self, x: &Self::X, how: Activation) -> Result<Self::X>;
 
     /// The sum of two activations of one shape.
     fn add(&self, a: &Self::X, b: &Self::X) -> Result<Self::X>;
@@ -316,4 +420,103 @@ pub trait Ops {
 
     /// Names an intermediate result, so that runtimes can be compared there. Returns it unchanged.
     fn tap(&self, name: &str, x: Self::X) -> Result<Self::X>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `relative_position_bucket` of MPNet's encoder and `make_log_bucket_position` of DeBERTa's in transformers 4.57 say
+    /// so, at the powers of two too, where a logarithm is all but an integer.
+    #[test]
+    fn rows_of_distances_are_those_of_transformers() {
+        let rows = |buckets: Buckets, distances: &[i64]| -> Vec<u32> {
+            distances.iter().map(|&distance| buckets.row(distance)).collect()
+        };
+        T5_ROWS.iter().for_each(|&(distance, row)| assert_eq!(Buckets::T5.row(distance), row, "{distance}"));
+        let deberta = Buckets::Signed { span: 256, most: Some(512) };
+        SIGNED_ROWS.iter().for_each(|&(distance, row)| assert_eq!(deberta.row(distance), row, "{distance}"));
+        let plain = Buckets::Signed { span: 4, most: None };
+        assert_eq!(rows(plain, &[-9, -4, -1, 0, 1, 3, 4, 9]), [0, 0, 3, 4, 5, 7, 7, 7]);
+        assert_eq!(plain.by_distance(3), [2, 3, 4, 5, 6]);
+    }
+
+    const T5_ROWS: &[(i64, u32)] = &[
+        (-500, 31),
+        (-129, 31),
+        (-128, 31),
+        (-127, 31),
+        (-91, 31),
+        (-90, 30),
+        (-65, 30),
+        (-64, 30),
+        (-63, 29),
+        (-46, 29),
+        (-45, 28),
+        (-33, 28),
+        (-32, 28),
+        (-31, 27),
+        (-20, 26),
+        (-17, 26),
+        (-16, 26),
+        (-15, 25),
+        (-8, 24),
+        (-7, 23),
+        (0, 0),
+        (7, 7),
+        (8, 8),
+        (15, 9),
+        (16, 10),
+        (17, 10),
+        (20, 10),
+        (31, 11),
+        (32, 12),
+        (33, 12),
+        (45, 12),
+        (46, 13),
+        (63, 13),
+        (64, 14),
+        (65, 14),
+        (90, 14),
+        (91, 15),
+        (127, 15),
+        (128, 15),
+        (129, 15),
+        (500, 15),
+    ];
+    const SIGNED_ROWS: &[(i64, u32)] = &[
+        (-600, 0),
+        (-512, 0),
+        (-511, 1),
+        (-510, 1),
+        (-400, 23),
+        (-300, 49),
+        (-257, 64),
+        (-256, 64),
+        (-255, 64),
+        (-200, 87),
+        (-150, 113),
+        (-130, 126),
+        (-129, 127),
+        (-128, 128),
+        (-127, 129),
+        (-1, 255),
+        (0, 256),
+        (1, 257),
+        (127, 383),
+        (128, 384),
+        (129, 385),
+        (130, 386),
+        (150, 399),
+        (200, 425),
+        (255, 448),
+        (256, 448),
+        (257, 448),
+        (300, 463),
+        (400, 489),
+        (510, 511),
+        (511, 511),
+        (512, 511),
+        (600, 511),
+    ];
 }

@@ -6,6 +6,7 @@
 //! front of the product; all else is byte for byte that of `model.safetensors`. Shapes are written with 0 (copied from
 //! the input) where a batch or a length stands, so nothing is baked in.
 
+mod distances;
 mod in_place;
 
 use std::borrow::Cow;
@@ -16,7 +17,9 @@ use super::proto::tensor_proto::DataType;
 use super::proto::{ModelProto, OperatorSetIdProto};
 use super::{GraphKind, check, checked_opset, fuse};
 use crate::Result;
-use crate::model::ops::{Activation, Attend, Ids, Layout, Linear, Norm, Ops, Param, Pick, Role, Sees, Table};
+use crate::model::ops::{
+    Activation, Attend, Distances, Ids, Layout, Linear, Norm, Ops, Param, Pick, Role, Sees, Table,
+};
 use crate::task::{Dim, Form, Output};
 
 /// What a masked score becomes: the lowest f32. Finite, so a row without any key stays finite too.
@@ -302,7 +305,7 @@ impl Emit {
         at: &str,
         x: ValueId,
         scale: ValueId,
-        shift: ValueId,
+        shift: Option<ValueId>,
         eps: f32,
     ) -> ValueId {
         let mean = |x| self.node(at, "ReduceMean", &[x], vec![ints("axes", &[-1]), int("keepdims", 1)]);
@@ -312,7 +315,10 @@ impl Emit {
         let deviation = self.plain(at, "Sqrt", &[shifted]);
         let normal = self.plain(at, "Div", &[centred, deviation]);
         let scaled = self.plain(at, "Mul", &[normal, scale]);
-        self.plain(at, "Add", &[scaled, shift])
+        match shift {
+            Some(shift) => self.plain(at, "Add", &[scaled, shift]),
+            None => scaled,
+        }
     }
 }
 
@@ -341,6 +347,12 @@ impl Ops for Emit {
             Some(bits) => self.rows_of_blocks(&scope, &table, bits, ids)?,
         };
         Ok(X { value, scope, width, every: true })
+    }
+
+    fn whole(&self, table: Table) -> Result<X> {
+        let scope = module(&table.weight.name).to_owned();
+        let value = self.param(&table.weight)?;
+        Ok(X { value, scope, width: table.weight.shape[1], every: true })
     }
 
     fn linear(&self, map: Linear, x: &X) -> Result<X> {
@@ -376,25 +388,40 @@ impl Ops for Emit {
 
     fn layer_norm(&self, norm: Norm, x: &X) -> Result<X> {
         let scope = module(&norm.weight.name).to_owned();
-        let (scale, shift) = (self.param(&norm.weight)?, self.param(&norm.bias)?);
+        let scale = self.param(&norm.weight)?;
+        let shift = norm.bias.as_ref().map(|bias| self.param(bias)).transpose()?;
         let eps = norm.eps as f32;
         let value = if self.kind.opset >= 17 {
             let how = vec![int("axis", -1), float("epsilon", eps)];
-            self.node(&scope, "LayerNormalization", &[x.value, scale, shift], how)
+            let inputs: Vec<ValueId> = [x.value, scale].into_iter().chain(shift).collect();
+            self.node(&scope, "LayerNormalization", &inputs, how)
         } else {
             self.layer_norm_from_primitives(&scope, x.value, scale, shift, eps)
         };
         Ok(X { value, scope, ..*x })
     }
 
-    fn attention(&self, q: &X, k: &X, v: &X, how: Attend) -> Result<X> {
+    fn attention_by_distance(&self, q: &X, k: &X, v: &X, how: Attend, distances: Distances<X>) -> Result<X> {
         let at = common(&q.scope, &k.scope).to_owned();
+        if !matches!((&distances, how.sees), (Distances::Nothing, Sees::All | Sees::Causal)) {
+            self.check_distances(how.queries)?;
+        }
         if self.kind.form == Form::InPlace {
             let value = self.attention_in_place(&at, [q, k, v], how)?;
             return Ok(X { value, scope: at, width: v.width, every: true });
         }
-        let q_heads = self.split_heads(q, how.heads, &[0, 2, 1, 3]); // (B, H, T, D)
+        let d = q.width / how.heads;
+        let mut q_heads = self.split_heads(q, how.heads, &[0, 2, 1, 3]); // (B, H, T, D)
         let (k_heads, v_heads) = match (self.kind.form, how.sees) {
+            (Form::Whole, _) if let Distances::Rotary { theta } = distances => {
+                if !Self::first(how.queries) {
+                    q_heads = self.turned(&q.scope, q_heads, theta, d)?; // the first token's position is 0
+                }
+                let keys = self.split_heads(k, how.heads, &[0, 2, 1, 3]);
+                let keys = self.turned(&k.scope, keys, theta, d)?;
+                let values = self.split_heads(v, how.heads, &[0, 2, 1, 3]);
+                (self.transpose(&k.scope, keys, &[0, 1, 3, 2]), values)
+            }
             (Form::Whole | Form::InPlace, _) => (
                 self.split_heads(k, how.heads, &[0, 2, 3, 1]), // (B, H, D, T)
                 self.split_heads(v, how.heads, &[0, 2, 1, 3]), // (B, H, T, D)
@@ -405,16 +432,36 @@ impl Ops for Emit {
                 let values = self.appended(layer, "value", v, how.heads)?;
                 (self.transpose(&k.scope, keys, &[0, 1, 3, 2]), values)
             }
-            (Form::Cached, Sees::All) => {
+            (Form::Cached, Sees::All | Sees::Near { .. }) => {
                 anyhow::bail!("tokens that see those behind them can't go on from a past")
             }
         };
-        let scale = 1.0 / ((q.width / how.heads) as f64).sqrt();
-        let scores = self.plain(&at, "MatMul", &[q_heads, k_heads]); // (B, H, T, T)
-        let scores = self.plain(&at, "Mul", &[scores, self.f32(scale as f32)]);
+        let mut scores = self.plain(&at, "MatMul", &[q_heads, k_heads]); // (B, H, T, T)
+        let mut summands = 1;
+        if let Distances::Products { keys, queries, buckets, longest } = &distances {
+            let of = (*buckets, *longest);
+            let mut add = |terms| {
+                scores = self.plain(&at, "Add", &[scores, terms]);
+                summands += 1;
+            };
+            if let Some(table) = keys {
+                add(self.products_of_queries(&q.scope, q_heads, table, of, how.heads, how.queries));
+            }
+            if let Some(table) = queries {
+                let k_heads = self.split_heads(k, how.heads, &[0, 2, 1, 3]);
+                add(self.products_of_keys(&k.scope, k_heads, table, of, how.heads, how.queries));
+            }
+        }
+        let scale = 1.0 / ((d * summands) as f64).sqrt();
+        let mut scores = self.plain(&at, "Mul", &[scores, self.f32(scale as f32)]);
+        if let Distances::Bias { table, buckets, longest } = &distances {
+            let bias = self.bias(table, *buckets, *longest, how.queries)?;
+            scores = self.plain(&at, "Add", &[scores, bias]);
+        }
         let keep = match (how.sees, how.queries) {
             (Sees::All, _) | (Sees::Causal, Some(Pick::Last)) => self.keep(),
             (Sees::Causal, None | Some(Pick::Asked)) => self.keep_causal(),
+            (Sees::Near { reach }, queries) => self.keep_near(reach, queries),
             (Sees::Causal, Some(Pick::First)) => {
                 anyhow::bail!("a causal model's first token sees nothing but itself")
             }
@@ -446,6 +493,13 @@ impl Ops for Emit {
             Activation::Tanh => self.plain(at, "Tanh", &[x.value]),
         };
         Ok(X { value, ..x.clone() })
+    }
+
+    fn gated(&self, x: &X, how: Activation) -> Result<X> {
+        let parts = self.split(x, 2)?;
+        let first = self.activate(&parts[0], how)?;
+        let value = self.plain(&x.scope, "Mul", &[first.value, parts[1].value]);
+        Ok(X { value, ..first })
     }
 
     fn add(&self, a: &X, b: &X) -> Result<X> {

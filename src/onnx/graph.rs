@@ -63,7 +63,7 @@ pub(super) struct Graph {
     blocks: Vec<InBlocks>,
     constants: Vec<(TensorProto, ValueId)>,
     /// What is computed once for the whole graph, e.g. the mask.
-    shared: BTreeMap<&'static str, ValueId>,
+    shared: BTreeMap<String, ValueId>,
 }
 
 /// A weight that is stored as numbers, and its value.
@@ -245,6 +245,12 @@ impl Graph {
         self.constant(format!("i64/{}", listed(dims, values)), DataType::Int64, dims, bytes)
     }
 
+    /// A list of integers as a constant with a name of its own, where they are many.
+    pub fn named_i64s(&mut self, name: &str, values: &[i64]) -> ValueId {
+        let bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        self.constant(format!("i64/{name}"), DataType::Int64, &[values.len() as i64], bytes)
+    }
+
     /// A number as a constant without dimensions.
     pub fn f32(&mut self, value: f32) -> ValueId {
         self.constant(format!("f32/{value:?}"), DataType::Float, &[], value.to_le_bytes().to_vec())
@@ -271,12 +277,12 @@ impl Graph {
     }
 
     /// A value that is made once and used wherever it is asked for.
-    pub fn shared(&mut self, key: &'static str, make: impl FnOnce(&mut Self) -> ValueId) -> ValueId {
+    pub fn shared(&mut self, key: &str, make: impl FnOnce(&mut Self) -> ValueId) -> ValueId {
         if let Some(&value) = self.shared.get(key) {
             return value;
         }
         let value = make(self);
-        self.shared.insert(key, value);
+        self.shared.insert(key.to_owned(), value);
         value
     }
 

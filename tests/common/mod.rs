@@ -7,28 +7,52 @@ use tk::checkpoint::Weights;
 use tk::model::ops::Param;
 
 /// The reference checkpoints that give a row of scores a sequence.
-pub const CLASSIFIERS: [&str; 7] = [
+pub const CLASSIFIERS: [&str; 11] = [
     "tiny-bert-single",
     "tiny-bert-multi",
     "tiny-bert-regression",
     "tiny-distilbert-single",
     "tiny-roberta-single",
     "tiny-xlm-roberta-single",
+    "tiny-electra-single",
+    "tiny-mpnet-single",
+    "tiny-modernbert-single",
+    "tiny-deberta-v2-single",
     "tiny-gpt2-single",
 ];
 /// Those that give a row a token, of five labels.
-pub const TAGGERS: [&str; 5] = [
+pub const TAGGERS: [&str; 9] = [
     "tiny-bert-tokens",
     "tiny-distilbert-tokens",
     "tiny-roberta-tokens",
     "tiny-xlm-roberta-tokens",
+    "tiny-electra-tokens",
+    "tiny-mpnet-tokens",
+    "tiny-modernbert-tokens",
+    "tiny-deberta-v2-tokens",
     "tiny-gpt2-tokens",
 ];
 /// Those that give two numbers a token: where an answer begins, and where it ends.
-pub const ANSWERERS: [&str; 4] =
-    ["tiny-bert-answers", "tiny-distilbert-answers", "tiny-roberta-answers", "tiny-gpt2-answers"];
+pub const ANSWERERS: [&str; 8] = [
+    "tiny-bert-answers",
+    "tiny-distilbert-answers",
+    "tiny-roberta-answers",
+    "tiny-electra-answers",
+    "tiny-mpnet-answers",
+    "tiny-modernbert-answers",
+    "tiny-deberta-v2-answers",
+    "tiny-gpt2-answers",
+];
 /// Those that find masked words.
-pub const MASKERS: [&str; 3] = ["tiny-bert-masked", "tiny-distilbert-masked", "tiny-roberta-masked"];
+pub const MASKERS: [&str; 7] = [
+    "tiny-bert-masked",
+    "tiny-distilbert-masked",
+    "tiny-roberta-masked",
+    "tiny-electra-masked",
+    "tiny-mpnet-masked",
+    "tiny-modernbert-masked",
+    "tiny-deberta-v2-masked",
+];
 /// The one that tells whether a text follows another.
 pub const FOLLOWER: &str = "tiny-bert-pairs";
 /// The one that does both.

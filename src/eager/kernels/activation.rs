@@ -45,6 +45,72 @@ pub fn activate(tape: &Tape, x: &Arc<TapeValue>, how: Activation) -> Arc<TapeVal
     })
 }
 
+/// The second half of x's channels times `how` of the first, (R, 2·C) → (R, C), in candle's operations.
+pub fn gated_composite(x: &Tensor, how: Activation) -> Result<Tensor> {
+    let halves = [0, 1].map(|half| super::split::composite(x, half, 2));
+    let [first, second] = halves;
+    (wide(&composite(&first?, how)?)? * wide(&second?)?)?.to_dtype(x.dtype())
+}
+
+/// The same, fused.
+pub fn gated(tape: &Tape, x: &Arc<TapeValue>, how: Activation) -> Result<Arc<TapeValue>> {
+    if !x.width.is_multiple_of(2) {
+        candle_core::bail!("{} channels have no two halves", x.width);
+    }
+    let width = x.width / 2;
+    let mut y = Buffer::any(x.numbers.len() / 2);
+    let rows = CHUNK.div_ceil(x.width);
+    y.par_chunks_mut(rows * width)
+        .zip(x.numbers.par_chunks(rows * x.width))
+        .for_each(|(y, x)| gate(how, y, x, width));
+    let x = x.clone();
+    Ok(tape.push(y, width, move |dy, flow| {
+        let mut dx = Buffer::any(x.numbers.len());
+        gate_backward(how, &mut dx, &dy, &x.numbers, width);
+        flow.give(&x, dx);
+        Ok(())
+    }))
+}
+
+/// Rows of x, (m, 2·C), → their gated halves, (m, C), in this thread.
+pub(super) fn gate(how: Activation, y: &mut [f32], x: &[f32], width: usize) {
+    for (y, x) in y.chunks_exact_mut(width).zip(x.chunks_exact(2 * width)) {
+        let (first, second) = x.split_at(width);
+        forward(how, y, first);
+        multiply(y, second);
+    }
+}
+
+/// The gradient of rows of x, (m, 2·C), from that of their gated halves, (m, C), in this thread.
+pub(super) fn gate_backward_here(how: Activation, dx: &mut [f32], dy: &[f32], x: &[f32], width: usize) {
+    let rows = dx.chunks_exact_mut(2 * width).zip(dy.chunks_exact(width));
+    for ((dx, dy), x) in rows.zip(x.chunks_exact(2 * width)) {
+        let ((dfirst, dsecond), (first, second)) = (dx.split_at_mut(width), x.split_at(width));
+        dfirst.copy_from_slice(dy);
+        multiply(dfirst, second);
+        backward_here(how, dfirst, first);
+        forward(how, dsecond, first);
+        multiply(dsecond, dy);
+    }
+}
+
+/// The same on all threads.
+pub(super) fn gate_backward(how: Activation, dx: &mut [f32], dy: &[f32], x: &[f32], width: usize) {
+    let rows = CHUNK.div_ceil(2 * width);
+    dx.par_chunks_mut(rows * 2 * width)
+        .zip(dy.par_chunks(rows * width))
+        .zip(x.par_chunks(rows * 2 * width))
+        .for_each(|((dx, dy), x)| gate_backward_here(how, dx, dy, x, width));
+}
+
+simd::vectorised! {
+    pub(super) fn multiply(to: &mut [f32], by: &[f32]) {
+        for (to, by) in to.iter_mut().zip(by) {
+            *to *= by;
+        }
+    }
+}
+
 /// `y = how(x)`, in this thread.
 pub(super) fn forward(how: Activation, y: &mut [f32], x: &[f32]) {
     match how {

@@ -2,13 +2,19 @@
 //!
 //! Nothing of the size of a sequence squared outlives a block: the forward pass keeps the logarithm of each
 //! row's softmax denominator, and the backward pass computes the weights again from it (Dao et al. 2022,
-//! arXiv:2205.14135). Causal attention computes no key behind a block's last query.
+//! arXiv:2205.14135). Causal attention computes no key behind a block's last query, and attention in a window none
+//! outside of it.
+
+mod relative;
 
 use std::ops::Range;
 use std::sync::Arc;
 
-use candle_core::{D, Device, Result, Tensor};
+use candle_core::{D, Result, Tensor};
 use rayon::prelude::*;
+
+pub use relative::{ByDistance, Relative};
+use relative::{Scratch, Terms, Turns};
 
 use super::buffer::Buffer;
 use super::dropout::{Mask, Row};
@@ -16,11 +22,17 @@ use super::gemm::{Matrix, MatrixMut, Shared, Write, product, row_blocks};
 use super::linear::{Input, LinearMap};
 use super::{simd, wide};
 use crate::data::batch::Spans;
-use crate::eager::tape::{Tape, TapeValue};
+use crate::eager::tape::{Flow, Tape, TapeValue};
 use crate::model::ops::Sees;
 
 /// Queries of one block.
 const BLOCK: usize = 64;
+
+/// The same where each block has products of all its keys with a table.
+const LARGE_BLOCK: usize = 256;
+
+/// What scores take from distances, on the tape.
+type OnTape = Relative<Arc<TapeValue>>;
 
 /// q, k, v (T, H·D) → (T, H·D), fused; q and the result are (B, H·D) where one token of every sequence asks.
 pub fn attention(
@@ -29,32 +41,104 @@ pub fn attention(
     k: &Arc<TapeValue>,
     v: &Arc<TapeValue>,
     how: &Attention,
+    relative: &OnTape,
 ) -> Result<Arc<TapeValue>> {
     let width = q.width;
-    how.check([q, k, v].map(|x| (x.rows(), x.width)))?;
+    how.check([q, k, v].map(|x| (x.rows(), x.width)), relative)?;
+    let turns = how.turns(relative, width)?;
+    let turned = how.turned([&q.numbers, &k.numbers], width, turns.as_ref());
     let mut log_sums = Buffer::any(q.rows() * how.heads);
-    let y = how.forward([q, k, v].map(|x| Columns::all(&x.numbers, width)), width, &mut log_sums);
-    let (how, inputs) = (how.clone(), [q, k, v].map(Arc::clone));
+    let columns = match &turned {
+        Some([q, k]) => [q, k, &v.numbers].map(|x| Columns::all(x, width)),
+        None => [q, k, v].map(|x| Columns::all(&x.numbers, width)),
+    };
+    let y = how.forward(columns, width, &mut log_sums, relative)?;
+    let kept = turned.filter(|_| tape.keeps());
+    let (how, inputs, relative) = (how.clone(), [q, k, v].map(Arc::clone), relative.clone());
     Ok(tape.push_with_result(y, width, move |y, dy, flow| {
-        let gradients = how.backward_of_all(inputs.each_ref().map(|x| &x.numbers[..]), &y, &log_sums, &dy);
+        let [q, k, v] = inputs.each_ref().map(|x| &x.numbers[..]);
+        let turned = kept.or_else(|| how.turned([q, k], width, turns.as_ref()));
+        let numbers = match &turned {
+            Some([q, k]) => [&q[..], k, v],
+            None => [q, k, v],
+        };
+        let mut gradients = how.backward_of_all(numbers, &y, &log_sums, &dy, &relative, flow)?;
+        if let Some(turns) = &turns {
+            for (dx, at) in gradients.iter_mut().zip(how.positions()) {
+                turns.turn(dx, width, 0..width, &at, true);
+            }
+        }
         inputs.iter().zip(gradients).for_each(|(x, gradient)| flow.give(x, gradient));
         Ok(())
     }))
 }
 
 /// The same where q, k and v are the three parts of one value, (T, 3·H·D), as one linear map gives them.
-pub fn attention_of_parts(tape: &Tape, x: &Arc<TapeValue>, how: &Attention) -> Result<Arc<TapeValue>> {
+pub fn attention_of_parts(
+    tape: &Tape,
+    x: &Arc<TapeValue>,
+    how: &Attention,
+    relative: &OnTape,
+) -> Result<Arc<TapeValue>> {
     let width = x.width / 3;
-    how.check([(x.rows(), width); 3])?;
+    how.check([(x.rows(), width); 3], relative)?;
+    let turns = how.turns(relative, width)?;
+    let turn = move |how: &Attention, x: &mut [f32], back| {
+        if let Some(turns) = &turns {
+            turns.turn(x, 3 * width, 0..2 * width, &how.positions()[1], back);
+        }
+    };
+    let copy = matches!(relative, Relative::Rotary { .. }).then(|| {
+        let mut copy = Buffer::of(&x.numbers);
+        turn(how, &mut copy, false);
+        copy
+    });
     let mut log_sums = Buffer::any(x.rows() * how.heads);
-    let y = how.forward(Columns::parts(&x.numbers, width), width, &mut log_sums);
-    let (how, x) = (how.clone(), x.clone());
+    let columns = Columns::parts(copy.as_deref().unwrap_or(&x.numbers), width);
+    let y = how.forward(columns, width, &mut log_sums, relative)?;
+    let (how, x, relative) = (how.clone(), x.clone(), relative.clone());
     Ok(tape.push_with_result(y, width, move |y, dy, flow| {
         let mut dx = Buffer::any(x.numbers.len());
-        let start = Shared::new(&mut dx);
-        let gradients = [0, 1, 2].map(|i| ColumnsMut { x: start, at: i * width, stride: 3 * width });
-        how.backward(Columns::parts(&x.numbers, width), &y, &log_sums, &dy, gradients);
+        let places = ColumnsMut::parts(&mut dx, width);
+        let columns = Columns::parts(copy.as_deref().unwrap_or(&x.numbers), width);
+        how.backward(columns, &y, &log_sums, &dy, places, &relative, flow)?;
+        turn(&how, &mut dx, true);
         flow.give(&x, dx);
+        Ok(())
+    }))
+}
+
+/// The same over one linear map of x, (T, C) → (T, 3·H·D).
+pub fn self_attention_of_parts(
+    tape: &Tape,
+    x: &Arc<TapeValue>,
+    map: &LinearMap,
+    how: &Attention,
+    relative: &OnTape,
+) -> Result<Arc<TapeValue>> {
+    let (rows, width) = (x.rows(), map.output / 3);
+    map.check(x.width)?;
+    how.check([(rows, width); 3], relative)?;
+    let turns = how.turns(relative, width)?;
+    let mapped = how.mapped_parts(&x.numbers, map, turns.as_ref())?;
+    let mut log_sums = Buffer::any(rows * how.heads);
+    let y = how.forward(Columns::parts(&mapped, width), width, &mut log_sums, relative)?;
+    let kept = tape.keeps().then_some(mapped);
+    let (how, x, map, relative) = (how.clone(), x.clone(), map.clone(), relative.clone());
+    Ok(tape.push_with_result(y, width, move |y, dy, flow| {
+        let mapped = match kept {
+            Some(mapped) => mapped,
+            None => how.mapped_parts(&x.numbers, &map, turns.as_ref())?,
+        };
+        let mut dmapped = Buffer::any(mapped.len());
+        let places = ColumnsMut::parts(&mut dmapped, width);
+        how.backward(Columns::parts(&mapped, width), &y, &log_sums, &dy, places, &relative, flow)?;
+        drop(mapped);
+        if let Some(turns) = &turns {
+            turns.turn(&mut dmapped, 3 * width, 0..2 * width, &how.positions()[1], true);
+        }
+        flow.add(&x, |dx, write| map.backward_input(dx, write, &dmapped))?;
+        map.backward_weights(&Input::new(&x.numbers), &dmapped);
         Ok(())
     }))
 }
@@ -65,22 +149,30 @@ pub fn self_attention(
     x: &Arc<TapeValue>,
     maps: [&LinearMap; 3],
     how: &Attention,
+    relative: &OnTape,
 ) -> Result<Arc<TapeValue>> {
     let (rows, width) = (x.rows(), maps[0].output);
     maps.iter().try_for_each(|map| map.check(x.width))?;
-    how.check(maps.map(|map| (rows, map.output)))?;
-    let mapped = map_all(&x.numbers, maps)?;
+    how.check(maps.map(|map| (rows, map.output)), relative)?;
+    let turns = how.turns(relative, width)?;
+    let mapped = how.mapped(&x.numbers, maps, turns.as_ref())?;
     let mut log_sums = Buffer::any(rows * how.heads);
-    let y = how.forward(mapped.each_ref().map(|x| Columns::all(x, width)), width, &mut log_sums);
+    let y = how.forward(mapped.each_ref().map(|x| Columns::all(x, width)), width, &mut log_sums, relative)?;
     let kept = tape.keeps().then_some(mapped);
-    let (how, x, maps) = (how.clone(), x.clone(), maps.map(LinearMap::clone));
+    let (how, x, maps, relative) = (how.clone(), x.clone(), maps.map(LinearMap::clone), relative.clone());
     Ok(tape.push_with_result(y, width, move |y, dy, flow| {
         let mapped = match kept {
             Some(mapped) => mapped,
-            None => map_all(&x.numbers, maps.each_ref())?,
+            None => how.mapped(&x.numbers, maps.each_ref(), turns.as_ref())?,
         };
-        let gradients = how.backward_of_all(mapped.each_ref().map(|x| &x[..]), &y, &log_sums, &dy);
+        let numbers = mapped.each_ref().map(|x| &x[..]);
+        let mut gradients = how.backward_of_all(numbers, &y, &log_sums, &dy, &relative, flow)?;
         drop(mapped);
+        if let Some(turns) = &turns {
+            for (dx, at) in gradients.iter_mut().zip(how.positions()) {
+                turns.turn(dx, width, 0..width, &at, true);
+            }
+        }
         let input = Input::new(&x.numbers);
         for (map, dy) in maps.iter().zip(&gradients) {
             flow.add(&x, |dx, write| map.backward_input(dx, write, dy))?;
@@ -107,27 +199,43 @@ fn map_all(x: &[f32], maps: [&LinearMap; 3]) -> Result<[Buffer; 3]> {
     Ok(mapped)
 }
 
-/// q, k, v (T, H·D) → (T, H·D): inside every span, every token sees every token or those up to itself; in candle's
-/// operations.
-pub fn composite(q: &Tensor, k: &Tensor, v: &Tensor, how: &Attention) -> Result<Tensor> {
+/// q, k, v (T, H·D) → (T, H·D): inside every span, every token sees every token, those up to itself, or those near it;
+/// in candle's operations.
+pub fn composite(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    how: &Attention,
+    relative: &Relative<Tensor>,
+) -> Result<Tensor> {
     let heads = how.heads;
     let (_, width) = q.dims2()?;
-    how.check([q.dims2()?, k.dims2()?, v.dims2()?])?;
+    how.check([q.dims2()?, k.dims2()?, v.dims2()?], relative)?;
     let d = width / heads;
+    let scale = f64::from(relative.scale(d));
     let mut outputs = Vec::with_capacity(how.spans.len());
-    for Asked { span, queries, .. } in how.asked().filter(|asked| !asked.queries.is_empty()) {
+    for Asked { span, queries, position } in how.asked().filter(|asked| !asked.queries.is_empty()) {
         let (m, n) = (queries.len(), span.len());
         let part = |x: &Tensor, rows: &Range<usize>| {
             let n = rows.len();
             x.narrow(0, rows.start, n)?.reshape((n, heads, d))?.transpose(0, 1)?.contiguous()
         };
-        let (q, k, v) = (part(q, &queries)?, part(k, &span)?, part(v, &span)?); // (H, T, D)
-        let mut scores = (wide(&q.matmul(&k.transpose(1, 2)?)?)? / (d as f64).sqrt())?;
-        if how.sees == Sees::Causal && matches!(how.queries, Queries::All) {
+        let (mut q, mut k, v) = (part(q, &queries)?, part(k, &span)?, part(v, &span)?); // (H, T, D)
+        if let Relative::Rotary { theta } = relative {
+            (q, k) = (relative::turned(&q, *theta, position)?, relative::turned(&k, *theta, 0)?);
+        }
+        let mut scores = (wide(&q.matmul(&k.transpose(1, 2)?)?)? * scale)?;
+        if let Some(terms) = relative::composite(relative, &q, &k, position)? {
+            scores = (scores + wide(&terms)?)?;
+        }
+        if how.sees != Sees::All {
             // a row has its own key at least, so its largest score is finite
             let never = Tensor::full(f32::NEG_INFINITY, scores.shape(), scores.device())?;
-            let visible = up_to_itself(n, scores.device())?.broadcast_as(scores.shape())?;
-            scores = visible.where_cond(&scores, &never)?;
+            let seen = |i: usize| how.seen_from(position + i, n);
+            let visible =
+                (0..m).flat_map(|i| (0..n).map(move |key| u8::from(seen(i).contains(&key)))).collect();
+            let visible = Tensor::from_vec::<_, u8>(visible, (m, n), scores.device())?;
+            scores = visible.broadcast_as(scores.shape())?.where_cond(&scores, &never)?;
         }
         let mut weights = candle_nn::ops::softmax(&scores, D::Minus1)?;
         if let Some(mask) = how.mask {
@@ -144,12 +252,6 @@ pub fn composite(q: &Tensor, k: &Tensor, v: &Tensor, how: &Attention) -> Result<
         outputs.push(weights.to_dtype(v.dtype())?.matmul(&v)?.transpose(0, 1)?.reshape((m, width))?);
     }
     Tensor::cat(&outputs, 0)
-}
-
-/// (T, T), 1 where the key is not behind the query.
-fn up_to_itself(n: usize, device: &Device) -> Result<Tensor> {
-    let visible: Vec<u8> = (0..n).flat_map(|query| (0..n).map(move |key| u8::from(key <= query))).collect();
-    Tensor::from_vec(visible, (n, n), device)
 }
 
 /// Which tokens see each other, by how many heads, and which weights are dropped: row `t · H + head` of the mask,
@@ -188,12 +290,17 @@ struct Asked {
 /// One block of queries of one head of one sequence.
 struct QueryBlock {
     head: usize,
+    sequence: usize,
     /// The sequence's tokens that any of the block's sees: the keys.
     keys: Range<usize>,
+    /// The first of them's place in the sequence.
+    first_key: usize,
     /// The block's rows of the queries.
     queries: Range<usize>,
-    /// How many keys the first of them sees; causal, the next one sees one more.
-    seen: usize,
+    /// The first of them's place in the sequence.
+    position: usize,
+    /// The tokens of the sequence.
+    length: usize,
 }
 
 /// Queries, keys or values: columns of a row-major matrix, from `at` on.
@@ -232,6 +339,22 @@ struct ColumnsMut {
 }
 
 impl ColumnsMut {
+    fn parts(x: &mut [f32], width: usize) -> [Self; 3] {
+        let x = Shared::new(x);
+        [0, 1, 2].map(|i| Self { x, at: i * width, stride: 3 * width })
+    }
+
+    /// Fills a head's (rows, D) with zeros.
+    ///
+    /// # Safety
+    /// As [`ColumnsMut::head`].
+    unsafe fn fill(&self, rows: &Range<usize>, head: usize, d: usize) {
+        for row in rows.clone() {
+            // SAFETY: the caller's promise.
+            unsafe { self.x.slice(row * self.stride + self.at + head * d, d) }.fill(0.0);
+        }
+    }
+
     /// A head's (rows, D).
     ///
     /// # Safety
@@ -248,12 +371,69 @@ impl Attention {
         self.mask.map(|mask| mask.row((query * self.heads + head) as u64))
     }
 
-    /// How many keys the `i`-th query of a block sees.
-    fn seen(&self, block: &QueryBlock, i: usize) -> usize {
+    /// The places of a sequence of n tokens that the token at a place sees.
+    fn seen_from(&self, position: usize, n: usize) -> Range<usize> {
         match self.sees {
-            Sees::All => block.seen,
-            Sees::Causal => block.seen + i,
+            Sees::All => 0..n,
+            Sees::Causal => 0..position + 1,
+            Sees::Near { reach } => position.saturating_sub(reach)..n.min(position.saturating_add(reach + 1)),
         }
+    }
+
+    /// Which of a block's keys its `i`-th query sees.
+    fn seen(&self, block: &QueryBlock, i: usize) -> Range<usize> {
+        let seen = self.seen_from(block.position + i, block.length);
+        seen.start - block.first_key..seen.end - block.first_key
+    }
+
+    /// The places in their sequences of the rows of queries, of keys.
+    fn positions(&self) -> [Vec<u32>; 2] {
+        let queries = self.asked().flat_map(|asked| {
+            let first = asked.position as u32;
+            first..first + asked.queries.len() as u32
+        });
+        [queries.collect(), self.spans.iter().flat_map(|span| 0..span.len() as u32).collect()]
+    }
+
+    /// How queries and keys are turned, where they are.
+    fn turns(&self, relative: &OnTape, width: usize) -> Result<Option<Turns>> {
+        let longest = self.spans.iter().map(|span| span.len()).max().unwrap_or(0);
+        match relative {
+            Relative::Rotary { theta } => Ok(Some(Turns::new(*theta, width / self.heads, longest)?)),
+            _ => Ok(None),
+        }
+    }
+
+    /// Turned copies of queries and keys, where they are turned.
+    fn turned(&self, x: [&[f32]; 2], width: usize, turns: Option<&Turns>) -> Option<[Buffer; 2]> {
+        let turns = turns?;
+        let mut copies = x.map(Buffer::of);
+        for (x, at) in copies.iter_mut().zip(self.positions()) {
+            turns.turn(x, width, 0..width, &at, false);
+        }
+        Some(copies)
+    }
+
+    /// x through three maps, turned.
+    fn mapped(&self, x: &[f32], maps: [&LinearMap; 3], turns: Option<&Turns>) -> Result<[Buffer; 3]> {
+        let width = maps[0].output;
+        let mut mapped = map_all(x, maps)?;
+        if let Some(turns) = turns {
+            for (x, at) in mapped.iter_mut().zip(self.positions()) {
+                turns.turn(x, width, 0..width, &at, false);
+            }
+        }
+        Ok(mapped)
+    }
+
+    /// x through one map to queries, keys and values, turned.
+    fn mapped_parts(&self, x: &[f32], map: &LinearMap, turns: Option<&Turns>) -> Result<Buffer> {
+        let mut mapped = Buffer::any(x.len() / map.input * map.output);
+        map.forward(x, &mut mapped)?;
+        if let Some(turns) = turns {
+            turns.turn(&mut mapped, map.output, 0..map.output / 3 * 2, &self.positions()[1], false);
+        }
+        Ok(mapped)
     }
 
     fn asked(&self) -> impl Iterator<Item = Asked> + '_ {
@@ -265,24 +445,24 @@ impl Attention {
         })
     }
 
-    fn blocks(&self) -> Vec<QueryBlock> {
+    fn blocks(&self, size: usize) -> Vec<QueryBlock> {
         let mut blocks = Vec::new();
-        for Asked { span, queries, position } in self.asked() {
+        for (sequence, Asked { span, queries, position }) in self.asked().enumerate() {
+            let length = span.len();
             for head in 0..self.heads {
-                for start in queries.clone().step_by(BLOCK) {
-                    let part = start..(start + BLOCK).min(queries.end);
-                    let (seen, most) = match self.sees {
-                        Sees::All => (span.len(), span.len()),
-                        Sees::Causal => {
-                            let before = position + start - queries.start;
-                            (before + 1, before + part.len())
-                        }
-                    };
+                for start in queries.clone().step_by(size) {
+                    let position = position + start - queries.start;
+                    let queries = start..(start + size).min(queries.end);
+                    let seen = self.seen_from(position, length).start
+                        ..self.seen_from(position + queries.len() - 1, length).end;
                     blocks.push(QueryBlock {
                         head,
-                        keys: span.start..span.start + most,
-                        queries: part,
-                        seen,
+                        sequence,
+                        keys: span.start + seen.start..span.start + seen.end,
+                        first_key: seen.start,
+                        queries,
+                        position,
+                        length,
                     });
                 }
             }
@@ -292,7 +472,7 @@ impl Attention {
 }
 
 impl Attention {
-    fn check(&self, shapes: [(usize, usize); 3]) -> Result<()> {
+    fn check<T>(&self, shapes: [(usize, usize); 3], relative: &Relative<T>) -> Result<()> {
         let (tokens, width) = (self.spans.tokens(), shapes[0].1);
         let asking = match &self.queries {
             Queries::All => tokens,
@@ -316,6 +496,9 @@ impl Attention {
             Queries::First | Queries::Asked(_) if self.sees == Sees::Causal => {
                 candle_core::bail!("of a causal model's tokens all ask, or the last one")
             }
+            Queries::Asked(_) if self.sees != Sees::All || !matches!(relative, Relative::Nothing) => {
+                candle_core::bail!("where distances count, all tokens ask, the first ones, or the last ones")
+            }
             Queries::Asked(rows) if rows.len() != self.spans.len() => {
                 candle_core::bail!("{} sequences ask, of {}", rows.len(), self.spans.len())
             }
@@ -324,34 +507,45 @@ impl Attention {
     }
 
     /// `log_sums` (H, queries) receives the logarithm of each row's softmax denominator.
-    fn forward(&self, [q, k, v]: [Columns; 3], width: usize, log_sums: &mut [f32]) -> Buffer {
+    fn forward(
+        &self,
+        [q, k, v]: [Columns; 3],
+        width: usize,
+        log_sums: &mut [f32],
+        relative: &OnTape,
+    ) -> Result<Buffer> {
         let (asking, d) = (q.rows(), width / self.heads);
-        let scale = 1.0 / (d as f32).sqrt();
+        let scale = relative.scale(d);
+        let terms = Terms::new(relative, self, width)?;
         let mut y = Buffer::any(asking * width);
         let y_columns = ColumnsMut { x: Shared::new(&mut y), at: 0, stride: width };
         let sums_start = Shared::new(log_sums);
-        self.blocks().par_iter().for_each_init(Vec::new, |weights, block| {
-            let QueryBlock { head, keys, queries, .. } = block;
-            let (m, n) = (queries.len(), keys.len());
-            weights.resize(m * n, 0.0);
-            let scores = MatrixMut::new(weights, m, n, n);
-            let (q, k) = (q.head(queries, *head, d), k.head(keys, *head, d));
-            product(scores, Write::Replace, scale, q, k.transposed());
-            // SAFETY: a block's queries and head are its own, in the sums and in y.
-            let sums = unsafe { sums_start.slice(head * asking + queries.start, m) };
-            for (i, (row, sum)) in weights.chunks_exact_mut(n).zip(sums).enumerate() {
-                let (row, behind) = row.split_at_mut(self.seen(block, i));
-                behind.fill(0.0);
-                *sum = softmax(row);
-                if let Some(mask) = self.mask_row(queries.start + i, *head) {
-                    multiply(row, mask);
+        self.blocks(block_size(&terms)).par_iter().for_each_init(
+            <(Vec<f32>, Scratch)>::default,
+            |space, block| {
+                let (weights, scratch) = space;
+                let QueryBlock { head, keys, queries, .. } = block;
+                let (m, n) = (queries.len(), keys.len());
+                weights.resize(m * n, 0.0);
+                let scores = MatrixMut::new(weights, m, n, n);
+                let (q, k) = (q.head(queries, *head, d), k.head(keys, *head, d));
+                product(scores, Write::Replace, scale, q, k.transposed());
+                terms.add(weights, block, (q, k), scale, scratch);
+                // SAFETY: a block's queries and head are its own, in the sums and in y.
+                let sums = unsafe { sums_start.slice(head * asking + queries.start, m) };
+                for (i, (row, sum)) in weights.chunks_exact_mut(n).zip(sums).enumerate() {
+                    let (row, first) = only(row, self.seen(block, i));
+                    *sum = softmax(row);
+                    if let Some(mask) = self.mask_row(queries.start + i, *head) {
+                        multiply(row, mask, block.first_key + first);
+                    }
                 }
-            }
-            // SAFETY: as above.
-            let y = unsafe { y_columns.head(queries, *head, d) };
-            product(y, Write::Replace, 1.0, Matrix::new(weights, m, n, n), v.head(keys, *head, d));
-        });
-        y
+                // SAFETY: as above.
+                let y = unsafe { y_columns.head(queries, *head, d) };
+                product(y, Write::Replace, 1.0, Matrix::new(weights, m, n, n), v.head(keys, *head, d));
+            },
+        );
+        Ok(y)
     }
 
     /// dq, dk and dv of queries, keys and values of their own.
@@ -361,34 +555,26 @@ impl Attention {
         y: &TapeValue,
         log_sums: &[f32],
         dy: &[f32],
-    ) -> [Buffer; 3] {
+        relative: &OnTape,
+        flow: &mut Flow,
+    ) -> Result<[Buffer; 3]> {
         let mut gradients = inputs.map(|x| Buffer::any(x.len()));
         let places = gradients.each_mut().map(|gradient| {
             let x = Shared::new(gradient);
             ColumnsMut { x, at: 0, stride: y.width }
         });
-        self.backward(inputs.map(|x| Columns::all(x, y.width)), y, log_sums, dy, places);
-        gradients
+        let inputs = inputs.map(|x| Columns::all(x, y.width));
+        self.backward(inputs, y, log_sums, dy, places, relative, flow)?;
+        Ok(gradients)
     }
 
-    /// Writes dq, dk and dv, whose places outlive the call and are nobody else's.
-    fn backward(
-        &self,
-        [qs, ks, vs]: [Columns; 3],
-        y: &TapeValue,
-        log_sums: &[f32],
-        dy: &[f32],
-        [dqs, dks, dvs]: [ColumnsMut; 3],
-    ) {
-        let (asking, width) = (qs.rows(), y.width);
-        let d = width / self.heads;
-        let scale = 1.0 / (d as f32).sqrt();
-        let (ys, dys) = (Columns::all(&y.numbers, width), Columns::all(dy, width));
-        // a sequence's head is one task: its blocks add to the same dK and dV, in order
+    /// The blocks of the backward pass: those of a sequence's head, which add to the same dK and dV in order, together;
+    /// and those tasks together that add to the same gradients of tables. Each with its group of tables.
+    fn units(&self, terms: &Terms) -> Vec<(usize, Vec<Vec<QueryBlock>>)> {
         let mut tasks: Vec<Vec<QueryBlock>> = Vec::new();
-        for block in self.blocks() {
+        for block in self.blocks(block_size(terms)) {
             match tasks.last_mut() {
-                Some(task) if task[0].head == block.head && task[0].keys.start == block.keys.start => {
+                Some(task) if (task[0].head, task[0].sequence) == (block.head, block.sequence) => {
                     task.push(block);
                 }
                 _ => tasks.push(vec![block]),
@@ -398,29 +584,81 @@ impl Attention {
             // the last block has every key: it writes all of dK and dV, and the others add to the front
             tasks.iter_mut().for_each(|task| task.reverse());
         }
-        tasks.par_iter().for_each_init(<(Vec<f32>, Vec<f32>)>::default, |(weights, dweights), task| {
+        let mut units: Vec<(usize, Vec<Vec<QueryBlock>>)> = Vec::new();
+        let mut places = std::collections::HashMap::new();
+        for task in tasks {
+            match terms.group(task[0].sequence, self.spans.len()) {
+                None => units.push((0, vec![task])),
+                Some(group) => {
+                    let place = *places.entry((group, task[0].head)).or_insert_with(|| {
+                        units.push((group, Vec::new()));
+                        units.len() - 1
+                    });
+                    units[place].1.push(task);
+                }
+            }
+        }
+        units
+    }
+
+    /// Writes dq, dk and dv, whose places outlive the call and are nobody else's; gradients of tables flow on.
+    #[allow(clippy::too_many_arguments)]
+    fn backward(
+        &self,
+        [qs, ks, vs]: [Columns; 3],
+        y: &TapeValue,
+        log_sums: &[f32],
+        dy: &[f32],
+        [dqs, dks, dvs]: [ColumnsMut; 3],
+        relative: &OnTape,
+        flow: &mut Flow,
+    ) -> Result<()> {
+        let (asking, width) = (qs.rows(), y.width);
+        let d = width / self.heads;
+        let scale = relative.scale(d);
+        let terms = Terms::new(relative, self, width)?;
+        let mut sums = terms.sums(self.heads);
+        let places = sums.places();
+        let (ys, dys) = (Columns::all(&y.numbers, width), Columns::all(dy, width));
+        let of_task = |(weights, dweights, scratch): &mut (Vec<f32>, Vec<f32>, Scratch),
+                       group: usize,
+                       task: &[QueryBlock]| {
             for (i, block) in task.iter().enumerate() {
                 let QueryBlock { head, keys, queries, .. } = block;
-                let first = if i == 0 { Write::Replace } else { Write::Add };
+                let mut first = if i == 0 { Write::Replace } else { Write::Add };
+                if let Sees::Near { .. } = self.sees {
+                    if i == 0 {
+                        // no block has every key
+                        let all = keys.start - block.first_key..keys.start - block.first_key + block.length;
+                        // SAFETY: this sequence and head belong to this task alone.
+                        unsafe {
+                            dks.fill(&all, *head, d);
+                            dvs.fill(&all, *head, d);
+                        }
+                    }
+                    first = Write::Add;
+                }
                 let (m, n) = (queries.len(), keys.len());
                 weights.resize(m * n, 0.0);
                 dweights.resize(m * n, 0.0);
                 let (q, dy) = (qs.head(queries, *head, d), dys.head(queries, *head, d));
                 let (k, v) = (ks.head(keys, *head, d), vs.head(keys, *head, d));
                 product(MatrixMut::new(weights, m, n, n), Write::Replace, scale, q, k.transposed());
+                terms.add(weights, block, (q, k), scale, scratch);
                 product(MatrixMut::new(dweights, m, n, n), Write::Replace, 1.0, dy, v.transposed());
                 for (i, query) in queries.clone().enumerate() {
                     let seen = self.seen(block, i);
-                    let (row, behind) = weights[i * n..][..n].split_at_mut(seen);
-                    let (drow, dbehind) = dweights[i * n..][..n].split_at_mut(seen);
-                    behind.fill(0.0);
-                    dbehind.fill(0.0);
+                    let (row, first) = only(&mut weights[i * n..][..n], seen.clone());
+                    let (drow, _) = only(&mut dweights[i * n..][..n], seen);
                     let at = query * width + head * d;
                     let delta = dot(&dys.x[at..at + d], &ys.x[at..at + d]);
                     let log_sum = log_sums[head * asking + query];
                     match self.mask_row(query, *head) {
                         None => softmax_backward(row, drow, log_sum, delta),
-                        Some(mask) => softmax_backward_masked(row, drow, log_sum, delta, mask),
+                        Some(mask) => {
+                            let column = block.first_key + first;
+                            softmax_backward_masked(row, drow, log_sum, delta, mask, column);
+                        }
                     }
                 }
                 let (p, ds) = (Matrix::new(weights, m, n, n), Matrix::new(dweights, m, n, n));
@@ -429,10 +667,37 @@ impl Attention {
                     product(dqs.head(queries, *head, d), Write::Replace, scale, ds, k);
                     product(dks.head(keys, *head, d), first, scale, ds.transposed(), q);
                     product(dvs.head(keys, *head, d), first, 1.0, p.transposed(), dy);
+                    let of_group = (group, places);
+                    terms.backward(
+                        dweights,
+                        block,
+                        (q, k),
+                        (dqs, dks),
+                        (d, scale),
+                        of_group,
+                        self.heads,
+                        scratch,
+                    );
                 }
             }
+        };
+        self.units(&terms).par_iter().for_each_init(Default::default, |space, (group, tasks)| {
+            tasks.iter().for_each(|task| of_task(space, *group, task));
         });
+        relative.give(sums, self.heads, flow);
+        Ok(())
     }
+}
+
+fn block_size(terms: &Terms) -> usize {
+    if terms.wants_large_blocks() { LARGE_BLOCK } else { BLOCK }
+}
+
+/// The part of a row that is seen, and where it begins; the rest becomes 0.
+fn only(row: &mut [f32], seen: Range<usize>) -> (&mut [f32], usize) {
+    row[..seen.start].fill(0.0);
+    row[seen.end..].fill(0.0);
+    (&mut row[seen.clone()], seen.start)
 }
 
 simd::vectorised! {
@@ -464,10 +729,17 @@ simd::vectorised! {
 
 simd::vectorised! {
     /// The same where weights were dropped: what goes on to the values is the masked weight.
-    pub(super) fn softmax_backward_masked(row: &mut [f32], drow: &mut [f32], log_sum: f32, delta: f32, mask: Row) {
+    pub(super) fn softmax_backward_masked(
+        row: &mut [f32],
+        drow: &mut [f32],
+        log_sum: f32,
+        delta: f32,
+        mask: Row,
+        first: usize,
+    ) {
         for (column, (x, dx)) in row.iter_mut().zip(drow).enumerate() {
             let p = simd::exp(*x - log_sum);
-            let factor = mask.factor(column as u32);
+            let factor = mask.factor((first + column) as u32);
             *dx = p * (*dx * factor - delta);
             *x = p * factor;
         }
@@ -475,9 +747,9 @@ simd::vectorised! {
 }
 
 simd::vectorised! {
-    pub(super) fn multiply(row: &mut [f32], mask: Row) {
+    pub(super) fn multiply(row: &mut [f32], mask: Row, first: usize) {
         for (column, x) in row.iter_mut().enumerate() {
-            *x *= mask.factor(column as u32);
+            *x *= mask.factor((first + column) as u32);
         }
     }
 }

@@ -11,13 +11,17 @@ use super::{Numbers, Weight, simd, wide};
 use crate::eager::tape::{Tape, TapeValue};
 
 /// x (…, C), weight (C), bias (C) → (…, C), with the biased variance, in candle's operations.
-pub fn composite(x: &Tensor, weight: &Weight, bias: &Weight, eps: f64) -> Result<Tensor> {
+pub fn composite(x: &Tensor, weight: &Weight, bias: Option<&Weight>, eps: f64) -> Result<Tensor> {
     let dtype = x.dtype();
     let x = wide(x)?;
     let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
     let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
     let normed = centred.broadcast_div(&(variance + eps)?.sqrt()?)?;
-    normed.broadcast_mul(&weight.values)?.broadcast_add(&bias.values)?.to_dtype(dtype)
+    let scaled = normed.broadcast_mul(&weight.values)?;
+    match bias {
+        Some(bias) => scaled.broadcast_add(&bias.values)?.to_dtype(dtype),
+        None => scaled.to_dtype(dtype),
+    }
 }
 
 /// The same, fused.
@@ -48,7 +52,7 @@ pub(super) fn push(tape: &Tape, x: &Arc<TapeValue>, y: Buffer, norm: &NormWeight
 #[derive(Clone)]
 pub struct NormWeights {
     pub weight: Weight,
-    pub bias: Weight,
+    pub bias: Option<Weight>,
     pub eps: f32,
 }
 
@@ -72,7 +76,12 @@ const ROWS: usize = 32;
 impl NormWeights {
     pub(super) fn numbers(&self) -> Result<Numeric> {
         let of = |weight: &Weight| -> Result<Buffer> { Ok(Buffer::of(&Numbers::of(&weight.values)?)) };
-        Ok(Numeric { weight: of(&self.weight)?, bias: of(&self.bias)?, eps: self.eps })
+        let weight = of(&self.weight)?;
+        let bias = match &self.bias {
+            Some(bias) => of(bias)?,
+            None => Buffer::of(&vec![0.0; weight.len()]),
+        };
+        Ok(Numeric { weight, bias, eps: self.eps })
     }
 
     /// The gradient of x, in dy's place; those of scale and bias go to their slots.
@@ -96,8 +105,8 @@ impl NormWeights {
             })
             .collect();
         for (dw, db) in &partial {
-            for (weight, part) in [(&self.weight, dw), (&self.bias, db)] {
-                if let Some(gradient) = &weight.gradient {
+            for (weight, part) in [(Some(&self.weight), dw), (self.bias.as_ref(), db)] {
+                if let Some(gradient) = weight.and_then(|weight| weight.gradient.as_ref()) {
                     gradient.add_values(part);
                 }
             }

@@ -45,7 +45,7 @@ pub fn linear_activation(
     how: Activation,
 ) -> Result<Arc<TapeValue>> {
     map.check(x.width)?;
-    let [z, y] = inner_values(x, map, how)?;
+    let [z, y] = inner_values(x, map, how, false)?;
     let (x, map) = (x.clone(), map.clone());
     Ok(tape.push(y, map.output, move |mut dy, flow| {
         activation::backward(how, &mut dy, &z);
@@ -55,17 +55,54 @@ pub fn linear_activation(
     }))
 }
 
-/// `z = x · Wᵀ + b` and `how(z)`.
-pub(super) fn inner_values(x: &TapeValue, map: &LinearMap, how: Activation) -> Result<[Buffer; 2]> {
-    let mut values = [(); 2].map(|()| Buffer::any(x.rows() * map.output));
+/// A linear map whose result's second half is multiplied with a non-linearity of its first.
+pub fn linear_gated(
+    tape: &Tape,
+    x: &Arc<TapeValue>,
+    map: &LinearMap,
+    how: Activation,
+) -> Result<Arc<TapeValue>> {
+    map.check(x.width)?;
+    let [z, y] = inner_values(x, map, how, true)?;
+    let (x, map, width) = (x.clone(), map.clone(), inner_width(map, true)?);
+    Ok(tape.push(y, width, move |dy, flow| {
+        let mut dz = Buffer::any(z.len());
+        activation::gate_backward(how, &mut dz, &dy, &z, width);
+        drop(z);
+        map.backward_weights(&Input::new(&x.numbers), &dz);
+        flow.add(&x, |dx, write| map.backward_input(dx, write, &dz))
+    }))
+}
+
+/// The channels behind a map's non-linearity, which gates one half with the other or does not.
+pub(super) fn inner_width(map: &LinearMap, gated: bool) -> Result<usize> {
+    if gated && !map.output.is_multiple_of(2) {
+        candle_core::bail!("{} channels have no two halves", map.output);
+    }
+    Ok(if gated { map.output / 2 } else { map.output })
+}
+
+/// `z = x · Wᵀ + b`, and `how(z)` or its gated halves.
+pub(super) fn inner_values(
+    x: &TapeValue,
+    map: &LinearMap,
+    how: Activation,
+    gated: bool,
+) -> Result<[Buffer; 2]> {
+    let inner = inner_width(map, gated)?;
+    let mut values = [map.output, inner].map(|width| Buffer::any(x.rows() * width));
     let starts = values.each_mut().map(|buffer| Shared::new(buffer));
     let (weight, bias) = (map.packed()?, map.bias()?);
     row_blocks(x.rows(), |rows| {
-        let (at, n) = (rows.start * map.output, rows.len() * map.output);
-        // SAFETY: blocks of rows do not overlap, and the buffers outlive the loop.
-        let [z, y] = starts.map(|start| unsafe { start.slice(at, n) });
+        let [z, y] = [(starts[0], map.output), (starts[1], inner)].map(|(start, width)| {
+            // SAFETY: blocks of rows do not overlap, and the buffers outlive the loop.
+            unsafe { start.slice(rows.start * width, rows.len() * width) }
+        });
         map.block(&weight, bias.as_deref(), z, &x.numbers, rows);
-        activation::forward(how, y, z);
+        match gated {
+            true => activation::gate(how, y, z, inner),
+            false => activation::forward(how, y, z),
+        }
     });
     Ok(values)
 }

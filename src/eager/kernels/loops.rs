@@ -41,7 +41,7 @@ fn every_loop(n: usize) -> Vec<(&'static str, Vec<f32>)> {
     let mask = Mask::new(7, 0.3);
     on("dropout", &a, &|to| mask.apply(1000, to));
     on("dropout, added", &a, &|to| mask.add(1000, to, &b));
-    on("dropout of weights", &a, &|to| attention::multiply(to, mask.row(3)));
+    on("dropout of weights", &a, &|to| attention::multiply(to, mask.row(3), 0));
 
     let rows = [&a[..], &b].concat();
     on("layer norm", &rows, &|to| layer_norm::normalise(to, &rows, &b, &c, 1e-5));
@@ -59,7 +59,7 @@ fn every_loop(n: usize) -> Vec<(&'static str, Vec<f32>)> {
     });
     on("softmax's gradient, masked", &pairs, &|to| {
         let (weights, gradient) = to.split_at_mut(n);
-        attention::softmax_backward_masked(weights, gradient, 4.0, 0.5, mask.row(5));
+        attention::softmax_backward_masked(weights, gradient, 4.0, 0.5, mask.row(5), 0);
     });
 
     for smoothing in [0.0, 0.1] {

@@ -11,7 +11,7 @@ use super::buffer::Buffer;
 use super::dropout::{self, Mask};
 use super::gemm::{Matrix, MatrixMut, PackedMatrix, Shared, Write, row_blocks};
 use super::layer_norm::{self, NormWeights};
-use super::linear::{Input, LinearMap, inner_values};
+use super::linear::{Input, LinearMap, inner_values, inner_width};
 use super::{CHUNK, Weight, add_here, wide};
 use crate::eager::tape::{Flow, Tape, TapeValue};
 use crate::model::ops::Activation;
@@ -22,7 +22,7 @@ pub fn composite(
     mask: Option<Mask>,
     x: &Tensor,
     weight: &Weight,
-    bias: &Weight,
+    bias: Option<&Weight>,
     eps: f64,
 ) -> Result<Tensor> {
     let branch = match mask {
@@ -42,11 +42,12 @@ pub enum Branch {
         x: Arc<TapeValue>,
         map: LinearMap,
     },
-    /// Two linear maps with a non-linearity between them.
+    /// Two linear maps with a non-linearity between them, which may gate one half of the channels with the other.
     FeedForward {
         x: Arc<TapeValue>,
         first: LinearMap,
         how: Activation,
+        gated: bool,
         second: LinearMap,
     },
 }
@@ -133,9 +134,9 @@ impl<'a> Work<'a> {
                 map.check(x.width)?;
                 (x.rows(), map.output)
             }
-            Branch::FeedForward { x, first, second, .. } => {
+            Branch::FeedForward { x, first, second, gated, .. } => {
                 first.check(x.width)?;
-                second.check(first.output)?;
+                second.check(inner_width(first, *gated)?)?;
                 (x.rows(), second.output)
             }
         };
@@ -144,8 +145,8 @@ impl<'a> Work<'a> {
         }
         let maps = maps.into_iter().map(|map| Ok((map.packed()?, map.bias()?))).collect::<Result<_>>()?;
         let mut kept = match branch {
-            Branch::FeedForward { first, .. } if keeps => {
-                Some([(); 2].map(|()| Buffer::any(rows * first.output)))
+            Branch::FeedForward { first, second, .. } if keeps => {
+                Some([first.output, second.input].map(|width| Buffer::any(rows * width)))
             }
             _ => None,
         };
@@ -163,20 +164,24 @@ impl<'a> Work<'a> {
                 let (weight, bias) = &self.maps[0];
                 map.block(weight, bias.as_deref(), to, &x.numbers, rows);
             }
-            Branch::FeedForward { x, first, how, second } => {
-                let n = rows.len() * first.output;
-                let mut own;
+            Branch::FeedForward { x, first, how, gated, second } => {
+                let (widths, mut own) = ([first.output, second.input], None);
                 let [z, y] = match self.places {
-                    // SAFETY: a block's rows are its own, and the buffers outlive the loop.
-                    Some(places) => places.map(|place| unsafe { place.slice(rows.start * first.output, n) }),
-                    None => {
-                        own = [(); 2].map(|()| Buffer::any(n));
-                        own.each_mut().map(|buffer| &mut **buffer)
-                    }
+                    Some([z, y]) => [(z, widths[0]), (y, widths[1])].map(|(place, width)| {
+                        // SAFETY: a block's rows are its own, and the buffers outlive the loop.
+                        unsafe { place.slice(rows.start * width, rows.len() * width) }
+                    }),
+                    None => own
+                        .insert(widths.map(|width| Buffer::any(rows.len() * width)))
+                        .each_mut()
+                        .map(|buffer| &mut **buffer),
                 };
                 let [(weight, bias), (second_weight, second_bias)] = &self.maps[..] else { return };
                 first.block(weight, bias.as_deref(), z, &x.numbers, rows.clone());
-                activation::forward(*how, y, z);
+                match gated {
+                    true => activation::gate(*how, y, z, second.input),
+                    false => activation::forward(*how, y, z),
+                }
                 second.block(second_weight, second_bias.as_deref(), to, y, 0..rows.len());
             }
         }
@@ -205,10 +210,10 @@ fn backward(
             flow.add(x, |dx, write| map.backward_input(dx, write, &dbranch))?;
             map.backward_weights(&Input::new(&x.numbers), &dbranch);
         }
-        Branch::FeedForward { x, first, how, second } => {
+        Branch::FeedForward { x, first, how, gated, second } => {
             let [z, y] = match kept {
                 Some(kept) => kept,
-                None => inner_values(x, first, *how)?,
+                None => inner_values(x, first, *how, *gated)?,
             };
             let weights = [first.packed_backward()?, second.packed_backward()?];
             let (inner, outer) = (first.output, second.output);
@@ -221,8 +226,23 @@ fn backward(
                     let (dx, dz) =
                         unsafe { (dx.slice(rows.start * x.width, m * x.width), dz.slice(at, m * inner)) };
                     let dy = Matrix::new(&dbranch[rows.start * outer..rows.end * outer], m, outer, outer);
-                    weights[1].product(MatrixMut::new(dz, m, inner, inner), Write::Replace, 1.0, None, dy);
-                    activation::backward_here(*how, dz, &z[at..at + m * inner]);
+                    let z = &z[at..at + m * inner];
+                    if *gated {
+                        let width = second.input;
+                        let mut dgated = Buffer::any(m * width);
+                        let dst = MatrixMut::new(&mut dgated, m, width, width);
+                        weights[1].product(dst, Write::Replace, 1.0, None, dy);
+                        activation::gate_backward_here(*how, dz, &dgated, z, width);
+                    } else {
+                        weights[1].product(
+                            MatrixMut::new(dz, m, inner, inner),
+                            Write::Replace,
+                            1.0,
+                            None,
+                            dy,
+                        );
+                        activation::backward_here(*how, dz, z);
+                    }
                     let dst = MatrixMut::new(dx, m, x.width, x.width);
                     weights[0].product(dst, write, 1.0, None, Matrix::new(dz, m, inner, inner));
                 });

@@ -34,6 +34,11 @@ impl<'a> Matrix<'a> {
         Self { data, rows, columns, row_stride, column_stride: 1 }
     }
 
+    /// How many columns it has.
+    pub(in crate::eager::kernels) fn width(&self) -> usize {
+        self.columns
+    }
+
     /// Some of the rows.
     pub fn rows(self, range: Range<usize>) -> Self {
         assert!(range.start <= range.end && range.end <= self.rows);
