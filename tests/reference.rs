@@ -371,10 +371,10 @@ fn hidden_states_are_those_of_candle_transformers() {
     }
 }
 
-/// The same for its DistilBERT and its XLM-R, whose last hidden states are those of token classification's body.
+/// The same for its other encoders, whose last hidden states are those of the body of a head for every token.
 #[test]
-fn hidden_states_of_distilbert_and_xlm_roberta_are_those_of_candle_transformers() {
-    use candle_transformers::models::{distilbert, xlm_roberta};
+fn hidden_states_of_other_families_are_those_of_candle_transformers() {
+    use candle_transformers::models::{debertav2, distilbert, modernbert, xlm_roberta};
     let config = |name: &str| std::fs::read_to_string(models(name).join("config.json")).unwrap();
     let vb = |name: &str, prefix: &str| {
         let bytes = std::fs::read(models(name).join("model.safetensors")).unwrap();
@@ -414,6 +414,20 @@ fn hidden_states_of_distilbert_and_xlm_roberta_are_those_of_candle_transformers(
         let (mask, types) = (ids.ones_like().unwrap(), ids.zeros_like().unwrap());
         theirs.forward(ids, &mask, &types, None, None, None).unwrap()
     });
+
+    let name = "tiny-modernbert-answers";
+    let text = config(name).replace("\"norm_eps\"", "\"layer_norm_eps\"");
+    let their_config: modernbert::Config = serde_json::from_str(&text).unwrap();
+    let bytes = std::fs::read(models(name).join("model.safetensors")).unwrap();
+    let whole = candle_nn::VarBuilder::from_buffered_safetensors(bytes, DType::F32, &Device::Cpu).unwrap();
+    let theirs = modernbert::ModernBert::load(whole, &their_config).unwrap();
+    compare(name, "model.final_norm", &|ids| theirs.forward(ids, &ids.ones_like().unwrap()).unwrap());
+
+    for name in ["tiny-deberta-v2-answers", "tiny-deberta-v2-masked"] {
+        let their_config: debertav2::Config = serde_json::from_str(&config(name)).unwrap();
+        let theirs = debertav2::DebertaV2Model::load(vb(name, "deberta"), &their_config).unwrap();
+        compare(name, "deberta.encoder.layer.1", &|ids| theirs.forward(ids, None, None).unwrap());
+    }
 }
 
 #[test]
