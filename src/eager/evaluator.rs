@@ -32,15 +32,28 @@ impl Forward<'_> {
     /// # Errors
     /// The definition gives other rows than its outputs say.
     pub fn outputs<E: Borrow<Encoding>>(&self, examples: &[E]) -> Result<Vec<Outputs>> {
+        self.outputs_behind(0, examples)
+    }
+
+    /// The same without those that are for other programs alone.
+    ///
+    /// # Errors
+    /// As [`Forward::outputs`].
+    pub fn answering<E: Borrow<Encoding>>(&self, examples: &[E]) -> Result<Vec<Outputs>> {
+        self.outputs_behind(self.task.ahead(), examples)
+    }
+
+    fn outputs_behind<E: Borrow<Encoding>>(&self, ahead: usize, examples: &[E]) -> Result<Vec<Outputs>> {
         let scopes = self.task.scopes();
         let mut of_examples = vec![Outputs::new(); examples.len()];
         for batch in batches(examples.iter().map(|example| example.borrow().len())) {
             let packed = PackedBatch::new(batch.iter().map(|&i| examples[i].borrow()));
             let lengths: Vec<usize> = packed.spans.iter().map(|span| span.len()).collect();
             let eager = Eager::new(self.params, &packed, self.device, Mode::Evaluation);
-            let outputs = tensors(self.task.define(&eager, self.family)?)?;
+            let outputs = self.task.define(&eager, self.family)?;
             anyhow::ensure!(outputs.len() == scopes.len(), "the definition gives {} outputs", outputs.len());
-            for (scope, output) in scopes.iter().zip(outputs) {
+            let outputs = tensors(outputs.into_iter().skip(ahead).collect())?;
+            for (scope, output) in scopes[ahead..].iter().zip(outputs) {
                 let shape = output.dims2()?;
                 let rows = Array2::from_shape_vec(shape, output.flatten_all()?.to_vec1()?)?;
                 for (&i, own) in batch.iter().zip(scope.unpack(rows.view(), &lengths, Standing::Packed)?) {

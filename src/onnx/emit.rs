@@ -7,6 +7,7 @@
 //! the input) where a batch or a length stands, so nothing is baked in.
 
 mod in_place;
+mod pooling;
 
 use std::borrow::Cow;
 use std::cell::RefCell;
@@ -16,7 +17,9 @@ use super::proto::tensor_proto::DataType;
 use super::proto::{ModelProto, OperatorSetIdProto};
 use super::{GraphKind, check, checked_opset, fuse};
 use crate::Result;
-use crate::model::ops::{Activation, Attend, Ids, Layout, Linear, Norm, Ops, Param, Pick, Role, Sees, Table};
+use crate::model::ops::{
+    Activation, Attend, Ids, Layout, Linear, Norm, Ops, Param, Pick, Pooling, Role, Sees, Table,
+};
 use crate::task::{Dim, Form, Output};
 
 /// What a masked score becomes: the lowest f32. Finite, so a row without any key stays finite too.
@@ -480,6 +483,16 @@ impl Ops for Emit {
             }
         };
         Ok(X { value, every: false, ..x.clone() })
+    }
+
+    fn pool(&self, x: &X, how: Pooling) -> Result<X> {
+        let value = self.pooled(x, how)?;
+        Ok(X { value, every: false, ..x.clone() })
+    }
+
+    fn normalize(&self, x: &X) -> Result<X> {
+        let value = self.normalized(x);
+        Ok(X { value, ..x.clone() })
     }
 
     fn tap(&self, name: &str, x: X) -> Result<X> {

@@ -134,7 +134,7 @@ impl Predictor {
     /// # Errors
     /// As [`Predictor::answers`].
     pub fn measure(&mut self, examples: &[Example]) -> Result<Measured> {
-        let encodings: Vec<&Encoding> = examples.iter().map(|example| &example.encoding).collect();
+        let encodings: Vec<&Encoding> = examples.iter().flat_map(Example::encodings).collect();
         self.task.measure_outputs(&self.pool.outputs(&encodings)?, examples)
     }
 }

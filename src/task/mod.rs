@@ -2,6 +2,7 @@
 //! nothing else names one.
 
 pub mod causal_lm;
+pub mod embedding;
 pub mod flags;
 mod id2label;
 pub mod objective;
@@ -30,6 +31,7 @@ use crate::model::{Family, ModelConfig, manifest, token_ids};
 use crate::runtime::Slots;
 use crate::{Result, bail_unusable, unusable};
 pub use causal_lm::CausalLm;
+pub use embedding::Embedding;
 pub use flags::{Reading, SharedFlags, TextColumns};
 pub use objective::{Asking, Encoder, Form, Learning, Objective, Start};
 pub use output::{Dim, Output, Outputs, Scope};
@@ -42,6 +44,23 @@ pub use token_classification::TokenClassification;
 pub struct Example<T = Target> {
     pub encoding: Encoding,
     pub target: T,
+}
+
+impl Example {
+    /// All its sequences: most have one.
+    pub fn encodings(&self) -> impl Iterator<Item = &Encoding> {
+        [&self.encoding].into_iter().chain(self.target.others())
+    }
+
+    /// Tokens of all its sequences.
+    pub fn tokens(&self) -> usize {
+        self.encodings().map(Encoding::len).sum()
+    }
+
+    /// Whether something of it was cut off.
+    pub fn is_cut(&self) -> bool {
+        self.encodings().any(|encoding| encoding.truncated)
+    }
 }
 
 /// The fields of a record's answer, or why there is none.
@@ -230,6 +249,11 @@ macro_rules! tasks {
         })+
 
         impl Target {
+            /// See [`Objective::others`].
+            pub fn others(&self) -> &[Encoding] {
+                match self { $(Self::$task(target) => $task::others(target)),+ }
+            }
+
             /// How many losses it has: a step's loss is their mean.
             pub fn losses(&self) -> usize {
                 match self { $(Self::$task(target) => $task::losses(target)),+ }
@@ -252,11 +276,14 @@ macro_rules! tasks {
             /// vocabulary.
             pub fn from_config(config: &ModelConfig) -> Result<Self> {
                 token_ids::check(&config.raw, config.vocab_size())?;
-                $(if config.has($task::HEAD) {
+                $(if $task::MARK.is_none() && config.has($task::HEAD) {
                     return Ok(Self::$task($task::from_config(config)?));
                 })+
                 let known: Vec<String> =
-                    [$($task::HEAD),+].into_iter().filter_map(|head| config.family.class(head)).collect();
+                    [$(($task::HEAD, $task::MARK)),+]
+                        .into_iter()
+                        .filter_map(|(head, mark)| config.family.class(head).filter(|_| mark.is_none()))
+                        .collect();
                 match config.architecture() {
                     Some(name) => bail_unusable!(
                         "architectures is [\"{name}\"], which is no trained task of tk's ({} are): fine-tune it first \
@@ -267,6 +294,20 @@ macro_rules! tasks {
                         "architectures is missing, so the task is unknown: fine-tune with `tk train`"
                     ),
                 }
+            }
+
+            /// The task that a trained model's directory speaks of: by a file of one task's own, or by `config.json`.
+            ///
+            /// # Errors
+            /// As [`Task::from_config`]; or the file is inconsistent.
+            pub fn open(dir: &Path, config: &ModelConfig) -> Result<Self> {
+                $(if $task::MARK.is_some_and(|file| dir.join(file).exists()) {
+                    token_ids::check(&config.raw, config.vocab_size())
+                        .map_err(|error| error.context(dir.join("config.json").display().to_string()))?;
+                    return Ok(Self::$task($task::open(dir, config)?));
+                })+
+                Self::from_config(config)
+                    .map_err(|error| error.context(dir.join("config.json").display().to_string()))
             }
 
             /// Starts to learn the task of this name. See [`Objective::learn`].
@@ -306,6 +347,21 @@ macro_rules! tasks {
             /// See [`Objective::smooths_labels`].
             pub fn smooths_labels(&self) -> bool {
                 match self { $(Self::$task(task) => task.smooths_labels()),+ }
+            }
+
+            /// See [`Objective::chunk`].
+            pub fn chunk(&self) -> Option<usize> {
+                match self { $(Self::$task(task) => task.chunk()),+ }
+            }
+
+            /// See [`Objective::max_length`].
+            pub fn max_length(&self) -> Option<usize> {
+                match self { $(Self::$task(task) => task.max_length()),+ }
+            }
+
+            /// See [`Objective::AHEAD`].
+            pub fn ahead(&self) -> usize {
+                match self { $(Self::$task(_) => $task::AHEAD),+ }
             }
 
             /// See [`Objective::define`].
@@ -361,16 +417,11 @@ macro_rules! tasks {
 
             /// See [`Objective::measure_outputs`].
             pub fn measure_outputs(&self, outputs: &[Outputs], examples: &[Example]) -> Result<Measured> {
-                anyhow::ensure!(
-                    outputs.len() == examples.len(),
-                    "{} outputs for {} examples",
-                    outputs.len(),
-                    examples.len()
-                );
+                let due = examples.iter().flat_map(Example::encodings).count();
+                anyhow::ensure!(outputs.len() == due, "{} outputs for {due} examples", outputs.len());
                 match self {
                     $(Self::$task(task) => {
-                        let (_, targets): (Vec<_>, Vec<_>) = own::<$task>(examples)?.into_iter().unzip();
-                        task.measure_outputs(outputs, &targets)
+                        task.measure_examples(outputs, &own::<$task>(examples)?)
                     })+
                 }
             }
@@ -428,6 +479,7 @@ tasks!(
     TokenClassification in token_classification,
     QuestionAnswering in question_answering,
     CausalLm in causal_lm,
+    Embedding in embedding,
 );
 
 /// A task's examples as those of any task.
