@@ -12,7 +12,7 @@ use crate::task::{Encoder, Example, RecordFlags, Task, TrainingFlags};
 use crate::{Result, bail_unusable, files};
 
 /// The fewest tokens that a text may be cut to: one between two special ones, as in training.
-const SHORTEST: usize = 3;
+pub const SHORTEST: usize = 3;
 
 /// A model that can be evaluated, exported and served.
 pub struct Saved {
@@ -38,9 +38,9 @@ impl Saved {
             );
         }
         let config = ModelConfig::read(dir)?;
-        let task = Task::from_config(&config)
-            .map_err(|e| e.context(dir.join("config.json").display().to_string()))?;
-        let max_length = config.max_positions().min(model_max_length(dir)?.unwrap_or(usize::MAX));
+        let task = Task::open(dir, &config)?;
+        let longest = [model_max_length(dir)?, task.max_length()].into_iter().flatten();
+        let max_length = longest.fold(config.max_positions(), usize::min);
         let mut tokenizer = Tokenizer::open(dir)?;
         tokenizer.check_fits(config.vocab_size(), config.token_types())?;
         let weights = Weights::open(dir, config.family.names())?;
@@ -93,7 +93,7 @@ impl Saved {
 
 /// How many examples something was cut off.
 pub fn cut(examples: &[Example]) -> usize {
-    examples.iter().filter(|example| example.encoding.truncated).count()
+    examples.iter().filter(|example| example.is_cut()).count()
 }
 
 /// Writes the length that a model was trained with into its `tokenizer_config.json`, so that transformers and tk cut

@@ -17,10 +17,10 @@ use tk::eager::kernels::gradient::Gradient;
 use tk::eager::kernels::layer_norm::NormWeights;
 use tk::eager::kernels::linear::LinearMap;
 use tk::eager::kernels::residual::{self, Branch, residual_norm};
-use tk::eager::kernels::{activation, attention, dropout, embedding, layer_norm, linear, split};
+use tk::eager::kernels::{activation, attention, dropout, embedding, layer_norm, linear, pooling, split};
 use tk::eager::tape::{Tape, TapeValue};
 use tk::eager::{Init, Kernels, Params, Weight};
-use tk::model::ops::{Activation, At, Buckets, Ids, Layout, Ops, Sees};
+use tk::model::ops::{Activation, At, Buckets, Ids, Layout, Ops, Pooling, Sees};
 use tk::train::optimizer::{AdamW, Constants, Gradients};
 
 /// Both forms round differently; candle's own GELU gradients use six-digit constants.
@@ -182,6 +182,32 @@ proptest! {
             |t, p| layer_norm::composite(&t[0], &p[0], Some(&p[1]), 1e-5),
             |tape, t, p| layer_norm::layer_norm(tape, &t[0], &norm(&p[0], &p[1])),
         );
+    }
+
+    #[test]
+    fn pooling_and_the_norm_behind_it_are_their_composites(
+        lengths in prop::collection::vec(1usize..40, 1..9),
+        width in 1usize..150,
+        seed: u64,
+    ) {
+        let spans = Arc::new(Spans::of_lengths(lengths));
+        let x = random(seed, &[spans.tokens(), width]);
+        for how in [Pooling::Mean, Pooling::MeanSqrtLength, Pooling::WeightedMean, Pooling::Max] {
+            compare(
+                std::slice::from_ref(&x),
+                &[],
+                |t, _| pooling::composite(&t[0], &spans, how),
+                |tape, t, _| pooling::pool(tape, &t[0], &spans, how),
+            );
+        }
+        if width >= 8 { // of few channels the gradient cancels to rounding
+            compare(
+                std::slice::from_ref(&x),
+                &[],
+                |t, _| pooling::normalize_composite(&t[0]),
+                |tape, t, _| Ok(pooling::normalize(tape, &t[0])),
+            );
+        }
     }
 
     #[test]

@@ -92,6 +92,7 @@ impl Reference {
                         follows: follows(record),
                         masked: masked(&json["targets"][i]),
                     }),
+                    Task::Embedding(_) => unreachable!("{name} has no modules.json"),
                     Task::QuestionAnswering(_) => {
                         let found = answered(&task, name, record, 64, 0).remove(0);
                         assert_eq!(found.encoding.ids, ids("ids", i), "{name}, record {i}");

@@ -12,7 +12,7 @@ use tk::checkpoint::Weights;
 use tk::data::batch::{Encoding, PackedBatch, PaddedBatch};
 use tk::eager::{Eager, Init, Kernels, Mode, Params};
 use tk::model::manifest::manifest;
-use tk::model::ops::{Activation, At, Attend, Buckets, Distances, Ids, Ops, Param, Pick, Sees};
+use tk::model::ops::{Activation, At, Attend, Buckets, Distances, Ids, Ops, Param, Pick, Pooling, Sees};
 use tk::onnx::proto::ModelProto;
 use tk::onnx::{CANDLE_OPSET, GraphKind, OPSETS, Precision, emit};
 use tk::runtime::decoder::Tokens;
@@ -28,7 +28,7 @@ const TOLERANCE: f32 = 3e-6;
 /// The same for gradients, relative to the gradient's norm.
 const GRADIENT_TOLERANCE: f64 = 3e-6;
 
-const CASES: [&str; 36] = [
+const CASES: [&str; 42] = [
     "embed_tokens",
     "embed_types",
     "embed_positions",
@@ -65,6 +65,12 @@ const CASES: [&str; 36] = [
     "attention_rotary_near_of_first",
     "attention_products",
     "attention_products_of_first",
+    "pool_mean",
+    "pool_mean_sqrt_length",
+    "pool_weighted_mean",
+    "pool_max",
+    "normalize",
+    "pool_mean_normalize",
 ];
 
 /// A case's definition: `x` is looked up in a table of its own, so that its gradient is the table's.
@@ -144,6 +150,12 @@ fn define<O: Ops>(o: &O, case: &Case) -> Result<O::X> {
         "dropout_off" => o.dropout(&x()?, 0.0),
         "pick_first" => o.pick(&x()?, Pick::First),
         "pick_last" => o.pick(&x()?, Pick::Last),
+        "pool_mean" => o.pool(&x()?, Pooling::Mean),
+        "pool_mean_sqrt_length" => o.pool(&x()?, Pooling::MeanSqrtLength),
+        "pool_weighted_mean" => o.pool(&x()?, Pooling::WeightedMean),
+        "pool_max" => o.pool(&x()?, Pooling::Max),
+        "normalize" => o.normalize(&x()?),
+        "pool_mean_normalize" => o.normalize(&o.pool(&x()?, Pooling::Mean)?),
         other => anyhow::bail!("no case {other}"),
     }
 }
@@ -212,6 +224,11 @@ impl Case {
             Some("last") => Some(Pick::Last),
             _ => None,
         }
+    }
+
+    /// Whether the result has a row a sequence.
+    fn is_of_sequences(&self) -> bool {
+        self.picked().is_some() || self.name.starts_with("pool_")
     }
 
     fn shape(&self, name: &str) -> &[usize] {
@@ -295,9 +312,9 @@ fn tokens(case: &Case) -> usize {
 
 /// A case as an ONNX graph of one verb.
 fn graph(case: &Case, opset: i64) -> ModelProto {
-    let dims = match case.picked() {
-        Some(_) => vec![Dim::Batch, Dim::Of(case.y.len() / case.batch.len())],
-        None => vec![Dim::Batch, Dim::Sequence, Dim::Of(case.y.len() / tokens(case))],
+    let dims = match case.is_of_sequences() {
+        true => vec![Dim::Batch, Dim::Of(case.y.len() / case.batch.len())],
+        false => vec![Dim::Batch, Dim::Sequence, Dim::Of(case.y.len() / tokens(case))],
     };
     graph_of(case, Output { name: "y", dims }, GraphKind::fp32(Form::Whole, opset))
 }
@@ -324,7 +341,7 @@ fn going_on(case: &Case, kind: GraphKind) -> (tempfile::TempDir, PathBuf) {
 
 /// Leaves the padding out of a graph's result, which is packed then.
 fn kept(case: &Case, padded: &PaddedBatch, y: &[f32]) -> Vec<f32> {
-    if case.picked().is_some() {
+    if case.is_of_sequences() {
         let rows = y.chunks(y.len() / padded.rows).zip(padded.mask.chunks(padded.width));
         return rows.filter(|(_, mask)| mask.contains(&1)).flat_map(|(row, _)| row.to_vec()).collect();
     }
@@ -376,8 +393,9 @@ fn every_verb_gives_the_reference_in_candle_onnx() {
 }
 
 /// What a graph that generates is never asked for: types of tokens, tokens that see those behind them, the first token
-/// of a sequence, positions that are counted in all of its tokens, and attention that depends on distances.
-const NOT_IN_PLACE: [&str; 15] = [
+/// of a sequence, positions that are counted in all of its tokens, attention that depends on distances, and one row of all
+/// tokens.
+const NOT_IN_PLACE: [&str; 20] = [
     "embed_types",
     "attention",
     "attention_of_first",
@@ -393,6 +411,11 @@ const NOT_IN_PLACE: [&str; 15] = [
     "attention_rotary_near_of_first",
     "attention_products",
     "attention_products_of_first",
+    "pool_mean",
+    "pool_mean_sqrt_length",
+    "pool_weighted_mean",
+    "pool_max",
+    "pool_mean_normalize",
 ];
 
 /// Each sequence in a slot of its own, its first half and then the other, all sequences' halves one after another.
@@ -468,7 +491,8 @@ fn assert_masked(
     expected: impl Fn(&Case) -> &[f32],
 ) {
     each_case(|case| {
-        let reads = case.name.starts_with("attention") || case.name == "pick_last";
+        let reads =
+            case.name.starts_with("attention") || case.name.starts_with("pool_") || case.name == "pick_last";
         if !reads || !is_meant(case) {
             return;
         }
@@ -492,9 +516,9 @@ fn a_sequence_of_padding_alone_is_finite_and_leaves_the_others_alone() {
         |_| true,
         |batch| batch.mask[..batch.width].fill(0),
         |case| {
-            let (rows, hidden) = match case.picked() {
-                Some(_) => (case.batch.len(), 1),
-                None => (tokens(case), case.batch[0].len()),
+            let (rows, hidden) = match case.is_of_sequences() {
+                true => (case.batch.len(), 1),
+                false => (tokens(case), case.batch[0].len()),
             };
             &case.y[hidden * case.y.len() / rows..]
         },

@@ -16,7 +16,7 @@ use crate::predict::graphs;
 use crate::runtime::Provider;
 use crate::saved::Saved;
 use crate::say::Say;
-use crate::task::{Form, RecordFlags, TextColumns};
+use crate::task::{Example, Form, RecordFlags, TextColumns};
 use crate::{Result, bail_unusable};
 
 /// Hold the logits of a model's runtimes against each other; exit code 1 where they differ.
@@ -80,7 +80,7 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     };
     let texts = if examples.is_some() { Vec::new() } else { texts(args, &saved)? };
     let encodings = match &examples {
-        Some(examples) => examples.iter().map(|example| example.encoding.clone()).collect(),
+        Some(examples) => examples.iter().flat_map(Example::encodings).cloned().collect(),
         None => saved.tokenizer.encode_all(&texts, max_length)?,
     };
 

@@ -32,12 +32,24 @@ impl Forward<'_> {
     /// # Errors
     /// The definition gives other rows than its outputs say.
     pub fn outputs<E: Borrow<Encoding>>(&self, examples: &[E]) -> Result<Vec<Outputs>> {
+        self.outputs_behind(0, examples)
+    }
+
+    /// The same without those that are for other programs alone.
+    ///
+    /// # Errors
+    /// As [`Forward::outputs`].
+    pub fn answering<E: Borrow<Encoding>>(&self, examples: &[E]) -> Result<Vec<Outputs>> {
+        self.outputs_behind(self.task.ahead(), examples)
+    }
+
+    fn outputs_behind<E: Borrow<Encoding>>(&self, ahead: usize, examples: &[E]) -> Result<Vec<Outputs>> {
         let scopes = self.task.scopes();
         let mut of_examples = vec![Outputs::new(); examples.len()];
         for batch in batches(examples.iter().map(|example| example.borrow().len())) {
             let packed = PackedBatch::new(batch.iter().map(|&i| examples[i].borrow()));
             let lengths: Vec<usize> = packed.spans.iter().map(|span| span.len()).collect();
-            self.compute(&packed, &scopes, &lengths, |i, output| of_examples[batch[i]].push(output))?;
+            self.compute(&packed, ahead, &scopes, &lengths, |i, output| of_examples[batch[i]].push(output))?;
         }
         Ok(of_examples)
     }
@@ -60,24 +72,26 @@ impl Forward<'_> {
             let lengths: Vec<usize> =
                 packed.asked.iter().flat_map(|asked| asked.spans.iter()).map(|span| span.len()).collect();
             let mut of_examples = vec![Outputs::new(); batch.len()];
-            self.compute(&packed, &scopes, &lengths, |i, output| of_examples[i].push(output))?;
+            self.compute(&packed, 0, &scopes, &lengths, |i, output| of_examples[i].push(output))?;
             batch.iter().zip(of_examples).try_for_each(|(&i, outputs)| take(i, outputs))?;
         }
         Ok(())
     }
 
-    /// Hands on each output of each sequence of a batch; of tokens, a sequence has so many rows.
+    /// Hands on each output of each sequence of a batch, but for those ahead; of tokens, a sequence has so many rows.
     fn compute(
         &self,
         packed: &PackedBatch,
+        ahead: usize,
         scopes: &[Scope],
         lengths: &[usize],
         mut take: impl FnMut(usize, Array2<f32>),
     ) -> Result<()> {
         let eager = Eager::new(self.params, packed, self.device, Mode::Evaluation);
-        let outputs = tensors(self.task.define(&eager, self.family)?)?;
+        let outputs = self.task.define(&eager, self.family)?;
         anyhow::ensure!(outputs.len() == scopes.len(), "the definition gives {} outputs", outputs.len());
-        for (scope, output) in scopes.iter().zip(outputs) {
+        let outputs = tensors(outputs.into_iter().skip(ahead).collect())?;
+        for (scope, output) in scopes[ahead..].iter().zip(outputs) {
             let shape = output.dims2()?;
             let rows = Array2::from_shape_vec(shape, output.flatten_all()?.to_vec1()?)?;
             let own = scope.unpack(rows.view(), lengths, Standing::Packed)?;

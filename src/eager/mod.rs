@@ -22,12 +22,12 @@ pub use x::X;
 
 use crate::Result;
 use crate::data::batch::{PackedBatch, Spans};
-use crate::model::ops::{Activation, Attend, Distances, Ids, Linear, Norm, Ops, Param, Pick, Table};
+use crate::model::ops::{Activation, Attend, Distances, Ids, Linear, Norm, Ops, Param, Pick, Pooling, Table};
 use kernels::attention::{Attention, ByDistance, Queries, Relative};
 use kernels::dropout::{Mask, mix};
 use kernels::linear::LinearMap;
 use kernels::residual::{Branch, residual_norm};
-use kernels::{activation, attention, dropout, embedding, layer_norm, linear, split, wide};
+use kernels::{activation, attention, dropout, embedding, layer_norm, linear, pooling, split, wide};
 use tape::{Tape, TapeValue};
 use x::{Fused, Pending};
 
@@ -351,6 +351,20 @@ impl Ops for Eager<'_> {
         Ok(match x {
             X::Tensor(x) => X::Tensor(embedding::composite(x, &rows)?),
             X::Fused(x) => self.ready(embedding::pick(&self.tape, &x.value()?, &rows.into())?),
+        })
+    }
+
+    fn pool(&self, x: &X, how: Pooling) -> Result<X> {
+        Ok(match x {
+            X::Tensor(x) => X::Tensor(pooling::composite(x, &self.spans, how)?),
+            X::Fused(x) => self.ready(pooling::pool(&self.tape, &x.value()?, &self.spans, how)?),
+        })
+    }
+
+    fn normalize(&self, x: &X) -> Result<X> {
+        Ok(match x {
+            X::Tensor(x) => X::Tensor(pooling::normalize_composite(x)?),
+            X::Fused(x) => self.ready(pooling::normalize(&self.tape, &x.value()?)),
         })
     }
 

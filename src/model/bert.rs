@@ -70,6 +70,7 @@ impl Architecture for Bert {
 
     fn limits(&self) -> Limits {
         Limits {
+            channels: self.hidden_size,
             vocabulary: self.vocab_size,
             positions: self.max_position_embeddings,
             token_types: Some(self.type_vocab_size),

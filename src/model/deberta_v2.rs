@@ -147,6 +147,7 @@ impl Architecture for DebertaV2 {
 
     fn limits(&self) -> Limits {
         Limits {
+            channels: self.hidden_size,
             vocabulary: self.vocab_size,
             positions: self.max_position_embeddings,
             token_types: (self.type_vocab_size > 0).then_some(self.type_vocab_size),

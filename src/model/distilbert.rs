@@ -71,6 +71,7 @@ impl Architecture for DistilBert {
 
     fn limits(&self) -> Limits {
         Limits {
+            channels: self.dim,
             vocabulary: self.vocab_size,
             positions: self.max_position_embeddings,
             token_types: None,

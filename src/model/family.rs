@@ -98,9 +98,11 @@ pub struct Names {
     pub buffers: &'static [&'static str],
 }
 
-/// What a model can take.
+/// How wide a model is, and what it can take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
+    /// C, of the hidden states.
+    pub channels: usize,
     /// V, the rows of the token table: every token id is smaller.
     pub vocabulary: usize,
     /// The tokens of the longest sequence.

@@ -81,7 +81,13 @@ impl Architecture for Gpt2 {
     }
 
     fn limits(&self) -> Limits {
-        Limits { vocabulary: self.vocab_size, positions: self.n_positions, token_types: None, pairs: false }
+        Limits {
+            channels: self.n_embd,
+            vocabulary: self.vocab_size,
+            positions: self.n_positions,
+            token_types: None,
+            pairs: false,
+        }
     }
 
     fn initializer_range(&self) -> f64 {

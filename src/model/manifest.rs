@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 
 use crate::Result;
-use crate::model::ops::{Activation, Attend, Distances, Ids, Linear, Norm, Ops, Param, Pick, Table};
+use crate::model::ops::{Activation, Attend, Distances, Ids, Linear, Norm, Ops, Param, Pick, Pooling, Table};
 
 /// Every parameter of a definition once, in the order of first use.
 ///
@@ -100,6 +100,14 @@ impl Ops for Manifest {
     }
 
     fn pick(&self, _: &(), _: Pick) -> Result<()> {
+        Ok(())
+    }
+
+    fn pool(&self, _: &(), _: Pooling) -> Result<()> {
+        Ok(())
+    }
+
+    fn normalize(&self, _: &()) -> Result<()> {
         Ok(())
     }
 

@@ -149,6 +149,7 @@ impl Architecture for ModernBert {
 
     fn limits(&self) -> Limits {
         Limits {
+            channels: self.hidden_size,
             vocabulary: self.vocab_size,
             positions: self.max_position_embeddings,
             token_types: None,

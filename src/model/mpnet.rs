@@ -59,6 +59,7 @@ impl Architecture for MpNet {
 
     fn limits(&self) -> Limits {
         Limits {
+            channels: self.bert.hidden_size,
             vocabulary: self.bert.vocab_size,
             positions: self.bert.max_position_embeddings - PADDING as usize - 1,
             token_types: None,

@@ -364,10 +364,23 @@ pub enum Pick {
     Asked,
 }
 
+/// How the tokens of a sequence become one row, as `sentence-transformers` names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pooling {
+    /// Their mean.
+    Mean,
+    /// Their sum by the square root of their number.
+    MeanSqrtLength,
+    /// Their mean, where the first counts once, the second twice, and so on (Muennighoff 2022, arXiv:2202.08904).
+    WeightedMean,
+    /// The largest number of each channel.
+    Max,
+}
+
 /// The vocabulary of model definitions.
 ///
 /// `X` is an activation. Between `embed` and `pick` it stands for every token of the batch, (…, C);
-/// after `pick` for one row a sequence, (B, C), or one a token that is asked for.
+/// after `pick` or `pool` for one row a sequence, (B, C), or one a token that is asked for.
 pub trait Ops {
     type X: Clone;
 
@@ -417,6 +430,12 @@ pub trait Ops {
 
     /// Keeps one token of every sequence: (T, C) → (B, C); or those that are asked for.
     fn pick(&self, x: &Self::X, which: Pick) -> Result<Self::X>;
+
+    /// Makes one row of the tokens of every sequence: (T, C) → (B, C).
+    fn pool(&self, x: &Self::X, how: Pooling) -> Result<Self::X>;
+
+    /// Divides each row by its Euclidean norm, or by 1e-12 where that is larger: `torch.nn.functional.normalize`.
+    fn normalize(&self, x: &Self::X) -> Result<Self::X>;
 
     /// Names an intermediate result, so that runtimes can be compared there. Returns it unchanged.
     fn tap(&self, name: &str, x: Self::X) -> Result<Self::X>;

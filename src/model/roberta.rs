@@ -54,6 +54,7 @@ impl Architecture for Roberta {
     fn limits(&self) -> Limits {
         let rows = self.bert.max_position_embeddings;
         Limits {
+            channels: self.bert.hidden_size,
             vocabulary: self.bert.vocab_size,
             positions: rows.saturating_sub(self.pad_token_id as usize + 1),
             token_types: None, // its tokenizers give none: every token is of the first kind

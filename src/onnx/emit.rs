@@ -8,6 +8,7 @@
 
 mod distances;
 mod in_place;
+mod pooling;
 
 use std::borrow::Cow;
 use std::cell::RefCell;
@@ -18,7 +19,7 @@ use super::proto::{ModelProto, OperatorSetIdProto};
 use super::{GraphKind, check, checked_opset, fuse};
 use crate::Result;
 use crate::model::ops::{
-    Activation, Attend, Distances, Ids, Layout, Linear, Norm, Ops, Param, Pick, Role, Sees, Table,
+    Activation, Attend, Distances, Ids, Layout, Linear, Norm, Ops, Param, Pick, Pooling, Role, Sees, Table,
 };
 use crate::task::{Dim, Form, Output};
 
@@ -534,6 +535,16 @@ impl Ops for Emit {
             }
         };
         Ok(X { value, every: false, ..x.clone() })
+    }
+
+    fn pool(&self, x: &X, how: Pooling) -> Result<X> {
+        let value = self.pooled(x, how)?;
+        Ok(X { value, every: false, ..x.clone() })
+    }
+
+    fn normalize(&self, x: &X) -> Result<X> {
+        let value = self.normalized(x);
+        Ok(X { value, ..x.clone() })
     }
 
     fn tap(&self, name: &str, x: X) -> Result<X> {

@@ -62,7 +62,11 @@ impl Measure {
     /// # Errors
     /// One lacks it.
     pub fn of(task: &Task, expected: &Measured, found: &Measured) -> Result<Self> {
-        let name = task.deciding_metric(None)?.name;
+        let decides = task.deciding_metric(None)?.name;
+        // records of another kind than those that the task's first metric is of
+        let found_there = task.metrics().iter().map(|metric| metric.name);
+        let name =
+            found_there.into_iter().find(|name| expected.metrics.contains_key(*name)).unwrap_or(decides);
         let value = |of: &Measured| of.metrics.get(name).copied().with_context(|| format!("no {name}"));
         Ok(Self { name, expected: value(expected)?, found: value(found)? })
     }

@@ -163,9 +163,9 @@ impl Predictor {
     /// As [`Predictor::answers`].
     pub fn measure(&mut self, examples: &[Example]) -> Result<Measured> {
         let mut kept = Vec::with_capacity(examples.len());
-        for part in self.parts(examples.iter().map(|example| example.encoding.len())) {
+        for part in self.parts(examples.iter().map(Example::tokens)) {
             let examples = &examples[part];
-            let encodings: Vec<&Encoding> = examples.iter().map(|example| &example.encoding).collect();
+            let encodings: Vec<&Encoding> = examples.iter().flat_map(Example::encodings).collect();
             kept.extend(self.task.kept(self.pool.outputs(&encodings)?, examples)?);
         }
         self.task.measure_outputs(&kept, examples)

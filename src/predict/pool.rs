@@ -25,8 +25,9 @@ pub struct Pool {
     sessions: Vec<OrtSession>,
     pad_id: u32,
     batch_tokens: usize,
-    /// Of the task's outputs.
+    /// Of the task's outputs, and how many of them are for other programs alone.
     scopes: Vec<Scope>,
+    ahead: usize,
 }
 
 impl Pool {
@@ -51,8 +52,8 @@ impl Pool {
         for _ in 1..count {
             sessions.push(OrtSession::open(Model::File(model), &Providers::only(provider), 1, say)?);
         }
-        let (pad_id, scopes) = (saved.tokenizer.pad_id(), saved.task.scopes());
-        Ok(Self { sessions, pad_id, batch_tokens: batch_tokens.unwrap_or(default), scopes })
+        let (pad_id, scopes, ahead) = (saved.tokenizer.pad_id(), saved.task.scopes(), saved.task.ahead());
+        Ok(Self { sessions, pad_id, batch_tokens: batch_tokens.unwrap_or(default), scopes, ahead })
     }
 
     /// What runs the model.
@@ -70,7 +71,7 @@ impl Pool {
     pub fn outputs(&mut self, encodings: &[&Encoding]) -> Result<Vec<Outputs>> {
         let lengths: Vec<usize> = encodings.iter().map(|encoding| encoding.len()).collect();
         let batches = batches(&lengths, self.batch_tokens);
-        let (pad_id, scopes) = (self.pad_id, &self.scopes);
+        let (pad_id, scopes, ahead) = (self.pad_id, &self.scopes, self.ahead);
         // from the longest, so that the sessions finish together
         let (left, failed) = (AtomicUsize::new(batches.len()), AtomicBool::new(false));
         let found_so_far = Mutex::new(vec![Outputs::new(); encodings.len()]);
@@ -80,7 +81,7 @@ impl Pool {
                 let Ok(n) = taken else { break };
                 let batch = &batches[n - 1];
                 let members: Vec<&Encoding> = batch.iter().map(|&i| encodings[i]).collect();
-                let found = run(session, &PaddedBatch::new(&members, pad_id), scopes);
+                let found = run(session, &PaddedBatch::new(&members, pad_id), scopes, ahead);
                 if found.is_err() {
                     failed.store(true, Ordering::Relaxed);
                 }
@@ -107,10 +108,15 @@ impl Pool {
     }
 }
 
-/// The outputs of each sequence of a batch.
-fn run(session: &mut OrtSession, batch: &PaddedBatch, scopes: &[Scope]) -> Result<Vec<Outputs>> {
+/// The outputs of each sequence of a batch, without those ahead.
+fn run(
+    session: &mut OrtSession,
+    batch: &PaddedBatch,
+    scopes: &[Scope],
+    ahead: usize,
+) -> Result<Vec<Outputs>> {
     let outputs = session.run(batch)?;
-    unpack(&outputs, batch, scopes)
+    unpack(outputs.get(ahead..).unwrap_or_default(), batch, &scopes[ahead..])
 }
 
 /// A graph's outputs, by sequence.

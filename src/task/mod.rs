@@ -2,6 +2,7 @@
 //! nothing else names one.
 
 pub mod causal_lm;
+pub mod embedding;
 pub mod flags;
 mod id2label;
 pub mod masked_lm;
@@ -33,6 +34,7 @@ use crate::model::{Family, Head, ModelConfig, manifest, token_ids};
 use crate::runtime::Slots;
 use crate::{Result, bail_unusable, unusable};
 pub use causal_lm::CausalLm;
+pub use embedding::Embedding;
 pub use flags::{Reading, SharedFlags, SharedRecordFlags, SharedTrainingFlags, TextColumns};
 pub use masked_lm::MaskedLm;
 pub use next_sentence::NextSentence;
@@ -48,6 +50,23 @@ pub use token_classification::TokenClassification;
 pub struct Example<T = Target> {
     pub encoding: Encoding,
     pub target: T,
+}
+
+impl Example {
+    /// All its sequences: most have one.
+    pub fn encodings(&self) -> impl Iterator<Item = &Encoding> {
+        [&self.encoding].into_iter().chain(self.target.others())
+    }
+
+    /// Tokens of all its sequences.
+    pub fn tokens(&self) -> usize {
+        self.encodings().map(Encoding::len).sum()
+    }
+
+    /// Whether something of it was cut off.
+    pub fn is_cut(&self) -> bool {
+        self.encodings().any(|encoding| encoding.truncated)
+    }
 }
 
 /// The fields of a record's answer, or why there is none.
@@ -244,6 +263,11 @@ macro_rules! tasks {
         })+
 
         impl Target {
+            /// See [`Objective::others`].
+            pub fn others(&self) -> &[Encoding] {
+                match self { $(Self::$task(target) => $task::others(target)),+ }
+            }
+
             /// How many losses it has of each of the task's: a step's loss is their mean.
             pub fn losses(&self) -> Vec<usize> {
                 match self { $(Self::$task(target) => $task::losses(target)),+ }
@@ -274,11 +298,14 @@ macro_rules! tasks {
             /// vocabulary.
             pub fn from_config(config: &ModelConfig) -> Result<Self> {
                 token_ids::check(&config.raw, config.vocab_size())?;
-                $(if config.has($task::HEAD) {
+                $(if $task::MARK.is_none() && config.has($task::HEAD) {
                     return Ok(Self::$task($task::from_config(config)?));
                 })+
                 let known: Vec<String> =
-                    [$($task::HEAD),+].into_iter().filter_map(|head| config.family.class(head)).collect();
+                    [$(($task::HEAD, $task::MARK)),+]
+                        .into_iter()
+                        .filter_map(|(head, mark)| config.family.class(head).filter(|_| mark.is_none()))
+                        .collect();
                 match config.architecture() {
                     Some(name) => bail_unusable!(
                         "architectures is [\"{name}\"], which is no trained task of tk's ({} are): fine-tune it first \
@@ -289,6 +316,20 @@ macro_rules! tasks {
                         "architectures is missing, so the task is unknown: fine-tune with `tk train`"
                     ),
                 }
+            }
+
+            /// The task that a trained model's directory speaks of: by a file of one task's own, or by `config.json`.
+            ///
+            /// # Errors
+            /// As [`Task::from_config`]; or the file is inconsistent.
+            pub fn open(dir: &Path, config: &ModelConfig) -> Result<Self> {
+                $(if $task::MARK.is_some_and(|file| dir.join(file).exists()) {
+                    token_ids::check(&config.raw, config.vocab_size())
+                        .map_err(|error| error.context(dir.join("config.json").display().to_string()))?;
+                    return Ok(Self::$task($task::open(dir, config)?));
+                })+
+                Self::from_config(config)
+                    .map_err(|error| error.context(dir.join("config.json").display().to_string()))
             }
 
             /// Starts to learn the task of this name. See [`Objective::learn`].
@@ -328,6 +369,21 @@ macro_rules! tasks {
             /// See [`Objective::smooths_labels`].
             pub fn smooths_labels(&self) -> bool {
                 match self { $(Self::$task(task) => task.smooths_labels()),+ }
+            }
+
+            /// See [`Objective::chunk`].
+            pub fn chunk(&self) -> Option<usize> {
+                match self { $(Self::$task(task) => task.chunk()),+ }
+            }
+
+            /// See [`Objective::max_length`].
+            pub fn max_length(&self) -> Option<usize> {
+                match self { $(Self::$task(task) => task.max_length()),+ }
+            }
+
+            /// See [`Objective::AHEAD`].
+            pub fn ahead(&self) -> usize {
+                match self { $(Self::$task(_) => $task::AHEAD),+ }
             }
 
             /// See [`Objective::define`].
@@ -416,6 +472,9 @@ macro_rules! tasks {
                 match self {
                     $(Self::$task(task) => {
                         let targets = own::<$task>(examples)?.into_iter().map(|(_, target)| target);
+                        let targets = targets.flat_map(|target| {
+                            std::iter::repeat_n(target, 1 + $task::others(target).len())
+                        });
                         outputs.into_iter().zip(targets).map(|(outputs, target)| task.kept(outputs, target)).collect()
                     })+
                 }
@@ -423,16 +482,11 @@ macro_rules! tasks {
 
             /// See [`Objective::measure_outputs`].
             pub fn measure_outputs(&self, outputs: &[Outputs], examples: &[Example]) -> Result<Measured> {
-                anyhow::ensure!(
-                    outputs.len() == examples.len(),
-                    "{} outputs for {} examples",
-                    outputs.len(),
-                    examples.len()
-                );
+                let due = examples.iter().flat_map(Example::encodings).count();
+                anyhow::ensure!(outputs.len() == due, "{} outputs for {due} examples", outputs.len());
                 match self {
                     $(Self::$task(task) => {
-                        let (_, targets): (Vec<_>, Vec<_>) = own::<$task>(examples)?.into_iter().unzip();
-                        task.measure_outputs(outputs, &targets)
+                        task.measure_examples(outputs, &own::<$task>(examples)?)
                     })+
                 }
             }
@@ -493,6 +547,7 @@ tasks!(
     NextSentence in next_sentence,
     PreTraining in pre_training,
     CausalLm in causal_lm,
+    Embedding in embedding,
 );
 
 /// A task's examples as those of any task.
@@ -524,8 +579,12 @@ fn own<'e, T: Own>(
 impl Task {
     /// Examples as one packed batch, which asks for the tokens that their losses look at.
     pub fn packed(examples: &[&Example]) -> PackedBatch {
-        let batch = PackedBatch::new(examples.iter().map(|example| &example.encoding));
-        let places: Vec<_> = examples.iter().map(|example| example.target.asked()).collect();
+        let batch = PackedBatch::new(examples.iter().flat_map(|example| example.encodings()));
+        let places = examples.iter().flat_map(|example| {
+            let others = example.target.others().iter().map(|_| None);
+            std::iter::once(example.target.asked()).chain(others)
+        });
+        let places: Vec<_> = places.collect();
         if places.iter().all(Option::is_none) { batch } else { batch.asking(&places) }
     }
 

@@ -133,6 +133,10 @@ pub trait Objective: Clone + Into<Task> {
     const NAME: &'static str;
     /// The head that it asks a family for, of any size: by it a saved model's task is known.
     const HEAD: Head;
+    /// The file of a directory that says it is this task's, whatever class of `transformers` it was saved from.
+    const MARK: Option<&'static str> = None;
+    /// How many of a graph's outputs are for other programs: those in front of what answers and metrics are made of.
+    const AHEAD: usize = 0;
     /// The texts, of those that [`super::TextColumns`] maps, that its records to learn from have.
     const TEXTS_LEARNT: &'static [&'static str];
     /// The same of records to answer.
@@ -156,6 +160,14 @@ pub trait Objective: Clone + Into<Task> {
     /// # Errors
     /// Unusable: it is inconsistent.
     fn from_config(config: &ModelConfig) -> Result<Self>;
+
+    /// Reads what a trained model's directory says of the task: its `config.json`, and files of its own.
+    ///
+    /// # Errors
+    /// Unusable: they are inconsistent.
+    fn open(_dir: &Path, config: &ModelConfig) -> Result<Self> {
+        Self::from_config(config)
+    }
 
     /// Writes what the task knows into a configuration that is about to be saved.
     fn write_config(&self, config: &mut ModelConfig);
@@ -195,6 +207,11 @@ pub trait Objective: Clone + Into<Task> {
         self.head() == base.head()
     }
 
+    /// The sequences of an example behind its first one: each has outputs of its own, and all stand in one batch.
+    fn others(_target: &Self::Target) -> &[Encoding] {
+        &[]
+    }
+
     /// How many losses of each of [`Objective::LOSSES`] a target has: a step's loss is their mean.
     fn losses(_target: &Self::Target) -> Vec<usize> {
         vec![1]
@@ -211,6 +228,17 @@ pub trait Objective: Clone + Into<Task> {
     /// The places of the tokens that the loss asks for, in order, where these are not all. The outputs then have a row
     /// for each of them, and one for the first token.
     fn asked(_target: &Self::Target) -> Option<Vec<usize>> {
+        None
+    }
+
+    /// Where a batch's loss is computed of all its outputs before a gradient is: the examples whose activations are held
+    /// at a time. No output is an [`X`] that is not computed yet then.
+    fn chunk(&self) -> Option<usize> {
+        None
+    }
+
+    /// The longest sequence that the model was trained with, where the task's files say so.
+    fn max_length(&self) -> Option<usize> {
         None
     }
 
@@ -283,6 +311,16 @@ pub trait Objective: Clone + Into<Task> {
     /// # Errors
     /// They are not those of the targets; or the task's outputs are too many to be held.
     fn measure_outputs(&self, outputs: &[Outputs], targets: &[&Self::Target]) -> Result<Measured>;
+
+    /// The same of a task that looks at what the outputs are of, too.
+    fn measure_examples(
+        &self,
+        outputs: &[Outputs],
+        examples: &[(&Encoding, &Self::Target)],
+    ) -> Result<Measured> {
+        let targets: Vec<_> = examples.iter().map(|(_, target)| *target).collect();
+        self.measure_outputs(outputs, &targets)
+    }
 
     /// The same of a language model's graph that generates, which gives the scores of few tokens at once.
     ///

@@ -84,12 +84,14 @@ fn a_flag_is_taken_by_its_own_task_alone_and_refused_by_name_elsewhere() {
                     TokenClassification::NAME,
                     MaskedLm::NAME,
                     NextSentence::NAME,
-                    PreTraining::NAME
+                    PreTraining::NAME,
+                    Embedding::NAME
                 ]
             ),
-            "--text-pair-column" => {
-                assert_eq!(tasks, [TextClassification::NAME, NextSentence::NAME, PreTraining::NAME]);
-            }
+            "--text-pair-column" => assert_eq!(
+                tasks,
+                [TextClassification::NAME, NextSentence::NAME, PreTraining::NAME, Embedding::NAME]
+            ),
             "--offset-unit" => assert_eq!(tasks, [TokenClassification::NAME, QuestionAnswering::NAME]),
             "--top-k" => assert_eq!(
                 tasks,

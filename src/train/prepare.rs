@@ -108,7 +108,7 @@ impl Prepared {
             (Params::from_scratch(&manifest, init, device)?, Default::default())
         } else {
             let mut weights = Weights::open(model, config.family.names())?;
-            if !Task::from_config(&config).is_ok_and(|base| task.keeps(&base)) {
+            if !Task::open(model, &config).is_ok_and(|base| task.keeps(&base)) {
                 // a head that was trained for other labels
                 for Param { name, .. } in manifest.iter().filter(|param| param.part == Part::Labels) {
                     if weights.forget(name) {
@@ -150,9 +150,9 @@ impl Prepared {
                 if self.unused.len() > shown { " …" } else { "" }
             ));
         }
-        let cut = |examples: &[Example]| examples.iter().filter(|example| example.encoding.truncated).count();
+        let cut = |examples: &[Example]| examples.iter().filter(|example| example.is_cut()).count();
         let train = &self.learning.examples;
-        let tokens: usize = train.iter().map(|example| example.encoding.len()).sum();
+        let tokens: usize = train.iter().map(Example::tokens).sum();
         let learnt: usize = train.iter().filter_map(|example| example.target.losses().first().copied()).sum();
         // what is drawn at every step counts none before
         let learnt =

@@ -52,7 +52,7 @@ impl Run<'_> {
     }
 
     fn train(&self, resume: bool) -> Result<Outcome> {
-        let lengths = self.train.iter().map(|example| example.encoding.len()).collect();
+        let lengths = self.train.iter().map(Example::tokens).collect();
         let mut plan = Plan::new(self.settings, lengths);
         let total = plan.total_steps();
         let mut trainer =

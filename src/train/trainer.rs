@@ -3,15 +3,17 @@
 use std::borrow::Cow;
 
 use anyhow::Context;
-use candle_core::Device;
+use candle_core::backprop::GradStore;
+use candle_core::{Device, Tensor, Var};
 
 use super::Settings;
 use super::optimizer::{AdamW, Constants, Gradients, clip_factor};
 use super::schedule::warmup_steps;
 use crate::Result;
+use crate::data::batch::PackedBatch;
 use crate::eager::kernels::dropout::mix;
 use crate::eager::kernels::gradient::GradientRows;
-use crate::eager::{Eager, Kernels, Mode, Params};
+use crate::eager::{Eager, Kernels, Mode, Params, X, tensors};
 use crate::model::Family;
 use crate::task::{Example, Task};
 
@@ -97,7 +99,7 @@ impl<'a> Trainer<'a> {
             let examples: Vec<&Example> = examples.iter().map(Cow::as_ref).collect();
             let own = self.backward(&examples, &counts, key(part), &mut gradients)?;
             losses.iter_mut().zip(own).for_each(|(loss, own)| *loss += own);
-            tokens += examples.iter().map(|example| example.encoding.len()).sum::<usize>();
+            tokens += examples.iter().map(|example| example.tokens()).sum::<usize>();
         }
         let loss: f64 = losses.iter().sum();
         let grad_norm = gradients.global_norm(self.params)?;
@@ -135,20 +137,85 @@ impl<'a> Trainer<'a> {
         key: u64,
         gradients: &mut Gradients,
     ) -> Result<Vec<f64>> {
+        if let Some(chunk) = self.task.chunk().filter(|&chunk| chunk < examples.len()) {
+            return self.backward_in_chunks(examples, chunk, of, key, gradients);
+        }
         let batch = Task::packed(examples);
-        let eager = Eager::new(self.params, &batch, self.device, Mode::Training { key })
+        let eager = self.eager(&batch, key);
+        let outputs = self.task.define(&eager, self.family)?;
+        let losses = self.task.loss(&eager, outputs, examples, self.settings.label_smoothing, of)?;
+        let values = numbers(&losses)?;
+        self.add_up(sum(losses)?.backward()?, gradients)?;
+        Ok(values)
+    }
+
+    /// The same with the activations of so many examples at a time: all outputs are computed first, then the loss of all
+    /// of them and its gradient there, then, chunk by chunk again, what leads back from it (Gao et al. 2021,
+    /// arXiv:2101.06983). Each chunk drops the same in both passes.
+    fn backward_in_chunks(
+        &self,
+        examples: &[&Example],
+        size: usize,
+        of: &[usize],
+        key: u64,
+        gradients: &mut Gradients,
+    ) -> Result<Vec<f64>> {
+        let chunks: Vec<&[&Example]> = examples.chunks(size).collect();
+        let key_of = |place: usize| mix(key ^ mix(place as u64));
+        let ahead = self.task.ahead();
+        let mut of_chunks: Vec<Vec<Tensor>> = Vec::with_capacity(chunks.len());
+        for (place, chunk) in chunks.iter().enumerate() {
+            let batch = Task::packed(chunk);
+            let outputs = self.task.define(&self.eager(&batch, key_of(place)), self.family)?;
+            of_chunks.push(tensors(outputs)?.iter().skip(ahead).map(Tensor::detach).collect());
+        }
+        let whole = |output: usize| {
+            let parts: Vec<&Tensor> = of_chunks.iter().map(|outputs| &outputs[output]).collect();
+            Ok(Var::from_tensor(&Tensor::cat(&parts, 0)?)?)
+        };
+        let wholes: Vec<Var> =
+            (0..of_chunks.first().map_or(0, Vec::len)).map(whole).collect::<Result<_>>()?;
+        let batch = Task::packed(examples);
+        let outputs = wholes.iter().map(|whole| X::Tensor(whole.as_tensor().clone())).collect();
+        let smoothing = self.settings.label_smoothing;
+        let losses = self.task.loss(&self.eager(&batch, key), outputs, examples, smoothing, of)?;
+        let values = numbers(&losses)?;
+        let mut store = sum(losses)?.backward()?;
+        let stored: Vec<Option<Tensor>> =
+            wholes.iter().map(|whole| store.remove(whole.as_tensor())).collect();
+        let mut starts = vec![0; stored.len()];
+        for (place, chunk) in chunks.iter().enumerate() {
+            let batch = Task::packed(chunk);
+            let outputs = self.task.define(&self.eager(&batch, key_of(place)), self.family)?;
+            let mut leading = Vec::new();
+            for ((output, stored), start) in
+                tensors(outputs)?.iter().skip(ahead).zip(&stored).zip(&mut starts)
+            {
+                let rows = output.dim(0)?;
+                if let Some(stored) = stored {
+                    leading.push((output * stored.narrow(0, *start, rows)?)?.sum_all()?);
+                }
+                *start += rows;
+            }
+            anyhow::ensure!(!leading.is_empty(), "the loss depends on no output");
+            self.add_up(Tensor::stack(&leading, 0)?.sum_all()?.backward()?, gradients)?;
+        }
+        Ok(values)
+    }
+
+    /// An interpreter for one forward pass.
+    fn eager<'b>(&'b self, batch: &'b PackedBatch, key: u64) -> Eager<'b> {
+        let eager = Eager::new(self.params, batch, self.device, Mode::Training { key })
             .with_kernels(self.kernels)
             .with_dtype(self.settings.precision.dtype());
-        let eager = if self.settings.checkpoint_activations { eager.with_recomputation() } else { eager };
-        let outputs = self.task.define(&eager, self.family)?;
-        let smoothing = self.settings.label_smoothing;
-        let losses = self.task.loss(&eager, outputs, examples, smoothing, of)?;
-        let values = losses
-            .iter()
-            .map(|loss| Ok(f64::from(loss.to_scalar::<f32>()?)))
-            .collect::<Result<Vec<f64>>>()?;
-        let loss = losses.into_iter().map(Ok).reduce(|a, b| a? + b?).context("the task has no loss")?;
-        let mut store = loss?.backward()?;
+        if self.settings.checkpoint_activations { eager.with_recomputation() } else { eager }
+    }
+
+    /// Adds the gradients of a backward pass up.
+    ///
+    /// # Errors
+    /// A parameter has none.
+    fn add_up(&self, mut store: GradStore, gradients: &mut Gradients) -> Result<()> {
         let mut missing = Vec::new();
         match gradients {
             Gradients::Slots => {
@@ -178,7 +245,7 @@ impl<'a> Trainer<'a> {
                 missing.join(", ")
             );
         }
-        Ok(values)
+        Ok(())
     }
 
     /// Names the parameters whose gradients are not finite.
@@ -194,4 +261,15 @@ impl<'a> Trainer<'a> {
             [first, rest @ ..] => format!(" (not finite: {first} and {} more)", rest.len()),
         })
     }
+}
+
+/// The values of losses.
+fn numbers(losses: &[Tensor]) -> Result<Vec<f64>> {
+    losses.iter().map(|loss| Ok(f64::from(loss.to_scalar::<f32>()?))).collect()
+}
+
+/// All losses as one.
+fn sum(losses: Vec<Tensor>) -> Result<Tensor> {
+    let sum = losses.into_iter().map(Ok).reduce(|a, b| a? + b?);
+    Ok(sum.context("the task has no loss")??)
 }

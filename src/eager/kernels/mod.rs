@@ -17,6 +17,7 @@ pub mod layer_norm;
 pub mod linear;
 #[cfg(test)]
 mod loops;
+pub mod pooling;
 pub mod residual;
 pub mod simd;
 pub mod split;

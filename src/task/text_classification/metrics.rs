@@ -27,7 +27,7 @@ pub fn regression(predicted: &[f64], wanted: &[f64]) -> Metrics {
         ("mse", errors().map(|e| e * e).sum::<f64>() / n),
         ("mae", errors().map(f64::abs).sum::<f64>() / n),
         ("pearson", pearson(predicted, wanted)),
-        ("spearman", pearson(&ranks(predicted), &ranks(wanted))),
+        ("spearman", spearman(predicted, wanted)),
     ])
 }
 
@@ -82,6 +82,11 @@ impl Counts {
     fn f1(&self) -> f64 {
         2.0 * self.hit as f64 / (self.all() + self.hit).max(1) as f64
     }
+}
+
+/// Spearman's correlation: Pearson's of the ranks.
+pub fn spearman(a: &[f64], b: &[f64]) -> f64 {
+    pearson(&ranks(a), &ranks(b))
 }
 
 /// Pearson's correlation; not a number where one side is constant.

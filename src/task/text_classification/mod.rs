@@ -1,7 +1,7 @@
 //! Text classification: one text or a pair → one label, several labels, or a number.
 
 mod labels;
-mod metrics;
+pub(super) mod metrics;
 #[cfg(test)]
 mod tests;
 mod windows;
