@@ -157,10 +157,20 @@ pub fn write_model(output: &Path, prepared: &Prepared, max_length: usize) -> Res
     files::write(&output.join("config.json"), serde_json::to_string_pretty(&prepared.config.raw)? + "\n")?;
     for name in Task::files() {
         let path = output.join(name);
+        let folder = path.parent().filter(|folder| *folder != output);
+        let place = || path.display().to_string();
         match prepared.learning.files.iter().find(|(own, _)| *own == name) {
-            Some((_, text)) => files::write(&path, text)?,
+            Some((_, text)) => {
+                folder.map_or(Ok(()), files::create_folder).with_context(place)?;
+                files::write(&path, text)?;
+            }
+            // an earlier run's
             None if path.exists() => {
-                std::fs::remove_file(&path).with_context(|| path.display().to_string())?; // an earlier run's
+                std::fs::remove_file(&path).with_context(place)?;
+                if folder.is_some_and(|folder| folder.read_dir().is_ok_and(|mut left| left.next().is_none()))
+                {
+                    folder.map_or(Ok(()), std::fs::remove_dir).with_context(place)?;
+                }
             }
             None => {}
         }

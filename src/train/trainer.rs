@@ -167,7 +167,8 @@ impl<'a> Trainer<'a> {
         for (place, chunk) in chunks.iter().enumerate() {
             let batch = Task::packed(chunk);
             let outputs = self.task.define(&self.eager(&batch, key_of(place)), self.family)?;
-            of_chunks.push(tensors(outputs)?.iter().skip(ahead).map(Tensor::detach).collect());
+            let outputs = tensors(outputs.into_iter().skip(ahead).collect())?;
+            of_chunks.push(outputs.iter().map(Tensor::detach).collect());
         }
         let whole = |output: usize| {
             let parts: Vec<&Tensor> = of_chunks.iter().map(|outputs| &outputs[output]).collect();
@@ -187,10 +188,10 @@ impl<'a> Trainer<'a> {
         for (place, chunk) in chunks.iter().enumerate() {
             let batch = Task::packed(chunk);
             let outputs = self.task.define(&self.eager(&batch, key_of(place)), self.family)?;
+            // those ahead lead nowhere back
+            let outputs = tensors(outputs.into_iter().skip(ahead).collect())?;
             let mut leading = Vec::new();
-            for ((output, stored), start) in
-                tensors(outputs)?.iter().skip(ahead).zip(&stored).zip(&mut starts)
-            {
+            for ((output, stored), start) in outputs.iter().zip(&stored).zip(&mut starts) {
                 let rows = output.dim(0)?;
                 if let Some(stored) = stored {
                     leading.push((output * stored.narrow(0, *start, rows)?)?.sum_all()?);
