@@ -316,3 +316,28 @@ fn what_can_not_be_learnt_is_refused_with_its_place() {
     refused(&ranked(false), &["--prompt-name", "query"], "no prompt \"query\"");
     refused(&[json!({"anchor": "a"})], &[], "positive");
 }
+
+/// All families give hidden states; a causal one's last token has seen all.
+#[test]
+fn the_runtimes_agree_on_every_familys_embeddings() {
+    let bases = common::CLASSIFIERS.into_iter().filter(|name| name.ends_with("-single"));
+    for (i, base) in bases.enumerate() {
+        let dir = tempfile::tempdir().unwrap();
+        let own = dir.path().join("model");
+        copy_dir(&models(base), &own);
+        let module = |path: &str, class: &str| json!({"path": path, "type": format!("sentence_transformers.models.{class}")});
+        let modules =
+            json!([module("", "Transformer"), module("1_Pooling", "Pooling"), module("2_Normalize", "Normalize")]);
+        std::fs::write(own.join("modules.json"), modules.to_string()).unwrap();
+        std::fs::create_dir(own.join("1_Pooling")).unwrap();
+        let modes = ["mean", "max", "cls", "weightedmean", "mean_sqrt_len_tokens"];
+        let mode = if base.contains("gpt2") { "lasttoken" } else { modes[i % modes.len()] };
+        std::fs::write(own.join("1_Pooling/config.json"), json!({"pooling_mode": mode}).to_string()).unwrap();
+        let parity = tk().arg("parity").arg(&own).arg("--json").assert().success();
+        let parity: Value = serde_json::from_slice(&parity.get_output().stdout).unwrap();
+        for runtime in parity["runtimes"].as_array().unwrap() {
+            let output = &runtime["outputs"]["sentence_embedding"];
+            assert!(output["max_abs"].as_f64().unwrap() < 1e-5, "{base}, {mode}: {runtime}");
+        }
+    }
+}
