@@ -326,8 +326,11 @@ fn the_runtimes_agree_on_every_familys_embeddings() {
         let own = dir.path().join("model");
         copy_dir(&models(base), &own);
         let module = |path: &str, class: &str| json!({"path": path, "type": format!("sentence_transformers.models.{class}")});
-        let modules =
-            json!([module("", "Transformer"), module("1_Pooling", "Pooling"), module("2_Normalize", "Normalize")]);
+        let modules = json!([
+            module("", "Transformer"),
+            module("1_Pooling", "Pooling"),
+            module("2_Normalize", "Normalize")
+        ]);
         std::fs::write(own.join("modules.json"), modules.to_string()).unwrap();
         std::fs::create_dir(own.join("1_Pooling")).unwrap();
         let modes = ["mean", "max", "cls", "weightedmean", "mean_sqrt_len_tokens"];
