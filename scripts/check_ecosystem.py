@@ -25,6 +25,7 @@ import transformers
 from safetensors import safe_open
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForNextSentencePrediction,
@@ -730,6 +731,66 @@ def filler(table, options, config, graph_file, tokenizer):
         table.attempt("tk serve-batch's relations are transformers'", relations)
 
 
+def embedder(table, options, config, graph_file, tokenizer):
+    """Embeddings of 1,000 awkward texts by ONNX Runtime and by `tk serve-batch` against the hidden states of transformers,
+    pooled as the directory's files say."""
+    directory, tolerance = options.directory, min(options.tolerance, 1e-5)
+    model = AutoModel.from_pretrained(directory).eval()
+    modules = [module["type"].rsplit(".")[-1] for module in json.loads((directory / "modules.json").read_text())]
+    pooling = json.loads((directory / "1_Pooling/config.json").read_text())
+    old = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens", "max": "pooling_mode_max_tokens"}
+    mode = pooling.get("pooling_mode") or next(name for name, key in old.items() if pooling.get(key))
+    length = json.loads((directory / "sentence_bert_config.json").read_text())["max_seq_length"]
+    rng = random.Random(5)
+    texts = AWKWARD + [awkward(rng, rng.randrange(0, 30), rng.choice(GAPS)) for _ in range(1000 - len(AWKWARD))]
+    records = [{"text": text} for text in texts]
+
+    def pooled(hidden, mask):
+        mask = mask[..., None]
+        if mode == "cls":
+            rows = hidden[:, 0]
+        elif mode == "max":
+            rows = np.where(mask == 1, hidden, -np.inf).max(1)
+        else:
+            rows = (hidden * mask).sum(1) / mask.sum(1)
+        return rows / np.linalg.norm(rows, axis=1, keepdims=True) if "Normalize" in modules else rows
+
+    def run(call):
+        found = []
+        stripped = [{"text": r["text"].strip()} for r in records]  # as sentence-transformers does
+        with torch.no_grad():
+            for b in batches(tokenizer, stripped, length, "pt"):
+                found += list(call(b))
+        return found
+
+    truth = run(lambda b: pooled(model(**b).last_hidden_state.numpy(), b["attention_mask"].numpy()))
+    print(f"{len(texts)} texts, at most {length} tokens each; pooled by {mode}, {', '.join(modules)}")
+
+    def onnx_runtime():
+        session = onnxruntime.InferenceSession(graph_file, providers=["CPUExecutionProvider"])
+        names = [i.name for i in session.get_inputs()]
+        found = run(lambda b: session.run(["sentence_embedding"], {n: b[n].numpy() for n in names})[0])
+        compare(table, "ONNX Runtime against transformers", found, truth, tolerance)
+
+    def serve_batch():
+        lines = serve(options.tk, directory, records, [])
+        found = [np.array(line["embedding"], dtype=np.float32) for line in lines]
+        compare(table, "tk serve-batch against transformers", found, truth, tolerance)
+
+    def similarities():
+        pairs = [{"text": a, "text_pair": b} for a, b in zip(texts, texts[1:])]
+        lines = serve(options.tk, directory, pairs, [])
+        norms = [row / np.linalg.norm(row) for row in truth]
+        due = [np.array([a @ b]) for a, b in zip(norms, norms[1:])]
+        found = [np.array([line["similarity"]]) for line in lines]
+        compare(table, "tk serve-batch's similarities are cosines", found, due, tolerance)
+
+    table.attempt("quantize_dynamic", lambda: quantizer(table, graph_file))
+    table.attempt("ONNX Runtime against transformers", onnx_runtime)
+    table.attempt("tk serve-batch against transformers", serve_batch)
+    table.attempt("tk serve-batch's similarities are cosines", similarities)
+
+
 def entities(table, tk, directory, tokenizer, model, max_length, tolerance):
     """What `tk serve-batch` finds in texts, against transformers' pipeline: kinds, places and scores. Of a text that is
     longer than the model, the pipeline is given each token's logits from the window that predicts it."""
@@ -871,7 +932,9 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(directory)
     table = Table()
     config = AutoConfig.from_pretrained(directory)
-    if config.architectures[0].endswith("LMHeadModel"):
+    if (directory / "modules.json").is_file():
+        embedder(table, options, config, graph_file, tokenizer)
+    elif config.architectures[0].endswith("LMHeadModel"):
         language_model(table, options.tk, directory, graph_file, tokenizer, records)
     elif is_filler(config):
         filler(table, options, config, graph_file, tokenizer)
