@@ -225,6 +225,11 @@ fn a_graph_of_others_is_held_against_the_model_that_it_is_of() {
     let lacking = changed(&|graph| graph.output.truncate(1)).code(2);
     let said = String::from_utf8_lossy(&lacking.get_output().stderr).into_owned();
     assert!(said.contains("has no output end_logits; it has start_logits"), "{said}");
+    let mut without = tk();
+    without.arg("parity").arg("--onnx").arg(&exported).arg("--against").arg(&model);
+    let without = without.env("ORT_DYLIB_PATH", dir.path().join("none.so")).assert().code(2);
+    let said = String::from_utf8_lossy(&without.get_output().stderr).into_owned();
+    assert!(said.contains("nothing to run the graph by"), "nothing that is compared is no agreement: {said}");
     let usage = tk().args(["parity", "--onnx", "x.onnx"]).assert().code(2);
     assert!(String::from_utf8_lossy(&usage.get_output().stderr).contains("--against"));
 }

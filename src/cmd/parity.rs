@@ -70,6 +70,10 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
             bail_unusable!("candle-onnx runs graphs that tk writes; an --onnx is run by ONNX Runtime");
         }
         runtimes.retain(|&runtime| runtime != Runtime::CandleOnnx);
+        if runtimes.len() < 2 {
+            let why: Vec<String> = lacking.iter().map(|(name, why)| format!("\n  {name}: {why}")).collect();
+            bail_unusable!("nothing to run the graph by{}", why.concat());
+        }
     }
     for (name, why) in &lacking {
         say.line(format!("{name} is not on this machine: {why}"));
