@@ -4,11 +4,13 @@
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
+use crate::Result;
 use crate::data::tokens::Vocabulary;
 use crate::model::config::{Findings, activation, checked, default};
 use crate::model::family::{Architecture, Head, Limits, Names};
-use crate::model::ops::{Activation, At, Attend, Distances, Ids, Linear, Norm, Ops, Pick, Sees, Table};
-use crate::{Result, bail_unusable};
+use crate::model::ops::{
+    Activation, At, Attend, Distances, Ids, Linear, Norm, Ops, Pick, Pooling, Sees, Table,
+};
 
 /// The configuration. Field names and defaults are `transformers.ModernBertConfig`'s; what version 5 writes of layers and
 /// rotary positions is read too.
@@ -171,12 +173,11 @@ impl Architecture for ModernBert {
     fn define<O: Ops>(&self, o: &O, head: Head) -> Result<Vec<O::X>> {
         let scores = match head {
             Head::SequenceClassification { labels } => {
-                if self.classifier_pooling == Pooled::Mean {
-                    bail_unusable!(
-                        "classifier_pooling is \"mean\"; tk finds a text's label in its first token alone: \"cls\""
-                    );
-                }
-                labelled(o, self, &body(o, self, Some(Pick::First))?, labels)?
+                let x = match self.classifier_pooling {
+                    Pooled::Cls => body(o, self, Some(Pick::First))?,
+                    Pooled::Mean => o.pool(&body(o, self, None)?, Pooling::Mean)?,
+                };
+                labelled(o, self, &x, labels)?
             }
             Head::TokenClassification { labels } => labelled(o, self, &body(o, self, None)?, labels)?,
             Head::QuestionAnswering => labelled(o, self, &body(o, self, None)?, 2)?,

@@ -7,7 +7,7 @@ use tk::checkpoint::Weights;
 use tk::model::ops::Param;
 
 /// The reference checkpoints that give a row of scores a sequence.
-pub const CLASSIFIERS: [&str; 11] = [
+pub const CLASSIFIERS: [&str; 12] = [
     "tiny-bert-single",
     "tiny-bert-multi",
     "tiny-bert-regression",
@@ -17,6 +17,7 @@ pub const CLASSIFIERS: [&str; 11] = [
     "tiny-electra-single",
     "tiny-mpnet-single",
     "tiny-modernbert-single",
+    "tiny-modernbert-mean",
     "tiny-deberta-v2-single",
     "tiny-gpt2-single",
 ];
