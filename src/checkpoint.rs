@@ -207,7 +207,8 @@ pub fn file_hash(path: &Path) -> Result<String> {
     hashed().with_context(|| path.display().to_string())
 }
 
-fn hex(bytes: &[u8]) -> String {
+/// Bytes as hexadecimal digits.
+pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 

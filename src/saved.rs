@@ -14,11 +14,21 @@ use crate::{Result, bail_unusable, files};
 /// The fewest tokens that a text may be cut to: one between two special ones, as in training.
 pub const SHORTEST: usize = 3;
 
+/// Which of a checkpoint's heads is meant.
+#[derive(Clone, Debug, Default, PartialEq, Eq, clap::Args)]
+pub struct TaskFlag {
+    /// The task, where the checkpoint has more heads than one [default: as the model's files say].
+    #[arg(long, value_parser = clap::builder::PossibleValuesParser::new(Task::NAMES))]
+    pub task: Option<String>,
+}
+
 /// A model that can be evaluated, exported and served.
 pub struct Saved {
     pub dir: PathBuf,
     pub config: ModelConfig,
     pub task: Task,
+    /// Whether `--task` named it, in place of the directory's files.
+    pub task_was_asked: bool,
     pub tokenizer: Tokenizer,
     pub weights: Weights,
     /// The longest sequence it takes, special tokens included.
@@ -31,6 +41,14 @@ impl Saved {
     /// # Errors
     /// Something is missing, broken, or does not fit together; nothing is changed.
     pub fn open(dir: &Path) -> Result<Self> {
+        Self::open_for(dir, &TaskFlag::default())
+    }
+
+    /// The same for a task that may be named.
+    ///
+    /// # Errors
+    /// As [`Saved::open`]; or the checkpoint lacks the task's head.
+    pub fn open_for(dir: &Path, asked: &TaskFlag) -> Result<Self> {
         if !dir.is_dir() {
             bail_unusable!(
                 "{} is no directory; expected a trained model's, as `tk train` writes it",
@@ -38,13 +56,20 @@ impl Saved {
             );
         }
         let config = ModelConfig::read(dir)?;
-        let task = Task::open(dir, &config)?;
+        let task = match &asked.task {
+            Some(name) => Task::open_as(name, dir, &config)?,
+            None => Task::open(dir, &config)?,
+        };
         let longest = [model_max_length(dir)?, task.max_length()].into_iter().flatten();
         let max_length = longest.fold(config.max_positions(), usize::min);
         let mut tokenizer = Tokenizer::open(dir)?;
         tokenizer.check_fits(config.vocab_size(), config.token_types())?;
         let weights = Weights::open(dir, config.family.names())?;
-        Ok(Self { dir: dir.to_owned(), config, task, tokenizer, weights, max_length })
+        let task_was_asked = asked.task.is_some();
+        if task_was_asked {
+            task.trained_params(&config.family, &weights)?;
+        }
+        Ok(Self { dir: dir.to_owned(), config, task, task_was_asked, tokenizer, weights, max_length })
     }
 }
 

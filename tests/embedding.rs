@@ -5,7 +5,7 @@ mod common;
 
 use std::path::{Path, PathBuf};
 
-use common::{copy_dir, json, models, tk};
+use common::{EMBEDDER, copy_dir, json, models, tk};
 use serde_json::{Value, json};
 
 const BASE: &str = "tiny-bert-single";
@@ -266,6 +266,12 @@ fn pooling_and_prompts_are_read_in_every_form() {
     let written = embedding(mean(), false, &[], json!({"text": "the movie: the plot was good"}));
     assert!(prompted == written && prompted != old);
 
+    // the graph pools, so it goes with the files
+    put("1_Pooling/config.json", json!({"pooling_mode": "max"}));
+    let stale = tk().arg("serve-batch").arg(&own).args(["--input", "-"]).write_stdin("").assert().code(2);
+    assert!(text(&stale.get_output().stderr).contains("another definition"));
+    put("1_Pooling/config.json", mean());
+
     let refused = |name: &str, value: Value, said: &str| {
         let before = std::fs::read(own.join(name)).unwrap();
         put(name, value);
@@ -315,6 +321,64 @@ fn what_can_not_be_learnt_is_refused_with_its_place() {
     refused(&ranked(false), &["--temperature", "0"], "--temperature 0");
     refused(&ranked(false), &["--prompt-name", "query"], "no prompt \"query\"");
     refused(&[json!({"anchor": "a"})], &[], "positive");
+}
+
+#[test]
+fn embeddings_are_written_as_a_matrix() {
+    let dir = tempfile::tempdir().unwrap();
+    let own = dir.path().join("model");
+    copy_dir(&models(EMBEDDER), &own);
+    tk().args(["export", "--quiet"]).arg(&own).assert().success();
+    let texts = ["the movie", "a sad day", "", "rain in the morning", "who was at home"];
+    let records: Vec<Value> = texts.iter().map(|text| json!({"text": text})).collect();
+    let bad = json!({"text": 3});
+    let input = write(dir.path().join("texts.jsonl"), &[&records[..], &[bad]].concat());
+    let serve = |output: &Path, more: &[&str]| {
+        let mut command = tk();
+        command.arg("serve-batch").arg(&own).args(["--window", "2", "--input"]).arg(&input).arg("--output");
+        command.arg(output).args(more).assert()
+    };
+
+    let lines = dir.path().join("answers.jsonl");
+    serve(&lines, &[]).success();
+    let lines = std::fs::read_to_string(lines).unwrap();
+    let answers: Vec<Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    for name in ["matrix.npy", "matrix.parquet"] {
+        let output = dir.path().join(name);
+        serve(&output, &[]).success();
+        let whole = std::fs::read(&output).unwrap();
+        if name.ends_with("npy") {
+            let begin = 10 + usize::from(u16::from_le_bytes([whole[8], whole[9]]));
+            let found: Vec<f32> =
+                whole[begin..].chunks_exact(4).map(|x| f32::from_le_bytes(x.try_into().unwrap())).collect();
+            assert_eq!(found.len(), 6 * 32);
+            for (row, answer) in found.chunks(32).zip(&answers) {
+                match answer.get("embedding") {
+                    Some(embedding) => assert_eq!(row, numbers(embedding)),
+                    None => assert!(row.iter().all(|x| x.is_nan()), "{answer}"),
+                }
+            }
+        }
+        serve(&output, &["--strict"]).code(2);
+        assert_eq!(std::fs::read(&output).unwrap(), whole, "a refusal leaves what stood there");
+    }
+    let left = std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name());
+    assert!(left.into_iter().all(|name| !name.to_string_lossy().contains("partial")));
+
+    let refused = |output: &str, lines: &str, said: &str| {
+        let output = dir.path().join(output);
+        let mut command = tk();
+        command.arg("serve-batch").arg(&own).args(["--input", "-", "--output"]).arg(output);
+        let text = text(&command.write_stdin(lines.to_owned()).assert().code(2).get_output().stderr);
+        assert!(text.contains(said), "{said}: {text}");
+    };
+    let pair = json!({"text": "a", "text_pair": "b", "id": "x"});
+    refused("pairs.npy", &format!("{pair}\n"), "record of id \"x\": a matrix has a row for a text");
+    assert!(!dir.path().join("pairs.npy").exists() && !dir.path().join("pairs.npy.partial").exists());
+    let mut command = tk();
+    command.arg("serve-batch").arg(models(BASE)).args(["--input", "-", "--output", "labels.parquet"]);
+    let said = text(&command.write_stdin("{}").assert().code(2).get_output().stderr);
+    assert!(said.contains("a matrix holds embeddings"), "{said}");
 }
 
 /// All families give hidden states; a causal one's last token has seen all.

@@ -119,7 +119,7 @@ fn what_cannot_be_used_is_named_and_nothing_is_written() {
         assert_eq!(names(dir), before);
     };
     let (_guard, dir) = copy("tiny-bert-single");
-    refused(&dir, &["--opset", "12"], "opset 12: tk writes the opsets 13 to 21");
+    refused(&dir, &["--opset", "12"], "opset 12: tk writes the opsets 13 to 24");
     refused(&dir, &["--precision", "int4"], "int4");
     std::fs::write(dir.join("onnx"), "a file").unwrap();
     refused(&dir, &[], "is no directory, and the graph belongs there");

@@ -5,7 +5,8 @@ mod common;
 use std::path::Path;
 
 use common::{
-    CLASSIFIERS, FOLLOWER, LANGUAGE_MODEL, MASKERS, PRE_TRAINED, TAGGERS, floats, json, models, predictors,
+    CLASSIFIERS, EMBEDDER, FOLLOWER, LANGUAGE_MODEL, MASKERS, PRE_TRAINED, TAGGERS, floats, json, models,
+    predictors,
 };
 use prost::Message;
 use serde_json::Value;
@@ -24,7 +25,7 @@ fn exported(name: &str, opset: i64) -> ModelProto {
 fn built(name: &str, kind: impl Fn(&Task) -> GraphKind) -> ModelProto {
     let dir = models(name);
     let config = ModelConfig::read(&dir).unwrap();
-    let task = Task::from_config(&config).unwrap();
+    let task = Task::open(&dir, &config).unwrap();
     model::build(&config, &task, &weights(&dir), "tokenizer", kind(&task)).unwrap()
 }
 
@@ -73,10 +74,14 @@ fn distance(a: &[Vec<f32>], b: &[Vec<f32>]) -> f32 {
 #[test]
 fn graphs_stay_as_they_are() {
     let both = CLASSIFIERS.into_iter().chain([LANGUAGE_MODEL]).flat_map(|name| [(name, 14), (name, 18)]);
-    for (name, opset) in
-        both.chain(TAGGERS.into_iter().chain(MASKERS).chain([FOLLOWER, PRE_TRAINED]).map(|name| (name, 18)))
-    {
+    for (name, opset) in both.chain(
+        TAGGERS.into_iter().chain(MASKERS).chain([FOLLOWER, PRE_TRAINED, EMBEDDER]).map(|name| (name, 18)),
+    ) {
         insta::assert_snapshot!(format!("{name}-{opset}"), dump::dump(&exported(name, opset)));
+    }
+    // attention as one operator: plain, with a bias, turned and near, causal
+    for name in ["tiny-bert-single", "tiny-mpnet-single", "tiny-modernbert-single", "tiny-gpt2-single"] {
+        insta::assert_snapshot!(format!("{name}-23"), dump::dump(&exported(name, 23)));
     }
     for precision in [Precision::Fp32, Precision::Q4] {
         let graph = built(LANGUAGE_MODEL, |_| GraphKind::in_place(precision));
@@ -136,10 +141,10 @@ fn every_opset_gives_transformers_logits() {
 fn an_opset_that_tk_does_not_write_is_refused_by_name() {
     let dir = models("tiny-bert-single");
     let config = ModelConfig::read(&dir).unwrap();
-    let task = Task::from_config(&config).unwrap();
+    let task = Task::open(&dir, &config).unwrap();
     let error =
-        model::build(&config, &task, &weights(&dir), "", GraphKind::fp32(task.form(), 22)).unwrap_err();
-    assert_eq!(error.to_string(), "opset 22: tk writes the opsets 13 to 21 (default 18)");
+        model::build(&config, &task, &weights(&dir), "", GraphKind::fp32(task.form(), 25)).unwrap_err();
+    assert_eq!(error.to_string(), "opset 25: tk writes the opsets 13 to 24 (default 18)");
     assert_eq!(tk::error::exit_code(&error), 2);
 }
 
@@ -246,7 +251,7 @@ fn weights_that_diverged_are_not_exported() {
     tk::checkpoint::write_safetensors(&dir.path().join("model.safetensors"), views).unwrap();
 
     let config = ModelConfig::read(dir.path()).unwrap();
-    let task = Task::from_config(&config).unwrap();
+    let task = Task::open(dir.path(), &config).unwrap();
     let diverged = Weights::open(dir.path(), config.family.names()).unwrap();
     let error = model::build(&config, &task, &diverged, "", GraphKind::fp32(task.form(), 18)).unwrap_err();
     assert!(error.to_string().contains("classifier.bias"), "{error}");

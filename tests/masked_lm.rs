@@ -252,3 +252,41 @@ fn what_can_not_be_learnt_is_refused() {
     std::fs::write(&one, "\u{200b}").unwrap();
     refused("masked-lm", MASKERS[0], &one, &[], "one.txt");
 }
+
+/// A checkpoint of both heads answers for either, and an encoder gives embeddings, where `--task` says so.
+#[test]
+fn a_task_is_asked_for_where_a_checkpoint_has_several() {
+    let dir = tempfile::tempdir().unwrap();
+    let own = dir.path().join("model");
+    copy_dir(&models(PRE_TRAINED), &own);
+    let record = json!({"text": "The movie [MASK] good.", "text_pair": "We love it."});
+    let serve = |task: &[&str]| {
+        let mut command = tk();
+        command.arg("serve-batch").arg(&own).args(["--input", "-"]).args(task);
+        command.write_stdin(format!("{record}\n")).assert()
+    };
+    for (task, field) in [("masked-lm", "fills"), ("next-sentence", "scores"), ("embedding", "similarity")] {
+        let asked = ["--task", task];
+        tk().arg("export").arg(&own).args(asked).assert().success();
+        let answer: Value = serde_json::from_str(&stdout(&serve(&asked).success())).unwrap();
+        assert!(answer.get(field).is_some(), "{task}: {answer}");
+        tk().arg("parity").arg(&own).args(asked).assert().success();
+        let said = stderr(&serve(&[]).code(2));
+        assert!(
+            said.contains(&format!("was exported for {task}, not for masked-lm,next-sentence")),
+            "{said}"
+        );
+        assert!(said.contains(&format!("give --task {task}")), "{said}");
+    }
+    let records = write(dir.path(), &documents());
+    let measured =
+        tk().arg("eval").arg(&own).args(["--task", "masked-lm", "--json", "--input"]).arg(&records).assert();
+    let measured: Value = serde_json::from_str(&stdout(&measured.success())).unwrap();
+    assert!(measured["metrics"]["perplexity"].is_number(), "{measured}");
+
+    let said = stderr(&serve(&["--task", "text-classification"]).code(2));
+    assert!(said.contains("lacks classifier.weight"), "{said}");
+    let said = stderr(&serve(&["--task", "next-sentence"]).code(2));
+    assert!(said.contains("was exported for embedding, not for next-sentence"), "{said}");
+    assert!(said.contains(&format!("tk export {} --task next-sentence", own.display())), "{said}");
+}

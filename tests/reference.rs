@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use common::{
-    ANSWERERS, CLASSIFIERS, FOLLOWER, LANGUAGE_MODEL, MASKERS, PRE_TRAINED, TAGGERS, floats, gradient,
-    max_abs, models, relative,
+    ANSWERERS, CLASSIFIERS, EMBEDDER, FOLLOWER, LANGUAGE_MODEL, MASKERS, PRE_TRAINED, TAGGERS, floats,
+    gradient, max_abs, models, relative,
 };
 use serde_json::{Value, json};
 use tk::checkpoint::Weights;
@@ -19,6 +19,7 @@ use tk::eager::{Eager, Forward, Init, Kernels, Mode, Params, X, tensors};
 use tk::model::ModelConfig;
 use tk::model::ops::At;
 use tk::task::causal_lm::NextTokens;
+use tk::task::embedding::Related;
 use tk::task::masked_lm::Masked;
 use tk::task::next_sentence::Follows;
 use tk::task::pre_training::Pretrained;
@@ -30,7 +31,7 @@ use tk::train::plan::Plan;
 use tk::train::{Settings, Trainer};
 
 fn all() -> impl Iterator<Item = &'static str> {
-    let others = [FOLLOWER, PRE_TRAINED, LANGUAGE_MODEL];
+    let others = [FOLLOWER, PRE_TRAINED, EMBEDDER, LANGUAGE_MODEL];
     CLASSIFIERS.into_iter().chain(TAGGERS).chain(ANSWERERS).chain(MASKERS).chain(others)
 }
 
@@ -59,7 +60,7 @@ impl Reference {
         let dir = models(name);
         let mut config = ModelConfig::read(&dir).unwrap();
         config.set_dropout(0.0).unwrap();
-        let task = Task::from_config(&config).unwrap();
+        let task = Task::open(&dir, &config).unwrap();
         let weights = Weights::open(&dir, config.family.names()).unwrap();
         let manifest = task.params(&config.family).unwrap();
         let (params, fit) =
@@ -67,14 +68,20 @@ impl Reference {
         assert!(fit.new.is_empty() && fit.unused.is_empty(), "{name}: {fit:?}");
         let json = common::json(dir.join("reference.json"));
         let ids = |key: &str, i: usize| serde_json::from_value::<Vec<u32>>(json[key][i].clone()).unwrap();
+        let texts =
+            |key: &str, i: usize| serde_json::from_value::<Vec<Vec<u32>>>(json[key][i].clone()).unwrap();
         let examples = json["records"]
             .as_array()
             .unwrap()
             .iter()
             .enumerate()
-            .map(|(i, record)| Example {
-                encoding: Encoding { ids: ids("ids", i), type_ids: ids("type_ids", i), truncated: false },
-                target: match &task {
+            .map(|(i, record)| {
+                if let Task::Embedding(_) = &task {
+                    return related(texts("ids", i), texts("type_ids", i));
+                }
+                let encoding =
+                    Encoding { ids: ids("ids", i), type_ids: ids("type_ids", i), truncated: false };
+                let target = match &task {
                     Task::TextClassification(task) => {
                         Target::TextClassification(Window::whole(i, task.target(&record["label"]).unwrap()))
                     }
@@ -92,14 +99,15 @@ impl Reference {
                         follows: follows(record),
                         masked: masked(&json["targets"][i]),
                     }),
-                    Task::Embedding(_) => unreachable!("{name} has no modules.json"),
+                    Task::Embedding(_) => unreachable!("more texts than one"),
                     Task::QuestionAnswering(_) => {
                         let found = answered(&task, name, record, 64, 0).remove(0);
                         assert_eq!(found.encoding.ids, ids("ids", i), "{name}, record {i}");
                         assert_eq!(wanted(&found), json["targets"][i], "{name}, record {i}");
                         found.target
                     }
-                },
+                };
+                Example { encoding, target }
             })
             .collect();
         Self { config, task, params, examples, json, name }
@@ -124,6 +132,14 @@ fn tags(targets: &Value) -> Tags {
 /// What is to be found in a text.
 fn masked(targets: &Value) -> Masked {
     Masked { words: Arc::new([]), wanted: ids(targets) }
+}
+
+/// A text, and those that stand beside it.
+fn related(ids: Vec<Vec<u32>>, type_ids: Vec<Vec<u32>>) -> Example {
+    let encoding = |(ids, type_ids)| Encoding { ids, type_ids, truncated: false };
+    let mut texts = ids.into_iter().zip(type_ids).map(encoding);
+    let first = texts.next().unwrap();
+    Example { encoding: first, target: Target::Embedding(Related { others: texts.collect(), score: None }) }
 }
 
 fn follows(record: &Value) -> bool {
@@ -165,6 +181,19 @@ fn logits_are_those_of_transformers() {
             let (worst, _) = max_abs(&row, &numbers(&r.json["logits"][i]));
             assert!(worst <= 1e-5, "{name}, record {i}: {worst:e}");
         }
+    }
+}
+
+#[test]
+fn embeddings_are_those_of_transformers() {
+    let r = Reference::load(EMBEDDER);
+    let Reference { params, config, task, .. } = &r;
+    let forward = Forward { params, family: &config.family, task, device: &Device::Cpu };
+    let texts: Vec<Encoding> = r.examples.iter().flat_map(Example::encodings).cloned().collect();
+    for (i, outputs) in forward.outputs(&texts).unwrap().iter().enumerate() {
+        let row: Vec<f32> = outputs[1].iter().copied().collect();
+        let (worst, _) = max_abs(&row, &numbers(&r.json["embeddings"][i]));
+        assert!(worst <= 1e-6, "text {i}: {worst:e}");
     }
 }
 
@@ -353,7 +382,8 @@ fn hidden_states_are_those_of_candle_transformers() {
         let config: candle_transformers::models::bert::Config = serde_json::from_str(&text).unwrap();
         let bytes = r.file("model.safetensors");
         let vb = candle_nn::VarBuilder::from_buffered_safetensors(bytes, DType::F32, &Device::Cpu).unwrap();
-        let theirs = candle_transformers::models::bert::BertModel::load(vb.pp("bert"), &config).unwrap();
+        let of_bert = if name == EMBEDDER { vb } else { vb.pp("bert") };
+        let theirs = candle_transformers::models::bert::BertModel::load(of_bert, &config).unwrap();
         for (i, example) in r.examples.iter().enumerate() {
             let row = |ids: &[u32]| Tensor::from_slice(ids, (1, ids.len()), &Device::Cpu).unwrap();
             let (ids, types) = (row(&example.encoding.ids), row(&example.encoding.type_ids));
@@ -533,6 +563,9 @@ fn a_step_over_micro_batches_of_any_size_has_the_loss_and_gradients_of_the_padde
     for name in all() {
         for kernels in [Kernels::Fused, Kernels::Composite] {
             for tokens in [1, 24, 40, 10_000] {
+                if name == EMBEDDER && tokens < 10_000 {
+                    continue; // what is learnt of a batch of texts is more than what is learnt of its parts
+                }
                 let r = Reference::load(name);
                 // the mean of the gradient is then the gradient itself
                 let settings = Settings {
@@ -604,7 +637,12 @@ fn ten_steps_are_those_of_pytorch_with_and_without_accumulation() {
             (4, Kernels::Composite),
             (3, Kernels::Composite),
         ] {
-            let r = Reference::load(name);
+            let mut r = Reference::load(name);
+            let mut size = micro_batch;
+            if let Task::Embedding(task) = &mut r.task {
+                // a batch of texts is one, whatever is held of it at a time
+                (task.chunk, size) = (Some(micro_batch), 4);
+            }
             let steps = &r.json["steps"];
             let settings = settings(steps);
             let (losses, rates) = (numbers(&steps["losses"]), numbers(&steps["learning_rates"]));
@@ -616,8 +654,7 @@ fn ten_steps_are_those_of_pytorch_with_and_without_accumulation() {
             for step in 0..losses.len() {
                 let batch: Vec<&Example> =
                     (0..4).map(|j| &r.examples[(4 * step + j) % r.examples.len()]).collect();
-                let micro_batches: Vec<Vec<&Example>> =
-                    batch.chunks(micro_batch).map(<[_]>::to_vec).collect();
+                let micro_batches: Vec<Vec<&Example>> = batch.chunks(size).map(<[_]>::to_vec).collect();
                 let did = trainer.step(&micro_batches).unwrap();
                 let place = format!("{name}, {kernels:?}, micro-batches of {micro_batch}, step {step}");
                 assert!(

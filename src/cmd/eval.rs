@@ -9,7 +9,7 @@ use crate::eager::Evaluator;
 use crate::onnx::Precision;
 use crate::predict::{Options, Predictor, graphs};
 use crate::runtime::{Providers, Slots};
-use crate::saved::{Saved, cut};
+use crate::saved::{Saved, TaskFlag, cut};
 use crate::say::Say;
 use crate::task::{AnswerFlags, Form, RecordFlags};
 use crate::{Result, bail_unusable, device, generate, process};
@@ -19,6 +19,8 @@ use crate::{Result, bail_unusable, device, generate, process};
 pub struct Args {
     /// The trained model's directory.
     dir: PathBuf,
+    #[command(flatten)]
+    task: TaskFlag,
     /// Labelled records.
     #[arg(long, value_name = "FILE")]
     input: PathBuf,
@@ -49,7 +51,7 @@ enum MeasuredIn {
 
 /// Measures and prints.
 pub fn run(args: &Args, say: Say) -> Result<()> {
-    let saved = Saved::open(&args.dir)?;
+    let saved = Saved::open_for(&args.dir, &args.task)?;
     let in_blocks = args.precision != Precision::Fp32;
     if in_blocks && (args.runtime == MeasuredIn::Eager || saved.task.form() == Form::Whole) {
         bail_unusable!("--precision {} is for language models and --runtime onnx", args.precision);

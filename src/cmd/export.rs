@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use crate::export::Export;
 use crate::onnx::{DEFAULT_BLOCK, DEFAULT_OPSET, LARGEST_BLOCK, LEAST_BLOCK, Precision, checked_opset};
-use crate::saved::Saved;
+use crate::saved::{Saved, TaskFlag};
 use crate::say::Say;
 use crate::task::{Encoder, Example, Form, RecordFlags, TrainingFlags};
 use crate::{Result, bail_unusable};
@@ -17,11 +17,13 @@ use crate::{Result, bail_unusable};
 pub struct Args {
     /// The trained model's directory; DIR/onnx/ is written.
     dir: PathBuf,
+    #[command(flatten)]
+    task: TaskFlag,
     /// The numbers that the matrices are stored in; q8 and q4 are for language models, as generate_q8.onnx and
     /// generate_q4.onnx.
     #[arg(long, value_enum, default_value_t)]
     precision: Precision,
-    /// The version of ONNX's operators in model.onnx: 13 to 21.
+    /// The version of ONNX's operators in model.onnx: 13 to 24; from 23 on attention is one operator.
     #[arg(long, value_name = "N", default_value_t = DEFAULT_OPSET)]
     opset: i64,
     /// Write the weights beside the graph, into model.onnx_data; always done for a language model, whose two graphs
@@ -45,7 +47,7 @@ pub struct Args {
 /// Builds, writes under a temporary name, verifies, and only then puts the graphs in place.
 pub fn run(args: &Args, say: Say) -> Result<()> {
     checked_opset(args.opset)?;
-    let saved = Saved::open(&args.dir)?;
+    let saved = Saved::open_for(&args.dir, &args.task)?;
     check_usage(args, &saved)?;
     let export = Export::new(&saved, say)?;
     let exported = match args.precision {

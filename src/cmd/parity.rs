@@ -14,7 +14,7 @@ use crate::parity::page::{self, About};
 use crate::parity::{self, Compared, Runtime, Subject, decoding, detail, report};
 use crate::predict::graphs;
 use crate::runtime::Provider;
-use crate::saved::Saved;
+use crate::saved::{Saved, TaskFlag};
 use crate::say::Say;
 use crate::task::{Example, Form, RecordFlags, TextColumns};
 use crate::{Result, bail_unusable};
@@ -25,6 +25,8 @@ pub struct Args {
     /// The trained model's directory.
     #[arg(required_unless_present = "onnx")]
     dir: Option<PathBuf>,
+    #[command(flatten)]
+    task: TaskFlag,
     /// A graph that another program exported, to be held against the model of --against.
     #[arg(long, value_name = "FILE", requires = "against", conflicts_with = "dir")]
     onnx: Option<PathBuf>,
@@ -62,7 +64,7 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     }
     let destination = args.report.as_deref().map(Destination::of).transpose()?;
     let dir = args.dir.as_ref().or(args.against.as_ref()).context("no model's directory")?;
-    let saved = Saved::open(dir)?;
+    let saved = Saved::open_for(dir, &args.task)?;
     let max_length = saved.checked_max_length(args.max_length)?;
     let (mut runtimes, lacking) = pick(&args.runtimes, saved.task.form())?;
     if args.onnx.is_some() {

@@ -13,12 +13,13 @@ use crate::data::records::{self, Columns, How, Source};
 use crate::files::Destination;
 use crate::onnx::Precision;
 use crate::predict::chunks::{Chunk, Chunks, Make, ReadAhead};
+use crate::predict::matrix::Matrix;
 use crate::predict::sink::{self, Done, Sink};
 use crate::predict::{Asked, Options, Predictor};
 use crate::runtime::{Provider, Providers};
-use crate::saved::Saved;
+use crate::saved::{Saved, TaskFlag};
 use crate::say::Say;
-use crate::task::{Answer, AnswerFlags};
+use crate::task::{Answer, AnswerFlags, Task};
 use crate::{Result, bail_unusable, process};
 use progress::ServeProgress;
 
@@ -27,11 +28,13 @@ use progress::ServeProgress;
 pub struct Args {
     /// The trained model's directory, exported by `tk export`.
     dir: PathBuf,
+    #[command(flatten)]
+    task: TaskFlag,
     /// Records: .jsonl, .json, .csv, .tsv, .parquet or .txt; - reads standard input.
     #[arg(long, value_name = "FILE|-")]
     input: String,
     /// Where the predictions go, as JSON lines; - writes standard output. A link is followed; a pipe or a device is
-    /// written to as it is.
+    /// written to as it is. Embeddings are written as a matrix to a name that ends in .npy or .parquet.
     #[arg(long, value_name = "FILE|-", default_value = "-")]
     output: String,
     /// What computes: auto, or cpu, cuda, tensorrt; a list takes the first that can be had.
@@ -84,10 +87,11 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
         "-" => Destination::STDOUT,
         path => Destination::of(Path::new(path))?,
     };
-    let job = BatchRun { args, source: Source::of(&args.input), target, say };
+    let mut job = BatchRun { args, source: Source::of(&args.input), target, matrix: None, say };
     job.check_streams()?;
-    let saved = Saved::open(&args.dir)?;
+    let saved = Saved::open_for(&args.dir, &args.task)?;
     args.flags.check(saved.task.name())?;
+    job.matrix = job.matrix_of(&saved.task)?;
     match saved.task.language_model() {
         Some(lm) => generate::run(&job, &saved, lm),
         None => predict(&job, &saved),
@@ -152,6 +156,8 @@ struct BatchRun<'a> {
     args: &'a Args,
     source: Source,
     target: Destination,
+    /// What the file becomes, and the numbers of a row.
+    matrix: Option<(Matrix, usize)>,
     say: Say,
 }
 
@@ -194,7 +200,10 @@ impl BatchRun<'_> {
         let shown = (self.target != Destination::STDOUT).then(|| args.output.clone());
         let mut progress = ServeProgress::new(done, shown, self.say)?;
         for chunk in ReadAhead::start(chunks)? {
-            let answered = chunk.and_then(|chunk| output.write(&lines(&chunk, &mut work, &mut progress)?));
+            let answered = chunk.and_then(|chunk| {
+                let rows_only = self.matrix.is_some();
+                output.write(&lines(&chunk, &mut work, rows_only, &mut progress)?)
+            });
             if let Err(error) = answered {
                 // a refused input changes nothing; work that failed can be resumed
                 if crate::error::exit_code(&error) == 2 && !args.resume {
@@ -204,8 +213,25 @@ impl BatchRun<'_> {
             }
             progress.show();
         }
-        output.finish()?;
+        output.finish(self.matrix)?;
         progress.finish(work.provider())
+    }
+
+    /// What the output's name asks for beside JSON lines.
+    fn matrix_of(&self, task: &Task) -> Result<Option<(Matrix, usize)>> {
+        let output = &self.args.output;
+        let Some(form) = Matrix::of(output) else { return Ok(None) };
+        let Some(width) = task.row_width(&self.args.flags) else {
+            bail_unusable!(
+                "--output {output}: a matrix holds embeddings, and the answers of {} are JSON lines: give a name that ends \
+                 in .jsonl",
+                task.name()
+            );
+        };
+        if !matches!(self.target, Destination::File(_)) {
+            bail_unusable!("--output {output}: a matrix is written to a file, and this is none");
+        }
+        Ok(Some((form, width)))
     }
 
     fn check_streams(&self) -> Result<()> {
@@ -293,7 +319,15 @@ fn open(target: &Path, settings: &Value, window: usize, resume: bool, say: Say) 
 }
 
 /// A chunk's lines.
-fn lines<W: Work>(chunk: &Chunk<W::Item>, work: &mut W, progress: &mut ServeProgress) -> Result<Vec<u8>> {
+///
+/// # Errors
+/// Unusable: a record's answer is no embedding, where `rows_only` are asked for.
+fn lines<W: Work>(
+    chunk: &Chunk<W::Item>,
+    work: &mut W,
+    rows_only: bool,
+    progress: &mut ServeProgress,
+) -> Result<Vec<u8>> {
     let items: Vec<&W::Item> = chunk.entries.iter().filter_map(|entry| entry.item.as_ref().ok()).collect();
     let mut answers = work.answers(&items, progress)?.into_iter();
     let mut lines = Vec::new();
@@ -305,6 +339,10 @@ fn lines<W: Work>(chunk: &Chunk<W::Item>, work: &mut W, progress: &mut ServeProg
         };
         progress.records += 1;
         match answer {
+            Ok(answer) if rows_only && !answer.contains_key("embedding") => bail_unusable!(
+                "record {}: a matrix has a row for a text, and this record has two: give an --output that ends in .jsonl",
+                entry.key
+            ),
             Ok(answer) => record.extend(answer),
             Err(error) => {
                 progress.errors += 1;

@@ -210,7 +210,7 @@ impl Tokenizer {
         let unknown = added.and_then(|added| inner.token_to_id(&added.role("unk_token")?));
         let mask = added.and_then(|added| inner.token_to_id(&added.role("mask_token")?));
         let mask = mask.or_else(|| inner.token_to_id("[MASK]")).or_else(|| inner.token_to_id("<mask>"));
-        let hash = Sha256::digest(json).iter().map(|byte| format!("{byte:02x}")).collect();
+        let hash = crate::checkpoint::hex(&Sha256::digest(json));
         Ok(Self {
             inner,
             built,

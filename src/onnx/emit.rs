@@ -8,6 +8,7 @@
 
 mod distances;
 mod in_place;
+mod operator;
 mod pooling;
 
 use std::borrow::Cow;
@@ -102,7 +103,9 @@ fn ir_version(opset: i64) -> i64 {
     match opset {
         ..=18 => 8,
         19 | 20 => 9,
-        _ => 10,
+        21 | 22 => 10,
+        23 => 11,
+        _ => 12,
     }
 }
 
@@ -214,6 +217,18 @@ impl Emit {
             value,
         });
         Ok(value)
+    }
+
+    /// Which keys the queries see: (B, 1, 1, T), or (B, 1, T, T) where it differs from query to query.
+    fn keep_of(&self, how: Attend) -> Result<ValueId> {
+        Ok(match (how.sees, how.queries) {
+            (Sees::All, _) | (Sees::Causal, Some(Pick::Last)) => self.keep(),
+            (Sees::Causal, None | Some(Pick::Asked)) => self.keep_causal(),
+            (Sees::Near { reach }, queries) => self.keep_near(reach, queries),
+            (Sees::Causal, Some(Pick::First)) => {
+                anyhow::bail!("a causal model's first token sees nothing but itself")
+            }
+        })
     }
 
     /// What is known of the tokens that a graph is given.
@@ -411,6 +426,9 @@ impl Ops for Emit {
             let value = self.attention_in_place(&at, [q, k, v], how)?;
             return Ok(X { value, scope: at, width: v.width, every: true });
         }
+        if self.has_operator(&distances) {
+            return self.attention_operator(&at, [q, k, v], how, &distances);
+        }
         let d = q.width / how.heads;
         let mut q_heads = self.split_heads(q, how.heads, &[0, 2, 1, 3]); // (B, H, T, D)
         let (k_heads, v_heads) = match (self.kind.form, how.sees) {
@@ -459,14 +477,7 @@ impl Ops for Emit {
             let bias = self.bias(table, *buckets, *longest, how.queries)?;
             scores = self.plain(&at, "Add", &[scores, bias]);
         }
-        let keep = match (how.sees, how.queries) {
-            (Sees::All, _) | (Sees::Causal, Some(Pick::Last)) => self.keep(),
-            (Sees::Causal, None | Some(Pick::Asked)) => self.keep_causal(),
-            (Sees::Near { reach }, queries) => self.keep_near(reach, queries),
-            (Sees::Causal, Some(Pick::First)) => {
-                anyhow::bail!("a causal model's first token sees nothing but itself")
-            }
-        };
+        let keep = self.keep_of(how)?;
         let scores = self.plain(&at, "Where", &[keep, scores, self.f32(MASKED)]);
         let weights = self.node(&at, "Softmax", &[scores], vec![int("axis", -1)]);
         let mixed = self.plain(&at, "MatMul", &[weights, v_heads]); // (B, H, T, D)

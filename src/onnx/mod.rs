@@ -40,7 +40,7 @@ impl GraphKind {
 }
 
 /// The opsets that tk writes; what serves them must know at least that opset of `ai.onnx`.
-pub const OPSETS: std::ops::RangeInclusive<i64> = 13..=21;
+pub const OPSETS: std::ops::RangeInclusive<i64> = 13..=24;
 
 /// The first opset with LayerNormalization that peers also default to.
 pub const DEFAULT_OPSET: i64 = 18;

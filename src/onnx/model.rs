@@ -1,15 +1,16 @@
 //! A trained model → the ONNX model that is exported: its task's graph, and what a server must know of it.
 
 use serde_json::Value;
+use sha2::{Digest, Sha256};
 
 use super::proto::tensor_proto::DataType;
 use super::proto::{ModelProto, StringStringEntryProto};
 use super::{GraphKind, emit, graph};
+use crate::Result;
 use crate::checkpoint::{self, Weights};
-use crate::model::ModelConfig;
 use crate::model::ops::Param;
+use crate::model::{ModelConfig, manifest};
 use crate::task::{Form, Task};
-use crate::{Result, unusable};
 
 /// Builds the graph of a trained model, with its metadata.
 ///
@@ -22,7 +23,7 @@ pub fn build(
     tokenizer_sha256: &str,
     kind: GraphKind,
 ) -> Result<ModelProto> {
-    let params = trained(config, task, weights)?;
+    let params = task.trained_params(&config.family, weights)?;
     let mut model = emit::graph(
         |o| {
             if kind.form == Form::InPlace {
@@ -36,6 +37,7 @@ pub fn build(
         |param| weights.f32(&param.name),
     )?;
     let mut about = vec![
+        ("definition_sha256", definition_sha256(config, task)?),
         ("max_positions", config.max_positions().to_string()),
         ("task", task.name().to_owned()),
         ("tk_version", env!("CARGO_PKG_VERSION").to_owned()),
@@ -59,7 +61,14 @@ pub fn build(
 
 /// Sha-256 over the parameters that a trained model's graph holds, as its metadata has it.
 pub fn weights_sha256(config: &ModelConfig, task: &Task, weights: &Weights) -> Result<String> {
-    hash(&trained(config, task, weights)?, weights)
+    hash(&task.trained_params(&config.family, weights)?, weights)
+}
+
+/// Sha-256 over the verbs that the model's graph computes, as its metadata has it: the configuration's share, and the
+/// task's.
+pub fn definition_sha256(config: &ModelConfig, task: &Task) -> Result<String> {
+    let verbs = manifest::verbs(|o| task.define(o, &config.family).map(drop))?;
+    Ok(checkpoint::hex(&Sha256::digest(verbs)))
 }
 
 /// The metadata entry of this name.
@@ -73,20 +82,6 @@ pub fn with_outputs(mut model: ModelProto, names: &[String]) -> ModelProto {
         graph.output.extend(names.iter().map(|name| graph::typed(name, DataType::Float, None)));
     }
     model
-}
-
-/// The parameters of the model with its head, all of which must be there.
-fn trained(config: &ModelConfig, task: &Task, weights: &Weights) -> Result<Vec<Param>> {
-    let params = task.params(&config.family)?;
-    let fit = weights.fit(&params)?;
-    match fit.new.first() {
-        None => Ok(params),
-        Some(_) => Err(unusable!(
-            "the checkpoint lacks {}: it is not trained for {}; fine-tune it with `tk train`",
-            fit.new.join(", "),
-            task.name()
-        )),
-    }
 }
 
 fn hash(params: &[Param], weights: &Weights) -> Result<String> {

@@ -51,6 +51,16 @@ impl Key {
     }
 }
 
+impl std::fmt::Display for Key {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        match self {
+            Self::Id(id) => write!(f, "of id {id}"),
+            Self::Written(id) => write!(f, "of id {id}"),
+            Self::Index(index) => write!(f, "{index}"),
+        }
+    }
+}
+
 /// Reads chunks from a stream of records.
 pub struct Chunks<T> {
     pub rows: Rows,

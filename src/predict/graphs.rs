@@ -54,12 +54,9 @@ pub fn generating(dir: &Path, precision: Precision) -> PathBuf {
 pub fn checked_generating(saved: &Saved, precision: Precision) -> Result<PathBuf> {
     let path = generating(&saved.dir, precision);
     if !path.is_file() {
-        bail_unusable!(
-            "{} is not there: run `tk export {}{}` first",
-            path.display(),
-            saved.dir.display(),
-            if precision == Precision::Fp32 { String::new() } else { format!(" --precision {precision}") }
-        );
+        let precision =
+            if precision == Precision::Fp32 { String::new() } else { format!(" --precision {precision}") };
+        bail_unusable!("{} is not there: run `{}{precision}` first", path.display(), export(saved));
     }
     check_fresh(saved, &path)?;
     Ok(path)
@@ -72,35 +69,52 @@ pub fn checked_generating(saved: &Saved, precision: Precision) -> Result<PathBuf
 pub fn checked(saved: &Saved) -> Result<PathBuf> {
     let path = path(&saved.dir);
     if !path.is_file() {
-        bail_unusable!("{} is not there: run `tk export {}` first", path.display(), saved.dir.display());
+        bail_unusable!("{} is not there: run `{}` first", path.display(), export(saved));
     }
     check_fresh(saved, &path)?;
     Ok(path)
 }
 
+/// The command that exports this model.
+fn export(saved: &Saved) -> String {
+    let task = if saved.task_was_asked { format!(" --task {}", saved.task.name()) } else { String::new() };
+    format!("tk export {}{task}", saved.dir.display())
+}
+
 /// Holds a graph's metadata against the directory that it lies in.
 ///
 /// # Errors
-/// Unusable: the graph is not of these weights or this tokenizer, or says nothing of them.
+/// Unusable: the graph is not of these weights, this tokenizer, configuration and task, or says nothing of them.
 pub fn check_fresh(saved: &Saved, path: &Path) -> Result<()> {
     let metadata = crate::onnx::write::metadata(path)?;
+    let task = saved.task.name();
+    if let Some(other) = metadata.get("task").filter(|found| *found != task) {
+        bail_unusable!(
+            "{} was exported for {other}, not for {task}: run `{}` again{}",
+            path.display(),
+            export(saved),
+            if saved.task_was_asked { String::new() } else { format!(", or give --task {other}") }
+        );
+    }
     let weights = model::weights_sha256(&saved.config, &saved.task, &saved.weights)?;
+    let definition = model::definition_sha256(&saved.config, &saved.task)?;
     for (key, what, wanted) in [
-        ("weights_sha256", "weights", weights.as_str()),
-        ("tokenizer_sha256", "tokenizer", saved.tokenizer.hash()),
+        ("weights_sha256", "other weights", weights.as_str()),
+        ("tokenizer_sha256", "another tokenizer", saved.tokenizer.hash()),
+        ("definition_sha256", "another definition (config.json, or how it pools)", definition.as_str()),
     ] {
         match metadata.get(key) {
             Some(found) if found == wanted => {}
             Some(_) => bail_unusable!(
-                "{} is stale: it was exported from other {what} than {} has now; run `tk export {}` again",
+                "{} is stale: it was exported from {what} than {} has now; run `{}` again",
                 path.display(),
                 saved.dir.display(),
-                saved.dir.display()
+                export(saved)
             ),
             None => bail_unusable!(
-                "{} does not say which {what} it was exported from ({key} is missing): run `tk export {}`",
+                "{} does not say what it was exported from ({key} is missing): run `{}` again",
                 path.display(),
-                saved.dir.display()
+                export(saved)
             ),
         }
     }

@@ -4,6 +4,7 @@
 pub mod batching;
 pub mod chunks;
 pub mod graphs;
+pub mod matrix;
 pub mod pool;
 pub mod sink;
 

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use serde_json::Value;
 
+use super::matrix::Matrix;
 use crate::files::Destination;
 use crate::{Result, bail_unusable, files, say, unusable};
 
@@ -110,14 +111,24 @@ impl Sink {
         }
     }
 
-    /// Gives the file its name.
-    pub fn finish(self) -> Result<()> {
+    /// Gives the file its name; or makes a matrix of its lines, whose rows have so many numbers, under that name.
+    pub fn finish(self, matrix: Option<(Matrix, usize)>) -> Result<()> {
         let Self::File(partial) = self else { return Ok(()) };
         let place = || partial.target.display().to_string();
         let file =
             partial.file.into_inner().map_err(std::io::IntoInnerError::into_error).with_context(place)?;
-        file.sync_all().with_context(place)?;
-        files::replace(&partial.partial, &partial.target).with_context(place)?;
+        match matrix {
+            None => {
+                file.sync_all().with_context(place)?;
+                files::replace(&partial.partial, &partial.target).with_context(place)?;
+            }
+            Some((form, width)) => {
+                let write = |path: &Path| form.write(&partial.partial, width, path);
+                files::write_through_rename(&partial.target, write)?;
+                std::fs::remove_file(&partial.partial)
+                    .with_context(|| partial.partial.display().to_string())?;
+            }
+        }
         std::fs::remove_file(&partial.settings).with_context(|| partial.settings.display().to_string())
     }
 
@@ -228,7 +239,7 @@ mod tests {
             let target = begun(dir.path(), &text[..length]);
             let (output, done) = Sink::resume(&target, &json!({"model": "a"}), 2).unwrap().unwrap();
             assert_eq!(done, Done { records, errors }, "{length} bytes");
-            output.finish().unwrap();
+            output.finish(None).unwrap();
             let kept = std::fs::read_to_string(&target).unwrap();
             assert_eq!(kept.lines().count(), records);
             assert!(text.starts_with(&kept));
@@ -245,6 +256,24 @@ mod tests {
     }
 
     #[test]
+    fn a_matrix_takes_the_place_of_its_lines() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = begun(dir.path(), "{\"index\":0,\"embedding\":[1.5]}\n{\"ind");
+        let (mut output, done) = Sink::resume(&target, &json!({"model": "a"}), 1).unwrap().unwrap();
+        assert_eq!(done.records, 1);
+        output.write(b"{\"index\":1}\n").unwrap();
+        let error = output.finish(Some((Matrix::Npy, 1))).unwrap_err();
+        assert!(format!("{error:#}").contains("out.jsonl.partial:2: no embedding"), "{error:#}");
+        assert!(!target.exists() && Sink::is_begun(&target), "what was computed is kept");
+
+        let target = begun(dir.path(), "{\"index\":0,\"embedding\":[1.5]}\n");
+        let (output, _) = Sink::resume(&target, &json!({"model": "a"}), 1).unwrap().unwrap();
+        output.finish(Some((Matrix::Npy, 1))).unwrap();
+        assert!(std::fs::read(&target).unwrap().ends_with(&1.5f32.to_le_bytes()));
+        assert!(names(&target).iter().all(|path| !path.exists()));
+    }
+
+    #[test]
     #[cfg(unix)]
     fn two_runs_do_not_write_one_file() {
         let dir = tempfile::tempdir().unwrap();
@@ -258,7 +287,7 @@ mod tests {
             assert!(error.to_string().contains("by another run"), "{error}");
             assert_eq!(crate::error::exit_code(&error), 2);
         }
-        first.finish().unwrap();
+        first.finish(None).unwrap();
         assert_eq!(std::fs::read_to_string(&target).unwrap(), "{}\n");
         Sink::begin(&target, &settings).unwrap();
     }

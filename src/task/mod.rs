@@ -26,6 +26,7 @@ use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::checkpoint::Weights;
 use crate::data::batch::{Encoding, PackedBatch};
 use crate::data::records::{BadRow, Columns, Row};
 use crate::eager::{Eager, Forward, X};
@@ -332,6 +333,20 @@ macro_rules! tasks {
                     .map_err(|error| error.context(dir.join("config.json").display().to_string()))
             }
 
+            /// The task of this name, as far as a trained model's directory speaks of it.
+            ///
+            /// # Errors
+            /// There is no such task, or the directory's files are inconsistent.
+            pub fn open_as(name: &str, dir: &Path, config: &ModelConfig) -> Result<Self> {
+                let opened = || match name {
+                    $($task::NAME => Ok(Self::$task($task::open(dir, config)?)),)+
+                    other => bail_unusable!("{other} is no task; tk has {}", Self::NAMES.join(", ")),
+                };
+                token_ids::check(&config.raw, config.vocab_size())
+                    .and_then(|()| opened())
+                    .map_err(|error| error.context(dir.join("config.json").display().to_string()))
+            }
+
             /// Starts to learn the task of this name. See [`Objective::learn`].
             pub fn learn(name: &str, start: &mut Start) -> Result<Learning<Self, Target>> {
                 match name {
@@ -513,6 +528,11 @@ macro_rules! tasks {
                 match self { $(Self::$task(_) => $task::columns(flags)),+ }
             }
 
+            /// See [`Objective::row_width`].
+            pub fn row_width(&self, flags: &AnswerFlags) -> Option<usize> {
+                match self { $(Self::$task(task) => task.row_width(flags)),+ }
+            }
+
             /// See [`Objective::ask`].
             pub fn ask(&self, row: &Row, asking: &Asking) -> Result<(Vec<Encoding>, Question), BadRow> {
                 match self {
@@ -591,6 +611,23 @@ impl Task {
     /// The parameters of the model with the task's head.
     pub fn params(&self, family: &Family) -> Result<Vec<Param>> {
         manifest::manifest(|o| self.define(o, family).map(drop))
+    }
+
+    /// The same, all of which must be among the weights.
+    ///
+    /// # Errors
+    /// Unusable: names those that the checkpoint lacks.
+    pub fn trained_params(&self, family: &Family, weights: &Weights) -> Result<Vec<Param>> {
+        let params = self.params(family)?;
+        let fit = weights.fit(&params)?;
+        if !fit.new.is_empty() {
+            bail_unusable!(
+                "the checkpoint lacks {}: it is not trained for {}; fine-tune it with `tk train`",
+                fit.new.join(", "),
+                self.name()
+            );
+        }
+        Ok(params)
     }
 
     /// How many numbers a graph of the task gives for a token.

@@ -338,6 +338,11 @@ pub trait Objective: Clone + Into<Task> {
     /// The columns of a record to answer.
     fn columns(flags: &AnswerFlags) -> Columns;
 
+    /// How many numbers the row has that answers a text, where answers make a matrix.
+    fn row_width(&self, _flags: &AnswerFlags) -> Option<usize> {
+        None
+    }
+
     /// Refuses a length that leaves no room for a text between the tokens that stand around it.
     ///
     /// # Errors

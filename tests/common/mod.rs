@@ -58,11 +58,13 @@ pub const MASKERS: [&str; 7] = [
 pub const FOLLOWER: &str = "tiny-bert-pairs";
 /// The one that does both.
 pub const PRE_TRAINED: &str = "tiny-bert-pretraining";
+/// The one that makes a row of numbers of a text, learnt among the texts of a batch.
+pub const EMBEDDER: &str = "tiny-bert-embedding";
 pub const LANGUAGE_MODEL: &str = "tiny-gpt2-lm";
 
 /// All that answer without generating, but for those that answer questions.
 pub fn predictors() -> impl Iterator<Item = &'static str> {
-    CLASSIFIERS.into_iter().chain(TAGGERS).chain(MASKERS).chain([FOLLOWER, PRE_TRAINED])
+    CLASSIFIERS.into_iter().chain(TAGGERS).chain(MASKERS).chain([FOLLOWER, PRE_TRAINED, EMBEDDER])
 }
 
 /// A directory under `models/`.

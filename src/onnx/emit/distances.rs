@@ -29,7 +29,7 @@ impl Emit {
     }
 
     /// T, as a list of one number.
-    fn length(&self) -> ValueId {
+    pub(super) fn length(&self) -> ValueId {
         let (length, axis) = (self.tokens().length, self.list(&[0]));
         self.graph
             .borrow_mut()
@@ -107,19 +107,23 @@ impl Emit {
         }))
     }
 
-    /// Queries or keys, (B, H, T, D), turned by their positions.
-    pub(super) fn turned(&self, at: &str, x: ValueId, theta: f64, d: usize) -> Result<ValueId> {
+    /// Cosines and sines of the angles that positions turn by, (T, D / 2) each.
+    pub(super) fn cos_and_sin(&self, theta: f64, d: usize) -> Result<[ValueId; 2]> {
         anyhow::ensure!(
             d.is_multiple_of(2),
             "heads of {d} channels can't be turned, which are turned by two"
         );
-        let half = (d / 2) as i64;
         let angles = self.angles(theta, d);
-        let table = |op: &'static str| {
+        Ok(["Cos", "Sin"].map(|op| {
             let key = format!("{op}/{theta}/{d}");
             self.graph.borrow_mut().shared(&key, |g| g.node("rotary", op, &[angles], Vec::new()))
-        };
-        let (cos, sin) = (table("Cos"), table("Sin")); // (T, D / 2)
+        }))
+    }
+
+    /// Queries or keys, (B, H, T, D), turned by their positions.
+    pub(super) fn turned(&self, at: &str, x: ValueId, theta: f64, d: usize) -> Result<ValueId> {
+        let [cos, sin] = self.cos_and_sin(theta, d)?;
+        let half = (d / 2) as i64;
         let widths = self.list(&[half, half]);
         let how = vec![int("axis", -1)];
         let parts = self.graph.borrow_mut().node_of(at, "Split", &[x, widths], how, 2);

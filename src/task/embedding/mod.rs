@@ -143,7 +143,11 @@ impl Objective for Embedding {
             // the family says why
             crate::model::manifest::manifest(|o| config.family.define(o, Self::HEAD).map(drop))?;
         }
-        files::read(dir, config.family.limits().channels)
+        if dir.join(files::MODULES).exists() {
+            files::read(dir, config.family.limits().channels)
+        } else {
+            Self::from_config(config)
+        }
     }
 
     fn write_config(&self, config: &mut ModelConfig) {
@@ -157,10 +161,7 @@ impl Objective for Embedding {
 
     fn learn(start: &mut Start) -> Result<Learning<Self, Related>> {
         let flags = &start.training.embedding;
-        let mut task = match start.model.join(files::MODULES).exists() {
-            true => Self::open(start.model, &start.config)?,
-            false => Self::from_config(&start.config)?,
-        };
+        let mut task = Self::open(start.model, &start.config)?;
         task.pooling = flags.pooling.unwrap_or(task.pooling);
         task.normalized |= flags.normalize;
         task.max_length = Some(start.max_length);
@@ -290,6 +291,10 @@ impl Objective for Embedding {
         flags.texts.columns()
     }
 
+    fn row_width(&self, flags: &super::AnswerFlags) -> Option<usize> {
+        Some(flags.embedding.dimensions.map_or(self.channels, |width| width as usize))
+    }
+
     fn check_room(&self, asking: &Asking) -> Result<()> {
         self.prompts_of(&asking.flags.embedding.prompts)?;
         if let Some(width) = asking.flags.embedding.dimensions.filter(|&width| width as usize > self.channels)
@@ -314,8 +319,7 @@ impl Objective for Embedding {
 
     /// A text's embedding; of two texts, how like they are.
     fn answer(&self, (): &(), outputs: &[Outputs], asking: &Asking) -> Result<Answer> {
-        let flags = &asking.flags;
-        let width = flags.embedding.dimensions.map_or(self.channels, |width| width as usize);
+        let width = self.row_width(&asking.flags).unwrap_or(self.channels);
         let rows =
             outputs.iter().map(|outputs| self.shortened(outputs, width)).collect::<Result<Vec<_>>>()?;
         if let Some(bad) = rows.iter().flatten().find(|x| !x.is_finite()) {

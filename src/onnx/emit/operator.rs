@@ -1,0 +1,79 @@
+//! Attention as one operator, which ONNX has from opset 23. It takes no products with tables of distances; and ONNX Runtime's
+//! kernel refuses to go on from a past with no token at all, which decoders do.
+
+use super::{Emit, MASKED, X};
+use crate::Result;
+use crate::model::ops::{Attend, Distances, Pick, Sees};
+use crate::onnx::graph::{ValueId, int};
+use crate::task::Form;
+
+/// The first opset with `Attention` and `RotaryEmbedding`.
+pub(super) const SINCE: i64 = 23;
+
+impl Emit {
+    /// Whether the graph's opset has an operator for this attention.
+    pub(super) fn has_operator(&self, distances: &Distances<X>) -> bool {
+        let whole = self.kind.form == Form::Whole;
+        whole && self.kind.opset >= SINCE && !matches!(distances, Distances::Products { .. })
+    }
+
+    /// See [`Ops::attention_by_distance`](crate::model::ops::Ops::attention_by_distance).
+    pub(super) fn attention_operator(
+        &self,
+        at: &str,
+        [q, k, v]: [&X; 3],
+        how: Attend,
+        distances: &Distances<X>,
+    ) -> Result<X> {
+        let heads = how.heads as i64;
+        let mut queries = q.value;
+        if !q.every {
+            queries = self.plain(&q.scope, "Unsqueeze", &[queries, self.list(&[1])]); // (B, C) → (B, 1, C)
+        }
+        let mut keys = k.value;
+        if let Distances::Rotary { theta } = *distances {
+            let d = q.width / how.heads;
+            if !Self::first(how.queries) {
+                queries = self.rotated(&q.scope, queries, theta, d, heads)?; // the first token's position is 0
+            }
+            keys = self.rotated(&k.scope, keys, theta, d, heads)?;
+        }
+        let mask = self.mask(at, how, distances)?;
+        let attributes = vec![int("q_num_heads", heads), int("kv_num_heads", heads)];
+        let mut value = self.node(at, "Attention", &[queries, keys, v.value, mask], attributes);
+        if !q.every {
+            value = self.plain(at, "Reshape", &[value, self.list(&[0, v.width as i64])]); // (B, 1, C) → (B, C)
+        }
+        Ok(X { value, scope: at.to_owned(), width: v.width, every: q.every })
+    }
+
+    /// What the operator takes as a mask: (B, 1, queries, keys), true where a query sees a key, or
+    /// (B, H, queries, keys), what is added to the scaled scores. It is not broadcast over queries.
+    fn mask(&self, at: &str, how: Attend, distances: &Distances<X>) -> Result<ValueId> {
+        let keep = self.keep_of(how)?;
+        let one = matches!(how.queries, Some(Pick::First | Pick::Last));
+        if let Distances::Bias { table, buckets, longest } = distances {
+            let bias = self.bias(table, *buckets, *longest, how.queries)?;
+            let masked = self.f32(MASKED);
+            let key = format!("masked_bias/{}/{one}", table.weight.name);
+            let mut graph = self.graph.borrow_mut();
+            return Ok(graph.shared(&key, |g| g.node(at, "Where", &[keep, bias, masked], Vec::new())));
+        }
+        if one || how.sees != Sees::All {
+            return Ok(keep);
+        }
+        let length = self.length();
+        Ok(self.graph.borrow_mut().shared("keep_square", |g| {
+            let one = g.i64s(&[1], &[1]);
+            let shape = g.node("attention_mask", "Concat", &[one, one, length, one], vec![int("axis", 0)]);
+            g.node("attention_mask", "Expand", &[keep, shape], Vec::new())
+        }))
+    }
+
+    /// Queries or keys, (B, T, H·D), turned by their positions.
+    fn rotated(&self, at: &str, x: ValueId, theta: f64, d: usize, heads: i64) -> Result<ValueId> {
+        let [cos, sin] = self.cos_and_sin(theta, d)?;
+        let how = vec![int("num_heads", heads)];
+        Ok(self.node(at, "RotaryEmbedding", &[x, cos, sin, self.positions()], how))
+    }
+}
