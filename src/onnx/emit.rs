@@ -472,13 +472,15 @@ impl Ops for Emit {
             }
         }
         let scale = 1.0 / ((d * summands) as f64).sqrt();
-        let mut scores = self.plain(&at, "Mul", &[scores, self.f32(scale as f32)]);
-        if let Distances::Bias { table, buckets, longest } = &distances {
-            let bias = self.bias(table, *buckets, *longest, how.queries)?;
-            scores = self.plain(&at, "Add", &[scores, bias]);
-        }
+        let scores = self.plain(&at, "Mul", &[scores, self.f32(scale as f32)]);
         let keep = self.keep_of(how)?;
-        let scores = self.plain(&at, "Where", &[keep, scores, self.f32(MASKED)]);
+        let scores = match &distances {
+            Distances::Bias { table, buckets, longest } => {
+                let bias = self.masked_bias(table, *buckets, *longest, how.queries, keep)?;
+                self.plain(&at, "Add", &[scores, bias])
+            }
+            _ => self.plain(&at, "Where", &[keep, scores, self.f32(MASKED)]),
+        };
         let weights = self.node(&at, "Softmax", &[scores], vec![int("axis", -1)]);
         let mixed = self.plain(&at, "MatMul", &[weights, v_heads]); // (B, H, T, D)
         let mixed = self.transpose(&at, mixed, &[0, 2, 1, 3]);

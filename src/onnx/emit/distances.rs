@@ -5,7 +5,7 @@
 //! by cutting the rows anew (Dai et al. 2019, arXiv:1901.02860, appendix B), which copies memory where a gather would
 //! look each number up.
 
-use super::{Emit, X, module};
+use super::{Emit, MASKED, X, module};
 use crate::Result;
 use crate::model::ops::{Buckets, Pick, Table, speeds};
 use crate::onnx::graph::{ValueId, int};
@@ -78,7 +78,7 @@ impl Emit {
     }
 
     /// A number a head of each distance, (H, T, T), or of each distance from the first token, (H, 1, T).
-    pub(super) fn bias(
+    fn bias(
         &self,
         table: &Table,
         buckets: Buckets,
@@ -105,6 +105,23 @@ impl Emit {
             };
             g.node(at, "Gather", &[by_distance, distances], vec![int("axis", 1)])
         }))
+    }
+
+    /// The same for the keys that are seen, and [`MASKED`] for all others: (B, H, T, T), or (B, H, 1, T). Layers that share a
+    /// table share this.
+    pub(super) fn masked_bias(
+        &self,
+        table: &Table,
+        buckets: Buckets,
+        longest: usize,
+        queries: Option<Pick>,
+        keep: ValueId,
+    ) -> Result<ValueId> {
+        let at = module(&table.weight.name);
+        let (bias, masked) = (self.bias(table, buckets, longest, queries)?, self.f32(MASKED));
+        let key = format!("masked_bias/{}/{}/{keep:?}", table.weight.name, Self::first(queries));
+        let mut graph = self.graph.borrow_mut();
+        Ok(graph.shared(&key, |g| g.node(at, "Where", &[keep, bias, masked], Vec::new())))
     }
 
     /// Cosines and sines of the angles that positions turn by, (T, D / 2) each.

@@ -1,7 +1,7 @@
 //! Attention as one operator, which ONNX has from opset 23. It takes no products with tables of distances; and ONNX Runtime's
 //! kernel refuses to go on from a past with no token at all, which decoders do.
 
-use super::{Emit, MASKED, X};
+use super::{Emit, X};
 use crate::Result;
 use crate::model::ops::{Attend, Distances, Pick, Sees};
 use crate::onnx::graph::{ValueId, int};
@@ -38,7 +38,7 @@ impl Emit {
             }
             keys = self.rotated(&k.scope, keys, theta, d, heads)?;
         }
-        let mask = self.mask(at, how, distances)?;
+        let mask = self.mask(how, distances)?;
         let attributes = vec![int("q_num_heads", heads), int("kv_num_heads", heads)];
         let mut value = self.node(at, "Attention", &[queries, keys, v.value, mask], attributes);
         if !q.every {
@@ -49,15 +49,11 @@ impl Emit {
 
     /// What the operator takes as a mask: (B, 1, queries, keys), true where a query sees a key, or
     /// (B, H, queries, keys), what is added to the scaled scores. It is not broadcast over queries.
-    fn mask(&self, at: &str, how: Attend, distances: &Distances<X>) -> Result<ValueId> {
+    fn mask(&self, how: Attend, distances: &Distances<X>) -> Result<ValueId> {
         let keep = self.keep_of(how)?;
         let one = matches!(how.queries, Some(Pick::First | Pick::Last));
         if let Distances::Bias { table, buckets, longest } = distances {
-            let bias = self.bias(table, *buckets, *longest, how.queries)?;
-            let masked = self.f32(MASKED);
-            let key = format!("masked_bias/{}/{one}", table.weight.name);
-            let mut graph = self.graph.borrow_mut();
-            return Ok(graph.shared(&key, |g| g.node(at, "Where", &[keep, bias, masked], Vec::new())));
+            return self.masked_bias(table, *buckets, *longest, how.queries, keep);
         }
         if one || how.sees != Sees::All {
             return Ok(keep);
