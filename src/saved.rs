@@ -77,12 +77,12 @@ impl Saved {
     /// The asked length, or the model's own.
     ///
     /// # Errors
-    /// More than the position table has rows, or fewer than a text needs.
+    /// More than the model takes, or fewer than a text needs.
     pub fn checked_max_length(&self, asked: Option<usize>) -> Result<usize> {
-        let rows = self.config.max_positions();
+        let most = self.config.max_positions();
         match asked {
-            Some(length) if length > rows => {
-                bail_unusable!("--max-length {length} is above the {rows} rows of the model's position table")
+            Some(length) if length > most => {
+                bail_unusable!("--max-length {length} is above the {most} tokens that the model takes")
             }
             Some(length) if length < SHORTEST => {
                 bail_unusable!("--max-length is {length}, expected at least {SHORTEST} (as in training)")

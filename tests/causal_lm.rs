@@ -125,7 +125,7 @@ fn what_does_not_fit_is_refused_by_name_before_anything_is_written() {
             vec!["--from-scratch", "--best-metric", "accuracy"],
             "causal-lm has loss, bits_per_byte, perplexity",
         ),
-        (vec!["--from-scratch", "--max-length", "65"], "above the 64 rows of the model's position table"),
+        (vec!["--from-scratch", "--max-length", "65"], "above the 64 tokens that the model takes"),
         (vec![], "has no tokenizer"),
     ] {
         let mut tk = tk();

@@ -345,9 +345,10 @@ fn embeddings_are_written_as_a_matrix() {
     let answers: Vec<Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     for name in ["matrix.npy", "matrix.parquet"] {
         let output = dir.path().join(name);
-        serve(&output, &[]).success();
+        let said = text(&serve(&output, &[]).success().get_output().stderr);
         let whole = std::fs::read(&output).unwrap();
         if name.ends_with("npy") {
+            assert!(said.contains("matrix.npy: 1 rows are NaN"), "{said}");
             let begin = 10 + usize::from(u16::from_le_bytes([whole[8], whole[9]]));
             let found: Vec<f32> =
                 whole[begin..].chunks_exact(4).map(|x| f32::from_le_bytes(x.try_into().unwrap())).collect();

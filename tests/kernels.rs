@@ -794,6 +794,44 @@ fn assert_independent_of_threads(sees: Sees) {
 }
 
 #[test]
+fn attention_that_counts_distances_does_not_depend_on_the_number_of_threads() {
+    let spans = Arc::new(Spans::of_lengths([70, 3, 129]));
+    let rows = |buckets| Arc::new(ByDistance::new(buckets, 129));
+    let inputs: Vec<Var> = (1..=3).map(|seed| random(seed, &[202, 48])).collect();
+    let tables: Vec<Var> = (4..=5).map(|seed| random(seed, &[24, 48])).collect();
+    let bias = [random(6, &[32, 4])];
+    let cotangent = numbers(random(7, &[202, 48]).as_tensor());
+    let products = Buckets::Signed { span: 12, most: Some(100) };
+    type Form<'f> = &'f (dyn Fn(&[Arc<TapeValue>], &[Weight]) -> Relative<Arc<TapeValue>> + Sync);
+    let forms: [(&[Var], &[Var], Sees, Form); 3] = [
+        (&[], &[], Sees::Near { reach: 40 }, &|_, _| Relative::Rotary { theta: 50.0 }),
+        (&[], &bias, Sees::All, &|_, p| Relative::Bias { table: p[0].clone(), rows: rows(Buckets::T5) }),
+        (&tables, &[], Sees::All, &|t, _| Relative::Products {
+            keys: Some(t[3].clone()),
+            queries: Some(t[4].clone()),
+            rows: rows(products),
+        }),
+    ];
+    for (i, (tables, parameters, sees, relative)) in forms.into_iter().enumerate() {
+        let mask = Some(Mask::new(5, 0.1));
+        let how = Attention { spans: spans.clone(), heads: 4, sees, queries: Queries::All, mask };
+        let activations = [&inputs[..], tables].concat();
+        let work = || -> Vec<Vec<u32>> {
+            let found = on_tape(&activations, parameters, &cotangent, |tape, t, p| {
+                attention::attention(tape, &t[0], &t[1], &t[2], &how, &relative(t, p))
+            });
+            found.into_iter().map(|values| values.into_iter().map(f32::to_bits).collect()).collect()
+        };
+        let with =
+            |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(work);
+        let one = with(1);
+        for threads in [2, 3, 8] {
+            assert!(one == with(threads), "form {i}, {threads} threads");
+        }
+    }
+}
+
+#[test]
 fn the_fused_adamw_is_its_composite_over_many_steps() {
     let manifest = tk::model::manifest::manifest(|o| o.linear(At::body("f").linear(50, 70), &())).unwrap();
     let constants = Constants { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.1 };

@@ -451,7 +451,7 @@ fn bad_models_are_refused_with_what_was_found_and_expected() {
         &[],
         &["tokenizer.json has ids up to", "100 rows"],
     );
-    refused(|_| (), &["--max-length", "65"], &["--max-length 65", "64 rows"]);
+    refused(|_| (), &["--max-length", "65"], &["--max-length 65", "64 tokens"]);
     refused(|_| (), &["--model", "/no/such/model"], &["/no/such/model"]);
 }
 

@@ -214,6 +214,13 @@ impl BatchRun<'_> {
             progress.show();
         }
         output.finish(self.matrix)?;
+        let errors = done.errors + progress.errors;
+        if let (Some((Matrix::Npy, _)), 1..) = (self.matrix, errors) {
+            let output = &args.output;
+            self.say.warn(format!(
+                "{output}: {errors} rows are NaN, of records that can't be used; a name that ends in .parquet or .jsonl keeps why"
+            ));
+        }
         progress.finish(work.provider())
     }
 

@@ -90,7 +90,7 @@ impl Prepared {
         }
         if max_length > config.max_positions() {
             bail_unusable!(
-                "--max-length {max_length} is above the {} rows of the model's position table",
+                "--max-length {max_length} is above the {} tokens that the model takes",
                 config.max_positions()
             );
         }
