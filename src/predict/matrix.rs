@@ -13,6 +13,7 @@ use parquet::file::writer::{SerializedFileWriter, SerializedRowGroupWriter};
 use parquet::schema::parser::parse_message_type;
 use parquet::schema::types::ColumnPath;
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 use serde_json::value::RawValue;
 
 use crate::Result;
@@ -62,18 +63,25 @@ impl Matrix {
     }
 }
 
-/// The answers of a file.
-fn lines(answers: &Path, width: usize) -> Result<impl Iterator<Item = Result<Line>>> {
+/// The lines of a file, with their numbers from 1, as far as a `T` has them.
+fn parsed<T: DeserializeOwned>(answers: &Path) -> Result<impl Iterator<Item = Result<(usize, T)>>> {
     let place = answers.display().to_string();
     let file = File::open(answers).with_context(|| place.clone())?;
-    Ok(BufReader::new(file).lines().enumerate().map(move |(i, line)| {
-        let place = || format!("{place}:{}", i + 1);
-        let line: Line = serde_json::from_str(&line.with_context(place)?).with_context(place)?;
+    Ok(BufReader::new(file).lines().zip(1..).map(move |(line, number)| {
+        let place = || format!("{place}:{number}");
+        Ok((number, serde_json::from_str(&line.with_context(place)?).with_context(place)?))
+    }))
+}
+
+/// The answers of a file.
+fn lines(answers: &Path, width: usize) -> Result<impl Iterator<Item = Result<Line>>> {
+    Ok(parsed(answers)?.map(move |line| {
+        let (number, line): (usize, Line) = line?;
         let found = line.embedding.as_ref().map(Vec::len);
         anyhow::ensure!(
             found.unwrap_or(width) == width && found.is_some() != line.error.is_some(),
-            "{}: no embedding of {width} numbers",
-            place()
+            "{}:{number}: no embedding of {width} numbers",
+            answers.display()
         );
         Ok(line)
     }))
@@ -108,10 +116,15 @@ enum Ids {
 }
 
 impl Ids {
-    fn of(answers: &Path, width: usize) -> Result<Self> {
+    fn of(answers: &Path) -> Result<Self> {
+        /// What is asked of a line: the numbers of its embedding are passed over.
+        #[derive(Deserialize)]
+        struct Id {
+            id: Option<Box<RawValue>>,
+        }
         let mut found = Self::None;
-        for line in lines(answers, width)? {
-            let Some(id) = line?.id else { continue };
+        for line in parsed(answers)? {
+            let (_, Id { id: Some(id) }) = line? else { continue };
             match id.get().parse::<i64>() {
                 Ok(_) => found = Self::Integers,
                 Err(_) => return Ok(Self::Texts),
@@ -122,7 +135,7 @@ impl Ids {
 }
 
 fn parquet(answers: &Path, width: usize, path: &Path) -> Result<()> {
-    let ids = Ids::of(answers, width)?;
+    let ids = Ids::of(answers)?;
     let id = match ids {
         Ids::None => "",
         Ids::Integers => "optional int64 id;",

@@ -325,9 +325,7 @@ macro_rules! tasks {
             /// As [`Task::from_config`]; or the file is inconsistent.
             pub fn open(dir: &Path, config: &ModelConfig) -> Result<Self> {
                 $(if $task::MARK.is_some_and(|file| dir.join(file).exists()) {
-                    token_ids::check(&config.raw, config.vocab_size())
-                        .map_err(|error| error.context(dir.join("config.json").display().to_string()))?;
-                    return Ok(Self::$task($task::open(dir, config)?));
+                    return Self::open_as($task::NAME, dir, config);
                 })+
                 Self::from_config(config)
                     .map_err(|error| error.context(dir.join("config.json").display().to_string()))
@@ -338,13 +336,12 @@ macro_rules! tasks {
             /// # Errors
             /// There is no such task, or the directory's files are inconsistent.
             pub fn open_as(name: &str, dir: &Path, config: &ModelConfig) -> Result<Self> {
-                let opened = || match name {
+                token_ids::check(&config.raw, config.vocab_size())
+                    .map_err(|error| error.context(dir.join("config.json").display().to_string()))?;
+                match name {
                     $($task::NAME => Ok(Self::$task($task::open(dir, config)?)),)+
                     other => bail_unusable!("{other} is no task; tk has {}", Self::NAMES.join(", ")),
-                };
-                token_ids::check(&config.raw, config.vocab_size())
-                    .and_then(|()| opened())
-                    .map_err(|error| error.context(dir.join("config.json").display().to_string()))
+                }
             }
 
             /// Starts to learn the task of this name. See [`Objective::learn`].

@@ -10,6 +10,7 @@
 
 use std::path::Path;
 
+use anyhow::Context;
 use candle_core::Tensor;
 
 use super::{
@@ -165,8 +166,8 @@ pub trait Objective: Clone + Into<Task> {
     ///
     /// # Errors
     /// Unusable: they are inconsistent.
-    fn open(_dir: &Path, config: &ModelConfig) -> Result<Self> {
-        Self::from_config(config)
+    fn open(dir: &Path, config: &ModelConfig) -> Result<Self> {
+        Self::from_config(config).with_context(|| dir.join("config.json").display().to_string())
     }
 
     /// Writes what the task knows into a configuration that is about to be saved.

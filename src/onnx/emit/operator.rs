@@ -8,7 +8,7 @@ use crate::onnx::graph::{ValueId, int};
 use crate::task::Form;
 
 /// The first opset with `Attention` and `RotaryEmbedding`.
-pub(super) const SINCE: i64 = 23;
+const SINCE: i64 = 23;
 
 impl Emit {
     /// Whether the graph's opset has an operator for this attention.
@@ -51,11 +51,10 @@ impl Emit {
     /// (B, H, queries, keys), what is added to the scaled scores. It is not broadcast over queries.
     fn mask(&self, how: Attend, distances: &Distances<X>) -> Result<ValueId> {
         let keep = self.keep_of(how)?;
-        let one = matches!(how.queries, Some(Pick::First | Pick::Last));
         if let Distances::Bias { table, buckets, longest } = distances {
             return self.masked_bias(table, *buckets, *longest, how.queries, keep);
         }
-        if one || how.sees != Sees::All {
+        if matches!(how.queries, Some(Pick::First | Pick::Last)) || how.sees != Sees::All {
             return Ok(keep);
         }
         let length = self.length();
