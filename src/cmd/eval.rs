@@ -11,7 +11,7 @@ use crate::predict::{Options, Predictor, graphs};
 use crate::runtime::{Providers, Slots};
 use crate::saved::{Saved, TaskFlag, cut};
 use crate::say::Say;
-use crate::task::{AnswerFlags, Form, RecordFlags};
+use crate::task::{AnswerFlags, RecordFlags};
 use crate::{Result, bail_unusable, device, generate, process};
 
 /// Measure a trained model on labelled records.
@@ -36,7 +36,7 @@ pub struct Args {
     /// What ONNX Runtime runs on: auto, or a list of cpu, cuda and tensorrt in order of preference.
     #[arg(long, default_value = "auto", value_name = "LIST")]
     ep: Providers,
-    /// Which of a language model's exported graphs ONNX Runtime runs.
+    /// Which of the exported graphs ONNX Runtime runs: fp32 or int8, and of a language model fp32, q8 or q4.
     #[arg(long, value_enum, default_value_t)]
     precision: Precision,
     #[command(flatten)]
@@ -52,10 +52,10 @@ enum MeasuredIn {
 /// Measures and prints.
 pub fn run(args: &Args, say: Say) -> Result<()> {
     let saved = Saved::open_for(&args.dir, &args.task)?;
-    let in_blocks = args.precision != Precision::Fp32;
-    if in_blocks && (args.runtime == MeasuredIn::Eager || saved.task.form() == Form::Whole) {
-        bail_unusable!("--precision {} is for language models and --runtime onnx", args.precision);
+    if args.precision != Precision::Fp32 && args.runtime == MeasuredIn::Eager {
+        bail_unusable!("--precision {} is of exported graphs: give --runtime onnx", args.precision);
     }
+    graphs::check_precision(&saved, args.precision)?;
     let max_length = saved.checked_max_length(args.max_length)?;
     let examples = saved.examples(&args.input, &args.records, max_length, say)?;
     let started = Instant::now();
@@ -70,7 +70,7 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
             let (providers, flags) = (&args.ep, &AnswerFlags::default());
             let (threads, batch_tokens, max_length) = (process::cores(), None, Some(max_length));
             let options = Options { providers, threads, batch_tokens, max_length, flags };
-            Predictor::open(&saved, &options, say)?.measure(&examples)?
+            Predictor::open(&saved, args.precision, &options, say)?.measure(&examples)?
         }
     };
     let seconds = started.elapsed().as_secs_f64();

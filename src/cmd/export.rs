@@ -4,35 +4,43 @@ use std::path::{Path, PathBuf};
 
 use crate::export::Export;
 use crate::onnx::{DEFAULT_BLOCK, DEFAULT_OPSET, LARGEST_BLOCK, LEAST_BLOCK, Precision, checked_opset};
+use crate::predict::graphs;
 use crate::saved::{Saved, TaskFlag};
 use crate::say::Say;
-use crate::task::{Encoder, Example, Form, RecordFlags, TrainingFlags};
+use crate::task::{Encoder, Example, RecordFlags, TrainingFlags};
 use crate::{Result, bail_unusable};
 
 /// Write a trained model as ONNX, and verify it: ONNX Runtime must give the trained model's logits.
 ///
 /// A language model becomes two graphs of one set of weights: model.onnx with past_key_values, which the ecosystem
-/// reads, and generate.onnx, which tk generates with.
+/// reads, and generate.onnx, which tk generates with. In fewer bits a graph is measured on records, and put in place if
+/// it loses no more than is allowed.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// The trained model's directory; DIR/onnx/ is written.
     dir: PathBuf,
     #[command(flatten)]
     task: TaskFlag,
-    /// The numbers that the matrices are stored in; q8 and q4 are for language models, as generate_q8.onnx and
-    /// generate_q4.onnx.
+    /// The numbers that the matrices are stored in: int8, as model_quantized.onnx; for language models q8 and q4, as
+    /// generate_q8.onnx and generate_q4.onnx.
     #[arg(long, value_enum, default_value_t)]
     precision: Precision,
-    /// The version of ONNX's operators in model.onnx: 13 to 24; from 23 on attention is one operator.
+    /// The version of ONNX's operators in model.onnx and model_quantized.onnx: 13 to 24; from 23 on attention is one operator.
     #[arg(long, value_name = "N", default_value_t = DEFAULT_OPSET)]
     opset: i64,
     /// Write the weights beside the graph, into model.onnx_data; always done for a language model, whose two graphs
     /// share them, and above 1.9 GB.
     #[arg(long)]
     external_data: bool,
-    /// Texts to measure q8 and q4 on, as records for `tk eval` [default: a few built-in pages of English].
+    /// What int8, q8 and q4 are measured on: records as for `tk eval` [default: for int8 whether the answers to built-in
+    /// texts are those of fp32; for q8 and q4 a few built-in pages of English].
     #[arg(long, value_name = "FILE")]
     input: Option<PathBuf>,
+    /// How many points of 100 the task's metric may lose in int8 (of one that is better the lower it is: how many percent
+    /// it may rise). The matrices that lose most stay in fp32 until it holds; where it can't, that is an error
+    /// [default: 0.5].
+    #[arg(long, value_name = "X")]
+    max_metric_drop: Option<f64>,
     /// Numbers of q8's and q4's matrices that share a scale: 32, 64, 128 or 256. Larger blocks are faster, smaller
     /// ones closer to what was trained.
     #[arg(long, value_name = "N", default_value_t = DEFAULT_BLOCK)]
@@ -44,6 +52,9 @@ pub struct Args {
     records: RecordFlags,
 }
 
+/// Points of 100 that a metric may lose in fewer bits.
+const MAX_METRIC_DROP: f64 = 0.5;
+
 /// Builds, writes under a temporary name, verifies, and only then puts the graphs in place.
 pub fn run(args: &Args, say: Say) -> Result<()> {
     checked_opset(args.opset)?;
@@ -52,6 +63,12 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     let export = Export::new(&saved, say)?;
     let exported = match args.precision {
         Precision::Fp32 => export.as_trained(args.opset, args.external_data)?,
+        Precision::Int8 => {
+            let examples =
+                args.input.as_ref().map(|input| saved.examples(input, &args.records, saved.max_length, say));
+            let most = args.max_metric_drop.unwrap_or(MAX_METRIC_DROP);
+            export.in_int8(args.opset, examples.transpose()?.as_deref(), most)?
+        }
         precision => {
             let examples = examples(args, &saved)?;
             export.in_blocks(precision, args.block_size, args.max_perplexity_increase, &examples)?
@@ -73,17 +90,11 @@ fn examples(args: &Args, saved: &Saved) -> Result<Vec<Example>> {
 }
 
 fn check_usage(args: &Args, saved: &Saved) -> Result<()> {
-    let language_model = saved.task.form() == Form::Cached;
-    if args.precision != Precision::Fp32 && !language_model {
-        bail_unusable!(
-            "--precision {} is for language models; this is a {} model, which is exported in fp32",
-            args.precision,
-            saved.task.name()
-        );
-    }
+    graphs::check_precision(saved, args.precision)?;
+    let in_blocks = matches!(args.precision, Precision::Q8 | Precision::Q4);
     if args.precision == Precision::Fp32 && args.input.is_some() {
         bail_unusable!(
-            "--input is what q8 and q4 are measured on: give --precision q8 or q4, or leave it out"
+            "--input is what fewer bits are measured on: give a --precision, or leave it out; `tk eval` measures fp32"
         );
     }
     let files: Vec<&Path> = args.input.iter().map(PathBuf::as_path).collect();
@@ -91,8 +102,16 @@ fn check_usage(args: &Args, saved: &Saved) -> Result<()> {
     if !args.block_size.is_power_of_two() || !(LEAST_BLOCK..=LARGEST_BLOCK).contains(&args.block_size) {
         bail_unusable!("--block-size {}: expected 32, 64, 128 or 256", args.block_size);
     }
-    if args.precision == Precision::Fp32 && args.block_size != DEFAULT_BLOCK {
+    if !in_blocks && args.block_size != DEFAULT_BLOCK {
         bail_unusable!("--block-size is for q8 and q4: give --precision q8 or q4, or leave it out");
+    }
+    if let Some(most) = args.max_metric_drop {
+        if args.precision != Precision::Int8 {
+            bail_unusable!("--max-metric-drop is for int8: give --precision int8, or leave it out");
+        }
+        if most.is_nan() || most < 0.0 {
+            bail_unusable!("--max-metric-drop {most}: expected a number from 0 upwards");
+        }
     }
     if args.max_perplexity_increase.is_nan() || args.max_perplexity_increase < 0.0 {
         bail_unusable!(

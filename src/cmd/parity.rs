@@ -40,9 +40,12 @@ pub struct Args {
     /// ort-tensorrt [default: all that this machine has].
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     runtimes: Vec<Runtime>,
-    /// How far a logit may be from the reference's.
-    #[arg(long, value_name = "X", default_value_t = parity::TOLERANCE)]
-    tolerance: f32,
+    /// Which of the exported graphs: fp32 or int8.
+    #[arg(long, value_enum, default_value_t, conflicts_with = "onnx")]
+    precision: Precision,
+    /// How far a logit may be from the reference's [default: 1e-4; of int8 twice of what its export found].
+    #[arg(long, value_name = "X")]
+    tolerance: Option<f32>,
     /// Write a page that stands on its own: the table, differences layer by layer, the records that differ most, hashes,
     /// versions and the machine.
     #[arg(long, value_name = "FILE.html")]
@@ -59,14 +62,18 @@ pub struct Args {
 
 /// Runs everything, prints the table, and fails where it says so.
 pub fn run(args: &Args, say: Say) -> Result<()> {
-    if !(args.tolerance >= 0.0 && args.tolerance.is_finite()) {
-        bail_unusable!("--tolerance {}: expected a number from 0 upwards", args.tolerance);
+    if let Some(tolerance) = args.tolerance.filter(|x| !(*x >= 0.0 && x.is_finite())) {
+        bail_unusable!("--tolerance {tolerance}: expected a number from 0 upwards");
     }
     let destination = args.report.as_deref().map(Destination::of).transpose()?;
     let dir = args.dir.as_ref().or(args.against.as_ref()).context("no model's directory")?;
     let saved = Saved::open_for(dir, &args.task)?;
+    let tolerance = tolerance(args, &saved)?;
     let max_length = saved.checked_max_length(args.max_length)?;
     let (mut runtimes, lacking) = pick(&args.runtimes, saved.task.form())?;
+    if args.precision != Precision::Fp32 {
+        runtimes.retain(|&runtime| runtime != Runtime::CandleOnnx);
+    }
     if args.onnx.is_some() {
         if args.runtimes.contains(&Runtime::CandleOnnx) {
             bail_unusable!("candle-onnx runs graphs that tk writes; an --onnx is run by ONNX Runtime");
@@ -93,7 +100,7 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     let scratch = write::Scratch::new(&std::env::temp_dir())?; // for graphs that are not there
     let graph = |path: PathBuf, kind: GraphKind| -> Result<PathBuf> {
         if path.exists() {
-            graphs::check_fresh(&saved, &path)?;
+            graphs::check_fresh(&saved, &path, kind.precision)?;
             return Ok(path);
         }
         say.line(format!(
@@ -109,6 +116,7 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     let form = saved.task.form();
     let model = match &args.onnx {
         Some(path) => path.clone(),
+        None if args.precision != Precision::Fp32 => graphs::checked(&saved, args.precision)?,
         None => graph(graphs::path(dir), GraphKind::fp32(form, DEFAULT_OPSET))?,
     };
 
@@ -117,7 +125,7 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     let mut details = Vec::new();
     let compared = match form {
         Form::Whole => {
-            let compared = parity::run(&subject, &runtimes, args.tolerance)?;
+            let compared = parity::run(&subject, &runtimes, tolerance)?;
             if destination.is_some() {
                 let others = runtimes.iter().filter(|&&runtime| runtime != Runtime::Eager);
                 let detail = |&runtime: &Runtime| detail::of(&subject, runtime, &texts);
@@ -127,11 +135,11 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
         }
         Form::Cached | Form::InPlace => {
             let texts = if args.input.is_some() { encodings.clone() } else { decoding::few(&encodings) };
-            let mut compared = of_language_model(&saved, &model, &texts, &runtimes, args.tolerance)?;
+            let mut compared = of_language_model(&saved, &model, &texts, &runtimes, tolerance)?;
             if runtimes.contains(&Runtime::Ort(Provider::Cpu)) && args.onnx.is_none() {
                 let generating = graphs::generating(dir, Precision::Fp32);
                 let generating = graph(generating, GraphKind::in_place(Precision::Fp32))?;
-                let mut in_place = decoding::in_place(&saved, &generating, &texts, args.tolerance)?;
+                let mut in_place = decoding::in_place(&saved, &generating, &texts, tolerance)?;
                 let measure = |examples| decoding::measure(&saved, &generating, examples);
                 in_place.metric = examples.as_deref().map(measure).transpose()?;
                 compared.push(in_place);
@@ -152,14 +160,31 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     )?;
     if !pass {
         let names: Vec<&str> = compared.iter().filter(|c| !c.pass).map(|c| c.name).collect();
-        anyhow::bail!(
-            "{} differ from {} by more than {}",
-            names.join(", "),
-            runtimes[0].name(),
-            args.tolerance
-        );
+        anyhow::bail!("{} differ from {} by more than {}", names.join(", "), runtimes[0].name(), tolerance);
     }
     Ok(())
+}
+
+/// How far a logit may be from the reference's, where nobody says it: what rounding to f32 explains; of fewer bits twice
+/// of what the export found and the manifest says, on the same built-in texts.
+fn tolerance(args: &Args, saved: &Saved) -> Result<f32> {
+    if args.precision != Precision::Fp32 {
+        if saved.task.form() != Form::Whole {
+            bail_unusable!(
+                "--precision {}: a language model's graphs in fewer bits are measured by `tk eval --runtime onnx`",
+                args.precision
+            );
+        }
+        graphs::check_precision(saved, args.precision)?;
+        if args.runtimes.contains(&Runtime::CandleOnnx) {
+            bail_unusable!("candle-onnx knows no products in {}: leave it out", args.precision);
+        }
+    }
+    match (args.tolerance, args.precision) {
+        (Some(tolerance), _) => Ok(tolerance),
+        (None, Precision::Fp32) => Ok(parity::TOLERANCE),
+        (None, precision) => graphs::tolerance(saved, precision),
+    }
 }
 
 /// Holds a language model's graph against candle on each of the runtimes.

@@ -40,7 +40,7 @@ pub struct Args {
     /// What computes: auto, or cpu, cuda, tensorrt; a list takes the first that can be had.
     #[arg(long, value_name = "LIST", default_value = "auto")]
     ep: Providers,
-    /// Which of the exported graphs: fp32, and for language models q8 and q4.
+    /// Which of the exported graphs: fp32 or int8, and for language models fp32, q8 or q4.
     #[arg(long, value_enum, default_value_t)]
     precision: Precision,
     /// Tokens of the longest record; longer ones are cut [default: what the model takes].
@@ -101,11 +101,9 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
 /// Answers every record in one pass of the model.
 fn predict(job: &BatchRun, saved: &Saved) -> Result<()> {
     let args = job.args;
-    if args.precision != Precision::Fp32 {
-        bail_unusable!("--precision {}: {} is exported in fp32", args.precision, saved.task.name());
-    }
     let predictor = Predictor::open(
         saved,
+        args.precision,
         &Options {
             providers: &args.ep,
             threads: job.threads(),

@@ -20,6 +20,8 @@ pub enum Precision {
     /// As they were trained.
     #[default]
     Fp32,
+    /// 8 bits, multiplied as integers with activations that are rounded as they come; not for language models.
+    Int8,
     /// 8 bits in blocks that share a scale.
     Q8,
     /// 4 bits in blocks that share a scale.
@@ -31,6 +33,7 @@ impl Precision {
     pub fn name(self) -> &'static str {
         match self {
             Self::Fp32 => "fp32",
+            Self::Int8 => "int8",
             Self::Q8 => "q8",
             Self::Q4 => "q4",
         }
@@ -39,7 +42,7 @@ impl Precision {
     /// The bits of a matrix' numbers, where it is stored in blocks.
     pub(super) fn bits(self) -> Option<u32> {
         match self {
-            Self::Fp32 => None,
+            Self::Fp32 | Self::Int8 => None,
             Self::Q8 => Some(8),
             Self::Q4 => Some(4),
         }

@@ -95,7 +95,7 @@ fn size_mismatch(tensor: &TensorProto) -> Option<String> {
     }
     let count: i64 = tensor.dims.iter().product();
     let width = match DataType::try_from(tensor.data_type) {
-        Ok(DataType::Uint8) => 1,
+        Ok(DataType::Uint8 | DataType::Int8) => 1,
         Ok(DataType::Float) => 4,
         Ok(DataType::Int64) => 8,
         _ => {

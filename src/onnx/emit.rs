@@ -8,11 +8,13 @@
 
 mod distances;
 mod in_place;
+mod int8;
 mod operator;
 mod pooling;
 
 use std::borrow::Cow;
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 
 use super::graph::{Graph, OWN_DOMAIN, Outlet, ValueId, float, int, ints, string};
 use super::proto::tensor_proto::DataType;
@@ -33,6 +35,8 @@ pub struct Emit {
     kind: GraphKind,
     /// The keys and values that go out, two for each attention met so far.
     presents: RefCell<Vec<Outlet>>,
+    /// Of values that products in int8 read: their bytes, the scale and the zero of these.
+    rounded: RefCell<BTreeMap<ValueId, [ValueId; 3]>>,
 }
 
 /// A value of the graph.
@@ -59,7 +63,9 @@ pub fn graph<'w>(
     weights: impl Fn(&Param) -> Result<Cow<'w, [f32]>>,
 ) -> Result<ModelProto> {
     let opset = checked_opset(kind.opset)?;
-    let emit = Emit { graph: RefCell::default(), kind, presents: RefCell::default() };
+    let form = kind.form;
+    let emit =
+        Emit { graph: RefCell::default(), kind, presents: RefCell::default(), rounded: RefCell::default() };
     let results = define(&emit)?;
     anyhow::ensure!(
         results.len() == outputs.len(),
@@ -82,7 +88,7 @@ pub fn graph<'w>(
     results.extend(emit.presents.take());
     let mut graph = emit.graph.into_inner();
     let mut operators = vec![OperatorSetIdProto { domain: String::new(), version: opset }];
-    if kind.form == Form::InPlace {
+    if form == Form::InPlace {
         fuse::fuse(&mut graph);
         operators.push(OperatorSetIdProto { domain: OWN_DOMAIN.to_owned(), version: 1 });
     }
@@ -345,6 +351,7 @@ impl Ops for Emit {
         let scope = module(&table.weight.name).to_owned();
         let width = table.weight.shape[1];
         let bits = self.kind.precision.bits().filter(|_| ids == Ids::Tokens);
+        let int8 = ids == Ids::Tokens && self.is_int8(&table.weight.name);
         let ids = match ids {
             Ids::Tokens => self.graph.borrow_mut().input("input_ids"),
             Ids::TokenTypes => self.graph.borrow_mut().input("token_type_ids"),
@@ -356,6 +363,7 @@ impl Ops for Emit {
             Ids::Zero => self.graph.borrow_mut().i64s(&[], &[0]), // one row, (C), which is added to every token
         };
         let value = match bits {
+            None if int8 => self.rows_in_int8(&scope, &table, ids)?,
             None => {
                 let table = self.param(&table.weight)?;
                 self.node(&scope, "Gather", &[table, ids], vec![int("axis", 0)])
@@ -376,6 +384,10 @@ impl Ops for Emit {
         let width = map.output();
         if let Some(bits) = self.kind.precision.bits() {
             let value = self.product_with_blocks(&scope, &map, bits, x)?;
+            return Ok(X { value, scope, width, every: x.every });
+        }
+        if self.multiplies_in_int8(&map) {
+            let value = self.product_in_int8(&scope, &map, x)?;
             return Ok(X { value, scope, width, every: x.every });
         }
         let weight = match (map.layout, map.weight.role) {

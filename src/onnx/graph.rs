@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use anyhow::Context;
 
 use super::blocks::Blocks;
+use super::int8::{NUMBERS, Rounded, Rounding, SCALES};
 use super::proto::attribute_proto::AttributeType;
 use super::proto::tensor_proto::DataType;
 use super::proto::tensor_shape_proto::{Dimension, dimension};
@@ -13,7 +14,7 @@ use super::proto::{
     type_proto,
 };
 use crate::checkpoint::f32_bytes;
-use crate::model::ops::Param;
+use crate::model::ops::{Layout, Param, Role};
 use crate::task::Dim;
 use crate::{Result, bail_unusable};
 
@@ -61,6 +62,7 @@ pub(super) struct Graph {
     inputs: Vec<Outlet>,
     params: Vec<Initializer>,
     blocks: Vec<InBlocks>,
+    int8: Vec<InInt8>,
     constants: Vec<(TensorProto, ValueId)>,
     /// What is computed once for the whole graph, e.g. the mask.
     shared: BTreeMap<String, ValueId>,
@@ -94,6 +96,21 @@ struct InBlocks {
     blocks: Blocks,
     numbers: ValueId,
     scales: ValueId,
+}
+
+/// A weight that is stored in int8, and the values of its numbers and its scales.
+struct InInt8 {
+    param: Param,
+    rounding: Rounding,
+    numbers: ValueId,
+    scales: ValueId,
+}
+
+impl InInt8 {
+    /// Whether its rows are written as columns: matrices stand as products take them, tables as they are.
+    fn transposed(&self) -> bool {
+        self.rounding.layout == Layout::OutIn && self.param.role != Role::Table
+    }
 }
 
 pub(super) struct Node {
@@ -206,6 +223,21 @@ impl Graph {
         Ok((numbers, scales))
     }
 
+    /// A weight in int8: its numbers, (in, out) of a matrix and as it is of a table, and its scales, (out) of a matrix and
+    /// (rows, 1) of a table. Declared by their first use.
+    pub fn in_int8(&mut self, param: &Param, rounding: Rounding) -> Result<(ValueId, ValueId)> {
+        if let Some(known) = self.int8.iter_mut().find(|known| known.param.name == param.name) {
+            let other = Rounding { multiplied: known.rounding.multiplied, ..rounding };
+            anyhow::ensure!(known.rounding == other, "{} is rounded in two ways", param.name);
+            known.rounding.multiplied |= rounding.multiplied;
+            return Ok((known.numbers, known.scales));
+        }
+        let numbers = self.fixed_value(&format!("{}{NUMBERS}", param.name));
+        let scales = self.fixed_value(&format!("{}{SCALES}", param.name));
+        self.int8.push(InInt8 { param: param.clone(), rounding, numbers, scales });
+        Ok((numbers, scales))
+    }
+
     /// The node that makes a value, and which of its outputs it is.
     pub fn maker(&self, value: ValueId) -> Option<(&Node, usize)> {
         self.nodes.iter().rev().find_map(|node| {
@@ -236,6 +268,7 @@ impl Graph {
         kept.reverse();
         self.nodes = kept;
         self.params.retain(|weight| used.contains(&weight.value));
+        self.int8.retain(|weight| used.contains(&weight.numbers));
         self.constants.retain(|(_, value)| used.contains(value));
     }
 
@@ -345,7 +378,8 @@ impl Graph {
             };
             graph.initializer.push(tensor(&weight.name(), DataType::Float, &weight.shape(), values));
         }
-        for InBlocks { param, blocks, numbers, scales } in &self.blocks {
+        // rounded, a number that is not finite would be seen no more
+        let finite = |param: &Param| {
             let values = weights(param)?;
             if values.iter().any(|x| !x.is_finite()) {
                 bail_unusable!(
@@ -353,6 +387,24 @@ impl Graph {
                     param.name
                 );
             }
+            Ok(values)
+        };
+        for weight in &self.int8 {
+            let Rounded { numbers, scales } = weight.rounding.round(&finite(&weight.param)?);
+            let (mut shape, table) = (weight.param.shape.clone(), weight.param.role == Role::Table);
+            let mut bytes: Vec<u8> = numbers.into_iter().map(i8::cast_unsigned).collect();
+            if weight.transposed() {
+                bytes = transpose(&bytes, shape[0]);
+                shape.reverse();
+            }
+            graph.initializer.push(tensor(&self.names[weight.numbers], DataType::Int8, &shape, bytes));
+            let of_each: &[usize] = if table { &[1] } else { &[] };
+            let shape = [&[scales.len()], of_each].concat();
+            let scales = f32_bytes(&scales).into_owned();
+            graph.initializer.push(tensor(&self.names[weight.scales], DataType::Float, &shape, scales));
+        }
+        for InBlocks { param, blocks, numbers, scales } in &self.blocks {
+            let values = finite(param)?;
             let packed = blocks.pack(&values);
             let dims = [blocks.rows, blocks.of_row(), blocks.bytes()];
             graph.initializer.push(tensor(&self.names[*numbers], DataType::Uint8, &dims, packed.numbers));
@@ -379,7 +431,7 @@ impl Graph {
 }
 
 /// A matrix of so many rows, its columns one after another.
-fn transpose(values: &[f32], rows: usize) -> Vec<f32> {
+fn transpose<T: Copy>(values: &[T], rows: usize) -> Vec<T> {
     let columns = values.len() / rows.max(1);
     (0..columns).flat_map(|column| values[column..].iter().step_by(columns).copied()).collect()
 }

@@ -6,6 +6,7 @@ pub mod dump;
 pub mod emit;
 mod fuse;
 mod graph;
+pub mod int8;
 pub mod model;
 pub mod write;
 
@@ -18,19 +19,26 @@ use crate::task::Form;
 use crate::{Result, bail_unusable};
 
 /// What kind of graph is written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GraphKind {
     pub form: Form,
     pub opset: i64,
     pub precision: Precision,
     /// Numbers of a block, where matrices are stored in blocks.
     pub block: usize,
+    /// The weights that stay in fp32 among others in int8.
+    pub kept: Vec<String>,
 }
 
 impl GraphKind {
     /// A graph in fp32.
     pub fn fp32(form: Form, opset: i64) -> Self {
-        Self { form, opset, precision: Precision::Fp32, block: DEFAULT_BLOCK }
+        Self { form, opset, precision: Precision::Fp32, block: DEFAULT_BLOCK, kept: Vec::new() }
+    }
+
+    /// A graph of whole sequences whose matrices are in int8, but for those that are kept in fp32.
+    pub fn int8(kept: Vec<String>, opset: i64) -> Self {
+        Self { precision: Precision::Int8, kept, ..Self::fp32(Form::Whole, opset) }
     }
 
     /// A graph that ONNX Runtime alone reads, with its own operators.

@@ -5,7 +5,7 @@ use sha2::{Digest, Sha256};
 
 use super::proto::tensor_proto::DataType;
 use super::proto::{ModelProto, StringStringEntryProto};
-use super::{GraphKind, emit, graph};
+use super::{GraphKind, Precision, emit, graph};
 use crate::Result;
 use crate::checkpoint::{self, Weights};
 use crate::model::ops::Param;
@@ -24,15 +24,16 @@ pub fn build(
     kind: GraphKind,
 ) -> Result<ModelProto> {
     let params = task.trained_params(&config.family, weights)?;
+    let (form, precision) = (kind.form, kind.precision);
     let mut model = emit::graph(
         |o| {
-            if kind.form == Form::InPlace {
+            if form == Form::InPlace {
                 task.generate(o, &config.family)
             } else {
                 task.define(o, &config.family)
             }
         },
-        &task.outputs(kind.form),
+        &task.outputs(form),
         kind,
         |param| weights.f32(&param.name),
     )?;
@@ -52,6 +53,9 @@ pub fn build(
     }
     if let Some(problem) = named.raw.get("problem_type").and_then(Value::as_str) {
         about.push(("problem_type", problem.to_owned()));
+    }
+    if precision != Precision::Fp32 {
+        about.push(("precision", precision.name().to_owned()));
     }
     about.sort_unstable();
     model.metadata_props =

@@ -6,6 +6,7 @@ use anyhow::Context;
 
 use crate::onnx::{Precision, model};
 use crate::saved::Saved;
+use crate::task::Form;
 use crate::{Result, bail_unusable};
 
 /// Where `tk export` writes the graphs of a model directory.
@@ -16,6 +17,15 @@ pub fn folder(dir: &Path) -> PathBuf {
 /// Where it writes the graph that every runtime reads.
 pub fn path(dir: &Path) -> PathBuf {
     folder(dir).join("model.onnx")
+}
+
+/// Where it writes the graph of whole sequences in this precision; the names are those of the ecosystem.
+pub fn in_precision(dir: &Path, precision: Precision) -> PathBuf {
+    match precision {
+        Precision::Fp32 => path(dir),
+        Precision::Int8 => folder(dir).join("model_quantized.onnx"),
+        other => folder(dir).join(format!("model_{other}.onnx")),
+    }
 }
 
 /// Removes the graphs of a model directory, which is about to hold another model: every ONNX file, its weights and the
@@ -52,47 +62,87 @@ pub fn generating(dir: &Path, precision: Precision) -> PathBuf {
 /// # Errors
 /// As [`checked`].
 pub fn checked_generating(saved: &Saved, precision: Precision) -> Result<PathBuf> {
-    let path = generating(&saved.dir, precision);
-    if !path.is_file() {
-        let precision =
-            if precision == Precision::Fp32 { String::new() } else { format!(" --precision {precision}") };
-        bail_unusable!("{} is not there: run `{}{precision}` first", path.display(), export(saved));
-    }
-    check_fresh(saved, &path)?;
-    Ok(path)
+    check_precision(saved, precision)?;
+    there_and_fresh(saved, generating(&saved.dir, precision), precision)
 }
 
-/// The exported graph of a trained model, held against the weights beside it.
+/// The exported graph of a trained model in this precision, held against the weights beside it.
 ///
 /// # Errors
-/// Unusable: there is none, or the model was trained on since it was exported.
-pub fn checked(saved: &Saved) -> Result<PathBuf> {
-    let path = path(&saved.dir);
-    if !path.is_file() {
-        bail_unusable!("{} is not there: run `{}` first", path.display(), export(saved));
+/// Unusable: there is none, or the model was trained on since it was exported; or its task has no such precision.
+pub fn checked(saved: &Saved, precision: Precision) -> Result<PathBuf> {
+    check_precision(saved, precision)?;
+    there_and_fresh(saved, in_precision(&saved.dir, precision), precision)
+}
+
+/// How far a graph in fewer bits may be from the trained model: twice of what its export found, for processors round
+/// differently.
+///
+/// # Errors
+/// Unusable: the manifest beside it doesn't say.
+pub fn tolerance(saved: &Saved, precision: Precision) -> Result<f32> {
+    let path = folder(&saved.dir).join("manifest.json");
+    let manifest = std::fs::read(&path).ok();
+    let manifest = manifest.and_then(|bytes| serde_json::from_slice::<serde_json::Value>(&bytes).ok());
+    let found = manifest.and_then(|manifest| manifest["precisions"][precision.name()]["max_abs"].as_f64());
+    match found {
+        Some(found) => Ok(2.0 * found as f32),
+        None => bail_unusable!(
+            "{} does not say how far {precision} may be from fp32: run `{}`, or give --tolerance",
+            path.display(),
+            export(saved, precision)
+        ),
     }
-    check_fresh(saved, &path)?;
+}
+
+/// Refuses a precision that graphs of the task are not exported in.
+///
+/// # Errors
+/// Unusable: names those that there are.
+pub fn check_precision(saved: &Saved, precision: Precision) -> Result<()> {
+    let known: &[Precision] = match saved.task.form() {
+        Form::Whole => &[Precision::Fp32, Precision::Int8],
+        Form::Cached | Form::InPlace => &[Precision::Fp32, Precision::Q8, Precision::Q4],
+    };
+    if !known.contains(&precision) {
+        let known: Vec<&str> = known.iter().map(|precision| precision.name()).collect();
+        bail_unusable!(
+            "--precision {precision}: a {} model is exported in {}",
+            saved.task.name(),
+            known.join(", ")
+        );
+    }
+    Ok(())
+}
+
+fn there_and_fresh(saved: &Saved, path: PathBuf, precision: Precision) -> Result<PathBuf> {
+    if !path.is_file() {
+        bail_unusable!("{} is not there: run `{}` first", path.display(), export(saved, precision));
+    }
+    check_fresh(saved, &path, precision)?;
     Ok(path)
 }
 
-/// The command that exports this model.
-fn export(saved: &Saved) -> String {
+/// The command that exports this model in a precision.
+fn export(saved: &Saved, precision: Precision) -> String {
     let task = if saved.task_was_asked { format!(" --task {}", saved.task.name()) } else { String::new() };
-    format!("tk export {}{task}", saved.dir.display())
+    let precision =
+        if precision == Precision::Fp32 { String::new() } else { format!(" --precision {precision}") };
+    format!("tk export {}{task}{precision}", saved.dir.display())
 }
 
 /// Holds a graph's metadata against the directory that it lies in.
 ///
 /// # Errors
 /// Unusable: the graph is not of these weights, this tokenizer, configuration and task, or says nothing of them.
-pub fn check_fresh(saved: &Saved, path: &Path) -> Result<()> {
+pub fn check_fresh(saved: &Saved, path: &Path, precision: Precision) -> Result<()> {
     let metadata = crate::onnx::write::metadata(path)?;
     let task = saved.task.name();
     if let Some(other) = metadata.get("task").filter(|found| *found != task) {
         bail_unusable!(
             "{} was exported for {other}, not for {task}: run `{}` again{}",
             path.display(),
-            export(saved),
+            export(saved, precision),
             if saved.task_was_asked { String::new() } else { format!(", or give --task {other}") }
         );
     }
@@ -109,12 +159,12 @@ pub fn check_fresh(saved: &Saved, path: &Path) -> Result<()> {
                 "{} is stale: it was exported from {what} than {} has now; run `{}` again",
                 path.display(),
                 saved.dir.display(),
-                export(saved)
+                export(saved, precision)
             ),
             None => bail_unusable!(
                 "{} does not say what it was exported from ({key} is missing): run `{}` again",
                 path.display(),
-                export(saved)
+                export(saved, precision)
             ),
         }
     }

@@ -17,10 +17,11 @@ pub use pool::Pool;
 use crate::Result;
 use crate::data::batch::Encoding;
 use crate::data::records::{BadRow, Row};
+use crate::onnx::Precision;
 use crate::runtime::{Provider, Providers};
 use crate::saved::Saved;
 use crate::say::Say;
-use crate::task::{Answer, AnswerFlags, Asking, Example, Measured, Question, Task};
+use crate::task::{Answer, AnswerFlags, Asking, Example, Measured, Outputs, Question, Task};
 
 /// Numbers of outputs that are held at once (256 MiB), where one record's are fewer.
 const HELD: usize = 64 * 1024 * 1024;
@@ -66,12 +67,12 @@ impl Asked {
 }
 
 impl Predictor {
-    /// Loads what `tk export` wrote.
+    /// Loads what `tk export` wrote in this precision.
     ///
     /// # Errors
-    /// Unusable: there is no graph of these weights, or no room for a record. As [`Pool::open`].
-    pub fn open(saved: &Saved, options: &Options, say: Say) -> Result<Self> {
-        Self::of_graph(saved, graphs::checked(saved)?, options, say)
+    /// Unusable: there is no such graph of these weights, or no room for a record. As [`Pool::open`].
+    pub fn open(saved: &Saved, precision: Precision, options: &Options, say: Say) -> Result<Self> {
+        Self::of_graph(saved, graphs::checked(saved, precision)?, options, say)
     }
 
     /// The same of a graph that stands anywhere.
@@ -136,6 +137,14 @@ impl Predictor {
             }
         }
         Ok(answers)
+    }
+
+    /// The outputs of each sequence that answers are made of, in order; all are held.
+    ///
+    /// # Errors
+    /// As [`Predictor::answers`].
+    pub fn outputs(&mut self, encodings: &[&Encoding]) -> Result<Vec<Outputs>> {
+        self.pool.outputs(encodings)
     }
 
     /// Cuts records of these numbers of tokens into parts whose outputs are held at once; one at least stands in each.

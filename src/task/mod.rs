@@ -93,10 +93,12 @@ impl From<Metrics> for Measured {
 }
 
 /// A metric's name, and whether more of it is better.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Metric {
     pub name: &'static str,
     pub more_is_better: bool,
+    /// What all right is, of a metric of which more is better: 1, or 100.
+    pub best: f64,
 }
 
 impl Metric {
@@ -105,12 +107,26 @@ impl Metric {
 
     /// More is better.
     pub const fn rising(name: &'static str) -> Self {
-        Self { name, more_is_better: true }
+        Self { name, more_is_better: true, best: 1.0 }
+    }
+
+    /// The same, where all right is 100.
+    pub const fn percent(name: &'static str) -> Self {
+        Self { best: 100.0, ..Self::rising(name) }
     }
 
     /// Less is better.
     pub const fn falling(name: &'static str) -> Self {
-        Self { name, more_is_better: false }
+        Self { name, more_is_better: false, best: 0.0 }
+    }
+
+    /// How many points of 100 were lost; where less is better, by how many percent it rose.
+    pub fn lost(self, before: f64, after: f64) -> f64 {
+        if self.more_is_better {
+            (before - after) / self.best * 100.0
+        } else {
+            (after / before - 1.0) * 100.0
+        }
     }
 }
 
@@ -501,6 +517,11 @@ macro_rules! tasks {
                         task.measure_examples(outputs, &own::<$task>(examples)?)
                     })+
                 }
+            }
+
+            /// See [`Objective::agreement`].
+            pub fn agreement(&self, wanted: &Outputs, found: &Outputs) -> f64 {
+                match self { $(Self::$task(task) => task.agreement(wanted, found)),+ }
             }
 
             /// See [`Objective::measure_in_place`].

@@ -15,7 +15,7 @@ use candle_core::Tensor;
 
 use super::{
     Answer, AnswerFlags, CausalLm, Example, Measured, Metric, Output, Outputs, RecordFlags, Task,
-    TrainingFlags,
+    TrainingFlags, scores,
 };
 use crate::data::batch::Encoding;
 use crate::data::records::{BadRow, Columns, Row};
@@ -321,6 +321,12 @@ pub trait Objective: Clone + Into<Task> {
     ) -> Result<Measured> {
         let targets: Vec<_> = examples.iter().map(|(_, target)| *target).collect();
         self.measure_outputs(outputs, &targets)
+    }
+
+    /// How far two runtimes' outputs of a sequence say the same, from 0 to 1: the share of rows whose largest number stands
+    /// in the same place; of a number a token, the share of the outputs where it stands at the same token.
+    fn agreement(&self, wanted: &Outputs, found: &Outputs) -> f64 {
+        scores::agreement(wanted, found)
     }
 
     /// The same of a language model's graph that generates, which gives the scores of few tokens at once.

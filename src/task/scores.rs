@@ -2,9 +2,33 @@
 
 use serde_json::{Value, json};
 
+use super::Outputs;
+
 /// The place of the largest, the first of several.
 pub fn argmax(row: &[f32]) -> usize {
     (0..row.len()).fold(0, |best, i| if row[i] > row[best] { i } else { best })
+}
+
+/// The share of the rows, of all outputs, whose largest number stands in the same place; an output with a number a row is
+/// one row of them. None where a number is not finite.
+pub fn agreement(wanted: &Outputs, found: &Outputs) -> f64 {
+    let (mut same, mut all) = (0, 0);
+    for (wanted, found) in wanted.iter().zip(found) {
+        if wanted.dim() != found.dim() || found.iter().any(|x| !x.is_finite()) {
+            return 0.0;
+        }
+        let (wanted, found) = match wanted.ncols() {
+            1 => (wanted.t(), found.t()),
+            _ => (wanted.view(), found.view()),
+        };
+        let places = |rows: ndarray::ArrayView2<f32>| -> Vec<usize> {
+            rows.rows().into_iter().map(|row| argmax(&row.to_vec())).collect()
+        };
+        let (wanted, found) = (places(wanted), places(found));
+        same += wanted.iter().zip(&found).filter(|(a, b)| a == b).count();
+        all += wanted.len();
+    }
+    if all == 0 { 0.0 } else { same as f64 / all as f64 }
 }
 
 /// exp(x) / Σ exp(x).
@@ -30,6 +54,17 @@ pub fn short(x: f32) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn outputs_agree_where_their_largest_numbers_stand() {
+        let rows = |values: &[[f32; 2]]| vec![ndarray::Array2::from(values.to_vec())];
+        assert_eq!(agreement(&rows(&[[1.0, 2.0], [4.0, 3.0]]), &rows(&[[0.0, 9.0], [1.0, 3.0]])), 0.5);
+        assert_eq!(agreement(&rows(&[[1.0, 2.0]]), &rows(&[[f32::NAN, 2.0]])), 0.0);
+        // a score a token: where it is the highest
+        let tokens = |values: &[f32]| vec![ndarray::Array2::from_shape_vec((3, 1), values.to_vec()).unwrap()];
+        assert_eq!(agreement(&tokens(&[1.0, 5.0, 2.0]), &tokens(&[4.0, 9.0, 8.0])), 1.0);
+        assert_eq!(agreement(&tokens(&[1.0, 5.0, 2.0]), &tokens(&[4.0, 0.0, 0.0])), 0.0);
+    }
 
     #[test]
     fn large_logits_do_not_overflow_and_the_first_of_equals_wins() {

@@ -164,7 +164,7 @@ impl Run<'_> {
     fn evaluate(&self, log: &mut Log, bar: &ProgressBar, progress: &mut Progress, plan: &Plan) -> Result<()> {
         let Self { params, family, task, device, .. } = *self;
         let measured = task.measure(&Forward { params, family, task, device }, self.eval)?;
-        let Metric { name, more_is_better } = self.deciding_metric()?;
+        let Metric { name, more_is_better, .. } = self.deciding_metric()?;
         let new = Best { step: progress.step, metrics: measured.metrics, details: measured.details };
         let is_better = is_better(
             new.number(name),

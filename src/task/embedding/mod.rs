@@ -283,6 +283,17 @@ impl Objective for Embedding {
         self.measure_examples(&model.answering(&texts.collect::<Vec<_>>())?, examples)
     }
 
+    /// The cosine of the two embeddings.
+    fn agreement(&self, wanted: &Outputs, found: &Outputs) -> f64 {
+        match (self.embedding(wanted), self.embedding(found)) {
+            (Ok(wanted), Ok(found)) => {
+                let (wanted, found): (Vec<f32>, Vec<f32>) = (wanted.collect(), found.collect());
+                metrics::cosine(ArrayView1::from(&wanted), ArrayView1::from(&found))
+            }
+            _ => 0.0,
+        }
+    }
+
     fn measure_outputs(&self, _: &[Outputs], _: &[&Related]) -> Result<Measured> {
         anyhow::bail!("embeddings are measured with the texts that they are of")
     }

@@ -242,7 +242,7 @@ impl Objective for QuestionAnswering {
     }
 
     fn metrics(&self) -> &'static [Metric] {
-        const { &[Metric::rising("f1"), Metric::rising("exact_match")] }
+        const { &[Metric::percent("f1"), Metric::percent("exact_match")] }
     }
 
     /// Exact match and F1 in percent, as SQuAD's scripts give them.

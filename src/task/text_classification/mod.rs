@@ -289,6 +289,21 @@ impl Objective for TextClassification {
         Ok(metrics.into())
     }
 
+    /// Of several labels, the share that both give or both don't; of numbers, how near they are: 1 − |a − b| / max(|a|, 1).
+    fn agreement(&self, wanted: &Outputs, found: &Outputs) -> f64 {
+        if self.problem == ProblemType::SingleLabelClassification {
+            return super::scores::agreement(wanted, found);
+        }
+        let (Ok(wanted), Ok(found)) = (self.logits(wanted), self.logits(found)) else { return 0.0 };
+        let of = |(&a, &b): (&f32, &f32)| match self.problem {
+            _ if !b.is_finite() => 0.0,
+            ProblemType::Regression => (1.0 - f64::from((a - b).abs() / a.abs().max(1.0))).max(0.0),
+            _ => f64::from(u8::from((a > 0.0) == (b > 0.0))),
+        };
+        let pairs = wanted.iter().zip(&found).map(of);
+        pairs.sum::<f64>() / wanted.len().max(1) as f64
+    }
+
     fn columns(flags: &super::AnswerFlags) -> Columns {
         flags.texts.columns()
     }

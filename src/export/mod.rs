@@ -1,6 +1,9 @@
 //! A trained model → ONNX files in place beside it: built, written under a temporary name, verified against what was
 //! trained, and only then given their names.
 
+mod gate;
+mod int8;
+
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
@@ -21,6 +24,11 @@ use crate::{Result, bail_unusable, checkpoint, files, process, unusable};
 const MODEL: &str = "model.onnx";
 /// The graph that tk generates with.
 const GENERATE: &str = "generate.onnx";
+
+/// Where a manifest speaks of the graphs that generate, by precision.
+const GENERATING: &str = "generate";
+/// The same of graphs of whole sequences in fewer bits than they were trained in.
+const PRECISIONS: &str = "precisions";
 
 /// An export under way.
 pub struct Export<'a> {
@@ -61,13 +69,13 @@ impl<'a> Export<'a> {
         Ok(export)
     }
 
-    fn build(&self, kind: GraphKind) -> Result<ModelProto> {
+    fn build(&self, kind: &GraphKind) -> Result<ModelProto> {
         let Saved { config, task, weights, tokenizer, .. } = self.saved;
-        model::build(config, task, weights, tokenizer.hash(), kind)
+        model::build(config, task, weights, tokenizer.hash(), kind.clone())
     }
 
     /// What a manifest says of a file that is in place.
-    fn entry(&self, file: &str, kind: GraphKind) -> Result<Map<String, Value>> {
+    fn entry(&self, file: &str, kind: &GraphKind) -> Result<Map<String, Value>> {
         let path = self.folder.join(file);
         let entry = json!({
             "file": file,
@@ -101,17 +109,17 @@ impl<'a> Export<'a> {
         };
         let manifest: Map<String, Value> =
             serde_json::from_slice(&bytes).map_err(|e| unusable!("{}: {e}: delete it", place.display()))?;
-        match manifest.get("generate") {
-            Some(other) if !other.is_object() => {
-                bail_unusable!("{}: \"generate\" is {other}, expected an object: delete it", place.display())
+        for key in [GENERATING, PRECISIONS] {
+            if let Some(other) = manifest.get(key).filter(|entry| !entry.is_object()) {
+                bail_unusable!("{}: \"{key}\" is {other}, expected an object: delete it", place.display());
             }
-            _ => Ok(manifest),
         }
+        Ok(manifest)
     }
 
-    /// What the manifest says of the graphs that generate, whose files are there.
-    fn generating(&self, manifest: &mut Map<String, Value>) -> Map<String, Value> {
-        let Some(Value::Object(mut entries)) = manifest.remove("generate") else { return Map::new() };
+    /// What the manifest says under a key, of the graphs whose files are there.
+    fn in_place(&self, manifest: &mut Map<String, Value>, key: &str) -> Map<String, Value> {
+        let Some(Value::Object(mut entries)) = manifest.remove(key) else { return Map::new() };
         entries
             .retain(|_, entry| entry["file"].as_str().is_some_and(|file| self.folder.join(file).is_file()));
         entries
@@ -132,13 +140,13 @@ impl<'a> Export<'a> {
         let form = self.saved.task.form();
         let kind = GraphKind::fp32(form, opset);
         let (target, written) = (graphs::path(&self.saved.dir), self.scratch.path().join(MODEL));
-        let external = write::save(self.build(kind)?, &written, external_data || form == Form::Cached)?;
+        let external = write::save(self.build(&kind)?, &written, external_data || form == Form::Cached)?;
         self.say.detail(format!("verifying {}", written.display()));
         let mut compared = vec![verify(self.saved, &written, form)?];
         let generating = graphs::generating(&self.saved.dir, Precision::Fp32);
         let generated = self.scratch.path().join(GENERATE);
         if form == Form::Cached {
-            write::save_sharing(self.build(GraphKind::in_place(Precision::Fp32))?, &generated, &written)?;
+            write::save_sharing(self.build(&GraphKind::in_place(Precision::Fp32))?, &generated, &written)?;
             self.say.detail(format!("verifying {}", generated.display()));
             compared.push(verify(self.saved, &generated, Form::InPlace)?);
         }
@@ -146,8 +154,10 @@ impl<'a> Export<'a> {
         let _held = self.locked()?;
         let files: &[&str] = if form == Form::Cached { &[MODEL, GENERATE] } else { &[MODEL] };
         write::install(self.scratch.path(), &self.folder, files, external)?;
-        let mut others = self.generating(&mut self.read_manifest()?);
-        let mut manifest = self.entry(MODEL, kind)?;
+        let mut before = self.read_manifest()?;
+        let mut others = self.in_place(&mut before, GENERATING);
+        let precisions = self.in_place(&mut before, PRECISIONS);
+        let mut manifest = self.entry(MODEL, &kind)?;
         manifest.insert("max_abs".to_owned(), json!(compared[0].max_abs));
         let mut size = self.bytes(MODEL);
         if external {
@@ -158,7 +168,7 @@ impl<'a> Export<'a> {
         }
         let mut also = String::new();
         if let Some(in_place) = compared.get(1) {
-            let mut entry = self.entry(GENERATE, GraphKind::in_place(Precision::Fp32))?;
+            let mut entry = self.entry(GENERATE, &GraphKind::in_place(Precision::Fp32))?;
             entry.insert("max_abs".to_owned(), json!(in_place.max_abs));
             others.shift_insert(0, Precision::Fp32.name().to_owned(), Value::Object(entry));
             also = format!(
@@ -168,8 +178,10 @@ impl<'a> Export<'a> {
                 in_place.max_abs
             );
         }
-        if !others.is_empty() {
-            manifest.insert("generate".to_owned(), Value::Object(others));
+        for (key, entries) in [(GENERATING, others), (PRECISIONS, precisions)] {
+            if !entries.is_empty() {
+                manifest.insert(key.to_owned(), Value::Object(entries));
+            }
         }
         files::write(&self.manifest(), format!("{:#}\n", Value::Object(manifest.clone())))?;
 
@@ -204,7 +216,7 @@ impl<'a> Export<'a> {
         let target = graphs::generating(&saved.dir, precision);
         let file = target.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let written = self.scratch.path().join(&file);
-        let external = write::save(self.build(kind)?, &written, false)?;
+        let external = write::save(self.build(&kind)?, &written, false)?;
         self.say.detail(format!("measuring {}", written.display()));
         let before =
             Evaluator::open(saved, &candle_core::Device::Cpu)?.measure(examples)?.metrics["perplexity"];
@@ -226,14 +238,14 @@ impl<'a> Export<'a> {
 
         let _held = self.locked()?;
         write::install(self.scratch.path(), &self.folder, &[file.as_str()], external)?;
-        let mut entry = self.entry(&file, kind)?;
+        let mut entry = self.entry(&file, &kind)?;
         entry.insert("block_size".to_owned(), json!(block));
         entry.insert("perplexity_fp32".to_owned(), json!(before));
         entry.insert("perplexity".to_owned(), json!(after));
         let mut manifest = self.read_manifest()?;
-        let mut entries = self.generating(&mut manifest);
+        let mut entries = self.in_place(&mut manifest, GENERATING);
         entries.insert(precision.name().to_owned(), Value::Object(entry.clone()));
-        manifest.insert("generate".to_owned(), Value::Object(entries));
+        manifest.insert(GENERATING.to_owned(), Value::Object(entries));
         files::write(&self.manifest(), format!("{:#}\n", Value::Object(manifest)))?;
         let bytes = self.bytes(&file) + if external { self.bytes(&format!("{file}_data")) } else { 0 };
         entry.insert("path".to_owned(), json!(target));
@@ -249,18 +261,23 @@ impl<'a> Export<'a> {
 /// # Errors
 /// The logits differ by more than the tolerance, or are not finite.
 fn verify(saved: &Saved, graph: &Path, form: Form) -> Result<Compared> {
+    compared(saved, graph, form, parity::TOLERANCE)
+}
+
+/// The same within a tolerance.
+fn compared(saved: &Saved, graph: &Path, form: Form, tolerance: f32) -> Result<Compared> {
     let encodings = saved.tokenizer.encode_all(&inputs::builtin(saved)?, saved.max_length)?;
     let compared = match form {
         Form::Whole => {
             let subject = Subject { saved, graph, encodings: &encodings, examples: None };
             let runtimes = [Runtime::Eager, Runtime::Ort(Provider::Cpu)];
-            parity::run(&subject, &runtimes, parity::TOLERANCE)?.remove(0)
+            parity::run(&subject, &runtimes, tolerance)?.remove(0)
         }
         Form::Cached => {
             let texts = decoding::few(&encodings);
-            decoding::run(saved, graph, &texts, Provider::Cpu, parity::TOLERANCE)?
+            decoding::run(saved, graph, &texts, Provider::Cpu, tolerance)?
         }
-        Form::InPlace => decoding::in_place(saved, graph, &decoding::few(&encodings), parity::TOLERANCE)?,
+        Form::InPlace => decoding::in_place(saved, graph, &decoding::few(&encodings), tolerance)?,
     };
     if !compared.pass {
         anyhow::bail!(

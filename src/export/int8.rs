@@ -1,0 +1,171 @@
+//! A graph in int8, as far as the answers stay what they are.
+
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use super::gate::{Gate, Loss};
+use super::{Export, Exported, compared};
+use crate::onnx::{GraphKind, Precision, int8, write};
+use crate::predict::graphs;
+use crate::task::{Example, Form};
+use crate::{Result, files};
+
+/// How the matrices are stored and multiplied; see [`int8`].
+const INT8_FORM: &str = "dynamic; weights of 7 bits with a scale for each output";
+
+/// A graph in int8 that has been written, and what it loses.
+struct Tried {
+    external: bool,
+    loss: Loss,
+}
+
+impl Export<'_> {
+    /// The graph with its matrices in int8. Those whose rounding moves the outputs most stay in fp32, as few as it takes
+    /// for the loss to be at most `max_drop` points.
+    ///
+    /// # Errors
+    /// It is more whatever stays in fp32: nothing is put in place then.
+    pub fn in_int8(&self, opset: i64, examples: Option<&[Example]>, max_drop: f64) -> Result<Exported> {
+        let target = graphs::in_precision(&self.saved.dir, Precision::Int8);
+        let file = target.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let written = self.scratch.path().join(&file);
+        let fp32 = self.scratch.path().join("fp32.onnx");
+        write::save(self.build(&GraphKind::fp32(Form::Whole, opset))?, &fp32, false)?;
+        self.say.detail("measuring in fp32");
+        let mut gate = Gate::new(self.saved, &fp32, examples)?;
+
+        let model = self.build(&GraphKind::int8(Vec::new(), opset))?;
+        let all = int8::weights(&model);
+        let mut tried = Tried { external: write::save(model, &written, false)?, loss: gate.loss(&written)? };
+        let whole = tried.loss.clone();
+        let mut kept = Vec::new();
+        if whole.is_above(max_drop) {
+            self.say.line(format!("{}; looking for the matrices that lose most", told(&whole)));
+            let ranked = self.ranked(opset, &gate, &all, &written)?;
+            kept = fewest(&ranked, |kept| {
+                tried = self.tried(opset, &mut gate, kept, &written)?;
+                self.say.line(format!("{} of {} in fp32: {}", kept.len(), all.len(), told(&tried.loss)));
+                Ok(!tried.loss.is_above(max_drop))
+            })?;
+            if kept.len() == all.len() {
+                anyhow::bail!(
+                    "{}, and no choice of matrices that stay in fp32 brings it to --max-metric-drop {max_drop}, so no \
+                     {file} is written: allow more, or serve fp32",
+                    told(&whole)
+                );
+            }
+            tried = self.tried(opset, &mut gate, &kept, &written)?;
+        }
+        drop(gate);
+        let Tried { external, loss } = tried;
+        let compared = compared(self.saved, &written, Form::Whole, f32::INFINITY)?;
+
+        let _held = self.locked()?;
+        write::install(self.scratch.path(), &self.folder, &[file.as_str()], external)?;
+        let mut entry = self.entry(&file, &GraphKind::int8(kept.clone(), opset))?;
+        entry.insert("form".to_owned(), json!(INT8_FORM));
+        entry.insert("in_fp32".to_owned(), json!(kept));
+        entry.insert("gate".to_owned(), json!(loss));
+        entry.insert("max_metric_drop".to_owned(), json!(max_drop));
+        entry.insert("max_abs".to_owned(), json!(compared.max_abs));
+        entry.insert("batch_invariance".to_owned(), json!(compared.batch_invariance));
+        let mut manifest = self.read_manifest()?;
+        let mut entries = self.in_place(&mut manifest, super::PRECISIONS);
+        entries.insert(Precision::Int8.name().to_owned(), Value::Object(entry.clone()));
+        manifest.insert(super::PRECISIONS.to_owned(), Value::Object(entries));
+        files::write(&self.manifest(), format!("{:#}\n", Value::Object(manifest)))?;
+
+        let bytes = self.bytes(&file) + if external { self.bytes(&format!("{file}_data")) } else { 0 };
+        entry.insert("path".to_owned(), json!(target));
+        entry.insert("bytes".to_owned(), json!(bytes));
+        let in_fp32 = match &kept[..] {
+            [] => String::new(),
+            kept => format!("; {} of {} matrices stay in fp32: {}", kept.len(), all.len(), kept.join(", ")),
+        };
+        let hint = match examples {
+            Some(_) => "",
+            None => "; give --input with labelled records to measure the task's metric",
+        };
+        let summary = format!(
+            "{}: {:.1} MB, {}{in_fp32}{hint}\na record's outputs depend on those beside it, whose numbers share a scale: by up \
+             to {:.1e} on the built-in records",
+            target.display(),
+            bytes as f64 / 1e6,
+            told(&loss),
+            compared.batch_invariance.unwrap_or_default(),
+        );
+        Ok(Exported { summary, manifest: entry })
+    }
+
+    /// Writes the graph where `kept` stay in fp32, and measures it.
+    fn tried(&self, opset: i64, gate: &mut Gate, kept: &[String], written: &Path) -> Result<Tried> {
+        let external = write::save(self.build(&GraphKind::int8(kept.to_vec(), opset))?, written, false)?;
+        Ok(Tried { external, loss: gate.loss(written)? })
+    }
+
+    /// The weights, from the one that moves the outputs most where it alone is in int8.
+    fn ranked(&self, opset: i64, gate: &Gate, all: &[String], written: &Path) -> Result<Vec<String>> {
+        let mut ranked = Vec::with_capacity(all.len());
+        for name in all {
+            let kept = all.iter().filter(|other| *other != name).cloned().collect();
+            write::save(self.build(&GraphKind::int8(kept, opset))?, written, false)?;
+            let apart = gate.apart(written)?;
+            self.say.detail(format!("{name} alone: {apart:.2e}"));
+            ranked.push((apart, name.clone()));
+        }
+        // not a number is the worst
+        ranked.sort_by(|(a, _), (b, _)| b.total_cmp(a));
+        Ok(ranked.into_iter().map(|(_, name)| name).collect())
+    }
+}
+
+/// The shortest beginning of a list with which something holds, where a longer one holds, too. The whole list where none
+/// shorter is found.
+fn fewest(ranked: &[String], mut holds: impl FnMut(&[String]) -> Result<bool>) -> Result<Vec<String>> {
+    let (mut below, mut above) = (0, 1);
+    while above < ranked.len() && !holds(&ranked[..above])? {
+        (below, above) = (above, above * 2);
+    }
+    let mut above = above.min(ranked.len());
+    while above - below > 1 {
+        let middle = below.midpoint(above);
+        if holds(&ranked[..middle])? { above = middle } else { below = middle }
+    }
+    Ok(ranked[..above].to_vec())
+}
+
+fn told(loss: &Loss) -> String {
+    let Loss { metric, before, after, drop, records } = loss;
+    match *metric {
+        "agreement" => {
+            format!("{:.2} % of the answers to {records} built-in records are those of fp32", after * 100.0)
+        }
+        metric => format!(
+            "{metric} {before:.4} in fp32, {after:.4} in int8: {:+.2} points, {records} records",
+            -drop
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn as_few_as_it_takes_stay_in_fp32() {
+        let ranked: Vec<String> = (0..11).map(|i| format!("w{i}")).collect();
+        for wanted in 1..=11 {
+            let mut tries = 0;
+            let kept = fewest(&ranked, |kept| {
+                tries += 1;
+                Ok(kept.len() >= wanted)
+            });
+            assert_eq!(kept.unwrap(), ranked[..wanted], "of {wanted}");
+            assert!(tries <= 8, "{tries}");
+        }
+        // none holds: that is the whole list
+        assert_eq!(fewest(&ranked, |_| Ok(false)).unwrap().len(), 11);
+        assert_eq!(fewest(&ranked[..1], |_| Ok(false)).unwrap().len(), 1);
+    }
+}
