@@ -18,6 +18,7 @@ pub mod process;
 pub mod runtime;
 pub mod saved;
 pub mod say;
+pub mod server;
 pub mod task;
 pub mod train;
 

@@ -7,5 +7,6 @@ pub mod export;
 pub mod generate;
 pub mod models;
 pub mod parity;
+pub mod serve;
 pub mod serve_batch;
 pub mod train;

@@ -55,9 +55,26 @@ pub struct Asked {
 }
 
 impl Asked {
+    /// One window of so many tokens, for tests.
+    #[cfg(test)]
+    pub fn of_length(tokens: usize) -> Self {
+        let window = Encoding { ids: vec![1; tokens], type_ids: vec![0; tokens], truncated: false };
+        Self { windows: vec![window], question: Question::TextClassification(()) }
+    }
+
     /// Tokens of all windows.
     pub fn tokens(&self) -> usize {
         self.windows.iter().map(Encoding::len).sum()
+    }
+
+    /// How many windows it is read in.
+    pub fn windows(&self) -> usize {
+        self.windows.len()
+    }
+
+    /// Tokens of its longest window.
+    pub fn longest(&self) -> usize {
+        self.windows.iter().map(Encoding::len).max().unwrap_or_default()
     }
 
     /// Whether something was cut off.
@@ -84,6 +101,13 @@ impl Predictor {
         saved.task.check_room(&asking)?;
         let pool = Pool::open(saved, &graph, options.providers, options.threads, options.batch_tokens, say)?;
         Ok(Self { task: saved.task.clone(), asking, graph, pool })
+    }
+
+    /// One of its own for each of its sessions, to be asked side by side.
+    pub fn split(self) -> Vec<Self> {
+        let Self { task, asking, graph, pool } = self;
+        let of_pool = |pool| Self { task: task.clone(), asking: asking.clone(), graph: graph.clone(), pool };
+        pool.split().into_iter().map(of_pool).collect()
     }
 
     /// What runs the model.

@@ -56,6 +56,14 @@ impl Pool {
         Ok(Self { sessions, pad_id, batch_tokens: batch_tokens.unwrap_or(default), scopes, ahead })
     }
 
+    /// A pool for each session.
+    pub fn split(self) -> Vec<Self> {
+        let Self { sessions, pad_id, batch_tokens, scopes, ahead } = self;
+        let of_session =
+            |session| Self { sessions: vec![session], pad_id, batch_tokens, scopes: scopes.clone(), ahead };
+        sessions.into_iter().map(of_session).collect()
+    }
+
     /// What runs the model.
     pub fn provider(&self) -> Provider {
         self.sessions[0].provider()
@@ -93,6 +101,10 @@ impl Pool {
             Ok(())
         };
         let work = &work;
+        if let [session] = &mut self.sessions[..] {
+            work(session)?; // nobody to share it with
+            return Ok(found_so_far.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner()));
+        }
         std::thread::scope(|scope| {
             let start = |session| std::thread::Builder::new().spawn_scoped(scope, move || work(session));
             let threads: Vec<_> = self.sessions.iter_mut().map(start).collect();

@@ -377,6 +377,16 @@ macro_rules! tasks {
                 match self { $(Self::$task(_) => $task::NAME),+ }
             }
 
+            /// See [`Objective::FIELDS_ASKED`].
+            pub fn fields_asked(&self) -> &'static [&'static str] {
+                match self { $(Self::$task(_) => $task::FIELDS_ASKED),+ }
+            }
+
+            /// See [`Objective::FIELDS_ANSWERED`].
+            pub fn fields_answered(&self) -> &'static [&'static str] {
+                match self { $(Self::$task(_) => $task::FIELDS_ANSWERED),+ }
+            }
+
             /// See [`Objective::write_config`].
             pub fn write_config(&self, config: &mut ModelConfig) {
                 match self { $(Self::$task(task) => task.write_config(config)),+ }

@@ -142,6 +142,10 @@ pub trait Objective: Clone + Into<Task> {
     const TEXTS_LEARNT: &'static [&'static str];
     /// The same of records to answer.
     const TEXTS_ASKED: &'static [&'static str];
+    /// The fields of a record to answer.
+    const FIELDS_ASKED: &'static [&'static str] = Self::TEXTS_ASKED;
+    /// The fields that an answer may have.
+    const FIELDS_ANSWERED: &'static [&'static str];
     /// The flags of records, of training and of answers that it takes, of those that several tasks share.
     const RECORD_FLAGS: &'static [&'static str] = &[];
     const TRAINING_FLAGS: &'static [&'static str] = &[];

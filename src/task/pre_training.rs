@@ -66,6 +66,7 @@ impl Objective for PreTraining {
     const HEAD: Head = Head::PreTraining;
     const TEXTS_LEARNT: &'static [&'static str] = &["text"];
     const TEXTS_ASKED: &'static [&'static str] = &["text", "text_pair"];
+    const FIELDS_ANSWERED: &'static [&'static str] = &["fills", "label", "score", "scores"];
     const RECORD_FLAGS: &'static [&'static str] = &["--text-unit"];
     const TRAINING_FLAGS: &'static [&'static str] = &["--mask-probability", "--whole-words"];
     const ANSWER_FLAGS: &'static [&'static str] = &["--top-k"];

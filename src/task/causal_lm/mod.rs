@@ -109,6 +109,7 @@ impl Objective for CausalLm {
     const HEAD: Head = Head::CausalLm { wanted: None };
     const TEXTS_LEARNT: &'static [&'static str] = &["text"];
     const TEXTS_ASKED: &'static [&'static str] = &[];
+    const FIELDS_ANSWERED: &'static [&'static str] = &["text", "tokens", "finish_reason"];
     const RECORD_FLAGS: &'static [&'static str] = &["--text-unit"];
     const ANSWER_FLAGS: &'static [&'static str] = &["--top-k"];
     const FILES: &'static [&'static str] = &[GENERATION_CONFIG];

@@ -124,6 +124,7 @@ impl Objective for Embedding {
     const MARK: Option<&'static str> = Some(files::MODULES);
     const TEXTS_LEARNT: &'static [&'static str] = &[];
     const TEXTS_ASKED: &'static [&'static str] = &["text", "text_pair"];
+    const FIELDS_ANSWERED: &'static [&'static str] = &["embedding", "similarity"];
     const FILES: &'static [&'static str] =
         &[files::MODULES, files::POOLING, files::TRANSFORMER, files::MODEL];
     /// Hidden states, which other programs read.

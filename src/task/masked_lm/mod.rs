@@ -97,6 +97,7 @@ impl Objective for MaskedLm {
     const HEAD: Head = Head::MaskedLm;
     const TEXTS_LEARNT: &'static [&'static str] = &["text"];
     const TEXTS_ASKED: &'static [&'static str] = &["text"];
+    const FIELDS_ANSWERED: &'static [&'static str] = &["fills"];
     const RECORD_FLAGS: &'static [&'static str] = &["--text-unit"];
     const TRAINING_FLAGS: &'static [&'static str] = &["--mask-probability", "--whole-words"];
     const ANSWER_FLAGS: &'static [&'static str] = &["--top-k"];

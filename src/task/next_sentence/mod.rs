@@ -65,6 +65,7 @@ impl Objective for NextSentence {
     const HEAD: Head = Head::NextSentence;
     const TEXTS_LEARNT: &'static [&'static str] = &["text"];
     const TEXTS_ASKED: &'static [&'static str] = &["text", "text_pair"];
+    const FIELDS_ANSWERED: &'static [&'static str] = &["label", "score", "scores"];
     const RECORD_FLAGS: &'static [&'static str] = &["--text-unit"];
 
     type Target = Follows;

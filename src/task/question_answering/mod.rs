@@ -144,6 +144,8 @@ impl Objective for QuestionAnswering {
     const HEAD: Head = Head::QuestionAnswering;
     const TEXTS_LEARNT: &'static [&'static str] = &[];
     const TEXTS_ASKED: &'static [&'static str] = &[];
+    const FIELDS_ASKED: &'static [&'static str] = &["question", "context"];
+    const FIELDS_ANSWERED: &'static [&'static str] = &["answer", "start", "end", "score", "answers"];
     const ANSWER_FLAGS: &'static [&'static str] = &["--offset-unit", "--top-k"];
 
     type Target = Wanted;

@@ -128,6 +128,7 @@ impl Objective for TextClassification {
     const HEAD: Head = Head::SequenceClassification { labels: 0 };
     const TEXTS_LEARNT: &'static [&'static str] = &["text", "text_pair"];
     const TEXTS_ASKED: &'static [&'static str] = Self::TEXTS_LEARNT;
+    const FIELDS_ANSWERED: &'static [&'static str] = &["label", "labels", "score", "scores", "logits"];
 
     type Target = Window;
     /// The windows are all.

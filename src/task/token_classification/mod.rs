@@ -123,6 +123,7 @@ impl Objective for TokenClassification {
     const HEAD: Head = Head::TokenClassification { labels: 0 };
     const TEXTS_LEARNT: &'static [&'static str] = &[];
     const TEXTS_ASKED: &'static [&'static str] = &["text"];
+    const FIELDS_ANSWERED: &'static [&'static str] = &["entities", "tags"];
     const ANSWER_FLAGS: &'static [&'static str] = &["--offset-unit"];
 
     type Target = Tags;

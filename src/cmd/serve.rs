@@ -1,0 +1,148 @@
+//! `tk serve`: models over HTTP.
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::onnx::Precision;
+use crate::predict::{Options, Predictor};
+use crate::runtime::Providers;
+use crate::saved::{Saved, TaskFlag};
+use crate::say::Say;
+use crate::server::queue::QueueLimits;
+use crate::server::{Meter, RequestLimits, Served};
+use crate::task::AnswerFlags;
+use crate::{Result, bail_unusable, process, server, unusable};
+
+/// Answer records over HTTP, in batches of about one length.
+///
+/// The routes are those of text-embeddings-inference (/predict, /embed, /similarity, /rerank), with /entities, /answers and
+/// /fills, OpenAI's /v1/embeddings, Cohere's /v1/rerank, and the Open Inference Protocol's /v2. SIGTERM and Ctrl-C end the
+/// server once all that it has taken is answered. There is no TLS: put a proxy in front of it.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The trained models' directories, exported by `tk export`; each is called by its last part, or NAME=DIR.
+    #[arg(required = true, value_name = "[NAME=]DIR")]
+    models: Vec<String>,
+    #[command(flatten)]
+    task: TaskFlag,
+    /// The address; port 0 takes a free one, which is told.
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:3000")]
+    listen: SocketAddr,
+    /// What computes: auto, or cpu, cuda, tensorrt; a list takes the first that can be had.
+    #[arg(long, value_name = "LIST", default_value = "auto")]
+    ep: Providers,
+    /// Which of the exported graphs: fp32 or int8.
+    #[arg(long, value_enum, default_value_t)]
+    precision: Precision,
+    /// Sessions of a model on a CPU, each of one thread with a copy of the weights [default: the cores].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1024))]
+    threads: Option<u64>,
+    /// Tokens of the longest window [default: what the model takes].
+    #[arg(long, value_name = "N")]
+    max_length: Option<usize>,
+    /// Padded tokens of a batch [default: 256 on a CPU, 16384 on a GPU].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    max_batch_tokens: Option<u64>,
+    /// How long a record waits for others at most, where a batch is not full and a session is idle, in microseconds.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    max_wait_us: u64,
+    /// Records that wait for a model at most; more are refused with 429.
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u64).range(1..))]
+    max_queue: u64,
+    /// Bytes of a request's body.
+    #[arg(long, value_name = "N", default_value_t = 2_000_000)]
+    max_body: usize,
+    /// Records of a request.
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u64).range(1..))]
+    max_records: u64,
+    /// Tokens of a request's records, in all their windows.
+    #[arg(long, value_name = "N", default_value_t = 131_072, value_parser = clap::value_parser!(u64).range(1..))]
+    max_request_tokens: u64,
+    /// Seconds after which a request is given up, with 503.
+    #[arg(long, value_name = "X", default_value_t = 60.0)]
+    timeout: f64,
+    /// A file with the key that clients have to give, as `Authorization: Bearer KEY`.
+    #[arg(long, value_name = "FILE")]
+    api_key_file: Option<PathBuf>,
+}
+
+/// Loads every model, lets each answer once, and serves.
+pub fn run(args: &Args, say: Say) -> Result<()> {
+    let time = Duration::try_from_secs_f64(args.timeout).ok().filter(|time| !time.is_zero());
+    let Some(time) = time else {
+        bail_unusable!("--timeout {}: expected a number of seconds above 0", args.timeout)
+    };
+    let limits = RequestLimits {
+        body: args.max_body,
+        records: args.max_records.min(args.max_queue) as usize,
+        tokens: args.max_request_tokens as usize,
+        time,
+    };
+    let key = args.api_key_file.as_deref().map(key).transpose()?;
+    let meter = Arc::new(Meter::default());
+    let models = args.models.iter().map(|model| named(model)).collect::<Result<Vec<_>>>()?;
+    let mut names = BTreeSet::new();
+    if let Some((name, _)) = models.iter().find(|(name, _)| !names.insert(name.clone())) {
+        bail_unusable!("two models are called {name}: name them as in {name}-2=DIR");
+    }
+    let models = models.into_iter().map(|(name, dir)| open(args, name, &dir, &meter, say));
+    server::serve(args.listen, models.collect::<Result<_>>()?, meter, limits, key, say)
+}
+
+/// A model's name and its directory.
+fn named(model: &str) -> Result<(String, PathBuf)> {
+    let (name, dir) = match model.split_once('=') {
+        Some((name, dir)) if !Path::new(model).exists() => (name.to_owned(), PathBuf::from(dir)),
+        _ => {
+            let dir = PathBuf::from(model);
+            let whole = dir.canonicalize().map_err(|e| unusable!("{model}: {e}"))?;
+            (whole.file_name().unwrap_or_default().to_string_lossy().into_owned(), dir)
+        }
+    };
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    if name.is_empty() || !name.chars().all(plain) {
+        bail_unusable!(
+            "{model}: {name:?} can't stand in an address: give NAME=DIR, with letters, digits, - _ and ."
+        );
+    }
+    Ok((name, dir))
+}
+
+fn open(args: &Args, name: String, dir: &Path, meter: &Arc<Meter>, say: Say) -> Result<Served> {
+    let saved = Saved::open_for(dir, &args.task)?;
+    if saved.task.language_model().is_some() {
+        bail_unusable!(
+            "{}: texts are generated by `tk generate` and `tk serve-batch`, not over HTTP yet",
+            dir.display()
+        );
+    }
+    let mut flags = AnswerFlags::default();
+    flags.text_classification.logits = true; // for raw scores
+    let options = Options {
+        providers: &args.ep,
+        threads: args.threads.map_or_else(process::cores, |n| n as usize),
+        batch_tokens: args.max_batch_tokens.map(|n| n as usize),
+        max_length: args.max_length,
+        flags: &flags,
+    };
+    let predictor = Predictor::open(&saved, args.precision, &options, say)?;
+    let limits = QueueLimits {
+        records: args.max_queue as usize,
+        batch_tokens: predictor.batch_tokens(),
+        wait: Duration::from_micros(args.max_wait_us),
+    };
+    Served::start(name, &saved, args.precision, predictor, limits, meter)
+}
+
+/// The key in a file, without the line's end.
+fn key(path: &Path) -> Result<String> {
+    let text = std::fs::read_to_string(path).map_err(|e| unusable!("{}: {e}", path.display()))?;
+    let key = text.trim_end_matches(['\n', '\r']);
+    if key.is_empty() || key.contains(|c: char| c.is_control() || c.is_whitespace()) {
+        bail_unusable!("{}: expected one line, the key, without spaces", path.display());
+    }
+    Ok(key.to_owned())
+}

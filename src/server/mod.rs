@@ -1,0 +1,439 @@
+//! Models over HTTP: requests are records that wait in a model's queue, and are answered in batches.
+//!
+//! ```text
+//! body ─routes─▶ records ─served─▶ what is asked ─queue─▶ batches of about one length ─a thread a session─▶ answers ─routes─▶ body
+//! ```
+
+mod metrics;
+pub mod queue;
+mod refusal;
+mod routes;
+mod served;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use axum::Router;
+use axum::body::Bytes;
+use axum::extract::{DefaultBodyLimit, FromRequest, Path, Request, State};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{MethodRouter, get, post};
+use axum::serve::ListenerExt;
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+
+pub use metrics::Meter;
+pub use served::Served;
+
+use crate::predict::Asked;
+use crate::say::Say;
+use crate::{Result, unusable};
+use queue::Reply;
+use refusal::{Manner, Refusal};
+use routes::{Asks, Record, Route};
+
+/// What a request may ask for.
+#[derive(Clone, Debug)]
+pub struct RequestLimits {
+    /// Bytes of a body.
+    pub body: usize,
+    /// Records of a request.
+    pub records: usize,
+    /// Tokens of all its windows.
+    pub tokens: usize,
+    /// How long it may take.
+    pub time: Duration,
+}
+
+/// What all requests share.
+struct App {
+    models: Vec<Served>,
+    limits: RequestLimits,
+    /// What clients have to give as `Authorization: Bearer …`.
+    key: Option<String>,
+    meter: Arc<Meter>,
+    /// Whether new requests are taken.
+    ready: AtomicBool,
+    /// Requests so far, which names them.
+    requests: AtomicU64,
+    say: Say,
+}
+
+/// Bytes of a body that are tokenized where the request is read; more are left to a thread that may block.
+const SMALL_BODY: usize = 16 * 1024;
+
+/// Answers requests until SIGINT or SIGTERM, then those that were taken.
+///
+/// # Errors
+/// The address can't be listened on, or the server breaks down.
+pub fn serve(
+    listen: SocketAddr,
+    models: Vec<Served>,
+    meter: Arc<Meter>,
+    limits: RequestLimits,
+    key: Option<String>,
+    say: Say,
+) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(crate::process::cores().min(4))
+        .enable_all()
+        .build()
+        .context("starting the threads that read requests")?;
+    let body = limits.body;
+    let ready = AtomicBool::new(true);
+    let app = Arc::new(App { models, limits, key, meter, ready, requests: AtomicU64::new(0), say });
+    let done = runtime.block_on(async {
+        let listener = TcpListener::bind(listen).await.map_err(|e| unusable!("--listen {listen}: {e}"))?;
+        let address = listener.local_addr().context("the address that is listened on")?;
+        let names: Vec<&str> = app.models.iter().map(|model| model.name.as_str()).collect();
+        say.line(format!("listening on http://{address}, with {}", names.join(", ")));
+        if say.json {
+            say.result("", &json!({"address": address.to_string(), "models": names}))?;
+        }
+        // answers are small and wanted at once
+        let listener = listener.tap_io(|stream| drop(stream.set_nodelay(true)));
+        let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+        let stopped = async {
+            // an error is that nobody can ask any more
+            let _ = stopped.await;
+        };
+        let service = router(app.clone()).layer(DefaultBodyLimit::max(body));
+        let server = axum::serve(listener, service).with_graceful_shutdown(stopped);
+        tokio::select! {
+            done = server => done.context("serving"),
+            () = async {
+                stop_asked().await;
+                app.ready.store(false, Ordering::Relaxed);
+                say.line("stopping: what was taken is answered first");
+                let _ = stop.send(());
+                // a client that never ends its request is not waited for
+                tokio::time::sleep(app.limits.time).await;
+            } => Ok(()),
+        }
+    });
+    app.models.iter().for_each(Served::stop);
+    runtime.shutdown_background();
+    done
+}
+
+/// Returns once the process is asked to end.
+async fn stop_asked() {
+    let interrupt = async {
+        // where it can't be listened for, only the other one ends the server
+        if tokio::signal::ctrl_c().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    };
+    #[cfg(unix)]
+    {
+        use tokio::signal::unix::{SignalKind, signal};
+        let terminate = async {
+            match signal(SignalKind::terminate()) {
+                Ok(mut signal) => {
+                    signal.recv().await;
+                }
+                Err(_) => std::future::pending::<()>().await,
+            }
+        };
+        tokio::select! {
+            () = interrupt => {}
+            () = terminate => {}
+        }
+    }
+    #[cfg(not(unix))]
+    interrupt.await;
+}
+
+fn router(app: Arc<App>) -> Router {
+    let mut router = Router::new()
+        .route("/", get(index))
+        .route("/health", get(ready))
+        .route("/ping", get(ready))
+        .route("/live", get(live))
+        .route("/ready", get(ready))
+        .route("/info", get(info))
+        .route("/metrics", get(metrics))
+        .route("/v1/models", get(models))
+        .route("/v2", get(server))
+        .route("/v2/health/live", get(live))
+        .route("/v2/health/ready", get(ready))
+        .route("/v2/models/{model}", get(model))
+        .route("/v2/models/{model}/ready", get(model_ready))
+        .route("/v2/models/{model}/infer", asked_of_model(Route::Infer, "/v2/models/{model}/infer"));
+    for (route, paths) in Route::ALL {
+        for &path in paths {
+            router = router.route(path, asked(route, path));
+            if !path.starts_with("/v") {
+                router = router.route(&format!("/models/{{model}}{path}"), asked_of_model(route, path));
+            }
+        }
+    }
+    router.fallback(nothing).with_state(app)
+}
+
+/// Asks the only model, or the one that the body names.
+fn asked(route: Route, path: &'static str) -> MethodRouter<Arc<App>> {
+    post(move |State(app): State<Arc<App>>, request: Request| async move {
+        app.handle(route, path, None, request).await
+    })
+}
+
+/// Asks the model that the path names.
+fn asked_of_model(route: Route, path: &'static str) -> MethodRouter<Arc<App>> {
+    post(move |State(app): State<Arc<App>>, Path(model): Path<String>, request: Request| async move {
+        app.handle(route, path, Some(model), request).await
+    })
+}
+
+impl App {
+    /// Answers a request, counts it, and tells of it with `-v`.
+    async fn handle(
+        &self,
+        route: Route,
+        path: &'static str,
+        model: Option<String>,
+        request: Request,
+    ) -> Response {
+        let (started, time) = (Instant::now(), self.limits.time);
+        let id = self.request_id(request.headers());
+        // what is not answered by then is taken back, as where the client goes
+        let answered = tokio::time::timeout(time, self.answer(route, model, request)).await;
+        let answered = answered.unwrap_or_else(|_| Err(Refusal::late(time.as_secs_f64())));
+        let mut response = answered.unwrap_or_else(|refusal| refusal.response(route.manner()));
+        let took = started.elapsed();
+        put(response.headers_mut(), "x-total-time", &took.as_millis().to_string());
+        put(response.headers_mut(), REQUEST_ID, &id);
+        let status = response.status().as_u16();
+        self.meter.request(path, status, took);
+        self.say
+            .detail(json!({"request": id, "route": path, "status": status, "ms": millis(took)}).to_string());
+        response
+    }
+
+    async fn answer(
+        &self,
+        route: Route,
+        model: Option<String>,
+        request: Request,
+    ) -> Result<Response, Refusal> {
+        self.check_key(request.headers())?;
+        let body = Bytes::from_request(request, &()).await.map_err(|rejection| match rejection.status() {
+            StatusCode::PAYLOAD_TOO_LARGE => {
+                Refusal::too_large(format!("the body has more than {} bytes", self.limits.body))
+            }
+            _ => Refusal::invalid(rejection.body_text()),
+        })?;
+        let Asks { records, truncate, model: named, form } = route.read(&body)?;
+        let model = self.model(model.or(named).as_deref())?;
+        if let Some(field) = route.field().filter(|field| !model.task.fields_answered().contains(field)) {
+            return Err(Refusal::backend(format!(
+                "{} is a {} model: its answers have no \"{field}\"",
+                model.name,
+                model.task.name()
+            )));
+        }
+        if records.len() > self.limits.records {
+            return Err(Refusal::too_large(format!(
+                "{} records in one request, and {} are allowed",
+                records.len(),
+                self.limits.records
+            )));
+        }
+        let started = Instant::now();
+        let read = || self.read(model, records, truncate);
+        // in a thread that may take its time, where it is much
+        let asked = if body.len() <= SMALL_BODY { read() } else { tokio::task::block_in_place(read) }?;
+        let tokens = asked.iter().map(Asked::tokens).sum();
+        let tokenized = started.elapsed();
+
+        let receivers = model.queue.submit(asked)?;
+        let mut replies = Vec::with_capacity(receivers.len());
+        for receiver in receivers {
+            replies.push(receiver.await.map_err(|_| Refusal::backend("the model broke down"))?);
+        }
+        let slowest = |of: fn(&Reply) -> Duration| replies.iter().map(of).max().unwrap_or_default();
+        let (queued, computed) = (slowest(|reply| reply.queued), slowest(|reply| reply.computed));
+        let mut answers = Vec::with_capacity(replies.len());
+        for (i, reply) in replies.into_iter().enumerate() {
+            let answer = reply.answer.map_err(Refusal::backend)?;
+            answers.push(answer.map_err(|bad| Refusal::backend(format!("record {i}: {bad}")))?);
+        }
+        let body = form.body(answers, &model.name, tokens)?;
+        let mut response = axum::Json(body).into_response();
+        let headers = response.headers_mut();
+        put(headers, "x-compute-type", model.provider.name());
+        put(headers, "x-compute-tokens", &tokens.to_string());
+        for (name, time) in
+            [("x-tokenization-time", tokenized), ("x-queue-time", queued), ("x-inference-time", computed)]
+        {
+            put(headers, name, &time.as_millis().to_string());
+        }
+        Ok(response)
+    }
+
+    /// What the records ask.
+    fn read(&self, model: &Served, records: Vec<Record>, truncate: bool) -> Result<Vec<Asked>, Refusal> {
+        let mut tokens = 0;
+        let mut all = Vec::with_capacity(records.len());
+        for (i, record) in records.into_iter().enumerate() {
+            let asked = model.asked(record).map_err(|bad| Refusal::invalid(format!("record {i}: {bad}")))?;
+            if asked.truncated() && !truncate {
+                return Err(Refusal::invalid(format!(
+                    "record {i} is longer than the {} tokens that the model takes, and \"truncate\" is false",
+                    model.max_length
+                )));
+            }
+            tokens += asked.tokens();
+            if tokens > self.limits.tokens {
+                return Err(Refusal::too_large(format!(
+                    "the request has more than {} tokens",
+                    self.limits.tokens
+                )));
+            }
+            all.push(asked);
+        }
+        Ok(all)
+    }
+
+    /// The model of this name; the only one where none is named.
+    fn model(&self, name: Option<&str>) -> Result<&Served, Refusal> {
+        let names = || self.models.iter().map(|model| model.name.as_str()).collect::<Vec<_>>().join(", ");
+        match (name, &self.models[..]) {
+            (None, [only]) => Ok(only),
+            (None, _) => Err(Refusal::invalid(format!(
+                "there are several models: name one in the path (/models/NAME/…) or by \"model\": {}",
+                names()
+            ))),
+            (Some(name), models) => models
+                .iter()
+                .find(|model| model.name == name)
+                .ok_or_else(|| Refusal::unknown(format!("there is no model {name:?}; there is {}", names()))),
+        }
+    }
+
+    /// # Errors
+    /// A key is asked for, and the request has none or another one.
+    fn check_key(&self, headers: &HeaderMap) -> Result<(), Refusal> {
+        let Some(key) = &self.key else { return Ok(()) };
+        let given = headers.get(header::AUTHORIZATION).map(HeaderValue::as_bytes).unwrap_or_default();
+        let given = given.strip_prefix(b"Bearer ").unwrap_or_default();
+        if same(given, key.as_bytes()) { Ok(()) } else { Err(Refusal::unauthorized()) }
+    }
+
+    /// What the client calls its request, or a name that no other request of this server has.
+    fn request_id(&self, headers: &HeaderMap) -> String {
+        let given = headers.get(REQUEST_ID).and_then(|value| value.to_str().ok());
+        let given = given.filter(|id| !id.is_empty() && id.len() <= LONGEST_ID);
+        let next = || format!("{:x}-{}", std::process::id(), self.requests.fetch_add(1, Ordering::Relaxed));
+        given.map_or_else(next, str::to_owned)
+    }
+}
+
+/// The header that names a request.
+const REQUEST_ID: &str = "x-request-id";
+
+/// The longest name that is taken over.
+const LONGEST_ID: usize = 128;
+
+/// Whether two keys are the same, in a time that tells nothing of where they differ.
+fn same(given: &[u8], key: &[u8]) -> bool {
+    let differ = given.iter().zip(key).fold(0, |differ, (a, b)| differ | (a ^ b));
+    given.len() == key.len() && differ == 0
+}
+
+fn millis(time: Duration) -> f64 {
+    (time.as_secs_f64() * 1e5).round() / 100.0
+}
+
+fn put(headers: &mut HeaderMap, name: &'static str, value: &str) {
+    if let Ok(value) = HeaderValue::from_str(value) {
+        headers.insert(HeaderName::from_static(name), value);
+    }
+}
+
+/// The process answers.
+async fn live() -> Response {
+    axum::Json(json!({"live": true})).into_response()
+}
+
+/// Requests are taken: all models are loaded and have answered, and nothing is about to stop.
+async fn ready(State(app): State<Arc<App>>) -> Response {
+    let ready = app.ready.load(Ordering::Relaxed);
+    let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    (status, axum::Json(json!({"live": true, "ready": ready}))).into_response()
+}
+
+async fn info(State(app): State<Arc<App>>, headers: HeaderMap) -> Response {
+    if let Err(refusal) = app.check_key(&headers) {
+        return refusal.response(Manner::Tei);
+    }
+    let about: Vec<&Value> = app.models.iter().map(|model| &model.about).collect();
+    match about[..] {
+        [only] => axum::Json(only).into_response(),
+        _ => axum::Json(json!({"models": about})).into_response(),
+    }
+}
+
+async fn metrics(State(app): State<Arc<App>>) -> Response {
+    let waiting = app.models.iter().map(|model| (model.name.as_str(), model.queue.len()));
+    match app.meter.text(waiting) {
+        Ok(text) => {
+            let form = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+            ([(header::CONTENT_TYPE, form)], text).into_response()
+        }
+        Err(_) => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
+    }
+}
+
+async fn models(State(app): State<Arc<App>>, headers: HeaderMap) -> Response {
+    if let Err(refusal) = app.check_key(&headers) {
+        return refusal.response(Manner::OpenAi);
+    }
+    let model = |model: &Served| json!({"id": model.name, "object": "model", "created": 0, "owned_by": "tk"});
+    let data: Vec<Value> = app.models.iter().map(model).collect();
+    axum::Json(json!({"object": "list", "data": data})).into_response()
+}
+
+async fn server() -> Response {
+    axum::Json(json!({"name": "tk", "version": env!("CARGO_PKG_VERSION"), "extensions": []})).into_response()
+}
+
+async fn model(State(app): State<Arc<App>>, Path(name): Path<String>, headers: HeaderMap) -> Response {
+    let found = app.check_key(&headers).and_then(|()| app.model(Some(&name)));
+    let tensor = |name| json!({"name": name, "datatype": "BYTES", "shape": [-1]});
+    match found {
+        Ok(model) => axum::Json(json!({
+            "name": model.name,
+            "versions": ["1"],
+            "platform": "onnxruntime_onnx",
+            "inputs": model.task.fields_asked().iter().map(tensor).collect::<Vec<_>>(),
+            "outputs": [tensor(&"answer")],
+        }))
+        .into_response(),
+        Err(refusal) => refusal.response(Manner::Inference),
+    }
+}
+
+async fn model_ready(State(app): State<Arc<App>>, Path(name): Path<String>) -> Response {
+    match app.model(Some(&name)) {
+        Ok(model) => {
+            let ready = app.ready.load(Ordering::Relaxed);
+            let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+            (status, axum::Json(json!({"name": model.name, "ready": ready}))).into_response()
+        }
+        Err(refusal) => refusal.response(Manner::Inference),
+    }
+}
+
+async fn index(State(app): State<Arc<App>>) -> Response {
+    let names: Vec<&str> = app.models.iter().map(|model| model.name.as_str()).collect();
+    axum::Json(json!({"tk": env!("CARGO_PKG_VERSION"), "models": names})).into_response()
+}
+
+async fn nothing() -> Response {
+    Refusal::unknown("there is nothing at this address").response(Manner::Tei)
+}

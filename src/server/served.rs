@@ -1,0 +1,141 @@
+//! A model that answers requests: its queue, and a thread for each of its sessions.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use anyhow::Context;
+use serde_json::{Value, json};
+
+use super::metrics::Meter;
+use super::queue::{Job, Queue, QueueLimits, Reply};
+use super::routes::Record;
+use crate::Result;
+use crate::data::records::{BadRow, Row};
+use crate::predict::{Asked, Predictor};
+use crate::runtime::Provider;
+use crate::saved::Saved;
+use crate::task::Task;
+
+/// Makes of a record what a model is asked with.
+type Read = Box<dyn Fn(&Row) -> Result<Asked, BadRow> + Send + Sync>;
+
+/// A model that answers requests.
+pub struct Served {
+    /// What requests call it.
+    pub name: String,
+    pub task: Task,
+    pub provider: Provider,
+    /// What `/info` says of it.
+    pub about: Value,
+    /// Tokens of the longest window.
+    pub max_length: usize,
+    pub queue: Arc<Queue>,
+    read: Read,
+    workers: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl Served {
+    /// Starts a thread for each session, once each of them has answered.
+    ///
+    /// # Errors
+    /// A session fails at its first record, or the system gives no thread.
+    pub fn start(
+        name: String,
+        saved: &Saved,
+        precision: crate::onnx::Precision,
+        predictor: Predictor,
+        limits: QueueLimits,
+        meter: &Arc<Meter>,
+    ) -> Result<Self> {
+        let (provider, max_length) = (predictor.provider(), predictor.max_length());
+        let read: Read = Box::new(predictor.reader());
+        let about = about(&name, saved, precision, &predictor)?;
+        let queue = Arc::new(Queue::new(limits));
+        let mut workers = Vec::new();
+        for mut predictor in predictor.split() {
+            warm_up(saved, &mut predictor).with_context(|| format!("{name}: the first record"))?;
+            let (queue, meter, of) = (queue.clone(), meter.clone(), name.clone());
+            let work = move || work(&queue, predictor, &meter, &of);
+            let worker = std::thread::Builder::new().name(format!("model {name}")).spawn(work);
+            workers.push(worker.context("starting a thread")?);
+        }
+        let (task, workers) = (saved.task.clone(), Mutex::new(workers));
+        Ok(Self { name, task, provider, about, max_length, queue, read, workers })
+    }
+
+    /// What a record asks.
+    ///
+    /// # Errors
+    /// It lacks something, or has what can't be tokenized.
+    pub fn asked(&self, record: Record) -> Result<Asked, String> {
+        (self.read)(&Row::new(1, record)).map_err(|bad| bad.message)
+    }
+
+    /// Takes no more records, and waits until those that were taken are answered.
+    pub fn stop(&self) {
+        self.queue.close();
+        let mut workers = self.workers.lock().unwrap_or_else(PoisonError::into_inner);
+        for worker in workers.drain(..) {
+            let _ = worker.join(); // its panics are caught
+        }
+    }
+}
+
+/// Runs a short text and one of full length, so that no request pays for what a session does once.
+fn warm_up(saved: &Saved, predictor: &mut Predictor) -> Result<()> {
+    let longest = predictor.max_length();
+    for text in ["a".to_owned(), "a ".repeat(longest)] {
+        let encoding = saved.tokenizer.encode(&text, None, longest)?;
+        if !encoding.is_empty() {
+            predictor.outputs(&[&encoding])?;
+        }
+    }
+    Ok(())
+}
+
+/// Answers batches until the queue is closed and empty.
+fn work(queue: &Queue, mut predictor: Predictor, meter: &Meter, name: &str) {
+    while let Some(jobs) = queue.next() {
+        let started = Instant::now();
+        let asked: Vec<&Asked> = jobs.iter().map(|job| &job.asked).collect();
+        let answers = catch_unwind(AssertUnwindSafe(|| predictor.answers(&asked)));
+        let answers =
+            answers.unwrap_or_else(|panic| Err(crate::error::of_panic("the model", panic.as_ref())));
+        let computed = started.elapsed();
+        meter.batch(name, &asked, computed);
+        let reply = |job: Job, answer| {
+            let queued = started.duration_since(job.arrived);
+            job.answer(Reply { answer, queued, computed });
+        };
+        match answers {
+            Ok(answers) => jobs.into_iter().zip(answers).for_each(|(job, answer)| reply(job, Ok(answer))),
+            Err(error) => jobs.into_iter().for_each(|job| reply(job, Err(format!("{error:#}")))),
+        }
+    }
+}
+
+/// What text-embeddings-inference's `/info` says, as far as it is so here.
+fn about(
+    name: &str,
+    saved: &Saved,
+    precision: crate::onnx::Precision,
+    predictor: &Predictor,
+) -> Result<Value> {
+    let mut config = saved.config.clone();
+    saved.task.write_config(&mut config);
+    let metadata = crate::onnx::write::metadata(predictor.graph())?;
+    Ok(json!({
+        "model_id": name,
+        "model_sha": metadata.get("weights_sha256"),
+        "model_dtype": precision.name(),
+        "task": saved.task.name(),
+        "id2label": config.raw.get("id2label"),
+        "provider": predictor.provider().name(),
+        "max_input_length": predictor.max_length(),
+        "max_batch_tokens": predictor.batch_tokens(),
+        "auto_truncate": true,
+        "version": env!("CARGO_PKG_VERSION"),
+    }))
+}

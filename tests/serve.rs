@@ -1,0 +1,443 @@
+//! `tk serve`, the real binary on the tiny models: what it answers is what `tk serve-batch` answers, and nothing that a
+//! client sends or does brings it down.
+
+mod common;
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use common::{copy_dir, models, tk};
+use serde_json::{Value, json};
+
+/// A server that is killed when it is dropped.
+struct Server {
+    process: Child,
+    address: String,
+}
+
+impl Server {
+    /// Starts one on a free port and waits until it listens.
+    fn start(dirs: &[&Path], args: &[&str]) -> Self {
+        let mut process = Command::new(assert_cmd::cargo::cargo_bin!("tk"))
+            .args(["serve", "--listen", "127.0.0.1:0", "--json", "--quiet"])
+            .args(args)
+            .args(dirs)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(process.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+        if line.is_empty() {
+            let mut said = String::new();
+            process.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+            panic!("the server did not start: {said}");
+        }
+        let about: Value = serde_json::from_str(&line).unwrap();
+        Self { process, address: about["address"].as_str().unwrap().to_owned() }
+    }
+
+    /// Sends bytes on a connection of their own and reads until it is closed: the status, the head and the body.
+    fn send(&self, request: &[u8]) -> (u16, String, String) {
+        let mut stream = TcpStream::connect(&self.address).unwrap();
+        // a server that refuses a body may close before it is read
+        let _ = stream.write_all(request);
+        let mut answer = Vec::new();
+        let _ = stream.read_to_end(&mut answer);
+        let answer = String::from_utf8(answer).unwrap();
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
+        let status = head.split(' ').nth(1).and_then(|status| status.parse().ok()).unwrap_or(0);
+        (status, head.to_owned(), body.to_owned())
+    }
+
+    fn request(&self, method: &str, path: &str, headers: &str, body: &str) -> (u16, String, String) {
+        let length = body.len();
+        self.send(
+            format!(
+                "{method} {path} HTTP/1.1\r\nHost: tk\r\nConnection: close\r\nContent-Length: {length}\r\n{headers}\r\n{body}"
+            )
+            .as_bytes(),
+        )
+    }
+
+    fn get(&self, path: &str) -> (u16, Value) {
+        let (status, _, body) = self.request("GET", path, "", "");
+        (status, serde_json::from_str(&body).unwrap_or(Value::String(body)))
+    }
+
+    fn post(&self, path: &str, body: Value) -> (u16, Value) {
+        let (status, _, answer) = self.request("POST", path, "", &body.to_string());
+        (status, serde_json::from_str(&answer).unwrap_or_else(|e| panic!("{e}: {answer}")))
+    }
+
+    /// Asks it to end, and waits; the exit code.
+    fn stop(mut self) -> Option<i32> {
+        let id = self.process.id().to_string();
+        assert!(Command::new("kill").arg(&id).status().unwrap().success());
+        self.process.wait().unwrap().code()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// A copy of a tiny model, exported.
+fn exported(model: &str) -> (tempfile::TempDir, PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join(model);
+    copy_dir(&models(model), &path);
+    tk().args(["export", "--quiet"]).arg(&path).assert().success();
+    (dir, path)
+}
+
+/// What `tk serve-batch` answers to records, without the index.
+fn batch(dir: &Path, records: &[Value]) -> Vec<Value> {
+    let input: String = records.iter().map(|record| format!("{record}\n")).collect();
+    let out = tk().arg("serve-batch").arg(dir).args(["--input", "-"]).write_stdin(input).assert().success();
+    let text = String::from_utf8(out.get_output().stdout.clone()).unwrap();
+    let answer = |line: &str| {
+        let mut answer: Value = serde_json::from_str(line).unwrap();
+        answer.as_object_mut().unwrap().shift_remove("index");
+        answer
+    };
+    text.lines().map(answer).collect()
+}
+
+const TEXTS: [&str; 5] = [
+    "I love this film",
+    "naïve café in Ångström, 東京 and 😀",
+    "a",
+    "rain in the morning, sun at night",
+    "!?",
+];
+
+/// Numbers that are equal up to what another batch rounds.
+fn assert_near(found: &Value, wanted: &Value, place: &str) {
+    match (found, wanted) {
+        (Value::Number(a), Value::Number(b)) => {
+            let (a, b) = (a.as_f64().unwrap(), b.as_f64().unwrap());
+            assert!((a - b).abs() < 1e-6, "{place}: {a} and {b}");
+        }
+        (Value::Array(a), Value::Array(b)) => {
+            assert_eq!(a.len(), b.len(), "{place}: {found} and {wanted}");
+            a.iter().zip(b).enumerate().for_each(|(i, (a, b))| assert_near(a, b, &format!("{place}[{i}]")));
+        }
+        (Value::Object(a), Value::Object(b)) => {
+            assert_eq!(a.keys().collect::<Vec<_>>(), b.keys().collect::<Vec<_>>(), "{place}");
+            a.iter().for_each(|(key, a)| assert_near(a, &b[key], &format!("{place}.{key}")));
+        }
+        _ => assert_eq!(found, wanted, "{place}"),
+    }
+}
+
+#[test]
+fn entities_answers_and_fills_are_those_of_serve_batch() {
+    let (_a, tagger) = exported("tiny-bert-tokens");
+    let (_b, answerer) = exported("tiny-bert-answers");
+    let (_c, masker) = exported("tiny-bert-masked");
+    let server = Server::start(&[&tagger, &answerer, &masker], &["--threads", "2"]);
+    let texts: Vec<Value> = TEXTS.iter().map(|text| json!({"text": text})).collect();
+    let of = |answers: Vec<Value>, field: &str| {
+        Value::Array(answers.into_iter().map(|answer| answer[field].clone()).collect())
+    };
+
+    let wanted = of(batch(&tagger, &texts), "entities");
+    let (status, found) = server.post("/models/tiny-bert-tokens/entities", json!({"inputs": TEXTS}));
+    assert_eq!(status, 200, "{found}");
+    assert_near(&found, &wanted, "entities");
+    // one text has one answer; a model is named in the body, too
+    let (_, one) = server.post("/entities", json!({"inputs": TEXTS[0], "model": "tiny-bert-tokens"}));
+    assert_near(&one, &wanted[0], "entities");
+
+    let questions: Vec<Value> = (TEXTS.iter().zip(TEXTS.iter().rev()))
+        .map(|(question, context)| json!({"question": question, "context": format!("{context} {question}")}))
+        .collect();
+    let wanted = Value::Array(batch(&answerer, &questions));
+    let (status, found) = server.post("/models/tiny-bert-answers/answers", json!({"inputs": questions}));
+    assert_eq!(status, 200, "{found}");
+    assert_near(&found, &wanted, "answers");
+
+    let masked = ["I [MASK] rain", "[MASK] [MASK]"];
+    let wanted = of(batch(&masker, &masked.map(|text| json!({"text": text}))), "fills");
+    let (status, found) = server.post("/models/tiny-bert-masked/fills", json!({"inputs": masked}));
+    assert_eq!(status, 200, "{found}");
+    assert_near(&found, &wanted, "fills");
+
+    // what a model is not trained for, and names that there are not
+    let (status, found) = server.post("/models/tiny-bert-masked/entities", json!({"inputs": "a"}));
+    assert_eq!((status, found["error_type"].as_str()), (424, Some("Backend")), "{found}");
+    assert!(found["error"].as_str().unwrap().contains("is a masked-lm model"), "{found}");
+    let (status, found) = server.post("/predict", json!({"inputs": "a"}));
+    assert_eq!(status, 422, "{found}");
+    assert!(found["error"].as_str().unwrap().contains("there are several models"), "{found}");
+    assert_eq!(server.post("/models/none/predict", json!({"inputs": "a"})).0, 404);
+    assert_eq!(server.get("/none").0, 404);
+    let (status, about) = server.get("/v1/models");
+    assert_eq!((status, about["data"].as_array().unwrap().len()), (200, 3));
+    assert_eq!(server.stop(), Some(0));
+}
+
+#[test]
+fn labels_come_in_the_forms_that_clients_know() {
+    let (_guard, dir) = exported("tiny-bert-single");
+    let server = Server::start(&[&dir], &[]);
+    let wanted = batch(&dir, &[json!({"text": "good"}), json!({"text": "good", "text_pair": "bad"})]);
+    let sorted = |answer: &Value| {
+        let mut labels: Vec<Value> = (answer["scores"].as_object().unwrap().iter())
+            .map(|(label, score)| json!({"score": score, "label": label}))
+            .collect();
+        labels.sort_by(|a, b| b["score"].as_f64().unwrap().total_cmp(&a["score"].as_f64().unwrap()));
+        Value::Array(labels)
+    };
+    let (status, one) = server.post("/predict", json!({"inputs": "good"}));
+    assert_eq!(status, 200, "{one}");
+    assert_near(&one, &sorted(&wanted[0]), "a text");
+    // a flat list is a pair, as in text-embeddings-inference; a batch is a list of lists
+    assert_near(
+        &server.post("/predict", json!({"inputs": ["good", "bad"]})).1,
+        &sorted(&wanted[1]),
+        "a pair",
+    );
+    let (_, both) = server.post("/classify", json!({"inputs": [["good"], ["good", "bad"]]}));
+    assert_near(&both, &json!([sorted(&wanted[0]), sorted(&wanted[1])]), "a batch");
+    let (status, error) = server.post("/predict", json!({"inputs": ["a", "b", "c"]}));
+    assert_eq!(status, 422, "{error}");
+    assert!(error["error"].as_str().unwrap().contains("several records are a list of lists"), "{error}");
+    // raw scores are logits
+    let (_, raw) = server.post("/predict", json!({"inputs": "good", "raw_scores": true}));
+    let total: f64 = raw.as_array().unwrap().iter().map(|label| label["score"].as_f64().unwrap().exp()).sum();
+    let best = raw[0]["score"].as_f64().unwrap().exp() / total;
+    assert!((best - one[0]["score"].as_f64().unwrap()).abs() < 1e-6, "{raw}");
+    // text as a tensor of bytes
+    let input =
+        |name: &str, texts: Value| json!({"name": name, "datatype": "BYTES", "shape": [2], "data": texts});
+    let body = json!({"id": "7", "inputs": [input("text", json!(["good", "good"]))]});
+    let (status, found) = server.post("/v2/models/tiny-bert-single/infer", body);
+    assert_eq!(
+        (status, &found["id"], &found["model_name"]),
+        (200, &json!("7"), &json!("tiny-bert-single")),
+        "{found}"
+    );
+    let answer: Value = serde_json::from_str(found["outputs"][0]["data"][1].as_str().unwrap()).unwrap();
+    assert_near(&answer["scores"], &wanted[0]["scores"], "a tensor");
+    let (status, error) = server.post(
+        "/v2/models/tiny-bert-single/infer",
+        json!({"inputs": [{"name": "text", "datatype": "BYTES", "shape": [3], "data": ["a"]}]}),
+    );
+    assert_eq!(status, 422, "{error}");
+    assert_eq!(server.get("/v2/models/tiny-bert-single").1["inputs"][0]["name"], "text");
+    assert_eq!(server.get("/info").1["task"], "text-classification");
+}
+
+#[test]
+fn embeddings_come_in_the_forms_that_clients_know() {
+    let (_guard, dir) = exported("tiny-bert-embedding");
+    let server = Server::start(&[&dir], &[]);
+    let texts: Vec<Value> = TEXTS.iter().map(|text| json!({"text": text})).collect();
+    let wanted: Vec<Value> = batch(&dir, &texts).iter().map(|answer| answer["embedding"].clone()).collect();
+    let (status, found) = server.post("/embed", json!({"inputs": TEXTS}));
+    assert_eq!(status, 200, "{found}");
+    assert_near(&found, &json!(wanted), "embeddings");
+
+    let (status, found) =
+        server.post("/v1/embeddings", json!({"input": TEXTS, "model": "tiny-bert-embedding"}));
+    assert_eq!(status, 200, "{found}");
+    let data = found["data"].as_array().unwrap();
+    assert_near(&data[1]["embedding"], &wanted[1], "OpenAI's");
+    assert!(data.iter().enumerate().all(|(i, row)| row["index"] == i && row["object"] == "embedding"));
+    assert!(found["usage"]["total_tokens"].as_u64().unwrap() > TEXTS.len() as u64);
+    let body = json!({"input": "a", "encoding_format": "base64", "dimensions": 4});
+    let (_, found) = server.post("/v1/embeddings", body);
+    let bytes = base64::Engine::decode(
+        &base64::engine::general_purpose::STANDARD,
+        found["data"][0]["embedding"].as_str().unwrap(),
+    );
+    let row: Vec<f32> = bytes.unwrap().as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
+    let length: f32 = row.iter().map(|x| x * x).sum::<f32>().sqrt();
+    assert!(row.len() == 4 && (length - 1.0).abs() < 1e-6, "{row:?}");
+    let (status, error) = server.post("/v1/embeddings", json!({"input": "a", "dimensions": 100_000}));
+    assert_eq!((status, &error["error"]["type"]), (422, &json!("invalid_request_error")), "{error}");
+    let (status, error) = server.post("/v1/embeddings", json!({"input": "a", "model": "other"}));
+    assert_eq!(status, 404, "{error}");
+
+    let pairs =
+        batch(&dir, &[json!({"text": "a", "text_pair": "good"}), json!({"text": "a", "text_pair": "a"})]);
+    let body = json!({"inputs": {"source_sentence": "a", "sentences": ["good", "a"]}});
+    let (status, found) = server.post("/similarity", body);
+    assert_eq!(status, 200, "{found}");
+    assert_near(&found, &json!([pairs[0]["similarity"], pairs[1]["similarity"]]), "similarities");
+}
+
+#[test]
+fn texts_are_ranked_by_a_model_that_gives_a_number() {
+    let (_guard, dir) = exported("tiny-bert-regression");
+    let server = Server::start(&[&dir], &[]);
+    let texts = ["rain", "good day", "the film", "a"];
+    let records = texts.map(|text| json!({"text": "sun", "text_pair": text}));
+    let scores: Vec<f64> =
+        batch(&dir, &records).iter().map(|answer| answer["score"].as_f64().unwrap()).collect();
+    let mut order: Vec<usize> = (0..texts.len()).collect();
+    order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]));
+    let (status, found) = server.post("/rerank", json!({"query": "sun", "texts": texts, "raw_scores": true}));
+    assert_eq!(status, 200, "{found}");
+    let wanted: Vec<Value> = order.iter().map(|&i| json!({"index": i, "score": scores[i]})).collect();
+    assert_near(&found, &json!(wanted), "ranks");
+    let body = json!({"query": "sun", "documents": [texts[0], {"text": texts[1]}, texts[2], texts[3]], "top_n": 2, "return_documents": true});
+    let (status, found) = server.post("/v1/rerank", body);
+    assert_eq!((status, found["results"].as_array().unwrap().len()), (200, 2), "{found}");
+    assert_eq!(found["results"][0]["document"]["text"], texts[order[0]]);
+    let sigmoid = 1.0 / (1.0 + (-scores[order[1]]).exp());
+    assert!((found["results"][1]["relevance_score"].as_f64().unwrap() - sigmoid).abs() < 1e-6, "{found}");
+}
+
+#[test]
+fn what_can_not_be_answered_is_refused_and_the_next_request_is_answered() {
+    let (_guard, dir) = exported("tiny-bert-single");
+    let server =
+        Server::start(&[&dir], &["--max-body", "4000", "--max-records", "3", "--max-request-tokens", "100"]);
+    let refused = |body: &str, status: u16, says: &str| {
+        let (found, _, answer) = server.request("POST", "/predict", "", body);
+        assert_eq!(found, status, "{body}: {answer}");
+        assert!(answer.contains(says), "{body}: {answer}");
+    };
+    refused("", 422, "EOF");
+    refused("{", 422, "EOF");
+    refused("nonsense", 422, "expected");
+    refused("{}", 422, "missing field `inputs`");
+    refused("{\"inputs\": 7}", 422, "inputs: expected a text, a pair of texts");
+    refused("{\"inputs\": \"a\"} {\"inputs\": \"a\"}", 422, "trailing");
+    refused("{\"inputs\": []}", 422, "a list of 0 texts");
+    refused("{\"inputs\": [[]]}", 422, "a list of 0 texts");
+    refused(&json!({"inputs": [["a"], ["a"], ["a"], ["a"]]}).to_string(), 413, "4 records in one request");
+    refused(&json!({"inputs": "a ".repeat(3000)}).to_string(), 413, "the body has more than 4000 bytes");
+    let long = "a ".repeat(200);
+    refused(&json!({"inputs": [[long], [long]]}).to_string(), 413, "more than 100 tokens");
+    refused(&json!({"inputs": long, "truncate": false}).to_string(), 422, "record 0 is longer than the");
+    refused(&format!("{}1{}", "[".repeat(1500), "]".repeat(1500)), 422, "");
+    refused("{\"inputs\": \"\\ud800\"}", 422, "");
+    // bytes that are no request, half a request, and a client that goes
+    assert_eq!(server.send(b"\x00\xff nonsense\r\n\r\n").0, 400);
+    drop(TcpStream::connect(&server.address).unwrap());
+    for _ in 0..20 {
+        let mut stream = TcpStream::connect(&server.address).unwrap();
+        let body = json!({"inputs": "a good day"}).to_string();
+        let head = format!("POST /predict HTTP/1.1\r\nHost: tk\r\nContent-Length: {}\r\n\r\n", body.len());
+        stream.write_all(format!("{head}{body}").as_bytes()).unwrap();
+    }
+    assert_eq!(server.request("GET", "/predict", "", "").0, 405);
+    let (status, found) = server.post("/predict", json!({"inputs": "a"}));
+    assert_eq!(status, 200, "{found}");
+    let (_, text) = server.get("/metrics");
+    let text = text.as_str().unwrap();
+    assert!(text.contains("tk_requests_total{route=\"/predict\",status=\"422\"}"), "{text}");
+    assert!(text.contains("tk_records_total{model=\"tiny-bert-single\"}"), "{text}");
+    assert!(text.ends_with("# EOF\n"), "{text}");
+    assert_eq!(server.stop(), Some(0));
+}
+
+#[test]
+fn a_key_is_asked_for_where_the_server_has_one() {
+    let (guard, dir) = exported("tiny-bert-single");
+    let file = guard.path().join("key");
+    std::fs::write(&file, "secret\n").unwrap();
+    let server = Server::start(&[&dir], &["--api-key-file", file.to_str().unwrap()]);
+    let ask = |headers: &str| server.request("POST", "/predict", headers, "{\"inputs\": \"a\"}").0;
+    assert_eq!(
+        (ask(""), ask("Authorization: Bearer other\r\n"), ask("Authorization: Bearer secre\r\n")),
+        (401, 401, 401)
+    );
+    assert_eq!(ask("Authorization: Bearer secret\r\n"), 200);
+    assert_eq!(server.get("/info").0, 401);
+    // whoever watches over the process has no key
+    assert_eq!((server.get("/live").0, server.get("/health").0, server.get("/metrics").0), (200, 200, 200));
+    let (_, head, _) = server.request("POST", "/predict", "x-request-id: mine\r\n", "{\"inputs\": \"a\"}");
+    assert!(head.to_lowercase().contains("x-request-id: mine"), "{head}");
+}
+
+#[test]
+fn what_was_taken_is_answered_before_the_server_ends() {
+    let (_guard, dir) = exported("tiny-bert-single");
+    let server = Server::start(&[&dir], &["--threads", "1", "--max-batch-tokens", "8"]);
+    let body = json!({"inputs": vec![["a good day and night"]; 200]}).to_string();
+    let mut clients: Vec<TcpStream> = (0..2)
+        .map(|_| {
+            let mut stream = TcpStream::connect(&server.address).unwrap();
+            let head = format!(
+                "POST /predict HTTP/1.1\r\nHost: tk\r\nConnection: close\r\nContent-Length: {}\r\n\r\n",
+                body.len()
+            );
+            stream.write_all(format!("{head}{body}").as_bytes()).unwrap();
+            stream
+        })
+        .collect();
+    // both are in: their records wait, or are answered already
+    loop {
+        let (_, text) = server.get("/metrics");
+        let text = text.as_str().unwrap().to_owned();
+        let count = |name: &str| -> u64 {
+            let line = text.lines().find(|line| line.starts_with(name));
+            line.and_then(|line| line.rsplit(' ').next()?.parse().ok()).unwrap_or_default()
+        };
+        if count("tk_records_total") + count("tk_waiting_records{") >= 400 - 1 {
+            break;
+        }
+    }
+    assert_eq!(server.stop(), Some(0));
+    for client in &mut clients {
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        let body = answer.split_once("\r\n\r\n").unwrap().1;
+        let found: Value = serde_json::from_str(body).unwrap();
+        assert_eq!(found.as_array().unwrap().len(), 200);
+    }
+}
+
+#[test]
+fn a_client_that_never_ends_its_request_holds_nothing_up() {
+    let (_guard, dir) = exported("tiny-bert-single");
+    let server = Server::start(&[&dir], &["--timeout", "0.2"]);
+    let half = |head: &str| {
+        let mut stream = TcpStream::connect(&server.address).unwrap();
+        stream.write_all(head.as_bytes()).unwrap();
+        stream
+    };
+    // the body never comes: the request is given up
+    let mut waiting = half("POST /predict HTTP/1.1\r\nHost: tk\r\nContent-Length: 50\r\n\r\n{\"inputs\"");
+    let mut answer = [0; 12];
+    waiting.read_exact(&mut answer).unwrap();
+    assert_eq!(&answer, b"HTTP/1.1 503");
+    // nor does the end of a head: the server ends all the same
+    let _held = half("POST /predict HTTP/1.1\r\nHost");
+    assert_eq!(server.post("/predict", json!({"inputs": "a"})).0, 200);
+    assert_eq!(server.stop(), Some(0));
+}
+
+#[test]
+fn where_there_is_no_room_clients_are_told_to_come_again() {
+    let (_guard, dir) = exported("tiny-bert-single");
+    let server = Server::start(&[&dir], &["--max-queue", "4", "--max-records", "100"]);
+    // no request has more records than the queue
+    let (status, answer) = server.post("/predict", json!({"inputs": vec![["a"]; 5]}));
+    assert_eq!(status, 413, "{answer}");
+    assert_eq!(server.post("/predict", json!({"inputs": vec![["a"]; 4]})).0, 200);
+    let refused = |args: &[&str], says: &str| {
+        let out = tk().arg("serve").args(args).assert().code(2);
+        let text = String::from_utf8(out.get_output().stderr.clone()).unwrap();
+        assert!(text.contains(says), "{text}");
+    };
+    let dir = dir.to_str().unwrap();
+    refused(&[dir, dir], "two models are called tiny-bert-single");
+    refused(&[&format!("a/b={dir}")], "can't stand in an address");
+    refused(&["none"], "none");
+    refused(&[dir, "--timeout", "0"], "expected a number of seconds above 0");
+    refused(&[dir, "--listen", &server.address], "--listen");
+    refused(&[models("tiny-gpt2-lm").to_str().unwrap()], "not over HTTP yet");
+    refused(&[models("tiny-bert-single").to_str().unwrap()], "is not there: run `tk export");
+}
