@@ -10,6 +10,8 @@ use tk::data::tokens::Tokenizer;
 use tk::generate::GenerationConfig;
 use tk::model::ModelConfig;
 use tk::predict::chunks::Chunks;
+use tk::server::completions::Completions;
+use tk::server::routes::{Asks, Route};
 use tk::task::{Start, Task};
 
 /// A file of any bytes, and what reads it in its folder.
@@ -28,7 +30,7 @@ const TINY: &[&str] = &[
     "tiny-bert-single/tokenizer_config.json",
 ];
 
-pub const TARGETS: [Target; 14] = [
+pub const TARGETS: [Target; 15] = [
     Target { file: "records.jsonl", seeds: &[], beside: &[], read: |dir| rows(&dir.join("records.jsonl")) },
     Target { file: "records.json", seeds: &[], beside: &[], read: |dir| rows(&dir.join("records.json")) },
     Target { file: "records.csv", seeds: &[], beside: &[], read: |dir| rows(&dir.join("records.csv")) },
@@ -52,6 +54,7 @@ pub const TARGETS: [Target; 14] = [
         beside: TINY,
         read: |dir| examples(dir, "question-answering", "questions.json"),
     },
+    Target { file: "body.json", seeds: &[], beside: &[], read: body },
     Target { file: "requests.jsonl", seeds: &[], beside: &["tiny-gpt2-lm/tokenizer.json"], read: requests },
     Target {
         file: "model.safetensors",
@@ -121,6 +124,20 @@ fn examples(dir: &Path, task: &str, file: &str) {
         let length = example.encoding.len();
         assert!(length <= max_length, "{length} tokens where {max_length} were allowed");
     }
+}
+
+/// A body that a client sends to `tk serve`, on every route.
+fn body(dir: &Path) {
+    let Ok(body) = std::fs::read(dir.join("body.json")) else { return };
+    for (route, _) in Route::ALL {
+        let Ok(Asks { records, form, .. }) = route.read(&body) else { continue };
+        assert!(!records.is_empty());
+        // answers of another kind than the route's
+        let answers = records.iter().map(|_| Map::from_iter([("score".to_owned(), 0.5.into())])).collect();
+        let _ = form.body(answers, "model", 1);
+    }
+    let _ = Route::Infer.read(&body);
+    let _ = Completions::read(&body);
 }
 
 /// Lines for serve-batch: an id, a prompt and how to go on with it.

@@ -133,6 +133,18 @@ fn seeds(target: &Target) -> Vec<Vec<u8>> {
              \"qas\": [{\"id\": \"1\", \"question\": \"who\", \"answers\": [{\"text\": \"b, c\", \"answer_start\": 3}]}, \
              {\"id\": \"2\", \"question\": \"\", \"is_impossible\": true, \"answers\": []}]}]}]}",
         ),
+        "body.json" => [
+            lines("{\"inputs\": [[\"a\", \"b\"], [\"c\"]], \"raw_scores\": true, \"truncate\": false}"),
+            lines("{\"inputs\": {\"question\": \"who\", \"context\": \"b\"}, \"model\": \"m\"}"),
+            lines("{\"inputs\": {\"source_sentence\": \"a\", \"sentences\": [\"b\"]}}"),
+            lines("{\"query\": \"a\", \"documents\": [\"b\", {\"text\": \"c\"}], \"texts\": [\"d\"], \"top_n\": 1}"),
+            lines("{\"input\": [\"a\"], \"encoding_format\": \"base64\", \"dimensions\": 3}"),
+            lines(
+                "{\"inputs\": [{\"name\": \"text\", \"datatype\": \"BYTES\", \"shape\": [2], \"data\": [\"a\", \"b\"]}]}",
+            ),
+            lines("{\"prompt\": [\"a\"], \"max_tokens\": 3, \"temperature\": 0.5, \"n\": 2, \"stream\": true, \"stop\": \"x\"}"),
+        ]
+        .concat(),
         "requests.jsonl" => lines(
             "{\"id\": \"a\", \"prompt\": \"Once\", \"max_new_tokens\": 5, \"temperature\": 0.5, \"stop\": [\"x\"], \
              \"top_k\": 3, \"top_p\": 0.9, \"seed\": 1}\n{\"prompt\": \"\", \"num_beams\": 2, \
@@ -246,6 +258,7 @@ tests! {
     any_parquet_is_read_or_refused "records.parquet",
     any_sentences_are_learnt_or_refused "sentences.conll",
     any_questions_are_learnt_or_refused "questions.json",
+    any_body_is_read_or_refused "body.json",
     any_requests_are_read_or_refused "requests.jsonl",
     any_safetensors_are_read_or_refused "model.safetensors",
     any_configuration_is_read_or_refused "config.json",

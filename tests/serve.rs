@@ -399,6 +399,92 @@ fn what_was_taken_is_answered_before_the_server_ends() {
     }
 }
 
+/// The events of a stream, but for the last one, which says that it is over.
+fn events(body: &str) -> Vec<Value> {
+    let mut lines: Vec<&str> = body.lines().filter_map(|line| line.strip_prefix("data: ")).collect();
+    assert_eq!(lines.pop(), Some("[DONE]"), "{body}");
+    lines.into_iter().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+#[test]
+fn texts_are_those_of_serve_batch_whole_and_as_they_come() {
+    let (_guard, dir) = exported("tiny-gpt2-lm");
+    let server = Server::start(&[&dir], &["--slots", "3"]);
+    let prompts = ["I love", "the rain", "a", "sun at night and rain"];
+    let records = prompts.map(|prompt| json!({"prompt": prompt, "max_new_tokens": 12}));
+    let wanted: Vec<String> =
+        batch(&dir, &records).iter().map(|answer| answer["text"].as_str().unwrap().to_owned()).collect();
+    let body = json!({"prompt": prompts, "max_tokens": 12, "temperature": 0, "model": "tiny-gpt2-lm"});
+    let (status, found) = server.post("/v1/completions", body.clone());
+    assert_eq!(status, 200, "{found}");
+    let texts: Vec<&str> =
+        found["choices"].as_array().unwrap().iter().map(|choice| choice["text"].as_str().unwrap()).collect();
+    assert_eq!(texts, wanted);
+    assert!(found["usage"]["completion_tokens"].as_u64().unwrap() > 4, "{found}");
+
+    let mut streamed = body;
+    streamed["stream"] = json!(true);
+    streamed["stream_options"] = json!({"include_usage": true});
+    let (status, head, body) = server.request("POST", "/v1/completions", "", &streamed.to_string());
+    assert!(status == 200 && head.contains("text/event-stream"), "{head}");
+    let mut events = events(&body);
+    assert_eq!(events.pop().unwrap()["usage"], found["usage"]);
+    let mut texts = vec![String::new(); prompts.len()];
+    let mut ends = vec![Value::Null; prompts.len()];
+    for event in &events {
+        let choice = &event["choices"][0];
+        let index = choice["index"].as_u64().unwrap() as usize;
+        texts[index] += choice["text"].as_str().unwrap();
+        ends[index] = choice["finish_reason"].clone();
+    }
+    assert_eq!(texts, wanted);
+    assert!(
+        events.len() > prompts.len() && ends.iter().all(|end| end == "length" || end == "stop"),
+        "{body}"
+    );
+
+    // a seed repeats, and what is drawn differs without one
+    let drawn = |seed: Value| {
+        let body = json!({"prompt": "a", "max_tokens": 20, "n": 2, "seed": seed});
+        let (status, found) = server.post("/v1/completions", body);
+        assert_eq!(status, 200, "{found}");
+        found["choices"].clone()
+    };
+    assert_eq!(drawn(json!(7)), drawn(json!(7)));
+    assert_ne!(drawn(Value::Null), drawn(Value::Null));
+    let (_, echoed) = server
+        .post("/v1/completions", json!({"prompt": "a", "echo": true, "temperature": 0, "max_tokens": 3}));
+    assert!(echoed["choices"][0]["text"].as_str().unwrap().starts_with('a'), "{echoed}");
+
+    for (body, says) in [
+        (json!({}), "there is no \\\"prompt\\\""),
+        (json!({"prompt": 7}), "expected a text or texts"),
+        (json!({"prompt": []}), "there is no prompt in it"),
+        (json!({"prompt": "a", "logprobs": 3}), "logprobs is 3"),
+        (json!({"prompt": "a", "max_tokens": 0}), "max_new_tokens is 0"),
+        (json!({"prompt": "a", "temperature": "hot"}), "temperature is"),
+        (json!({"prompt": "a ".repeat(500)}), "leave room for a new one"),
+        (json!({"prompt": "a", "model": "other"}), "there is no model"),
+    ] {
+        let (status, _, answer) = server.request("POST", "/v1/completions", "", &body.to_string());
+        assert!((400..500).contains(&status) && answer.contains(says), "{body}: {status} {answer}");
+    }
+    let (status, found) = server.post("/predict", json!({"inputs": "a"}));
+    assert_eq!(status, 424, "{found}");
+    assert!(found["error"].as_str().unwrap().contains("ask it by /v1/completions"), "{found}");
+
+    // clients that go leave their places: more of them than there are
+    for _ in 0..60 {
+        let body = json!({"prompt": "a", "max_tokens": 60, "stream": true}).to_string();
+        let mut stream = TcpStream::connect(&server.address).unwrap();
+        let head =
+            format!("POST /v1/completions HTTP/1.1\r\nHost: tk\r\nContent-Length: {}\r\n\r\n", body.len());
+        stream.write_all(format!("{head}{body}").as_bytes()).unwrap();
+    }
+    assert_eq!(server.post("/v1/completions", json!({"prompt": "a", "temperature": 0})).0, 200);
+    assert_eq!(server.stop(), Some(0));
+}
+
 #[test]
 fn a_client_that_never_ends_its_request_holds_nothing_up() {
     let (_guard, dir) = exported("tiny-bert-single");
@@ -438,6 +524,6 @@ fn where_there_is_no_room_clients_are_told_to_come_again() {
     refused(&["none"], "none");
     refused(&[dir, "--timeout", "0"], "expected a number of seconds above 0");
     refused(&[dir, "--listen", &server.address], "--listen");
-    refused(&[models("tiny-gpt2-lm").to_str().unwrap()], "not over HTTP yet");
+    refused(&[models("tiny-gpt2-lm").to_str().unwrap()], "is not there: run `tk export");
     refused(&[models("tiny-bert-single").to_str().unwrap()], "is not there: run `tk export");
 }

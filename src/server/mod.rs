@@ -4,10 +4,12 @@
 //! body ─routes─▶ records ─served─▶ what is asked ─queue─▶ batches of about one length ─a thread a session─▶ answers ─routes─▶ body
 //! ```
 
+pub mod completions;
+mod generator;
 mod metrics;
 pub mod queue;
-mod refusal;
-mod routes;
+pub mod refusal;
+pub mod routes;
 mod served;
 
 use std::net::SocketAddr;
@@ -26,12 +28,14 @@ use axum::serve::ListenerExt;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
+pub use generator::{Generator, GeneratorOptions};
 pub use metrics::Meter;
 pub use served::Served;
 
 use crate::predict::Asked;
 use crate::say::Say;
 use crate::{Result, unusable};
+use completions::Completions;
 use queue::Reply;
 use refusal::{Manner, Refusal};
 use routes::{Asks, Record, Route};
@@ -52,6 +56,7 @@ pub struct RequestLimits {
 /// What all requests share.
 struct App {
     models: Vec<Served>,
+    generators: Vec<Generator>,
     limits: RequestLimits,
     /// What clients have to give as `Authorization: Bearer …`.
     key: Option<String>,
@@ -72,7 +77,7 @@ const SMALL_BODY: usize = 16 * 1024;
 /// The address can't be listened on, or the server breaks down.
 pub fn serve(
     listen: SocketAddr,
-    models: Vec<Served>,
+    (models, generators): (Vec<Served>, Vec<Generator>),
     meter: Arc<Meter>,
     limits: RequestLimits,
     key: Option<String>,
@@ -85,11 +90,12 @@ pub fn serve(
         .context("starting the threads that read requests")?;
     let body = limits.body;
     let ready = AtomicBool::new(true);
-    let app = Arc::new(App { models, limits, key, meter, ready, requests: AtomicU64::new(0), say });
+    let app =
+        Arc::new(App { models, generators, limits, key, meter, ready, requests: AtomicU64::new(0), say });
     let done = runtime.block_on(async {
         let listener = TcpListener::bind(listen).await.map_err(|e| unusable!("--listen {listen}: {e}"))?;
         let address = listener.local_addr().context("the address that is listened on")?;
-        let names: Vec<&str> = app.models.iter().map(|model| model.name.as_str()).collect();
+        let names: Vec<&str> = app.names().collect();
         say.line(format!("listening on http://{address}, with {}", names.join(", ")));
         if say.json {
             say.result("", &json!({"address": address.to_string(), "models": names}))?;
@@ -116,6 +122,7 @@ pub fn serve(
         }
     });
     app.models.iter().for_each(Served::stop);
+    app.generators.iter().for_each(Generator::stop);
     runtime.shutdown_background();
     done
 }
@@ -158,6 +165,7 @@ fn router(app: Arc<App>) -> Router {
         .route("/info", get(info))
         .route("/metrics", get(metrics))
         .route("/v1/models", get(models))
+        .route("/v1/completions", post(complete))
         .route("/v2", get(server))
         .route("/v2/health/live", get(live))
         .route("/v2/health/ready", get(ready))
@@ -189,8 +197,24 @@ fn asked_of_model(route: Route, path: &'static str) -> MethodRouter<Arc<App>> {
     })
 }
 
+/// Asks the only language model, or the one that the body names.
+async fn complete(State(app): State<Arc<App>>, request: Request) -> Response {
+    let id = app.request_id(request.headers());
+    let completed = async {
+        let asks = Completions::read(&app.body(request).await?)?;
+        let generator = app.generator(asks.model.as_deref())?;
+        asks.answer(generator).await
+    };
+    app.counted("/v1/completions", Manner::OpenAi, id, completed).await
+}
+
 impl App {
-    /// Answers a request, counts it, and tells of it with `-v`.
+    /// What the models are called.
+    fn names(&self) -> impl Iterator<Item = &str> {
+        let models = self.models.iter().map(|model| model.name.as_str());
+        models.chain(self.generators.iter().map(|generator| generator.name.as_str()))
+    }
+
     async fn handle(
         &self,
         route: Route,
@@ -198,12 +222,23 @@ impl App {
         model: Option<String>,
         request: Request,
     ) -> Response {
-        let (started, time) = (Instant::now(), self.limits.time);
         let id = self.request_id(request.headers());
+        self.counted(path, route.manner(), id, self.answer(route, model, request)).await
+    }
+
+    /// Answers a request within its time, counts it, and tells of it with `-v`.
+    async fn counted(
+        &self,
+        path: &'static str,
+        manner: Manner,
+        id: String,
+        answer: impl Future<Output = Result<Response, Refusal>>,
+    ) -> Response {
+        let (started, time) = (Instant::now(), self.limits.time);
         // what is not answered by then is taken back, as where the client goes
-        let answered = tokio::time::timeout(time, self.answer(route, model, request)).await;
+        let answered = tokio::time::timeout(time, answer).await;
         let answered = answered.unwrap_or_else(|_| Err(Refusal::late(time.as_secs_f64())));
-        let mut response = answered.unwrap_or_else(|refusal| refusal.response(route.manner()));
+        let mut response = answered.unwrap_or_else(|refusal| refusal.response(manner));
         let took = started.elapsed();
         put(response.headers_mut(), "x-total-time", &took.as_millis().to_string());
         put(response.headers_mut(), REQUEST_ID, &id);
@@ -220,13 +255,7 @@ impl App {
         model: Option<String>,
         request: Request,
     ) -> Result<Response, Refusal> {
-        self.check_key(request.headers())?;
-        let body = Bytes::from_request(request, &()).await.map_err(|rejection| match rejection.status() {
-            StatusCode::PAYLOAD_TOO_LARGE => {
-                Refusal::too_large(format!("the body has more than {} bytes", self.limits.body))
-            }
-            _ => Refusal::invalid(rejection.body_text()),
-        })?;
+        let body = self.body(request).await?;
         let Asks { records, truncate, model: named, form } = route.read(&body)?;
         let model = self.model(model.or(named).as_deref())?;
         if let Some(field) = route.field().filter(|field| !model.task.fields_answered().contains(field)) {
@@ -299,19 +328,48 @@ impl App {
         Ok(all)
     }
 
-    /// The model of this name; the only one where none is named.
+    /// The body of a request that has the key.
+    async fn body(&self, request: Request) -> Result<Bytes, Refusal> {
+        self.check_key(request.headers())?;
+        Bytes::from_request(request, &()).await.map_err(|rejection| match rejection.status() {
+            StatusCode::PAYLOAD_TOO_LARGE => {
+                Refusal::too_large(format!("the body has more than {} bytes", self.limits.body))
+            }
+            _ => Refusal::invalid(rejection.body_text()),
+        })
+    }
+
+    /// The model of this name that answers records; the only one where none is named.
     fn model(&self, name: Option<&str>) -> Result<&Served, Refusal> {
-        let names = || self.models.iter().map(|model| model.name.as_str()).collect::<Vec<_>>().join(", ");
-        match (name, &self.models[..]) {
+        self.named(name, &self.models, |model| &model.name, "generates texts: ask it by /v1/completions")
+    }
+
+    /// The same of those that generate.
+    fn generator(&self, name: Option<&str>) -> Result<&Generator, Refusal> {
+        self.named(name, &self.generators, |model| &model.name, "generates no texts")
+    }
+
+    fn named<'m, M>(
+        &self,
+        name: Option<&str>,
+        models: &'m [M],
+        name_of: fn(&M) -> &String,
+        otherwise: &str,
+    ) -> Result<&'m M, Refusal> {
+        let names = || self.names().collect::<Vec<_>>().join(", ");
+        match (name, models) {
             (None, [only]) => Ok(only),
+            (None, []) => Err(Refusal::backend(format!("{} {otherwise}", names()))),
             (None, _) => Err(Refusal::invalid(format!(
                 "there are several models: name one in the path (/models/NAME/…) or by \"model\": {}",
                 names()
             ))),
-            (Some(name), models) => models
-                .iter()
-                .find(|model| model.name == name)
-                .ok_or_else(|| Refusal::unknown(format!("there is no model {name:?}; there is {}", names()))),
+            (Some(name), models) => models.iter().find(|model| name_of(model) == name).ok_or_else(|| {
+                match self.names().any(|known| known == name) {
+                    true => Refusal::backend(format!("{name} {otherwise}")),
+                    false => Refusal::unknown(format!("there is no model {name:?}; there is {}", names())),
+                }
+            }),
         }
     }
 
@@ -371,7 +429,8 @@ async fn info(State(app): State<Arc<App>>, headers: HeaderMap) -> Response {
     if let Err(refusal) = app.check_key(&headers) {
         return refusal.response(Manner::Tei);
     }
-    let about: Vec<&Value> = app.models.iter().map(|model| &model.about).collect();
+    let about = app.models.iter().map(|model| &model.about);
+    let about: Vec<&Value> = about.chain(app.generators.iter().map(|model| &model.about)).collect();
     match about[..] {
         [only] => axum::Json(only).into_response(),
         _ => axum::Json(json!({"models": about})).into_response(),
@@ -380,6 +439,7 @@ async fn info(State(app): State<Arc<App>>, headers: HeaderMap) -> Response {
 
 async fn metrics(State(app): State<Arc<App>>) -> Response {
     let waiting = app.models.iter().map(|model| (model.name.as_str(), model.queue.len()));
+    let waiting = waiting.chain(app.generators.iter().map(|model| (model.name.as_str(), model.under_way())));
     match app.meter.text(waiting) {
         Ok(text) => {
             let form = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -393,8 +453,8 @@ async fn models(State(app): State<Arc<App>>, headers: HeaderMap) -> Response {
     if let Err(refusal) = app.check_key(&headers) {
         return refusal.response(Manner::OpenAi);
     }
-    let model = |model: &Served| json!({"id": model.name, "object": "model", "created": 0, "owned_by": "tk"});
-    let data: Vec<Value> = app.models.iter().map(model).collect();
+    let model = |name| json!({"id": name, "object": "model", "created": 0, "owned_by": "tk"});
+    let data: Vec<Value> = app.names().map(model).collect();
     axum::Json(json!({"object": "list", "data": data})).into_response()
 }
 
@@ -430,7 +490,7 @@ async fn model_ready(State(app): State<Arc<App>>, Path(name): Path<String>) -> R
 }
 
 async fn index(State(app): State<Arc<App>>) -> Response {
-    let names: Vec<&str> = app.models.iter().map(|model| model.name.as_str()).collect();
+    let names: Vec<&str> = app.names().collect();
     axum::Json(json!({"tk": env!("CARGO_PKG_VERSION"), "models": names})).into_response()
 }
 
