@@ -364,7 +364,11 @@ fn what_can_not_be_generated_with_is_refused_by_name() {
             .contains("--top-k is for question-answering, masked-lm, masked-lm,next-sentence and causal-lm, and this is text-")
     );
     let refused = tk().arg("export").arg(dir.path()).args(["--precision", "q8"]).assert().code(2);
-    assert!(stderr(&refused).contains("is for language models"), "{}", stderr(&refused));
+    assert!(
+        stderr(&refused).contains("--precision q8: a text-classification model is exported in fp32, int8"),
+        "{}",
+        stderr(&refused)
+    );
 }
 
 #[test]

@@ -231,6 +231,13 @@ fn labels_come_in_the_forms_that_clients_know() {
         json!({"inputs": [{"name": "text", "datatype": "BYTES", "shape": [3], "data": ["a"]}]}),
     );
     assert_eq!(status, 422, "{error}");
+    let other = json!({"inputs": [{"name": "words", "datatype": "BYTES", "shape": [1], "data": ["a"]}]});
+    let (status, error) = server.post("/v2/models/tiny-bert-single/infer", other);
+    assert_eq!(status, 422, "{error}");
+    assert!(
+        error["error"].as_str().unwrap().contains("takes no input \"words\", but text and text_pair"),
+        "{error}"
+    );
     assert_eq!(server.get("/v2/models/tiny-bert-single").1["inputs"][0]["name"], "text");
     assert_eq!(server.get("/info").1["task"], "text-classification");
 }

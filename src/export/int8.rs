@@ -107,13 +107,16 @@ impl Export<'_> {
     /// The weights, from the one that moves the outputs most where it alone is in int8.
     fn ranked(&self, opset: i64, gate: &Gate, all: &[String], written: &Path) -> Result<Vec<String>> {
         let mut ranked = Vec::with_capacity(all.len());
+        let bar = self.say.bar(all.len() as u64, "{bar:30} {pos}/{len} matrices, {eta} left")?;
         for name in all {
             let kept = all.iter().filter(|other| *other != name).cloned().collect();
             write::save(self.build(&GraphKind::int8(kept, opset))?, written, false)?;
             let apart = gate.apart(written)?;
             self.say.detail(format!("{name} alone: {apart:.2e}"));
             ranked.push((apart, name.clone()));
+            bar.inc(1);
         }
+        bar.finish_and_clear();
         // not a number is the worst
         ranked.sort_by(|(a, _), (b, _)| b.total_cmp(a));
         Ok(ranked.into_iter().map(|(_, name)| name).collect())

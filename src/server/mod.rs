@@ -116,14 +116,18 @@ pub fn serve(
                 app.ready.store(false, Ordering::Relaxed);
                 say.line("stopping: what was taken is answered first");
                 let _ = stop.send(());
-                // a client that never ends its request is not waited for
-                tokio::time::sleep(app.limits.time).await;
+                // a client that never ends its request is not waited for, nor is anyone by who asks twice
+                tokio::select! {
+                    () = tokio::time::sleep(app.limits.time) => {}
+                    () = stop_asked() => {}
+                }
             } => Ok(()),
         }
     });
+    // what is left has nobody who waits for it
+    runtime.shutdown_background();
     app.models.iter().for_each(Served::stop);
     app.generators.iter().for_each(Generator::stop);
-    runtime.shutdown_background();
     done
 }
 
@@ -263,6 +267,15 @@ impl App {
                 "{} is a {} model: its answers have no \"{field}\"",
                 model.name,
                 model.task.name()
+            )));
+        }
+        let fields = model.task.fields_asked();
+        let mut named = records.first().into_iter().flat_map(Record::keys);
+        if let Some(other) = named.find(|name| route == Route::Infer && !fields.contains(&name.as_str())) {
+            return Err(Refusal::invalid(format!(
+                "{} takes no input {other:?}, but {}",
+                model.name,
+                fields.join(" and ")
             )));
         }
         if records.len() > self.limits.records {

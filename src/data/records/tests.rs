@@ -586,7 +586,9 @@ proptest! {
                 }
                 (Ok(_), Err(error)) => prop_assert!(false, "{error}"),
                 (Err(message), Ok(_)) => {
-                    prop_assert!(theirs.len() != 2 || message.contains("never closed"), "{message}");
+                    // a record may look like UTF-16, too
+                    let known = message.contains("never closed") || message.contains("as in UTF-16");
+                    prop_assert!(theirs.len() != 2 || known, "{message}");
                 }
                 (Err(_), Err(_)) => {}
             }
