@@ -231,6 +231,9 @@ fn labels_come_in_the_forms_that_clients_know() {
         json!({"inputs": [{"name": "text", "datatype": "BYTES", "shape": [3], "data": ["a"]}]}),
     );
     assert_eq!(status, 422, "{error}");
+    let binary = json!({"inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "parameters": {"binary_data_size": 5}}]});
+    let (status, error) = server.post("/v2/models/tiny-bert-single/infer", binary);
+    assert!(status == 422 && error["error"].as_str().unwrap().contains("with binary_data=False"), "{error}");
     let other = json!({"inputs": [{"name": "words", "datatype": "BYTES", "shape": [1], "data": ["a"]}]});
     let (status, error) = server.post("/v2/models/tiny-bert-single/infer", other);
     assert_eq!(status, 422, "{error}");

@@ -391,12 +391,12 @@ struct Tensor {
     name: String,
     datatype: String,
     shape: Vec<usize>,
-    data: Vec<String>,
+    data: Option<Vec<String>>,
 }
 
 /// Texts as tensors of bytes: an input a field of the records.
 fn infer(Infer { id, inputs }: Infer) -> Result<Asks, Refusal> {
-    let count = inputs.first().map_or(0, |tensor| tensor.data.len());
+    let count = inputs.first().and_then(|tensor| tensor.data.as_ref()).map_or(0, Vec::len);
     let mut records = vec![Record::new(); count];
     for Tensor { name, datatype, shape, data } in inputs {
         if datatype != "BYTES" {
@@ -404,6 +404,11 @@ fn infer(Infer { id, inputs }: Infer) -> Result<Asks, Refusal> {
                 "{name}: datatype {datatype}, expected BYTES: a text a record"
             )));
         }
+        let Some(data) = data else {
+            return Err(Refusal::invalid(format!(
+                "{name}: there is no data; texts stand in the JSON, as tritonclient sends them with binary_data=False"
+            )));
+        };
         let size = shape.iter().try_fold(1usize, |size, dim| size.checked_mul(*dim));
         if size != Some(data.len()) || data.len() != count {
             return Err(Refusal::invalid(format!(
