@@ -5,12 +5,14 @@
 //! ```
 
 pub mod completions;
+pub mod forms;
 mod generator;
 mod metrics;
 pub mod queue;
 pub mod refusal;
 pub mod routes;
 mod served;
+mod status;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -25,7 +27,7 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, get, post};
 use axum::serve::ListenerExt;
-use serde_json::{Value, json};
+use serde_json::json;
 use tokio::net::TcpListener;
 
 pub use generator::{Generator, GeneratorOptions};
@@ -161,20 +163,20 @@ async fn stop_asked() {
 
 fn router(app: Arc<App>) -> Router {
     let mut router = Router::new()
-        .route("/", get(index))
-        .route("/health", get(ready))
-        .route("/ping", get(ready))
-        .route("/live", get(live))
-        .route("/ready", get(ready))
-        .route("/info", get(info))
-        .route("/metrics", get(metrics))
-        .route("/v1/models", get(models))
+        .route("/", get(status::index))
+        .route("/health", get(status::ready))
+        .route("/ping", get(status::ready))
+        .route("/live", get(status::live))
+        .route("/ready", get(status::ready))
+        .route("/info", get(status::info))
+        .route("/metrics", get(status::metrics))
+        .route("/v1/models", get(status::models))
         .route("/v1/completions", post(complete))
-        .route("/v2", get(server))
-        .route("/v2/health/live", get(live))
-        .route("/v2/health/ready", get(ready))
-        .route("/v2/models/{model}", get(model))
-        .route("/v2/models/{model}/ready", get(model_ready))
+        .route("/v2", get(status::server))
+        .route("/v2/health/live", get(status::live))
+        .route("/v2/health/ready", get(status::ready))
+        .route("/v2/models/{model}", get(status::model))
+        .route("/v2/models/{model}/ready", get(status::model_ready))
         .route("/v2/models/{model}/infer", asked_of_model(Route::Infer, "/v2/models/{model}/infer"));
     for (route, paths) in Route::ALL {
         for &path in paths {
@@ -184,7 +186,7 @@ fn router(app: Arc<App>) -> Router {
             }
         }
     }
-    router.fallback(nothing).with_state(app)
+    router.fallback(status::nothing).with_state(app)
 }
 
 /// Asks the only model, or the one that the body names.
@@ -424,89 +426,4 @@ fn put(headers: &mut HeaderMap, name: &'static str, value: &str) {
     if let Ok(value) = HeaderValue::from_str(value) {
         headers.insert(HeaderName::from_static(name), value);
     }
-}
-
-/// The process answers.
-async fn live() -> Response {
-    axum::Json(json!({"live": true})).into_response()
-}
-
-/// Requests are taken: all models are loaded and have answered, and nothing is about to stop.
-async fn ready(State(app): State<Arc<App>>) -> Response {
-    let ready = app.ready.load(Ordering::Relaxed);
-    let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    (status, axum::Json(json!({"live": true, "ready": ready}))).into_response()
-}
-
-async fn info(State(app): State<Arc<App>>, headers: HeaderMap) -> Response {
-    if let Err(refusal) = app.check_key(&headers) {
-        return refusal.response(Manner::Tei);
-    }
-    let about = app.models.iter().map(|model| &model.about);
-    let about: Vec<&Value> = about.chain(app.generators.iter().map(|model| &model.about)).collect();
-    match about[..] {
-        [only] => axum::Json(only).into_response(),
-        _ => axum::Json(json!({"models": about})).into_response(),
-    }
-}
-
-async fn metrics(State(app): State<Arc<App>>) -> Response {
-    let waiting = app.models.iter().map(|model| (model.name.as_str(), model.queue.len()));
-    let waiting = waiting.chain(app.generators.iter().map(|model| (model.name.as_str(), model.under_way())));
-    match app.meter.text(waiting) {
-        Ok(text) => {
-            let form = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-            ([(header::CONTENT_TYPE, form)], text).into_response()
-        }
-        Err(_) => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
-    }
-}
-
-async fn models(State(app): State<Arc<App>>, headers: HeaderMap) -> Response {
-    if let Err(refusal) = app.check_key(&headers) {
-        return refusal.response(Manner::OpenAi);
-    }
-    let model = |name| json!({"id": name, "object": "model", "created": 0, "owned_by": "tk"});
-    let data: Vec<Value> = app.names().map(model).collect();
-    axum::Json(json!({"object": "list", "data": data})).into_response()
-}
-
-async fn server() -> Response {
-    axum::Json(json!({"name": "tk", "version": env!("CARGO_PKG_VERSION"), "extensions": []})).into_response()
-}
-
-async fn model(State(app): State<Arc<App>>, Path(name): Path<String>, headers: HeaderMap) -> Response {
-    let found = app.check_key(&headers).and_then(|()| app.model(Some(&name)));
-    let tensor = |name| json!({"name": name, "datatype": "BYTES", "shape": [-1]});
-    match found {
-        Ok(model) => axum::Json(json!({
-            "name": model.name,
-            "versions": ["1"],
-            "platform": "onnxruntime_onnx",
-            "inputs": model.task.fields_asked().iter().map(tensor).collect::<Vec<_>>(),
-            "outputs": [tensor(&"answer")],
-        }))
-        .into_response(),
-        Err(refusal) => refusal.response(Manner::Inference),
-    }
-}
-
-async fn model_ready(State(app): State<Arc<App>>, Path(name): Path<String>) -> Response {
-    match app.model(Some(&name)) {
-        Ok(model) => {
-            let ready = app.ready.load(Ordering::Relaxed);
-            let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-            (status, axum::Json(json!({"name": model.name, "ready": ready}))).into_response()
-        }
-        Err(refusal) => refusal.response(Manner::Inference),
-    }
-}
-
-async fn index(State(app): State<Arc<App>>) -> Response {
-    let names: Vec<&str> = app.names().collect();
-    axum::Json(json!({"tk": env!("CARGO_PKG_VERSION"), "models": names})).into_response()
-}
-
-async fn nothing() -> Response {
-    Refusal::unknown("there is nothing at this address").response(Manner::Tei)
 }
