@@ -227,6 +227,12 @@ fn fp32_and_int8_stand_beside_each_other_and_each_is_served_where_it_is_asked_fo
     let (fp32, int8) = (logits("fp32"), logits("int8"));
     let (apart, _) = common::max_abs(&fp32, &int8);
     assert!(apart > 1e-5 && apart < 1.0, "{fp32:?}, {int8:?}");
+    // the weights stand in a file of their own where that is asked for
+    export(&dir, &["--max-metric-drop", "100", "--external-data"]);
+    assert!(dir.join("onnx/model_quantized.onnx_data").is_file());
+    assert_eq!(logits("int8"), int8);
+    export(&dir, &["--max-metric-drop", "100"]);
+    assert!(!dir.join("onnx/model_quantized.onnx_data").exists());
     // a new export of fp32 forgets nothing
     tk().args(["export", "--quiet"]).arg(&dir).assert().success();
     let manifest = json(dir.join("onnx/manifest.json"));
@@ -269,6 +275,13 @@ fn what_has_no_int8_and_what_is_not_there_are_named() {
     let text = error(&["export", "--precision", "q4"], &dir, 2);
     assert!(text.contains("--precision q4: a text-classification model is exported in fp32, int8"), "{text}");
     assert!(error(&["export", "--max-metric-drop", "1"], &dir, 2).contains("--max-metric-drop is for int8"));
+    let text = error(&["export", "--precision", "int8", "--max-perplexity-increase", "1"], &dir, 2);
+    assert!(text.contains("--max-perplexity-increase is for q8 and q4"), "{text}");
+    for flags in [&["--opset", "20"][..], &["--external-data"]] {
+        let lm = models("tiny-gpt2-lm");
+        let text = error(&[&["export", "--precision", "q8"], flags].concat(), &lm, 2);
+        assert!(text.contains("say nothing to --precision q8"), "{text}");
+    }
     let text = error(&["eval", "--precision", "int8", "--input", "none.jsonl"], &dir, 2);
     assert!(text.contains("give --runtime onnx"), "{text}");
 }

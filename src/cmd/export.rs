@@ -28,8 +28,8 @@ pub struct Args {
     /// The version of ONNX's operators in model.onnx and model_quantized.onnx: 13 to 24; from 23 on attention is one operator.
     #[arg(long, value_name = "N", default_value_t = DEFAULT_OPSET)]
     opset: i64,
-    /// Write the weights beside the graph, into model.onnx_data; always done for a language model, whose two graphs
-    /// share them, and above 1.9 GB.
+    /// Write the weights beside the graph, into model.onnx_data (of int8, model_quantized.onnx_data); always done for a
+    /// language model, whose two graphs share them, and above 1.9 GB.
     #[arg(long)]
     external_data: bool,
     /// What int8, q8 and q4 are measured on: records as for `tk eval` [default: for int8 whether the answers to built-in
@@ -45,15 +45,18 @@ pub struct Args {
     /// ones closer to what was trained.
     #[arg(long, value_name = "N", default_value_t = DEFAULT_BLOCK)]
     block_size: usize,
-    /// By how much q8 and q4 may raise the perplexity, as a share of it; more is an error.
-    #[arg(long, value_name = "X", default_value_t = 0.1)]
-    max_perplexity_increase: f64,
+    /// By how much q8 and q4 may raise the perplexity, as a share of it; more is an error [default: 0.1].
+    #[arg(long, value_name = "X")]
+    max_perplexity_increase: Option<f64>,
     #[command(flatten)]
     records: RecordFlags,
 }
 
 /// Points of 100 that a metric may lose in fewer bits.
 const MAX_METRIC_DROP: f64 = 0.5;
+
+/// By which share a language model's perplexity may rise in fewer bits.
+const MAX_PERPLEXITY_INCREASE: f64 = 0.1;
 
 /// Builds, writes under a temporary name, verifies, and only then puts the graphs in place.
 pub fn run(args: &Args, say: Say) -> Result<()> {
@@ -67,11 +70,12 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
             let examples =
                 args.input.as_ref().map(|input| saved.examples(input, &args.records, saved.max_length, say));
             let most = args.max_metric_drop.unwrap_or(MAX_METRIC_DROP);
-            export.in_int8(args.opset, examples.transpose()?.as_deref(), most)?
+            export.in_int8(args.opset, args.external_data, examples.transpose()?.as_deref(), most)?
         }
         precision => {
             let examples = examples(args, &saved)?;
-            export.in_blocks(precision, args.block_size, args.max_perplexity_increase, &examples)?
+            let most = args.max_perplexity_increase.unwrap_or(MAX_PERPLEXITY_INCREASE);
+            export.in_blocks(precision, args.block_size, most, &examples)?
         }
     };
     say.result(exported.summary, &exported.manifest)
@@ -113,10 +117,18 @@ fn check_usage(args: &Args, saved: &Saved) -> Result<()> {
             bail_unusable!("--max-metric-drop {most}: expected a number from 0 upwards");
         }
     }
-    if args.max_perplexity_increase.is_nan() || args.max_perplexity_increase < 0.0 {
+    if let Some(most) = args.max_perplexity_increase {
+        if !in_blocks {
+            bail_unusable!("--max-perplexity-increase is for q8 and q4: give one of them, or leave it out");
+        }
+        if most.is_nan() || most < 0.0 {
+            bail_unusable!("--max-perplexity-increase {most}: expected a number from 0 upwards");
+        }
+    }
+    if in_blocks && (args.opset != DEFAULT_OPSET || args.external_data) {
         bail_unusable!(
-            "--max-perplexity-increase {}: expected a number from 0 upwards",
-            args.max_perplexity_increase
+            "--opset and --external-data say nothing to --precision {}, whose graph is tk's own: leave them out",
+            args.precision
         );
     }
     Ok(())

@@ -1,18 +1,29 @@
 //! A graph in int8, as far as the answers stay what they are.
 
-use std::path::Path;
+use std::path::PathBuf;
 
 use serde_json::{Value, json};
 
 use super::gate::{Gate, Loss};
 use super::{Export, Exported, compared};
-use crate::onnx::{GraphKind, Precision, int8, write};
+use crate::onnx::int8::{self, LEAST_OUTPUTS};
+use crate::onnx::{GraphKind, Precision, write};
 use crate::predict::graphs;
 use crate::task::{Example, Form};
-use crate::{Result, files};
+use crate::{Result, bail_unusable, files};
 
 /// How the matrices are stored and multiplied; see [`int8`].
 const INT8_FORM: &str = "dynamic; weights of 7 bits with a scale for each output";
+
+/// Where graphs in int8 are tried.
+struct Trials<'a> {
+    export: &'a Export<'a>,
+    opset: i64,
+    external_data: bool,
+    gate: Gate<'a>,
+    /// The file that each is written to.
+    written: PathBuf,
+}
 
 /// A graph in int8 that has been written, and what it loses.
 struct Tried {
@@ -20,44 +31,87 @@ struct Tried {
     loss: Loss,
 }
 
+impl Trials<'_> {
+    /// Writes the graph where `kept` stay in fp32; its weights in int8, and whether they stand in a file of their own.
+    fn write(&self, kept: &[String]) -> Result<(Vec<String>, bool)> {
+        let model = self.export.build(&GraphKind::int8(kept.to_vec(), self.opset))?;
+        let weights = int8::weights(&model);
+        Ok((weights, write::save(model, &self.written, self.external_data)?))
+    }
+
+    /// The same, measured.
+    fn tried(&mut self, kept: &[String]) -> Result<Tried> {
+        let (_, external) = self.write(kept)?;
+        Ok(Tried { external, loss: self.gate.loss(&self.written)? })
+    }
+
+    /// The weights, from the one that moves the outputs most where it alone is in int8.
+    fn ranked(&self, all: &[String]) -> Result<Vec<String>> {
+        let say = self.export.say;
+        let mut ranked = Vec::with_capacity(all.len());
+        let bar = say.bar(all.len() as u64, "{bar:30} {pos}/{len} matrices, {eta} left")?;
+        for name in all {
+            let kept: Vec<String> = all.iter().filter(|other| *other != name).cloned().collect();
+            self.write(&kept)?;
+            let apart = self.gate.apart(&self.written)?;
+            say.detail(format!("{name} alone: {apart:.2e}"));
+            ranked.push((apart, name.clone()));
+            bar.inc(1);
+        }
+        bar.finish_and_clear();
+        // not a number is the worst
+        ranked.sort_by(|(a, _), (b, _)| b.total_cmp(a));
+        Ok(ranked.into_iter().map(|(_, name)| name).collect())
+    }
+}
+
 impl Export<'_> {
     /// The graph with its matrices in int8. Those whose rounding moves the outputs most stay in fp32, as few as it takes
     /// for the loss to be at most `max_drop` points.
     ///
     /// # Errors
-    /// It is more whatever stays in fp32: nothing is put in place then.
-    pub fn in_int8(&self, opset: i64, examples: Option<&[Example]>, max_drop: f64) -> Result<Exported> {
+    /// Unusable: no matrix is large enough. The loss is more whatever stays in fp32: nothing is put in place then.
+    pub fn in_int8(
+        &self,
+        opset: i64,
+        external_data: bool,
+        examples: Option<&[Example]>,
+        max_drop: f64,
+    ) -> Result<Exported> {
         let target = graphs::in_precision(&self.saved.dir, Precision::Int8);
         let file = target.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let written = self.scratch.path().join(&file);
         let fp32 = self.scratch.path().join("fp32.onnx");
         write::save(self.build(&GraphKind::fp32(Form::Whole, opset))?, &fp32, false)?;
         self.say.detail("measuring in fp32");
-        let mut gate = Gate::new(self.saved, &fp32, examples)?;
+        let gate = Gate::new(self.saved, &fp32, examples)?;
+        let mut trials = Trials { export: self, opset, external_data, gate, written: written.clone() };
 
-        let model = self.build(&GraphKind::int8(Vec::new(), opset))?;
-        let all = int8::weights(&model);
-        let mut tried = Tried { external: write::save(model, &written, false)?, loss: gate.loss(&written)? };
-        let whole = tried.loss.clone();
+        let (all, _) = trials.write(&[])?;
+        if all.is_empty() {
+            bail_unusable!(
+                "the model has no matrix of {LEAST_OUTPUTS} outputs, and smaller ones gain nothing in int8"
+            );
+        }
         let mut kept = Vec::new();
-        if whole.is_above(max_drop) {
-            self.say.line(format!("{}; looking for the matrices that lose most", told(&whole)));
-            let ranked = self.ranked(opset, &gate, &all, &written)?;
-            kept = fewest(&ranked, |kept| {
-                tried = self.tried(opset, &mut gate, kept, &written)?;
-                self.say.line(format!("{} of {} in fp32: {}", kept.len(), all.len(), told(&tried.loss)));
-                Ok(!tried.loss.is_above(max_drop))
+        let mut tried = trials.tried(&kept)?;
+        if tried.loss.is_above(max_drop) {
+            let whole = told(&tried.loss);
+            self.say.line(format!("{whole}; looking for the matrices that lose most"));
+            kept = fewest(&trials.ranked(&all)?, |kept| {
+                let loss = trials.tried(kept)?.loss;
+                self.say.line(format!("{} of {} in fp32: {}", kept.len(), all.len(), told(&loss)));
+                Ok(!loss.is_above(max_drop))
             })?;
             if kept.len() == all.len() {
                 anyhow::bail!(
-                    "{}, and no choice of matrices that stay in fp32 brings it to --max-metric-drop {max_drop}, so no \
-                     {file} is written: allow more, or serve fp32",
-                    told(&whole)
+                    "{whole}, and no choice of matrices that stay in fp32 brings it to --max-metric-drop {max_drop}, so no \
+                     {file} is written: allow more, or serve fp32"
                 );
             }
-            tried = self.tried(opset, &mut gate, &kept, &written)?;
+            tried = trials.tried(&kept)?;
         }
-        drop(gate);
+        drop(trials);
         let Tried { external, loss } = tried;
         let compared = compared(self.saved, &written, Form::Whole, f32::INFINITY)?;
 
@@ -96,30 +150,6 @@ impl Export<'_> {
             compared.batch_invariance.unwrap_or_default(),
         );
         Ok(Exported { summary, manifest: entry })
-    }
-
-    /// Writes the graph where `kept` stay in fp32, and measures it.
-    fn tried(&self, opset: i64, gate: &mut Gate, kept: &[String], written: &Path) -> Result<Tried> {
-        let external = write::save(self.build(&GraphKind::int8(kept.to_vec(), opset))?, written, false)?;
-        Ok(Tried { external, loss: gate.loss(written)? })
-    }
-
-    /// The weights, from the one that moves the outputs most where it alone is in int8.
-    fn ranked(&self, opset: i64, gate: &Gate, all: &[String], written: &Path) -> Result<Vec<String>> {
-        let mut ranked = Vec::with_capacity(all.len());
-        let bar = self.say.bar(all.len() as u64, "{bar:30} {pos}/{len} matrices, {eta} left")?;
-        for name in all {
-            let kept = all.iter().filter(|other| *other != name).cloned().collect();
-            write::save(self.build(&GraphKind::int8(kept, opset))?, written, false)?;
-            let apart = gate.apart(written)?;
-            self.say.detail(format!("{name} alone: {apart:.2e}"));
-            ranked.push((apart, name.clone()));
-            bar.inc(1);
-        }
-        bar.finish_and_clear();
-        // not a number is the worst
-        ranked.sort_by(|(a, _), (b, _)| b.total_cmp(a));
-        Ok(ranked.into_iter().map(|(_, name)| name).collect())
     }
 }
 

@@ -14,7 +14,7 @@ const MULTIPLIED: f32 = 64.0;
 const LOOKED_UP: f32 = 127.0;
 
 /// The fewest outputs of a matrix that is worth it: a head with a few labels is small, and what it gives are the answers.
-pub(super) const LEAST_OUTPUTS: usize = 16;
+pub const LEAST_OUTPUTS: usize = 16;
 
 /// Behind the name of a weight: its numbers.
 pub(super) const NUMBERS: &str = "_quantized";
