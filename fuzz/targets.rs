@@ -12,6 +12,7 @@ use tk::model::ModelConfig;
 use tk::predict::chunks::Chunks;
 use tk::server::completions::Completions;
 use tk::server::routes::{Asks, Route};
+use tk::server::tokens;
 use tk::task::{Start, Task};
 
 /// A file of any bytes, and what reads it in its folder.
@@ -54,7 +55,7 @@ pub const TARGETS: [Target; 15] = [
         beside: TINY,
         read: |dir| examples(dir, "question-answering", "questions.json"),
     },
-    Target { file: "body.json", seeds: &[], beside: &[], read: body },
+    Target { file: "body.json", seeds: &[], beside: TINY, read: body },
     Target { file: "requests.jsonl", seeds: &[], beside: &["tiny-gpt2-lm/tokenizer.json"], read: requests },
     Target {
         file: "model.safetensors",
@@ -138,6 +139,9 @@ fn body(dir: &Path) {
     }
     let _ = Route::Infer.read(&body);
     let _ = Completions::read(&body);
+    if let Ok(tokenizer) = Tokenizer::open(dir) {
+        let _ = (tokens::tokenize(&tokenizer, &body), tokens::decode(&tokenizer, &body));
+    }
 }
 
 /// Lines for serve-batch: an id, a prompt and how to go on with it.

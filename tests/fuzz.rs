@@ -142,6 +142,9 @@ fn seeds(target: &Target) -> Vec<Vec<u8>> {
             lines(
                 "{\"inputs\": [{\"name\": \"text\", \"datatype\": \"BYTES\", \"shape\": [2], \"data\": [\"a\", \"b\"]}]}",
             ),
+            lines(
+                "{\"inputs\": [\"a é\", \"\"], \"add_special_tokens\": false, \"ids\": [[101, 7], []], \"skip_special_tokens\": true}",
+            ),
             lines("{\"prompt\": [\"a\"], \"max_tokens\": 3, \"temperature\": 0.5, \"n\": 2, \"stream\": true, \"stop\": \"x\"}"),
         ]
         .concat(),

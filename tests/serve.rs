@@ -244,6 +244,30 @@ fn labels_come_in_the_forms_that_clients_know() {
     );
     assert_eq!(server.get("/v2/models/tiny-bert-single").1["inputs"][0]["name"], "text");
     assert_eq!(server.get("/info").1["task"], "text-classification");
+
+    // tokens and their places, and back
+    let text = "Good, café!";
+    let (status, tokens) = server.post("/tokenize", json!({"inputs": text}));
+    assert_eq!(status, 200, "{tokens}");
+    let tokens = tokens[0].as_array().unwrap();
+    let special: Vec<bool> = tokens.iter().map(|token| token["special"].as_bool().unwrap()).collect();
+    assert!(
+        special[0] && special[special.len() - 1] && special.iter().filter(|is| **is).count() == 2,
+        "{tokens:?}"
+    );
+    let characters: Vec<char> = text.chars().collect();
+    for token in tokens.iter().filter(|token| token["special"] == false) {
+        let place = |end: &str| token[end].as_u64().unwrap() as usize;
+        let text: String = characters[place("start")..place("stop")].iter().collect();
+        assert_eq!(token["text"], text);
+    }
+    let ids: Vec<&Value> = tokens.iter().map(|token| &token["id"]).collect();
+    let (_, texts) = server.post("/models/tiny-bert-single/decode", json!({"ids": [ids, []]}));
+    let wanted = tk::data::tokens::Tokenizer::open(&dir).unwrap();
+    let plain: Vec<u32> = ids.iter().map(|id| id.as_u64().unwrap() as u32).collect();
+    assert_eq!(texts, json!([wanted.inner().decode(&plain, true).unwrap(), ""]));
+    assert_eq!(server.post("/decode", json!({"ids": [4_000_000]})).0, 422);
+    assert_eq!(server.post("/tokenize", json!({"inputs": 7})).0, 422);
 }
 
 #[test]

@@ -14,6 +14,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use super::queue::Refused;
 use crate::Result;
 use crate::checkpoint;
+use crate::data::tokens::Tokenizer;
 use crate::generate::{
     Ends, Engine, Generated, GenerationConfig, Limits, News, Prompt, Prompts, Request, RequestId,
 };
@@ -59,6 +60,7 @@ pub struct Generator {
     pub name: String,
     /// What `/info` says of it.
     pub about: Value,
+    pub tokenizer: Tokenizer,
     prompts: Prompts,
     /// None once no more requests are taken.
     submit: Mutex<Option<Sender<Submitted>>>,
@@ -120,6 +122,7 @@ impl Generator {
         Ok(Self {
             name,
             about,
+            tokenizer: saved.tokenizer.clone(),
             prompts,
             submit: Mutex::new(Some(submit)),
             taken: Arc::default(),

@@ -13,6 +13,7 @@ pub mod refusal;
 pub mod routes;
 mod served;
 mod status;
+pub mod tokens;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -27,13 +28,14 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, get, post};
 use axum::serve::ListenerExt;
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
 pub use generator::{Generator, GeneratorOptions};
 pub use metrics::Meter;
 pub use served::Served;
 
+use crate::data::tokens::Tokenizer;
 use crate::predict::Asked;
 use crate::say::Say;
 use crate::{Result, unusable};
@@ -172,6 +174,10 @@ fn router(app: Arc<App>) -> Router {
         .route("/metrics", get(status::metrics))
         .route("/v1/models", get(status::models))
         .route("/v1/completions", post(complete))
+        .route("/tokenize", of_tokens("/tokenize", tokens::tokenize))
+        .route("/models/{model}/tokenize", of_tokens("/tokenize", tokens::tokenize))
+        .route("/decode", of_tokens("/decode", tokens::decode))
+        .route("/models/{model}/decode", of_tokens("/decode", tokens::decode))
         .route("/v2", get(status::server))
         .route("/v2/health/live", get(status::live))
         .route("/v2/health/ready", get(status::ready))
@@ -212,6 +218,23 @@ async fn complete(State(app): State<Arc<App>>, request: Request) -> Response {
         asks.answer(generator).await
     };
     app.counted("/v1/completions", Manner::OpenAi, id, completed).await
+}
+
+/// Asks the tokenizer of the only model, or of the one that the path names.
+fn of_tokens(
+    path: &'static str,
+    answer: fn(&Tokenizer, &[u8]) -> Result<Value, Refusal>,
+) -> MethodRouter<Arc<App>> {
+    post(move |State(app): State<Arc<App>>, model: Option<Path<String>>, request: Request| async move {
+        let id = app.request_id(request.headers());
+        let answered = async {
+            let body = app.body(request).await?;
+            let tokenizer = app.tokenizer(model.as_deref().map(String::as_str))?;
+            let answer = tokio::task::block_in_place(|| answer(tokenizer, &body))?;
+            Ok(axum::Json(answer).into_response())
+        };
+        app.counted(path, Manner::Tei, id, answered).await
+    })
 }
 
 impl App {
@@ -359,6 +382,27 @@ impl App {
         self.named(name, &self.models, |model| &model.name, "generates texts: ask it by /v1/completions")
     }
 
+    /// The tokenizer of the model of this name, whatever it does.
+    fn tokenizer(&self, name: Option<&str>) -> Result<&Tokenizer, Refusal> {
+        match (name, &self.models[..], &self.generators[..]) {
+            (None, [], [_]) => Ok(&self.generator(None)?.tokenizer),
+            (None, _, []) => Ok(&self.model(None)?.tokenizer),
+            (None, ..) => Err(self.several()),
+            (Some(name), _, generators) => match generators.iter().find(|generator| generator.name == name) {
+                Some(generator) => Ok(&generator.tokenizer),
+                None => Ok(&self.model(Some(name))?.tokenizer),
+            },
+        }
+    }
+
+    /// Nobody says which model is asked.
+    fn several(&self) -> Refusal {
+        let names = self.names().collect::<Vec<_>>().join(", ");
+        Refusal::invalid(format!(
+            "there are several models: name one in the path (/models/NAME/…) or by \"model\": {names}"
+        ))
+    }
+
     /// The same of those that generate.
     fn generator(&self, name: Option<&str>) -> Result<&Generator, Refusal> {
         self.named(name, &self.generators, |model| &model.name, "generates no texts")
@@ -375,10 +419,7 @@ impl App {
         match (name, models) {
             (None, [only]) => Ok(only),
             (None, []) => Err(Refusal::backend(format!("{} {otherwise}", names()))),
-            (None, _) => Err(Refusal::invalid(format!(
-                "there are several models: name one in the path (/models/NAME/…) or by \"model\": {}",
-                names()
-            ))),
+            (None, _) => Err(self.several()),
             (Some(name), models) => models.iter().find(|model| name_of(model) == name).ok_or_else(|| {
                 match self.names().any(|known| known == name) {
                     true => Refusal::backend(format!("{name} {otherwise}")),

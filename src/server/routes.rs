@@ -96,7 +96,11 @@ impl Route {
     }
 }
 
-fn parsed<T: DeserializeOwned>(body: &[u8]) -> Result<T, Refusal> {
+/// What a body says.
+///
+/// # Errors
+/// It is no JSON, or other JSON.
+pub(super) fn parsed<T: DeserializeOwned>(body: &[u8]) -> Result<T, Refusal> {
     let json = &mut serde_json::Deserializer::from_slice(body);
     let value = serde_path_to_error::deserialize(&mut *json).map_err(|error| {
         let place = error.path().to_string();
@@ -110,13 +114,14 @@ fn parsed<T: DeserializeOwned>(body: &[u8]) -> Result<T, Refusal> {
 /// One of something, or a list.
 #[derive(Deserialize)]
 #[serde(untagged, expecting = "expected one or a list")]
-enum OneOrMany<T> {
+pub(super) enum OneOrMany<T> {
     One(T),
     Many(Vec<T>),
 }
 
 impl<T> OneOrMany<T> {
-    fn split(self) -> (bool, Vec<T>) {
+    /// Whether it is one, and all of them.
+    pub(super) fn split(self) -> (bool, Vec<T>) {
         match self {
             Self::One(one) => (true, vec![one]),
             Self::Many(many) => (false, many),

@@ -13,6 +13,7 @@ use super::queue::{Job, Queue, QueueLimits, Reply};
 use super::routes::Record;
 use crate::Result;
 use crate::data::records::{BadRow, Row};
+use crate::data::tokens::Tokenizer;
 use crate::predict::{Asked, Predictor};
 use crate::runtime::Provider;
 use crate::saved::Saved;
@@ -26,6 +27,7 @@ pub struct Served {
     /// What requests call it.
     pub name: String,
     pub task: Task,
+    pub tokenizer: Tokenizer,
     pub provider: Provider,
     /// What `/info` says of it.
     pub about: Value,
@@ -61,8 +63,8 @@ impl Served {
             let worker = std::thread::Builder::new().name(format!("model {name}")).spawn(work);
             workers.push(worker.context("starting a thread")?);
         }
-        let (task, workers) = (saved.task.clone(), Mutex::new(workers));
-        Ok(Self { name, task, provider, about, max_length, queue, read, workers })
+        let (task, tokenizer, workers) = (saved.task.clone(), saved.tokenizer.clone(), Mutex::new(workers));
+        Ok(Self { name, task, tokenizer, provider, about, max_length, queue, read, workers })
     }
 
     /// What a record asks.
