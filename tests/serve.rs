@@ -559,6 +559,7 @@ fn where_there_is_no_room_clients_are_told_to_come_again() {
     refused(&["none"], "none");
     refused(&[dir, "--timeout", "0"], "expected a number of seconds above 0");
     refused(&[dir, "--listen", &server.address], "--listen");
+    refused(&[dir, "--slots", "3"], "--slots is for language models");
     refused(&[models("tiny-gpt2-lm").to_str().unwrap()], "is not there: run `tk export");
     refused(&[models("tiny-bert-single").to_str().unwrap()], "is not there: run `tk export");
 }

@@ -19,8 +19,9 @@ use crate::{Result, bail_unusable, generate, process, server, unusable};
 
 /// Answer records over HTTP, in batches of about one length.
 ///
-/// The routes are those of text-embeddings-inference (/predict, /embed, /similarity, /rerank), with /entities, /answers and
-/// /fills, OpenAI's /v1/embeddings, Cohere's /v1/rerank, and the Open Inference Protocol's /v2. SIGTERM and Ctrl-C end the
+/// The routes are those of text-embeddings-inference (/predict, /embed, /similarity, /rerank, /tokenize, /decode), with
+/// /entities, /answers and /fills, OpenAI's /v1/embeddings and /v1/completions, Cohere's /v1/rerank, and the Open Inference
+/// Protocol's /v2. SIGTERM and Ctrl-C end the
 /// server once all that it has taken is answered. There is no TLS: put a proxy in front of it.
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -38,7 +39,8 @@ pub struct Args {
     /// Which of the exported graphs: fp32 or int8, of language models fp32, q8 or q4.
     #[arg(long, value_enum, default_value_t)]
     precision: Precision,
-    /// Sessions of a model on a CPU, each of one thread with a copy of the weights [default: the cores].
+    /// Sessions of a model on a CPU, each of one thread with a copy of the weights; a language model has one session of so
+    /// many threads [default: the cores].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1024))]
     threads: Option<u64>,
     /// Tokens of the longest window [default: what the model takes].
@@ -47,15 +49,16 @@ pub struct Args {
     /// Padded tokens of a batch [default: 256 on a CPU, 16384 on a GPU].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     max_batch_tokens: Option<u64>,
-    /// How long a record waits for others at most, where a batch is not full and a session is idle, in microseconds.
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    max_wait_us: u64,
-    /// Of a language model, texts that are generated side by side.
-    #[arg(long, value_name = "N", default_value_t = 48, value_parser = clap::value_parser!(u32).range(1..))]
-    slots: u32,
-    /// Of a language model, megabytes that the keys and values of these texts may take.
-    #[arg(long, value_name = "MB", default_value_t = 2048, value_parser = clap::value_parser!(u32).range(1..))]
-    cache_mb: u32,
+    /// How long a record waits for others at most, where a batch is not full and a session is idle, in microseconds
+    /// [default: 0].
+    #[arg(long, value_name = "N")]
+    max_wait_us: Option<u64>,
+    /// Of a language model, texts that are generated side by side [default: 48].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    slots: Option<u32>,
+    /// Of a language model, megabytes that the keys and values of these texts may take [default: 2048].
+    #[arg(long, value_name = "MB", value_parser = clap::value_parser!(u32).range(1..))]
+    cache_mb: Option<u32>,
     /// Records that wait for a model at most, or prompts that are under way; more are refused with 429.
     #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u64).range(1..))]
     max_queue: u64,
@@ -104,7 +107,27 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
             all.0.push(served(args, name, &saved, &meter, say)?);
         }
     }
+    check_said(args, all.0.is_empty(), all.1.is_empty())?;
     server::serve(args.listen, all, meter, limits, key, say)
+}
+
+/// Refuses flags that say nothing to any of the models.
+fn check_said(args: &Args, none_answers: bool, none_generates: bool) -> Result<()> {
+    let of_answers = [
+        ("--max-length", args.max_length.is_some()),
+        ("--max-batch-tokens", args.max_batch_tokens.is_some()),
+        ("--max-wait-us", args.max_wait_us.is_some()),
+    ];
+    let of_texts = [("--slots", args.slots.is_some()), ("--cache-mb", args.cache_mb.is_some())];
+    let given =
+        |flags: &[(&'static str, bool)]| flags.iter().find(|(_, given)| *given).map(|(flag, _)| *flag);
+    match (given(&of_answers), given(&of_texts)) {
+        (Some(flag), _) if none_answers => {
+            bail_unusable!("{flag} says nothing to language models; here is no other")
+        }
+        (_, Some(flag)) if none_generates => bail_unusable!("{flag} is for language models; here is none"),
+        _ => Ok(()),
+    }
 }
 
 /// A model's name and its directory.
@@ -134,7 +157,10 @@ fn threads(args: &Args) -> usize {
 fn generator(args: &Args, name: String, saved: &Saved, say: Say) -> Result<Generator> {
     generate::on_cpu(&args.ep)?;
     let (precision, requests) = (args.precision, args.max_queue as usize);
-    let limits = Limits { slots: args.slots as usize, cache_bytes: (args.cache_mb as usize) << 20 };
+    let limits = Limits {
+        slots: args.slots.unwrap_or(48) as usize,
+        cache_bytes: (args.cache_mb.unwrap_or(2048) as usize) << 20,
+    };
     let options = GeneratorOptions { precision, threads: threads(args), limits, requests };
     Generator::start(name, saved, &options, say)
 }
@@ -154,7 +180,7 @@ fn served(args: &Args, name: String, saved: &Saved, meter: &Arc<Meter>, say: Say
     let limits = QueueLimits {
         records: args.max_queue as usize,
         batch_tokens: predictor.batch_tokens(),
-        wait: Duration::from_micros(args.max_wait_us),
+        wait: Duration::from_micros(args.max_wait_us.unwrap_or(0)),
     };
     Served::start(name, saved, args.precision, predictor, limits, meter)
 }
