@@ -21,8 +21,8 @@ use crate::{Result, bail_unusable, generate, process, server, unusable};
 ///
 /// The routes are those of text-embeddings-inference (/predict, /embed, /similarity, /rerank, /tokenize, /decode), with
 /// /entities, /answers and /fills, OpenAI's /v1/embeddings and /v1/completions, Cohere's /v1/rerank, and the Open Inference
-/// Protocol's /v2. SIGTERM and Ctrl-C end the
-/// server once all that it has taken is answered. There is no TLS: put a proxy in front of it.
+/// Protocol's /v2. SIGTERM and Ctrl-C end the server once all that it has taken is answered. There is no TLS: put a proxy in
+/// front of it.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// The trained models' directories, exported by `tk export`; each is called by its last part, or NAME=DIR.
@@ -157,10 +157,7 @@ fn threads(args: &Args) -> usize {
 fn generator(args: &Args, name: String, saved: &Saved, say: Say) -> Result<Generator> {
     generate::on_cpu(&args.ep)?;
     let (precision, requests) = (args.precision, args.max_queue as usize);
-    let limits = Limits {
-        slots: args.slots.unwrap_or(48) as usize,
-        cache_bytes: (args.cache_mb.unwrap_or(2048) as usize) << 20,
-    };
+    let limits = Limits::of(args.slots, args.cache_mb)?;
     let options = GeneratorOptions { precision, threads: threads(args), limits, requests };
     Generator::start(name, saved, &options, say)
 }

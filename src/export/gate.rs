@@ -8,12 +8,10 @@ use serde::Serialize;
 use crate::Result;
 use crate::data::batch::Encoding;
 use crate::parity::{Measure, inputs};
-use crate::predict::{Options, Predictor};
-use crate::process;
-use crate::runtime::{Provider, Providers};
+use crate::predict::Predictor;
+use crate::runtime::Provider;
 use crate::saved::Saved;
-use crate::say::Say;
-use crate::task::{AnswerFlags, Example, Measured, Outputs};
+use crate::task::{Example, Measured, Outputs};
 
 /// Texts that tell which weights suffer most.
 const SAMPLE: usize = 64;
@@ -126,8 +124,5 @@ fn few(encodings: &[Encoding], numbers: usize) -> Vec<Encoding> {
 
 /// A graph as it is served on this machine's CPU.
 fn open(saved: &Saved, graph: &Path) -> Result<Predictor> {
-    let (providers, flags) = (&Providers::only(Provider::Cpu), &AnswerFlags::default());
-    let threads = process::cores();
-    let options = Options { providers, threads, batch_tokens: None, max_length: None, flags };
-    Predictor::of_graph(saved, graph.to_owned(), &options, Say::default())
+    Predictor::by_default(saved, graph, Provider::Cpu)
 }

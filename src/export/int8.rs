@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::gate::{Gate, Loss};
 use super::{Export, Exported, compared};
@@ -10,7 +10,7 @@ use crate::onnx::int8::{self, LEAST_OUTPUTS};
 use crate::onnx::{GraphKind, Precision, write};
 use crate::predict::graphs;
 use crate::task::{Example, Form};
-use crate::{Result, bail_unusable, files};
+use crate::{Result, bail_unusable};
 
 /// How the matrices are stored and multiplied; see [`int8`].
 const INT8_FORM: &str = "dynamic; weights of 7 bits with a scale for each output";
@@ -87,14 +87,14 @@ impl Export<'_> {
         let gate = Gate::new(self.saved, &fp32, examples)?;
         let mut trials = Trials { export: self, opset, external_data, gate, written: written.clone() };
 
-        let (all, _) = trials.write(&[])?;
+        let (all, external) = trials.write(&[])?;
         if all.is_empty() {
             bail_unusable!(
                 "the model has no matrix of {LEAST_OUTPUTS} outputs, and smaller ones gain nothing in int8"
             );
         }
         let mut kept = Vec::new();
-        let mut tried = trials.tried(&kept)?;
+        let mut tried = Tried { external, loss: trials.gate.loss(&trials.written)? };
         if tried.loss.is_above(max_drop) {
             let whole = told(&tried.loss);
             self.say.line(format!("{whole}; looking for the matrices that lose most"));
@@ -115,24 +115,6 @@ impl Export<'_> {
         let Tried { external, loss } = tried;
         let compared = compared(self.saved, &written, Form::Whole, f32::INFINITY)?;
 
-        let _held = self.locked()?;
-        write::install(self.scratch.path(), &self.folder, &[file.as_str()], external)?;
-        let mut entry = self.entry(&file, &GraphKind::int8(kept.clone(), opset))?;
-        entry.insert("form".to_owned(), json!(INT8_FORM));
-        entry.insert("in_fp32".to_owned(), json!(kept));
-        entry.insert("gate".to_owned(), json!(loss));
-        entry.insert("max_metric_drop".to_owned(), json!(max_drop));
-        entry.insert("max_abs".to_owned(), json!(compared.max_abs));
-        entry.insert("batch_invariance".to_owned(), json!(compared.batch_invariance));
-        let mut manifest = self.read_manifest()?;
-        let mut entries = self.in_place(&mut manifest, super::PRECISIONS);
-        entries.insert(Precision::Int8.name().to_owned(), Value::Object(entry.clone()));
-        manifest.insert(super::PRECISIONS.to_owned(), Value::Object(entries));
-        files::write(&self.manifest(), format!("{:#}\n", Value::Object(manifest)))?;
-
-        let bytes = self.bytes(&file) + if external { self.bytes(&format!("{file}_data")) } else { 0 };
-        entry.insert("path".to_owned(), json!(target));
-        entry.insert("bytes".to_owned(), json!(bytes));
         let in_fp32 = match &kept[..] {
             [] => String::new(),
             kept => format!("; {} of {} matrices stay in fp32: {}", kept.len(), all.len(), kept.join(", ")),
@@ -141,15 +123,21 @@ impl Export<'_> {
             Some(_) => "",
             None => "; give --input with labelled records to measure the task's metric",
         };
-        let summary = format!(
-            "{}: {:.1} MB, {}{in_fp32}{hint}\na record's outputs depend on those beside it, whose numbers share a scale: by up \
-             to {:.1e} on the built-in records",
-            target.display(),
-            bytes as f64 / 1e6,
+        let found = format!(
+            "{}{in_fp32}{hint}\na record's outputs depend on those beside it, whose numbers share a scale: by up to {:.1e} on \
+             the built-in records",
             told(&loss),
             compared.batch_invariance.unwrap_or_default(),
         );
-        Ok(Exported { summary, manifest: entry })
+        let about = [
+            ("form", json!(INT8_FORM)),
+            ("in_fp32", json!(kept)),
+            ("gate", json!(loss)),
+            ("max_metric_drop", json!(max_drop)),
+            ("max_abs", json!(compared.max_abs)),
+            ("batch_invariance", json!(compared.batch_invariance)),
+        ];
+        self.put(super::PRECISIONS, &target, &GraphKind::int8(kept, opset), external, about, &found)
     }
 }
 

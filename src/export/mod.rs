@@ -236,21 +236,36 @@ impl<'a> Export<'a> {
             );
         }
 
+        let about =
+            [("block_size", json!(block)), ("perplexity_fp32", json!(before)), ("perplexity", json!(after))];
+        let mut exported = self.put(GENERATING, &target, &kind, external, about, &found)?;
+        exported.manifest.insert("records".to_owned(), json!(examples.len()));
+        Ok(exported)
+    }
+
+    /// Puts a graph in fewer bits in its place, and what there is to say of it into the manifest, under a key.
+    fn put(
+        &self,
+        key: &str,
+        target: &Path,
+        kind: &GraphKind,
+        external: bool,
+        about: impl IntoIterator<Item = (&'static str, Value)>,
+        found: &str,
+    ) -> Result<Exported> {
+        let file = target.file_name().unwrap_or_default().to_string_lossy();
         let _held = self.locked()?;
-        write::install(self.scratch.path(), &self.folder, &[file.as_str()], external)?;
-        let mut entry = self.entry(&file, &kind)?;
-        entry.insert("block_size".to_owned(), json!(block));
-        entry.insert("perplexity_fp32".to_owned(), json!(before));
-        entry.insert("perplexity".to_owned(), json!(after));
+        write::install(self.scratch.path(), &self.folder, &[&file], external)?;
+        let mut entry = self.entry(&file, kind)?;
+        entry.extend(about.into_iter().map(|(name, value)| (name.to_owned(), value)));
         let mut manifest = self.read_manifest()?;
-        let mut entries = self.in_place(&mut manifest, GENERATING);
-        entries.insert(precision.name().to_owned(), Value::Object(entry.clone()));
-        manifest.insert(GENERATING.to_owned(), Value::Object(entries));
+        let mut entries = self.in_place(&mut manifest, key);
+        entries.insert(kind.precision.name().to_owned(), Value::Object(entry.clone()));
+        manifest.insert(key.to_owned(), Value::Object(entries));
         files::write(&self.manifest(), format!("{:#}\n", Value::Object(manifest)))?;
         let bytes = self.bytes(&file) + if external { self.bytes(&format!("{file}_data")) } else { 0 };
         entry.insert("path".to_owned(), json!(target));
         entry.insert("bytes".to_owned(), json!(bytes));
-        entry.insert("records".to_owned(), json!(examples.len()));
         let summary = format!("{}: {:.1} MB, {found}", target.display(), bytes as f64 / 1e6);
         Ok(Exported { summary, manifest: entry })
     }

@@ -3,6 +3,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
+use anyhow::Context;
 use tokenizers::Tokenizer;
 
 use super::batch::Batch;
@@ -87,6 +88,18 @@ pub struct Limits {
     pub slots: usize,
     /// The most bytes that the KV cache may take.
     pub cache_bytes: usize,
+}
+
+impl Limits {
+    /// So many texts, 48 where nobody says it, and so many megabytes, 2048.
+    ///
+    /// # Errors
+    /// There are more megabytes than can be counted in bytes.
+    pub fn of(slots: Option<u32>, cache_mb: Option<u32>) -> Result<Self> {
+        let cache_bytes = (cache_mb.unwrap_or(2048) as usize).checked_mul(1 << 20);
+        let cache_bytes = cache_bytes.context("--cache-mb is too large")?;
+        Ok(Self { slots: slots.unwrap_or(48) as usize, cache_bytes })
+    }
 }
 
 /// A model that generates: continuous batching over a KV cache.

@@ -1,6 +1,5 @@
 //! The flags of commands that generate.
 
-use anyhow::Context;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
@@ -105,9 +104,7 @@ impl Flags {
 
     /// What an engine may use.
     pub fn limits(&self) -> Result<Limits> {
-        let cache_bytes = self.cache_mb.unwrap_or(2048) as usize;
-        let cache_bytes = cache_bytes.checked_mul(1 << 20).context("--cache-mb is too large")?;
-        Ok(Limits { slots: self.slots.unwrap_or(48) as usize, cache_bytes })
+        Limits::of(self.slots, self.cache_mb)
     }
 
     /// Whether the front of a long prompt is cut.

@@ -14,7 +14,6 @@ mod pooling;
 
 use std::borrow::Cow;
 use std::cell::RefCell;
-use std::collections::BTreeMap;
 
 use super::graph::{Graph, OWN_DOMAIN, Outlet, ValueId, float, int, ints, string};
 use super::proto::tensor_proto::DataType;
@@ -35,8 +34,6 @@ pub struct Emit {
     kind: GraphKind,
     /// The keys and values that go out, two for each attention met so far.
     presents: RefCell<Vec<Outlet>>,
-    /// Of values that products in int8 read: their bytes, the scale and the zero of these.
-    rounded: RefCell<BTreeMap<ValueId, [ValueId; 3]>>,
 }
 
 /// A value of the graph.
@@ -64,8 +61,7 @@ pub fn graph<'w>(
 ) -> Result<ModelProto> {
     let opset = checked_opset(kind.opset)?;
     let form = kind.form;
-    let emit =
-        Emit { graph: RefCell::default(), kind, presents: RefCell::default(), rounded: RefCell::default() };
+    let emit = Emit { graph: RefCell::default(), kind, presents: RefCell::default() };
     let results = define(&emit)?;
     anyhow::ensure!(
         results.len() == outputs.len(),

@@ -245,6 +245,12 @@ impl Graph {
         })
     }
 
+    /// The outputs of the node that applies an operator to these inputs, where there is one.
+    pub fn outputs_of(&self, op: &str, inputs: &[ValueId]) -> Option<Vec<ValueId>> {
+        let node = self.nodes.iter().find(|node| node.op == op && node.inputs == inputs);
+        node.map(|node| node.outputs.clone())
+    }
+
     /// Whether a value is a weight with so many dimensions.
     pub fn is_weight(&self, value: ValueId, dims: usize) -> bool {
         self.params.iter().any(|known| known.value == value && known.param.shape.len() == dims)

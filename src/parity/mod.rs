@@ -20,12 +20,9 @@ pub use runtimes::Runtime;
 
 use crate::Result;
 use crate::data::batch::Encoding;
-use crate::predict::{Options, Predictor};
-use crate::process;
-use crate::runtime::Providers;
+use crate::predict::Predictor;
 use crate::saved::Saved;
-use crate::say::Say;
-use crate::task::{AnswerFlags, Example, Measured, Outputs};
+use crate::task::{Example, Measured, Outputs};
 
 /// How far a logit may be from the reference's: what float32 rounding explains, and no more.
 pub const TOLERANCE: f32 = 1e-4;
@@ -94,10 +91,7 @@ fn measured(
         let task = &subject.saved.task;
         return task.measure_outputs(&task.kept(outputs.to_vec(), examples)?, examples);
     };
-    let (providers, flags) = (&Providers::only(provider), &AnswerFlags::default());
-    let threads = process::cores();
-    let options = Options { providers, threads, batch_tokens: None, max_length: None, flags };
-    Predictor::of_graph(subject.saved, subject.graph.to_owned(), &options, Say::default())?.measure(examples)
+    Predictor::by_default(subject.saved, subject.graph, provider)?.measure(examples)
 }
 
 /// The rows of one output of all records, one after another. Of one number a token they are one row.

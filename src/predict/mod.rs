@@ -14,7 +14,6 @@ use std::sync::Arc;
 
 pub use pool::Pool;
 
-use crate::Result;
 use crate::data::batch::Encoding;
 use crate::data::records::{BadRow, Row};
 use crate::onnx::Precision;
@@ -22,6 +21,7 @@ use crate::runtime::{Provider, Providers};
 use crate::saved::Saved;
 use crate::say::Say;
 use crate::task::{Answer, AnswerFlags, Asking, Example, Measured, Outputs, Question, Task};
+use crate::{Result, process};
 
 /// Numbers of outputs that are held at once (256 MiB), where one record's are fewer.
 const HELD: usize = 64 * 1024 * 1024;
@@ -101,6 +101,17 @@ impl Predictor {
         saved.task.check_room(&asking)?;
         let pool = Pool::open(saved, &graph, options.providers, options.threads, options.batch_tokens, say)?;
         Ok(Self { task: saved.task.clone(), asking, graph, pool })
+    }
+
+    /// A graph on a provider with all cores, as it is served where nobody asks for anything else.
+    ///
+    /// # Errors
+    /// As [`Predictor::of_graph`].
+    pub fn by_default(saved: &Saved, graph: &Path, provider: Provider) -> Result<Self> {
+        let (providers, flags) = (&Providers::only(provider), &AnswerFlags::default());
+        let threads = process::cores();
+        let options = Options { providers, threads, batch_tokens: None, max_length: None, flags };
+        Self::of_graph(saved, graph.to_owned(), &options, Say::default())
     }
 
     /// One of its own for each of its sessions, to be asked side by side.

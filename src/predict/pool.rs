@@ -101,21 +101,17 @@ impl Pool {
             Ok(())
         };
         let work = &work;
-        if let [session] = &mut self.sessions[..] {
-            work(session)?; // nobody to share it with
-            return Ok(found_so_far.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner()));
-        }
-        std::thread::scope(|scope| {
-            let start = |session| std::thread::Builder::new().spawn_scoped(scope, move || work(session));
-            let threads: Vec<_> = self.sessions.iter_mut().map(start).collect();
-            threads
-                .into_iter()
-                .map(|thread| match thread.context("starting a thread")?.join() {
+        match &mut self.sessions[..] {
+            [session] => work(session)?, // nobody to share it with
+            sessions => std::thread::scope(|scope| {
+                let start = |session| std::thread::Builder::new().spawn_scoped(scope, move || work(session));
+                let threads: Vec<_> = sessions.iter_mut().map(start).collect();
+                threads.into_iter().try_for_each(|thread| match thread.context("starting a thread")?.join() {
                     Ok(done) => done,
                     Err(panic) => Err(crate::error::of_panic("a session's thread", panic.as_ref())),
                 })
-                .collect::<Result<Vec<()>>>()
-        })?;
+            })?,
+        }
         Ok(found_so_far.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner()))
     }
 }

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::refusal::Refusal;
 use super::routes::Record;
-use crate::task::scores::short;
+use crate::task::scores::{short, to_length_one};
 
 /// How answers become a body.
 pub enum Form {
@@ -63,19 +63,24 @@ impl Form {
     /// An answer has no such field: the model is of another kind.
     pub fn body(self, answers: Vec<Record>, model: &str, tokens: usize) -> Result<Value, Refusal> {
         match self {
-            Self::Labels { single, raw } => one_or_all(
-                answers.iter().map(|answer| labels(answer, raw)).collect::<Result<_, _>>()?,
-                single,
-            ),
-            Self::Field { single, name } => one_or_all(
-                answers.into_iter().map(|answer| field(answer, name)).collect::<Result<_, _>>()?,
-                single,
-            ),
-            Self::Whole { single } => one_or_all(answers.into_iter().map(Value::Object).collect(), single),
+            Self::Labels { single, raw } => {
+                let labels = answers.iter().map(|answer| labels(answer, raw));
+                Ok(one_or_all(labels.collect::<Result<_, _>>()?, single))
+            }
+            Self::Field { single, name } => {
+                let fields = answers.into_iter().map(|answer| field(answer, name));
+                Ok(one_or_all(fields.collect::<Result<_, _>>()?, single))
+            }
+            Self::Whole { single } => {
+                Ok(one_or_all(answers.into_iter().map(Value::Object).collect(), single))
+            }
             Self::Embeddings { normalize } => {
                 let row = |answer| {
-                    let row = numbers(answer, "embedding")?;
-                    Ok(written(&if normalize { of_length_one(row) } else { row }))
+                    let mut row = numbers(answer, "embedding")?;
+                    if normalize {
+                        to_length_one(&mut row);
+                    }
+                    Ok(written(&row))
                 };
                 Ok(Value::Array(answers.into_iter().map(row).collect::<Result<_, Refusal>>()?))
             }
@@ -90,7 +95,7 @@ impl Form {
                             )));
                         }
                         row.truncate(width);
-                        row = of_length_one(row);
+                        to_length_one(&mut row);
                     }
                     let bytes = || row.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
                     let embedding = if base64 { json!(STANDARD.encode(bytes())) } else { written(&row) };
@@ -105,14 +110,8 @@ impl Form {
                 Ok(Value::Array(answers.into_iter().map(of).collect::<Result<_, _>>()?))
             }
             Self::Ranks { raw, manner, texts, top, with_texts } => {
-                let score = |answer: &Record| relevance(answer, raw);
-                let mut ranks: Vec<(usize, f64)> = answers
-                    .iter()
-                    .map(score)
-                    .collect::<Result<Vec<_>, _>>()?
-                    .into_iter()
-                    .enumerate()
-                    .collect();
+                let scores = answers.iter().enumerate().map(|(i, answer)| Ok((i, relevance(answer, raw)?)));
+                let mut ranks = scores.collect::<Result<Vec<(usize, f64)>, Refusal>>()?;
                 // stable, so that equal ones keep their order
                 ranks.sort_by(|(_, a), (_, b)| b.total_cmp(a));
                 ranks.truncate(top);
@@ -149,13 +148,10 @@ impl Form {
     }
 }
 
-fn one_or_all(mut bodies: Vec<Value>, single: bool) -> Result<Value, Refusal> {
-    match (single, bodies.pop()) {
-        (true, Some(body)) => Ok(body),
-        (_, last) => {
-            bodies.extend(last);
-            Ok(Value::Array(bodies))
-        }
+fn one_or_all(mut bodies: Vec<Value>, single: bool) -> Value {
+    match bodies.pop_if(|_| single) {
+        Some(body) => body,
+        None => Value::Array(bodies),
     }
 }
 
@@ -174,12 +170,6 @@ fn numbers(answer: Record, name: &str) -> Result<Vec<f32>, Refusal> {
 
 fn written(row: &[f32]) -> Value {
     row.iter().map(|&x| short(x)).collect()
-}
-
-fn of_length_one(mut row: Vec<f32>) -> Vec<f32> {
-    let length = row.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt().max(1e-12);
-    row.iter_mut().for_each(|x| *x = (f64::from(*x) / length) as f32);
-    row
 }
 
 /// Labels with their scores, best first.

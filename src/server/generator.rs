@@ -13,7 +13,6 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use super::queue::Refused;
 use crate::Result;
-use crate::checkpoint;
 use crate::data::tokens::Tokenizer;
 use crate::generate::{
     Ends, Engine, Generated, GenerationConfig, Limits, News, Prompt, Prompts, Request, RequestId,
@@ -92,7 +91,6 @@ impl Generator {
         let about = json!({
             "model_id": name,
             "model_sha": crate::onnx::write::metadata(&graph)?.get("weights_sha256"),
-            "graph_sha": checkpoint::file_hash(&graph)?,
             "model_dtype": options.precision.name(),
             "task": saved.task.name(),
             "provider": "cpu",

@@ -174,10 +174,6 @@ fn router(app: Arc<App>) -> Router {
         .route("/metrics", get(status::metrics))
         .route("/v1/models", get(status::models))
         .route("/v1/completions", post(complete))
-        .route("/tokenize", of_tokens("/tokenize", tokens::tokenize))
-        .route("/models/{model}/tokenize", of_tokens("/tokenize", tokens::tokenize))
-        .route("/decode", of_tokens("/decode", tokens::decode))
-        .route("/models/{model}/decode", of_tokens("/decode", tokens::decode))
         .route("/v2", get(status::server))
         .route("/v2/health/live", get(status::live))
         .route("/v2/health/ready", get(status::ready))
@@ -191,6 +187,11 @@ fn router(app: Arc<App>) -> Router {
                 router = router.route(&format!("/models/{{model}}{path}"), asked_of_model(route, path));
             }
         }
+    }
+    for place in ["", "/models/{model}"] {
+        router = router
+            .route(&format!("{place}/tokenize"), of_tokens("/tokenize", tokens::tokenize))
+            .route(&format!("{place}/decode"), of_tokens("/decode", tokens::decode));
     }
     router.fallback(status::nothing).with_state(app)
 }

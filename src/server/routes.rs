@@ -81,11 +81,11 @@ impl Route {
             Self::Predict => predict(parsed(body)?),
             Self::Entities => Ok(texts(parsed(body)?, "entities")),
             Self::Fills => Ok(texts(parsed(body)?, "fills")),
-            Self::Answers => answers(parsed(body)?),
-            Self::Embed => embed(parsed(body)?),
-            Self::Similarity => similarity(parsed(body)?),
-            Self::Rerank => rerank(parsed(body)?),
-            Self::RerankCohere => rerank_cohere(parsed(body)?),
+            Self::Answers => Ok(answers(parsed(body)?)),
+            Self::Embed => Ok(embed(parsed(body)?)),
+            Self::Similarity => Ok(similarity(parsed(body)?)),
+            Self::Rerank => Ok(rerank(parsed(body)?)),
+            Self::RerankCohere => Ok(rerank_cohere(parsed(body)?)),
             Self::OpenAiEmbeddings => openai_embeddings(parsed(body)?),
             Self::Infer => infer(parsed(body)?),
         }
@@ -215,13 +215,13 @@ struct Asked {
     context: String,
 }
 
-fn answers(Answers { inputs, common }: Answers) -> Result<Asks, Refusal> {
+fn answers(Answers { inputs, common }: Answers) -> Asks {
     let (single, inputs) = inputs.split();
     let record = |Asked { question, context }| {
         let fields = [("question", question), ("context", context)];
         Record::from_iter(fields.map(|(name, value)| (name.to_owned(), Value::String(value))))
     };
-    Ok(common.asks(inputs.into_iter().map(record).collect(), Form::Whole { single }))
+    common.asks(inputs.into_iter().map(record).collect(), Form::Whole { single })
 }
 
 #[derive(Deserialize)]
@@ -233,10 +233,10 @@ struct Embed {
     common: Common,
 }
 
-fn embed(Embed { inputs, normalize, common }: Embed) -> Result<Asks, Refusal> {
+fn embed(Embed { inputs, normalize, common }: Embed) -> Asks {
     let (_, inputs) = inputs.split();
     let form = Form::Embeddings { normalize: normalize.unwrap_or(false) };
-    Ok(common.asks(inputs.into_iter().map(text).collect(), form))
+    common.asks(inputs.into_iter().map(text).collect(), form)
 }
 
 #[derive(Deserialize)]
@@ -252,10 +252,10 @@ struct Compared {
     sentences: Vec<String>,
 }
 
-fn similarity(Similarity { inputs, common }: Similarity) -> Result<Asks, Refusal> {
+fn similarity(Similarity { inputs, common }: Similarity) -> Asks {
     let Compared { source_sentence, sentences } = inputs;
     let records = sentences.into_iter().map(|sentence| pair(source_sentence.clone(), sentence)).collect();
-    Ok(common.asks(records, Form::Similarities))
+    common.asks(records, Form::Similarities)
 }
 
 #[derive(Deserialize)]
@@ -270,11 +270,11 @@ struct Rerank {
     common: Common,
 }
 
-fn rerank(Rerank { query, texts, raw_scores, return_text, common }: Rerank) -> Result<Asks, Refusal> {
+fn rerank(Rerank { query, texts, raw_scores, return_text, common }: Rerank) -> Asks {
     let records = texts.iter().map(|text| pair(query.clone(), text.clone())).collect();
     let top = texts.len();
     let form = Form::Ranks { raw: raw_scores, manner: Ranks::Tei, texts, top, with_texts: return_text };
-    Ok(common.asks(records, form))
+    common.asks(records, form)
 }
 
 #[derive(Deserialize)]
@@ -296,7 +296,7 @@ enum Document {
     Object { text: String },
 }
 
-fn rerank_cohere(body: RerankCohere) -> Result<Asks, Refusal> {
+fn rerank_cohere(body: RerankCohere) -> Asks {
     let RerankCohere { query, documents, top_n, return_documents, common } = body;
     let plain = |document| match document {
         Document::Text(text) | Document::Object { text } => text,
@@ -305,7 +305,7 @@ fn rerank_cohere(body: RerankCohere) -> Result<Asks, Refusal> {
     let records = texts.iter().map(|text| pair(query.clone(), text.clone())).collect();
     let top = top_n.unwrap_or(texts.len());
     let form = Form::Ranks { raw: false, manner: Ranks::Cohere, texts, top, with_texts: return_documents };
-    Ok(common.asks(records, form))
+    common.asks(records, form)
 }
 
 #[derive(Deserialize)]

@@ -14,6 +14,7 @@ use super::routes::Record;
 use crate::Result;
 use crate::data::records::{BadRow, Row};
 use crate::data::tokens::Tokenizer;
+use crate::onnx::{Precision, write};
 use crate::predict::{Asked, Predictor};
 use crate::runtime::Provider;
 use crate::saved::Saved;
@@ -46,7 +47,7 @@ impl Served {
     pub fn start(
         name: String,
         saved: &Saved,
-        precision: crate::onnx::Precision,
+        precision: Precision,
         predictor: Predictor,
         limits: QueueLimits,
         meter: &Arc<Meter>,
@@ -119,15 +120,10 @@ fn work(queue: &Queue, mut predictor: Predictor, meter: &Meter, name: &str) {
 }
 
 /// What text-embeddings-inference's `/info` says, as far as it is so here.
-fn about(
-    name: &str,
-    saved: &Saved,
-    precision: crate::onnx::Precision,
-    predictor: &Predictor,
-) -> Result<Value> {
+fn about(name: &str, saved: &Saved, precision: Precision, predictor: &Predictor) -> Result<Value> {
     let mut config = saved.config.clone();
     saved.task.write_config(&mut config);
-    let metadata = crate::onnx::write::metadata(predictor.graph())?;
+    let metadata = write::metadata(predictor.graph())?;
     Ok(json!({
         "model_id": name,
         "model_sha": metadata.get("weights_sha256"),

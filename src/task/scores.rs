@@ -46,6 +46,12 @@ pub fn cross_entropy(row: &[f32], target: usize) -> f64 {
     sum.ln() - f64::from(row[target] - max)
 }
 
+/// Makes a row of length 1.
+pub fn to_length_one(row: &mut [f32]) {
+    let length = row.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>().sqrt().max(1e-12);
+    row.iter_mut().for_each(|x| *x = (f64::from(*x) / length) as f32);
+}
+
 /// A number with the digits that tell it from every other f32, and no more.
 pub fn short(x: f32) -> Value {
     json!(x.to_string().parse().unwrap_or(f64::from(x)))

@@ -21,15 +21,11 @@ impl Emit {
     }
 
     /// x as bytes, with their scale and their zero, once for all who read it.
-    fn rounded(&self, x: &X) -> [ValueId; 3] {
-        let known = self.rounded.borrow().get(&x.value).copied();
-        known.unwrap_or_else(|| {
-            let outputs =
-                self.graph.borrow_mut().node_of(&x.scope, "DynamicQuantizeLinear", &[x.value], Vec::new(), 3);
-            let rounded = [outputs[0], outputs[1], outputs[2]];
-            self.rounded.borrow_mut().insert(x.value, rounded);
-            rounded
-        })
+    fn rounded(&self, x: &X) -> Vec<ValueId> {
+        const ROUND: &str = "DynamicQuantizeLinear";
+        let mut graph = self.graph.borrow_mut();
+        let known = graph.outputs_of(ROUND, &[x.value]);
+        known.unwrap_or_else(|| graph.node_of(&x.scope, ROUND, &[x.value], Vec::new(), 3))
     }
 
     /// x · W + b with W in int8.
@@ -42,10 +38,10 @@ impl Emit {
             numbers = self.transpose(scope, numbers, &[1, 0]);
             scales = self.plain(scope, "Reshape", &[scales, self.list(&[-1])]);
         }
-        let [rounded, scale, zero] = self.rounded(x);
-        let product = self.plain(scope, "MatMulInteger", &[rounded, numbers, zero]);
+        let rounded = self.rounded(x); // the bytes, their scale, their zero
+        let product = self.plain(scope, "MatMulInteger", &[rounded[0], numbers, rounded[2]]);
         let product = self.float(scope, product);
-        let scale = self.plain(scope, "Mul", &[scale, scales]);
+        let scale = self.plain(scope, "Mul", &[rounded[1], scales]);
         let value = self.plain(scope, "Mul", &[product, scale]);
         Ok(match &map.bias {
             Some(bias) => self.plain(scope, "Add", &[value, self.param(bias)?]),

@@ -21,7 +21,7 @@ pub use self::loss::{Regime, ScoredLoss};
 use self::records::{Kind, Record, read};
 pub use self::records::{PromptFlags, RecordFlags};
 use super::flags::refuse_records;
-use super::scores::short;
+use super::scores::{short, to_length_one};
 use super::{
     Answer, Asking, Dim, Encoder, Example, Form, Learning, Measured, Metric, Objective, Output, Outputs,
     Start, TextColumns,
@@ -512,8 +512,7 @@ impl Embedding {
     fn shortened(&self, outputs: &Outputs, width: usize) -> Result<Vec<f32>> {
         let mut row: Vec<f32> = self.embedding(outputs)?.take(width).collect();
         if self.normalized && width < self.channels {
-            let norm = row.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>().sqrt().max(1e-12);
-            row.iter_mut().for_each(|x| *x = (f64::from(*x) / norm) as f32);
+            to_length_one(&mut row);
         }
         Ok(row)
     }
