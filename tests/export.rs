@@ -2,19 +2,11 @@
 
 mod common;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use common::{copy_dir, json, models, predictors, tk};
+use common::{copy, json, predictors, tk};
 use tk::checkpoint::{Weights, write_safetensors};
 use tk::onnx::write;
-
-/// A copy of a tiny model.
-fn copy(model: &str) -> (tempfile::TempDir, PathBuf) {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("model");
-    copy_dir(&models(model), &path);
-    (dir, path)
-}
 
 fn names(dir: &Path) -> Vec<String> {
     let mut names: Vec<String> =

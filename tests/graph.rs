@@ -14,7 +14,7 @@ use tk::checkpoint::Weights;
 use tk::data::batch::{Encoding, PaddedBatch};
 use tk::model::ModelConfig;
 use tk::onnx::{GraphKind, OPSETS, Precision, dump, model, proto::ModelProto, write};
-use tk::runtime::{Model, OrtSession, Provider, Providers};
+use tk::runtime::{Model, OrtSession, Provider, Providers, Threads};
 use tk::say::Say;
 use tk::task::Task;
 
@@ -34,14 +34,14 @@ fn weights(dir: &Path) -> Weights {
 }
 
 fn open(model: Model) -> OrtSession {
-    OrtSession::open(model, &Providers::only(Provider::Cpu), 1, Say::default()).unwrap()
+    OrtSession::open(model, &Providers::only(Provider::Cpu), Threads::Together(1), Say::default()).unwrap()
 }
 
 fn session(model: &ModelProto) -> OrtSession {
     open(Model::Bytes(&model.encode_to_vec()))
 }
 
-fn logits(session: &mut OrtSession, batch: &PaddedBatch) -> Vec<Vec<f32>> {
+fn logits(session: &OrtSession, batch: &PaddedBatch) -> Vec<Vec<f32>> {
     let outputs = session.run(batch).unwrap();
     assert_eq!(outputs[0].array.shape()[0], batch.rows);
     outputs[0].array.outer_iter().map(|row| row.iter().copied().collect()).collect()
@@ -128,7 +128,7 @@ fn every_opset_gives_transformers_logits() {
         let (encodings, wanted) = reference(name);
         let batch = PaddedBatch::new(&encodings.iter().collect::<Vec<_>>(), 0);
         for opset in OPSETS {
-            let mut found = logits(&mut session(&exported(name, opset)), &batch);
+            let mut found = logits(&session(&exported(name, opset)), &batch);
             for (found, wanted) in found.iter_mut().zip(&wanted) {
                 found.truncate(wanted.len()); // a row a token: none of the padding's
             }
@@ -152,11 +152,11 @@ fn an_opset_that_tk_does_not_write_is_refused_by_name() {
 fn a_record_gives_the_same_logits_in_any_batch() {
     let (encodings, wanted) = reference("tiny-bert-single");
     for opset in [14, 18] {
-        let mut session = session(&exported("tiny-bert-single", opset));
+        let session = session(&exported("tiny-bert-single", opset));
         for size in [1, 2, 3, 5] {
             let found: Vec<Vec<f32>> = encodings
                 .chunks(size)
-                .flat_map(|part| logits(&mut session, &PaddedBatch::new(&part.iter().collect::<Vec<_>>(), 0)))
+                .flat_map(|part| logits(&session, &PaddedBatch::new(&part.iter().collect::<Vec<_>>(), 0)))
                 .collect();
             assert!(distance(&found, &wanted) < 1e-5, "batches of {size}");
         }
@@ -165,11 +165,11 @@ fn a_record_gives_the_same_logits_in_any_batch() {
 
 #[test]
 fn any_number_of_sequences_of_any_length_runs() {
-    let mut session = session(&exported("tiny-bert-single", 18));
+    let session = session(&exported("tiny-bert-single", 18));
     for rows in [1, 2, 7] {
         for width in [1, 2, 17, 64] {
             let encoding = Encoding { ids: vec![5; width], type_ids: vec![0; width], truncated: false };
-            let found = logits(&mut session, &PaddedBatch::new(&vec![&encoding; rows], 0));
+            let found = logits(&session, &PaddedBatch::new(&vec![&encoding; rows], 0));
             assert_eq!((found.len(), found[0].len()), (rows, 3));
             assert!(distance(&found[..1], &found[rows - 1..]) < 1e-6);
         }
@@ -180,10 +180,10 @@ fn any_number_of_sequences_of_any_length_runs() {
 fn a_fully_masked_row_is_finite_and_leaves_the_others_alone() {
     let (encodings, wanted) = reference("tiny-bert-single");
     for opset in [14, 18, 21] {
-        let mut session = session(&exported("tiny-bert-single", opset));
+        let session = session(&exported("tiny-bert-single", opset));
         let mut batch = PaddedBatch::new(&encodings.iter().collect::<Vec<_>>(), 0);
         batch.mask[..batch.width].fill(0);
-        let found = logits(&mut session, &batch);
+        let found = logits(&session, &batch);
         assert!(found[0].iter().all(|x| x.is_finite()), "{:?}", found[0]);
         assert!(distance(&found[1..], &wanted[1..]) < 1e-5);
     }
@@ -201,7 +201,7 @@ fn external_weights_give_the_same_logits_and_read_back() {
 
     let (encodings, wanted) = reference("tiny-bert-single");
     let batch = PaddedBatch::new(&encodings.iter().collect::<Vec<_>>(), 0);
-    assert!(distance(&logits(&mut open(Model::File(&path)), &batch), &wanted) < 1e-5);
+    assert!(distance(&logits(&open(Model::File(&path)), &batch), &wanted) < 1e-5);
 
     std::fs::File::options().write(true).open(write::data_path(&path)).unwrap().set_len(data / 2).unwrap();
     let error = format!("{:#}", write::load(&path).unwrap_err());
@@ -212,7 +212,7 @@ fn external_weights_give_the_same_logits_and_read_back() {
 fn taps_can_be_asked_for() {
     let taps = ["bert.embeddings", "bert.encoder.layer.0.attention", "bert.encoder.layer.1", "bert.pooler"];
     let taps: Vec<String> = taps.iter().map(|&tap| tap.to_owned()).collect();
-    let mut session = session(&model::with_outputs(exported("tiny-bert-single", 18), &taps));
+    let session = session(&model::with_outputs(exported("tiny-bert-single", 18), &taps));
     let (encodings, _) = reference("tiny-bert-single");
     let outputs = session.run(&PaddedBatch::new(&[&encodings[0]], 0)).unwrap();
     assert_eq!(outputs[1].name, "bert.embeddings");
@@ -256,4 +256,27 @@ fn weights_that_diverged_are_not_exported() {
     let error = model::build(&config, &task, &diverged, "", GraphKind::fp32(task.form(), 18)).unwrap_err();
     assert!(error.to_string().contains("classifier.bias"), "{error}");
     assert_eq!(tk::error::exit_code(&error), 2);
+}
+
+#[test]
+fn threads_that_run_one_session_at_once_give_what_one_gives() {
+    let (encodings, _) = reference("tiny-bert-single");
+    let session = session(&exported("tiny-bert-single", 18));
+    let batches: Vec<PaddedBatch> = (1..=encodings.len())
+        .flat_map(|size| {
+            encodings.chunks(size).map(|part| PaddedBatch::new(&part.iter().collect::<Vec<_>>(), 0))
+        })
+        .collect();
+    let wanted: Vec<Vec<Vec<f32>>> = batches.iter().map(|batch| logits(&session, batch)).collect();
+    std::thread::scope(|scope| {
+        for thread in 0..8 {
+            let (session, batches, wanted) = (&session, &batches, &wanted);
+            scope.spawn(move || {
+                for i in 0..200 {
+                    let at = (i * 7 + thread) % batches.len();
+                    assert_eq!(logits(session, &batches[at]), wanted[at], "thread {thread}, batch {at}");
+                }
+            });
+        }
+    });
 }

@@ -6,13 +6,13 @@ mod common;
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
-use common::{ANSWERERS, copy_dir, json, models, predictors, tk};
+use common::{ANSWERERS, copy, json, models, predictors, tk};
 use prost::Message;
 use serde_json::Value;
 use tk::data::batch::{Encoding, PaddedBatch};
 use tk::model::ops::{At, Ids, Linear, Ops, Param};
 use tk::onnx::{GraphKind, OPSETS, emit, int8, write};
-use tk::runtime::session::{Model, OrtSession};
+use tk::runtime::session::{Model, OrtSession, Threads};
 use tk::runtime::{Provider, Providers};
 use tk::say::Say;
 use tk::task::{Dim, Output};
@@ -96,21 +96,14 @@ fn a_product_is_the_integers_that_its_operators_say() {
             .unwrap();
             let file = model.encode_to_vec();
             let cpu = Providers::only(Provider::Cpu);
-            let mut session = OrtSession::open(Model::Bytes(&file), &cpu, 1, Say::default()).unwrap();
+            let session =
+                OrtSession::open(Model::Bytes(&file), &cpu, Threads::Together(1), Say::default()).unwrap();
             let tokens = Encoding { ids: ids.clone(), type_ids: vec![0; ids.len()], truncated: false };
             let found = session.run(&PaddedBatch::new(&[&tokens], 0)).unwrap().remove(0).array;
             let (apart, at) = common::max_abs(found.as_slice().unwrap(), &wanted);
             assert!(apart < 2e-5, "{name}, opset {opset}: {apart:e} at {at}");
         }
     }
-}
-
-/// A copy of a tiny model.
-fn copy(model: &str) -> (tempfile::TempDir, PathBuf) {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("model");
-    copy_dir(&models(model), &path);
-    (dir, path)
 }
 
 /// What `tk export --precision int8` says.

@@ -2,21 +2,14 @@
 
 mod common;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use common::{LANGUAGE_MODEL, TAGGERS, copy_dir, models, predictors, records_file, tk};
+use common::{LANGUAGE_MODEL, TAGGERS, copy, copy_dir, models, predictors, records_file, tk};
 use serde_json::{Value, json};
 use tk::onnx::proto::GraphProto;
 use tk::onnx::{GraphKind, model, write};
 use tk::parity::inputs;
 use tk::saved::Saved;
-
-fn copy(model: &str) -> (tempfile::TempDir, PathBuf) {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("model");
-    copy_dir(&models(model), &path);
-    (dir, path)
-}
 
 fn parity(dir: &Path, args: &[&str], code: i32) -> (Value, String) {
     let out = tk().arg("parity").arg(dir).arg("--json").args(args).assert().code(code);

@@ -17,7 +17,7 @@ use tk::onnx::proto::ModelProto;
 use tk::onnx::{CANDLE_OPSET, GraphKind, OPSETS, Precision, emit};
 use tk::runtime::decoder::Tokens;
 use tk::runtime::providers::{Provider, Providers};
-use tk::runtime::session::{Model, OrtSession};
+use tk::runtime::session::{Model, OrtSession, Threads};
 use tk::runtime::slots::SlotRead;
 use tk::runtime::{Decoder, Slots};
 use tk::say::Say;
@@ -358,7 +358,7 @@ fn in_onnx_runtime(model: &ModelProto, batch: &PaddedBatch) -> Vec<f32> {
     let bytes = prost::Message::encode_to_vec(model);
     let providers = Providers::only(Provider::Cpu);
     let say = Say { quiet: true, ..Say::default() };
-    let mut session = OrtSession::open(Model::Bytes(&bytes), &providers, 1, say).unwrap();
+    let session = OrtSession::open(Model::Bytes(&bytes), &providers, Threads::Together(1), say).unwrap();
     session.run(batch).unwrap().remove(0).array.into_iter().collect()
 }
 

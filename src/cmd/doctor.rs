@@ -13,10 +13,18 @@ use crate::say::Say;
 
 /// Tell what this machine has: ONNX Runtime, execution providers and why one is missing, GPU, CPU, memory.
 #[derive(Debug, clap::Args)]
-pub struct Args {}
+pub struct Args {
+    /// Try one provider and print what came of it, for the doctor that started this one.
+    #[arg(long, value_name = "PROVIDER", hide = true)]
+    probe: Option<Provider>,
+}
 
 /// Looks at everything and prints it; fails where ONNX Runtime can't be used.
-pub fn run(_args: &Args, say: Say) -> Result<()> {
+pub fn run(args: &Args, say: Say) -> Result<()> {
+    if let Some(provider) = args.probe {
+        let found = tried(provider);
+        return say.result(found.to_string(), &found);
+    }
     let runtime = runtime();
     let providers: Vec<Value> = Provider::ALL.into_iter().map(provider).collect();
     let works = providers.iter().any(|provider| provider["works"] == true);
@@ -50,14 +58,41 @@ fn runtime() -> Value {
     }
 }
 
-/// Tries a provider on a matrix product of known result.
+/// What can be told of a provider. Another process tries it: a process loads one build of ONNX Runtime, OpenVINO has its
+/// own, and a driver that crashes must not take the doctor with it.
 fn provider(provider: Provider) -> Value {
+    if provider == Provider::Cpu {
+        return tried(provider);
+    }
+    let name = provider.name();
+    let ended = std::env::current_exe()
+        .and_then(|tk| Command::new(tk).args(["doctor", "--probe", name, "--json"]).output());
+    let reason = match ended {
+        Ok(ended) => match serde_json::from_slice(&ended.stdout) {
+            Ok(found) => return found,
+            Err(_) => format!("its test ended with {}", ended.status),
+        },
+        Err(error) => format!("its test could not be started: {error}"),
+    };
+    json!({"name": name, "works": false, "reason": reason})
+}
+
+/// Tries a provider on a matrix product of known result.
+fn tried(provider: Provider) -> Value {
+    if provider == Provider::OpenVino {
+        library::prefer_openvino();
+    }
     let compiled_in = provider.compiled_in().unwrap_or(false);
     let works = library::library()
         .map_err(|_| anyhow::anyhow!("ONNX Runtime is missing"))
         .and_then(|_| probe::probe(provider));
     match works {
-        Ok(()) => json!({"name": provider.name(), "compiled_in": compiled_in, "works": true}),
+        Ok(()) => json!({
+            "name": provider.name(),
+            "compiled_in": compiled_in,
+            "works": true,
+            "library": library::library().ok().map(|library| &library.path),
+        }),
         Err(why) => json!({
             "name": provider.name(),
             "compiled_in": compiled_in,
@@ -92,6 +127,7 @@ fn features() -> Vec<&'static str> {
             ("fma", is_x86_feature_detected!("fma")),
             ("avx512f", is_x86_feature_detected!("avx512f")),
             ("avx512vnni", is_x86_feature_detected!("avx512vnni")),
+            ("avx512bf16", is_x86_feature_detected!("avx512bf16")),
             ("avxvnni", is_x86_feature_detected!("avxvnni")),
         ]
         .into_iter()

@@ -8,7 +8,7 @@ use serde_json::json;
 use crate::eager::Evaluator;
 use crate::onnx::Precision;
 use crate::predict::{Options, Predictor, graphs};
-use crate::runtime::{Providers, Slots};
+use crate::runtime::{EpFlags, Slots};
 use crate::saved::{Saved, TaskFlag, cut};
 use crate::say::Say;
 use crate::task::{AnswerFlags, RecordFlags};
@@ -33,10 +33,10 @@ pub struct Args {
     /// Where candle computes: cpu, cuda or cuda:N.
     #[arg(long, default_value = "cpu")]
     device: String,
-    /// What ONNX Runtime runs on: auto, or a list of cpu, cuda and tensorrt in order of preference.
-    #[arg(long, default_value = "auto", value_name = "LIST")]
-    ep: Providers,
-    /// Which of the exported graphs ONNX Runtime runs: fp32 or int8, and of a language model fp32, q8 or q4.
+    #[command(flatten)]
+    ep: EpFlags,
+    /// Which of the exported graphs ONNX Runtime runs: fp32 or int8, and of a language model fp32, q8 or q4. With --ep openvino
+    /// also bf16.
     #[arg(long, value_enum, default_value_t)]
     precision: Precision,
     #[command(flatten)]
@@ -56,20 +56,21 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
         bail_unusable!("--precision {} is of exported graphs: give --runtime onnx", args.precision);
     }
     graphs::check_precision(&saved, args.precision)?;
+    let providers = args.ep.providers(args.precision)?;
     let max_length = saved.checked_max_length(args.max_length)?;
     let examples = saved.examples(&args.input, &args.records, max_length, say)?;
     let started = Instant::now();
     let measured = match args.runtime {
         MeasuredIn::Eager => Evaluator::open(&saved, &device::open(&args.device)?)?.measure(&examples)?,
         MeasuredIn::Onnx if saved.task.language_model().is_some() => {
-            generate::on_cpu(&args.ep)?;
+            generate::on_cpu(&args.ep.ep)?;
             let graph = graphs::checked_generating(&saved, args.precision)?;
             saved.task.measure_in_place(&mut Slots::open(&graph, process::cores(), say)?, &examples)?
         }
         MeasuredIn::Onnx => {
-            let (providers, flags) = (&args.ep, &AnswerFlags::default());
+            let flags = &AnswerFlags::default();
             let (threads, batch_tokens, max_length) = (process::cores(), None, Some(max_length));
-            let options = Options { providers, threads, batch_tokens, max_length, flags };
+            let options = Options { providers: &providers, threads, batch_tokens, max_length, flags };
             Predictor::open(&saved, args.precision, &options, say)?.measure(&examples)?
         }
     };

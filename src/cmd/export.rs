@@ -2,9 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
+use anyhow::Context;
+
 use crate::export::Export;
 use crate::onnx::{DEFAULT_BLOCK, DEFAULT_OPSET, LARGEST_BLOCK, LEAST_BLOCK, Precision, checked_opset};
 use crate::predict::graphs;
+use crate::runtime::{Provider, Providers};
 use crate::saved::{Saved, TaskFlag};
 use crate::say::Say;
 use crate::task::{Encoder, Example, RecordFlags, TrainingFlags};
@@ -22,9 +25,13 @@ pub struct Args {
     #[command(flatten)]
     task: TaskFlag,
     /// The numbers that the matrices are stored in: int8, as model_quantized.onnx; for language models q8 and q4, as
-    /// generate_q8.onnx and generate_q4.onnx.
+    /// generate_q8.onnx and generate_q4.onnx. With bf16 and --ep openvino no graph is written: what model.onnx loses where
+    /// OpenVINO computes it in bf16 is measured, and kept in the manifest.
     #[arg(long, value_enum, default_value_t)]
     precision: Precision,
+    /// What computes in bf16: openvino.
+    #[arg(long, value_name = "PROVIDER")]
+    ep: Option<Provider>,
     /// The version of ONNX's operators in model.onnx and model_quantized.onnx: 13 to 24; from 23 on attention is one operator.
     #[arg(long, value_name = "N", default_value_t = DEFAULT_OPSET)]
     opset: i64,
@@ -36,8 +43,8 @@ pub struct Args {
     /// texts are those of fp32; for q8 and q4 a few built-in pages of English].
     #[arg(long, value_name = "FILE")]
     input: Option<PathBuf>,
-    /// How many points of 100 the task's metric may lose in int8 (of one that is better the lower it is: how many percent
-    /// it may rise). The matrices that lose most stay in fp32 until it holds; where it can't, that is an error
+    /// How many points of 100 the task's metric may lose in int8 or bf16 (of one that is better the lower it is: how many percent
+    /// it may rise). In int8 the matrices that lose most stay in fp32 until it holds; where it can't, that is an error
     /// [default: 0.5].
     #[arg(long, value_name = "X")]
     max_metric_drop: Option<f64>,
@@ -63,17 +70,25 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     checked_opset(args.opset)?;
     let saved = Saved::open_for(&args.dir, &args.task)?;
     check_usage(args, &saved)?;
+    // before the library is loaded
+    let openvino = (args.precision == Precision::Bf16).then(Providers::openvino_in_bf16).transpose()?;
     let export = Export::new(&saved, say)?;
+    let examples = |args: &Args| -> Result<Option<Vec<Example>>> {
+        let read = |input: &PathBuf| saved.examples(input, &args.records, saved.max_length, say);
+        args.input.as_ref().map(read).transpose()
+    };
+    let most = args.max_metric_drop.unwrap_or(MAX_METRIC_DROP);
     let exported = match args.precision {
         Precision::Fp32 => export.as_trained(args.opset, args.external_data)?,
         Precision::Int8 => {
-            let examples =
-                args.input.as_ref().map(|input| saved.examples(input, &args.records, saved.max_length, say));
-            let most = args.max_metric_drop.unwrap_or(MAX_METRIC_DROP);
-            export.in_int8(args.opset, args.external_data, examples.transpose()?.as_deref(), most)?
+            export.in_int8(args.opset, args.external_data, examples(args)?.as_deref(), most)?
         }
-        precision => {
-            let examples = examples(args, &saved)?;
+        Precision::Bf16 => {
+            let providers = openvino.context("bf16 is OpenVINO's")?;
+            export.in_bf16(&providers, examples(args)?.as_deref(), most)?
+        }
+        precision @ (Precision::Q8 | Precision::Q4) => {
+            let examples = of_language_model(args, &saved)?;
             let most = args.max_perplexity_increase.unwrap_or(MAX_PERPLEXITY_INCREASE);
             export.in_blocks(precision, args.block_size, most, &examples)?
         }
@@ -82,7 +97,7 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
 }
 
 /// What a language model's blocks are measured on.
-fn examples(args: &Args, saved: &Saved) -> Result<Vec<Example>> {
+fn of_language_model(args: &Args, saved: &Saved) -> Result<Vec<Example>> {
     let (tokenizer, max_length) = (&saved.tokenizer, saved.max_length);
     match &args.input {
         Some(input) => {
@@ -110,8 +125,10 @@ fn check_usage(args: &Args, saved: &Saved) -> Result<()> {
         bail_unusable!("--block-size is for q8 and q4: give --precision q8 or q4, or leave it out");
     }
     if let Some(most) = args.max_metric_drop {
-        if args.precision != Precision::Int8 {
-            bail_unusable!("--max-metric-drop is for int8: give --precision int8, or leave it out");
+        if !matches!(args.precision, Precision::Int8 | Precision::Bf16) {
+            bail_unusable!(
+                "--max-metric-drop is for int8 and bf16: give --precision int8 or bf16, or leave it out"
+            );
         }
         if most.is_nan() || most < 0.0 {
             bail_unusable!("--max-metric-drop {most}: expected a number from 0 upwards");
@@ -125,11 +142,23 @@ fn check_usage(args: &Args, saved: &Saved) -> Result<()> {
             bail_unusable!("--max-perplexity-increase {most}: expected a number from 0 upwards");
         }
     }
-    if in_blocks && (args.opset != DEFAULT_OPSET || args.external_data) {
+    if (in_blocks || args.precision == Precision::Bf16) && (args.opset != DEFAULT_OPSET || args.external_data)
+    {
+        let why = if in_blocks { "whose graph is tk's own" } else { "which writes no graph" };
         bail_unusable!(
-            "--opset and --external-data say nothing to --precision {}, whose graph is tk's own: leave them out",
+            "--opset and --external-data say nothing to --precision {}, {why}: leave them out",
             args.precision
         );
+    }
+    match (args.precision, args.ep) {
+        (Precision::Bf16, Some(Provider::OpenVino)) => {}
+        (Precision::Bf16, _) => {
+            bail_unusable!("--precision bf16 is computed by OpenVINO: give --ep openvino")
+        }
+        (_, Some(_)) => {
+            bail_unusable!("--ep is for --precision bf16: graphs in other precisions are no provider's own")
+        }
+        (_, None) => {}
     }
     Ok(())
 }

@@ -13,7 +13,7 @@ use crate::parity::inputs::{self, Text};
 use crate::parity::page::{self, About};
 use crate::parity::{self, Compared, Runtime, Subject, decoding, detail, report};
 use crate::predict::graphs;
-use crate::runtime::Provider;
+use crate::runtime::{How, Provider, Providers, library};
 use crate::saved::{Saved, TaskFlag};
 use crate::say::Say;
 use crate::task::{Example, Form, RecordFlags, TextColumns};
@@ -36,14 +36,15 @@ pub struct Args {
     /// Records to compare on [default: a built-in set of awkward ones].
     #[arg(long, value_name = "FILE")]
     input: Option<PathBuf>,
-    /// The runtimes, the first of which the others are held against: eager, candle-onnx, ort-cpu, ort-cuda,
-    /// ort-tensorrt [default: all that this machine has].
+    /// The runtimes, the first of which the others are held against: eager, candle-onnx, ort-cpu,
+    /// ort-openvino, ort-cuda, ort-tensorrt [default: all that this machine has; of bf16 eager and ort-openvino].
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     runtimes: Vec<Runtime>,
-    /// Which of the exported graphs: fp32 or int8.
+    /// Which of the exported graphs: fp32 or int8; bf16 is the graph in fp32 as OpenVINO computes it then.
     #[arg(long, value_enum, default_value_t, conflicts_with = "onnx")]
     precision: Precision,
-    /// How far a logit may be from the reference's [default: 1e-4; of int8 twice of what its export found].
+    /// How far a logit may be from the reference's [default: 1e-4; of int8 and bf16 twice of what `tk export`
+    /// found].
     #[arg(long, value_name = "X")]
     tolerance: Option<f32>,
     /// Write a page that stands on its own: the table, differences layer by layer, the records that differ most, hashes,
@@ -67,10 +68,14 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     }
     let destination = args.report.as_deref().map(Destination::of).transpose()?;
     let dir = args.dir.as_ref().or(args.against.as_ref()).context("no model's directory")?;
+    let how = how(args)?;
     let saved = Saved::open_for(dir, &args.task)?;
     let tolerance = tolerance(args, &saved)?;
     let max_length = saved.checked_max_length(args.max_length)?;
-    let (mut runtimes, lacking) = pick(&args.runtimes, saved.task.form())?;
+    let (mut runtimes, lacking) = match args.precision {
+        Precision::Bf16 => pick(&[Runtime::Eager, Runtime::Ort(Provider::OpenVino)], saved.task.form())?,
+        _ => pick(&args.runtimes, saved.task.form())?,
+    };
     if args.precision != Precision::Fp32 {
         runtimes.retain(|&runtime| runtime != Runtime::CandleOnnx);
     }
@@ -120,8 +125,8 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
         None => graph(graphs::path(dir), GraphKind::fp32(form, DEFAULT_OPSET))?,
     };
 
-    let subject =
-        Subject { saved: &saved, graph: &model, encodings: &encodings, examples: examples.as_deref() };
+    let examples = examples.as_deref();
+    let subject = Subject { saved: &saved, graph: &model, how: &how, encodings: &encodings, examples };
     let mut details = Vec::new();
     let compared = match form {
         Form::Whole => {
@@ -141,7 +146,7 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
                 let generating = graph(generating, GraphKind::in_place(Precision::Fp32))?;
                 let mut in_place = decoding::in_place(&saved, &generating, &texts, tolerance)?;
                 let measure = |examples| decoding::measure(&saved, &generating, examples);
-                in_place.metric = examples.as_deref().map(measure).transpose()?;
+                in_place.metric = examples.map(measure).transpose()?;
                 compared.push(in_place);
             }
             compared
@@ -163,6 +168,24 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
         anyhow::bail!("{} differ from {} by more than {}", names.join(", "), runtimes[0].name(), tolerance);
     }
     Ok(())
+}
+
+/// How providers compute, and the build of ONNX Runtime that is loaded for them.
+fn how(args: &Args) -> Result<How> {
+    let openvino = Runtime::Ort(Provider::OpenVino);
+    if args.precision != Precision::Bf16 {
+        if args.runtimes.contains(&openvino) {
+            library::prefer_openvino();
+        }
+        return Ok(How::default());
+    }
+    let others = args.runtimes.iter().any(|&runtime| runtime != openvino && runtime != Runtime::Eager);
+    if others || args.runtimes.len() == 1 {
+        bail_unusable!(
+            "--precision bf16 is computed by OpenVINO, and held against eager: leave --runtimes out"
+        );
+    }
+    Ok(Providers::openvino_in_bf16()?.how)
 }
 
 /// How far a logit may be from the reference's, where nobody says it: what rounding to f32 explains; of fewer bits twice

@@ -9,7 +9,7 @@ use std::time::Duration;
 use crate::generate::Limits;
 use crate::onnx::Precision;
 use crate::predict::{Options, Predictor};
-use crate::runtime::Providers;
+use crate::runtime::{EpFlags, Providers};
 use crate::saved::{Saved, TaskFlag};
 use crate::say::Say;
 use crate::server::queue::QueueLimits;
@@ -33,14 +33,13 @@ pub struct Args {
     /// The address; port 0 takes a free one, which is told.
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:3000")]
     listen: SocketAddr,
-    /// What computes: auto, or cpu, cuda, tensorrt; a list takes the first that can be had.
-    #[arg(long, value_name = "LIST", default_value = "auto")]
-    ep: Providers,
-    /// Which of the exported graphs: fp32 or int8, of language models fp32, q8 or q4.
+    #[command(flatten)]
+    ep: EpFlags,
+    /// Which of the exported graphs: fp32 or int8, of language models fp32, q8 or q4; with --ep openvino also bf16.
     #[arg(long, value_enum, default_value_t)]
     precision: Precision,
-    /// Sessions of a model on a CPU, each of one thread with a copy of the weights; a language model has one session of so
-    /// many threads [default: the cores].
+    /// Threads of a model on a CPU, each of which runs batches of its own; a language model's run one together [default: the
+    /// cores].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1024))]
     threads: Option<u64>,
     /// Tokens of the longest window [default: what the model takes].
@@ -91,6 +90,7 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
         tokens: args.max_request_tokens as usize,
         time,
     };
+    let providers = args.ep.providers(args.precision)?;
     let key = args.api_key_file.as_deref().map(key).transpose()?;
     let meter = Arc::new(Meter::default());
     let models = args.models.iter().map(|model| named(model)).collect::<Result<Vec<_>>>()?;
@@ -104,7 +104,7 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
         if saved.task.language_model().is_some() {
             all.1.push(generator(args, name, &saved, say)?);
         } else {
-            all.0.push(served(args, name, &saved, &meter, say)?);
+            all.0.push(served(args, &providers, name, &saved, &meter, say)?);
         }
     }
     check_said(args, all.0.is_empty(), all.1.is_empty())?;
@@ -155,7 +155,7 @@ fn threads(args: &Args) -> usize {
 
 /// A model that generates texts.
 fn generator(args: &Args, name: String, saved: &Saved, say: Say) -> Result<Generator> {
-    generate::on_cpu(&args.ep)?;
+    generate::on_cpu(&args.ep.ep)?;
     let (precision, requests) = (args.precision, args.max_queue as usize);
     let limits = Limits::of(args.slots, args.cache_mb)?;
     let options = GeneratorOptions { precision, threads: threads(args), limits, requests };
@@ -163,11 +163,18 @@ fn generator(args: &Args, name: String, saved: &Saved, say: Say) -> Result<Gener
 }
 
 /// A model that answers records.
-fn served(args: &Args, name: String, saved: &Saved, meter: &Arc<Meter>, say: Say) -> Result<Served> {
+fn served(
+    args: &Args,
+    providers: &Providers,
+    name: String,
+    saved: &Saved,
+    meter: &Arc<Meter>,
+    say: Say,
+) -> Result<Served> {
     let mut flags = AnswerFlags::default();
     flags.text_classification.logits = true; // for raw scores
     let options = Options {
-        providers: &args.ep,
+        providers,
         threads: threads(args),
         batch_tokens: args.max_batch_tokens.map(|n| n as usize),
         max_length: args.max_length,

@@ -16,7 +16,7 @@ use crate::predict::chunks::{Chunk, Chunks, Make, ReadAhead};
 use crate::predict::matrix::Matrix;
 use crate::predict::sink::{self, Done, Sink};
 use crate::predict::{Asked, Options, Predictor};
-use crate::runtime::{Provider, Providers};
+use crate::runtime::{EpFlags, Provider};
 use crate::saved::{Saved, TaskFlag};
 use crate::say::Say;
 use crate::task::{Answer, AnswerFlags, Task};
@@ -37,10 +37,9 @@ pub struct Args {
     /// written to as it is. Embeddings are written as a matrix to a name that ends in .npy or .parquet.
     #[arg(long, value_name = "FILE|-", default_value = "-")]
     output: String,
-    /// What computes: auto, or cpu, cuda, tensorrt; a list takes the first that can be had.
-    #[arg(long, value_name = "LIST", default_value = "auto")]
-    ep: Providers,
-    /// Which of the exported graphs: fp32 or int8, and for language models fp32, q8 or q4.
+    #[command(flatten)]
+    ep: EpFlags,
+    /// Which of the exported graphs: fp32 or int8, and for language models fp32, q8 or q4; with --ep openvino also bf16.
     #[arg(long, value_enum, default_value_t)]
     precision: Precision,
     /// Tokens of the longest record; longer ones are cut [default: what the model takes].
@@ -52,7 +51,7 @@ pub struct Args {
     /// Records that are read, answered and written together [default: 4096, 256 where texts are generated].
     #[arg(long, value_name = "N", value_parser = from_one_to(LARGEST_WINDOW))]
     window: Option<u64>,
-    /// Threads that compute; to classify, each has a session and a copy of the weights of its own [default: the cores].
+    /// Threads that compute; but for texts that are generated, each runs batches of its own [default: the cores].
     #[arg(long, value_name = "N", value_parser = from_one_to(MOST_THREADS))]
     threads: Option<u64>,
     /// Stop at the first record that can't be used, with exit code 2.
@@ -105,7 +104,7 @@ fn predict(job: &BatchRun, saved: &Saved) -> Result<()> {
         saved,
         args.precision,
         &Options {
-            providers: &args.ep,
+            providers: &args.ep.providers(args.precision)?,
             threads: job.threads(),
             batch_tokens: args.batch_tokens.map(|n| n as usize),
             max_length: args.max_length,
@@ -116,6 +115,8 @@ fn predict(job: &BatchRun, saved: &Saved) -> Result<()> {
     let settings = json!({
         "model_sha256": checkpoint::file_hash(predictor.graph())?,
         "provider": predictor.provider().name(),
+        "precision": args.precision.name(),
+        "tf32": args.ep.tf32(),
         "max_length": predictor.max_length(),
         "batch_tokens": predictor.batch_tokens(),
     });

@@ -7,9 +7,10 @@ use serde::Serialize;
 
 use crate::Result;
 use crate::data::batch::Encoding;
+use crate::onnx::Precision;
 use crate::parity::{Measure, inputs};
 use crate::predict::Predictor;
-use crate::runtime::Provider;
+use crate::runtime::{Provider, Providers};
 use crate::saved::Saved;
 use crate::task::{Example, Measured, Outputs};
 
@@ -50,6 +51,23 @@ impl Loss {
     pub fn is_above(&self, most: f64) -> bool {
         self.drop.is_nan() || self.drop > most
     }
+
+    /// For people.
+    pub fn told(&self, precision: Precision) -> String {
+        let Self { metric, before, after, drop, records } = self;
+        match *metric {
+            "agreement" => {
+                format!(
+                    "{:.2} % of the answers to {records} built-in records are those of fp32",
+                    after * 100.0
+                )
+            }
+            metric => format!(
+                "{metric} {before:.4} in fp32, {after:.4} in {precision}: {:+.2} points, {records} records",
+                -drop
+            ),
+        }
+    }
 }
 
 impl<'a> Gate<'a> {
@@ -62,19 +80,26 @@ impl<'a> Gate<'a> {
             Some(examples) => examples.iter().flat_map(Example::encodings).take(SAMPLE).cloned().collect(),
             None => saved.tokenizer.encode_all(&inputs::builtin(saved)?, saved.max_length)?,
         };
-        let mut reference = open(saved, fp32)?;
+        let reference = open(saved, fp32)?;
         let expected = examples.map(|examples| reference.measure(examples)).transpose()?;
         let few = few(&encodings, saved.task.numbers_of_token());
         let outputs = reference.outputs(&few.iter().collect::<Vec<_>>())?;
         Ok(Self { saved, examples, encodings, reference, expected, sample: (few, outputs) })
     }
 
-    /// What the graph at `path` loses.
+    /// What the graph at `path` loses on this machine's CPU.
     ///
     /// # Errors
     /// It can't be run, or gives other outputs than its task has.
-    pub fn loss(&mut self, path: &Path) -> Result<Loss> {
-        let mut graph = open(self.saved, path)?;
+    pub fn loss(&self, path: &Path) -> Result<Loss> {
+        self.loss_of(&open(self.saved, path)?)
+    }
+
+    /// What a graph loses where it is loaded.
+    ///
+    /// # Errors
+    /// It can't be run, or gives other outputs than its task has.
+    pub fn loss_of(&self, graph: &Predictor) -> Result<Loss> {
         let task = &self.saved.task;
         if let (Some(examples), Some(expected)) = (self.examples, &self.expected) {
             let Measure { name, expected, found } = Measure::of(task, expected, &graph.measure(examples)?)?;
@@ -124,5 +149,5 @@ fn few(encodings: &[Encoding], numbers: usize) -> Vec<Encoding> {
 
 /// A graph as it is served on this machine's CPU.
 fn open(saved: &Saved, graph: &Path) -> Result<Predictor> {
-    Predictor::by_default(saved, graph, Provider::Cpu)
+    Predictor::by_default(saved, graph, &Providers::only(Provider::Cpu))
 }

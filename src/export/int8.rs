@@ -40,7 +40,7 @@ impl Trials<'_> {
     }
 
     /// The same, measured.
-    fn tried(&mut self, kept: &[String]) -> Result<Tried> {
+    fn tried(&self, kept: &[String]) -> Result<Tried> {
         let (_, external) = self.write(kept)?;
         Ok(Tried { external, loss: self.gate.loss(&self.written)? })
     }
@@ -85,7 +85,7 @@ impl Export<'_> {
         write::save(self.build(&GraphKind::fp32(Form::Whole, opset))?, &fp32, false)?;
         self.say.detail("measuring in fp32");
         let gate = Gate::new(self.saved, &fp32, examples)?;
-        let mut trials = Trials { export: self, opset, external_data, gate, written: written.clone() };
+        let trials = Trials { export: self, opset, external_data, gate, written: written.clone() };
 
         let (all, external) = trials.write(&[])?;
         if all.is_empty() {
@@ -96,11 +96,16 @@ impl Export<'_> {
         let mut kept = Vec::new();
         let mut tried = Tried { external, loss: trials.gate.loss(&trials.written)? };
         if tried.loss.is_above(max_drop) {
-            let whole = told(&tried.loss);
+            let whole = tried.loss.told(Precision::Int8);
             self.say.line(format!("{whole}; looking for the matrices that lose most"));
             kept = fewest(&trials.ranked(&all)?, |kept| {
                 let loss = trials.tried(kept)?.loss;
-                self.say.line(format!("{} of {} in fp32: {}", kept.len(), all.len(), told(&loss)));
+                self.say.line(format!(
+                    "{} of {} in fp32: {}",
+                    kept.len(),
+                    all.len(),
+                    loss.told(Precision::Int8)
+                ));
                 Ok(!loss.is_above(max_drop))
             })?;
             if kept.len() == all.len() {
@@ -119,14 +124,11 @@ impl Export<'_> {
             [] => String::new(),
             kept => format!("; {} of {} matrices stay in fp32: {}", kept.len(), all.len(), kept.join(", ")),
         };
-        let hint = match examples {
-            Some(_) => "",
-            None => "; give --input with labelled records to measure the task's metric",
-        };
+        let hint = super::hint(examples.is_some());
         let found = format!(
             "{}{in_fp32}{hint}\na record's outputs depend on those beside it, whose numbers share a scale: by up to {:.1e} on \
              the built-in records",
-            told(&loss),
+            loss.told(Precision::Int8),
             compared.batch_invariance.unwrap_or_default(),
         );
         let about = [
@@ -154,19 +156,6 @@ fn fewest(ranked: &[String], mut holds: impl FnMut(&[String]) -> Result<bool>) -
         if holds(&ranked[..middle])? { above = middle } else { below = middle }
     }
     Ok(ranked[..above].to_vec())
-}
-
-fn told(loss: &Loss) -> String {
-    let Loss { metric, before, after, drop, records } = loss;
-    match *metric {
-        "agreement" => {
-            format!("{:.2} % of the answers to {records} built-in records are those of fp32", after * 100.0)
-        }
-        metric => format!(
-            "{metric} {before:.4} in fp32, {after:.4} in int8: {:+.2} points, {records} records",
-            -drop
-        ),
-    }
 }
 
 #[cfg(test)]

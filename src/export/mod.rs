@@ -1,6 +1,7 @@
 //! A trained model → ONNX files in place beside it: built, written under a temporary name, verified against what was
 //! trained, and only then given their names.
 
+mod bf16;
 mod gate;
 mod int8;
 
@@ -8,13 +9,14 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
+use crate::data::batch::Encoding;
 use crate::eager::Evaluator;
 use crate::onnx::proto::ModelProto;
 use crate::onnx::write::{self, Scratch};
 use crate::onnx::{GraphKind, Precision, model};
 use crate::parity::{self, Compared, Runtime, Subject, decoding, inputs, report};
 use crate::predict::graphs;
-use crate::runtime::{Provider, Slots, library};
+use crate::runtime::{How, Provider, Slots, library};
 use crate::saved::Saved;
 use crate::say::Say;
 use crate::task::{Example, Form};
@@ -156,7 +158,9 @@ impl<'a> Export<'a> {
         write::install(self.scratch.path(), &self.folder, files, external)?;
         let mut before = self.read_manifest()?;
         let mut others = self.in_place(&mut before, GENERATING);
-        let precisions = self.in_place(&mut before, PRECISIONS);
+        let mut precisions = self.in_place(&mut before, PRECISIONS);
+        // what was measured on the graph that stood here before
+        precisions.retain(|_, entry| entry["file"] != MODEL);
         let mut manifest = self.entry(MODEL, &kind)?;
         manifest.insert("max_abs".to_owned(), json!(compared[0].max_abs));
         let mut size = self.bytes(MODEL);
@@ -271,6 +275,16 @@ impl<'a> Export<'a> {
     }
 }
 
+/// The built-in records.
+fn records(saved: &Saved) -> Result<Vec<Encoding>> {
+    saved.tokenizer.encode_all(&inputs::builtin(saved)?, saved.max_length)
+}
+
+/// What more a gate could tell.
+fn hint(has_labels: bool) -> &'static str {
+    if has_labels { "" } else { "; give --input with labelled records to measure the task's metric" }
+}
+
 /// Runs the built-in records through candle and through the written file.
 ///
 /// # Errors
@@ -281,10 +295,11 @@ fn verify(saved: &Saved, graph: &Path, form: Form) -> Result<Compared> {
 
 /// The same within a tolerance.
 fn compared(saved: &Saved, graph: &Path, form: Form, tolerance: f32) -> Result<Compared> {
-    let encodings = saved.tokenizer.encode_all(&inputs::builtin(saved)?, saved.max_length)?;
+    let encodings = records(saved)?;
     let compared = match form {
         Form::Whole => {
-            let subject = Subject { saved, graph, encodings: &encodings, examples: None };
+            let subject =
+                Subject { saved, graph, how: &How::default(), encodings: &encodings, examples: None };
             let runtimes = [Runtime::Eager, Runtime::Ort(Provider::Cpu)];
             parity::run(&subject, &runtimes, tolerance)?.remove(0)
         }

@@ -4,7 +4,7 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use super::{Generated, GenerationConfig, Limits};
-use crate::runtime::{Provider, Providers};
+use crate::runtime::{Order, Provider};
 use crate::{Result, bail_unusable};
 
 /// How texts are generated; a record's fields of these names go before. Without any of temperature, top-k, top-p and
@@ -73,11 +73,11 @@ pub fn fields(generated: &Generated) -> Map<String, Value> {
 }
 
 /// Refuses a provider that does not generate.
-pub fn on_cpu(providers: &Providers) -> Result<()> {
-    match providers {
-        Providers::Auto => Ok(()),
-        Providers::Ordered(list) if list.contains(&Provider::Cpu) && list.len() == 1 => Ok(()),
-        Providers::Ordered(_) => bail_unusable!(
+pub fn on_cpu(order: &Order) -> Result<()> {
+    match order {
+        Order::Auto => Ok(()),
+        Order::Listed(list) if list[..] == [Provider::Cpu] => Ok(()),
+        Order::Listed(_) => bail_unusable!(
             "--ep: texts are generated on the cpu alone; ONNX Runtime's GroupQueryAttention has no fp32 kernel on a GPU"
         ),
     }

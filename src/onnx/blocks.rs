@@ -20,6 +20,8 @@ pub enum Precision {
     /// As they were trained.
     #[default]
     Fp32,
+    /// The graph in fp32, whose products OpenVINO computes in bf16 where the processor can; not for language models.
+    Bf16,
     /// 8 bits, multiplied as integers with activations that are rounded as they come; not for language models.
     Int8,
     /// 8 bits in blocks that share a scale.
@@ -33,16 +35,25 @@ impl Precision {
     pub fn name(self) -> &'static str {
         match self {
             Self::Fp32 => "fp32",
+            Self::Bf16 => "bf16",
             Self::Int8 => "int8",
             Self::Q8 => "q8",
             Self::Q4 => "q4",
         }
     }
 
+    /// The precision of the file that is run.
+    pub fn stored(self) -> Self {
+        match self {
+            Self::Bf16 => Self::Fp32,
+            stored => stored,
+        }
+    }
+
     /// The bits of a matrix' numbers, where it is stored in blocks.
     pub(super) fn bits(self) -> Option<u32> {
         match self {
-            Self::Fp32 | Self::Int8 => None,
+            Self::Fp32 | Self::Bf16 | Self::Int8 => None,
             Self::Q8 => Some(8),
             Self::Q4 => Some(4),
         }

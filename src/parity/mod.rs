@@ -21,6 +21,7 @@ pub use runtimes::Runtime;
 use crate::Result;
 use crate::data::batch::Encoding;
 use crate::predict::Predictor;
+use crate::runtime::{How, Provider, Providers};
 use crate::saved::Saved;
 use crate::task::{Example, Measured, Outputs};
 
@@ -35,9 +36,18 @@ pub struct Subject<'a> {
     pub saved: &'a Saved,
     /// The ONNX file that ONNX Runtime runs.
     pub graph: &'a Path,
+    /// How a provider computes it.
+    pub how: &'a How,
     pub encodings: &'a [Encoding],
     /// The same with what they ought to give, where the task's metric is measured too.
     pub examples: Option<&'a [Example]>,
+}
+
+impl Subject<'_> {
+    /// A provider, and how it computes.
+    fn on(&self, provider: Provider) -> Providers {
+        Providers { how: self.how.clone(), ..Providers::only(provider) }
+    }
 }
 
 /// Runs the records on every runtime and compares each with the first.
@@ -91,7 +101,7 @@ fn measured(
         let task = &subject.saved.task;
         return task.measure_outputs(&task.kept(outputs.to_vec(), examples)?, examples);
     };
-    Predictor::by_default(subject.saved, subject.graph, provider)?.measure(examples)
+    Predictor::by_default(subject.saved, subject.graph, &subject.on(provider))?.measure(examples)
 }
 
 /// The rows of one output of all records, one after another. Of one number a token they are one row.

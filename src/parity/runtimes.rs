@@ -11,7 +11,7 @@ use crate::eager::Evaluator;
 use crate::onnx::write;
 use crate::predict::pool;
 use crate::runtime::session::Values;
-use crate::runtime::{Model, OrtSession, Provider, Providers, probe};
+use crate::runtime::{Model, OrtSession, Provider, Threads, probe};
 use crate::say::Say;
 use crate::task::{Output, Outputs};
 use crate::{Result, unusable};
@@ -29,10 +29,11 @@ pub enum Runtime {
 
 impl Runtime {
     /// All of them, the reference first.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Eager,
         Self::CandleOnnx,
         Self::Ort(Provider::Cpu),
+        Self::Ort(Provider::OpenVino),
         Self::Ort(Provider::Cuda),
         Self::Ort(Provider::TensorRt),
     ];
@@ -43,6 +44,7 @@ impl Runtime {
             Self::Eager => "eager",
             Self::CandleOnnx => "candle-onnx",
             Self::Ort(Provider::Cpu) => "ort-cpu",
+            Self::Ort(Provider::OpenVino) => "ort-openvino",
             Self::Ort(Provider::Cuda) => "ort-cuda",
             Self::Ort(Provider::TensorRt) => "ort-tensorrt",
         }
@@ -144,7 +146,7 @@ impl LoadedGraph {
         match runtime {
             Runtime::Eager => anyhow::bail!("the eager runtime has no graph"),
             Runtime::CandleOnnx => Ok(Self::Candle(Box::new(candle::Evaluated::of(subject.saved, taps)?))),
-            Runtime::Ort(provider) => Ok(Self::Ort(Box::new(ort(subject.graph, provider, taps)?))),
+            Runtime::Ort(provider) => Ok(Self::Ort(Box::new(ort(subject, provider, taps)?))),
         }
     }
 
@@ -157,11 +159,10 @@ impl LoadedGraph {
     }
 }
 
-fn ort(graph: &Path, provider: Provider, taps: &[String]) -> Result<OrtSession> {
-    let threads = crate::process::cores();
-    let open = |path: &Path| {
-        OrtSession::open(Model::File(path), &Providers::only(provider), threads, Say::default())
-    };
+fn ort(subject: &Subject, provider: Provider, taps: &[String]) -> Result<OrtSession> {
+    let (graph, threads) = (subject.graph, Threads::Together(crate::process::cores()));
+    let providers = subject.on(provider);
+    let open = |path: &Path| OrtSession::open(Model::File(path), &providers, threads, Say::default());
     if taps.is_empty() {
         return open(graph);
     }

@@ -21,7 +21,7 @@ pub fn path(dir: &Path) -> PathBuf {
 
 /// Where it writes the graph of whole sequences in this precision; the names are those of the ecosystem.
 pub fn in_precision(dir: &Path, precision: Precision) -> PathBuf {
-    match precision {
+    match precision.stored() {
         Precision::Fp32 => path(dir),
         Precision::Int8 => folder(dir).join("model_quantized.onnx"),
         other => folder(dir).join(format!("model_{other}.onnx")),
@@ -101,7 +101,7 @@ pub fn tolerance(saved: &Saved, precision: Precision) -> Result<f32> {
 /// Unusable: names those that there are.
 pub fn check_precision(saved: &Saved, precision: Precision) -> Result<()> {
     let known: &[Precision] = match saved.task.form() {
-        Form::Whole => &[Precision::Fp32, Precision::Int8],
+        Form::Whole => &[Precision::Fp32, Precision::Int8, Precision::Bf16],
         Form::Cached | Form::InPlace => &[Precision::Fp32, Precision::Q8, Precision::Q4],
     };
     if !known.contains(&precision) {
@@ -116,6 +116,7 @@ pub fn check_precision(saved: &Saved, precision: Precision) -> Result<()> {
 }
 
 fn there_and_fresh(saved: &Saved, path: PathBuf, precision: Precision) -> Result<PathBuf> {
+    let precision = precision.stored();
     if !path.is_file() {
         bail_unusable!("{} is not there: run `{}` first", path.display(), export(saved, precision));
     }
@@ -124,10 +125,13 @@ fn there_and_fresh(saved: &Saved, path: PathBuf, precision: Precision) -> Result
 }
 
 /// The command that exports this model in a precision.
-fn export(saved: &Saved, precision: Precision) -> String {
+pub fn export(saved: &Saved, precision: Precision) -> String {
     let task = if saved.task_was_asked { format!(" --task {}", saved.task.name()) } else { String::new() };
-    let precision =
-        if precision == Precision::Fp32 { String::new() } else { format!(" --precision {precision}") };
+    let precision = match precision {
+        Precision::Fp32 => String::new(),
+        Precision::Bf16 => format!(" --precision {precision} --ep openvino"),
+        _ => format!(" --precision {precision}"),
+    };
     format!("tk export {}{task}{precision}", saved.dir.display())
 }
 

@@ -29,7 +29,7 @@ const HELD: usize = 64 * 1024 * 1024;
 /// How a model is loaded.
 pub struct Options<'a> {
     pub providers: &'a Providers,
-    /// Sessions on a CPU, each of one thread.
+    /// Threads on a CPU, each of which runs batches of its own.
     pub threads: usize,
     /// Padded tokens of a batch; what suits the provider where there is none.
     pub batch_tokens: Option<usize>,
@@ -89,7 +89,14 @@ impl Predictor {
     /// # Errors
     /// Unusable: there is no such graph of these weights, or no room for a record. As [`Pool::open`].
     pub fn open(saved: &Saved, precision: Precision, options: &Options, say: Say) -> Result<Self> {
-        Self::of_graph(saved, graphs::checked(saved, precision)?, options, say)
+        let graph = graphs::checked(saved, precision)?;
+        if precision == Precision::Bf16 && graphs::tolerance(saved, precision).is_err() {
+            say.warn(format!(
+                "what bf16 loses was not measured: `{}` does, and keeps it in the manifest",
+                graphs::export(saved, precision)
+            ));
+        }
+        Self::of_graph(saved, graph, options, say)
     }
 
     /// The same of a graph that stands anywhere.
@@ -107,18 +114,18 @@ impl Predictor {
     ///
     /// # Errors
     /// As [`Predictor::of_graph`].
-    pub fn by_default(saved: &Saved, graph: &Path, provider: Provider) -> Result<Self> {
-        let (providers, flags) = (&Providers::only(provider), &AnswerFlags::default());
+    pub fn by_default(saved: &Saved, graph: &Path, providers: &Providers) -> Result<Self> {
+        let flags = &AnswerFlags::default();
         let threads = process::cores();
         let options = Options { providers, threads, batch_tokens: None, max_length: None, flags };
         Self::of_graph(saved, graph.to_owned(), &options, Say::default())
     }
 
-    /// One of its own for each of its sessions, to be asked side by side.
-    pub fn split(self) -> Vec<Self> {
-        let Self { task, asking, graph, pool } = self;
+    /// One for each of its threads, to be asked side by side: they share the model.
+    pub fn split(&self) -> Vec<Self> {
+        let Self { task, asking, graph, .. } = self;
         let of_pool = |pool| Self { task: task.clone(), asking: asking.clone(), graph: graph.clone(), pool };
-        pool.split().into_iter().map(of_pool).collect()
+        self.pool.split().into_iter().map(of_pool).collect()
     }
 
     /// What runs the model.
@@ -154,7 +161,7 @@ impl Predictor {
     ///
     /// # Errors
     /// The model fails, or gives other outputs than its task has.
-    pub fn answers(&mut self, asked: &[&Asked]) -> Result<Vec<Answer>> {
+    pub fn answers(&self, asked: &[&Asked]) -> Result<Vec<Answer>> {
         let mut answers = Vec::with_capacity(asked.len());
         for part in self.parts(asked.iter().map(|asked| asked.tokens())) {
             let asked = &asked[part];
@@ -178,7 +185,7 @@ impl Predictor {
     ///
     /// # Errors
     /// As [`Predictor::answers`].
-    pub fn outputs(&mut self, encodings: &[&Encoding]) -> Result<Vec<Outputs>> {
+    pub fn outputs(&self, encodings: &[&Encoding]) -> Result<Vec<Outputs>> {
         self.pool.outputs(encodings)
     }
 
@@ -206,7 +213,7 @@ impl Predictor {
     ///
     /// # Errors
     /// As [`Predictor::answers`].
-    pub fn measure(&mut self, examples: &[Example]) -> Result<Measured> {
+    pub fn measure(&self, examples: &[Example]) -> Result<Measured> {
         let mut kept = Vec::with_capacity(examples.len());
         for part in self.parts(examples.iter().map(Example::tokens)) {
             let examples = &examples[part];

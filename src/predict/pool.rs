@@ -1,8 +1,8 @@
-//! Several sessions with one thread each: encoded records in, their outputs out.
+//! Threads that share a session: encoded records in, their outputs out.
 
 use std::path::Path;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use anyhow::Context;
 
@@ -10,7 +10,7 @@ use super::batching::batches;
 use crate::Result;
 use crate::data::batch::{Encoding, PaddedBatch};
 use crate::runtime::session::Values;
-use crate::runtime::{Model, OrtSession, Provider, Providers};
+use crate::runtime::{Model, OrtSession, Provider, Providers, Threads};
 use crate::saved::Saved;
 use crate::say::Say;
 use crate::task::{Outputs, Scope};
@@ -20,9 +20,10 @@ use crate::task::{Outputs, Scope};
 const CPU_BATCH_TOKENS: usize = 256;
 const GPU_BATCH_TOKENS: usize = 16_384;
 
-/// Sessions over one model that share the work.
+/// A model, and threads that share the work: on a CPU each runs batches of its own, on one core, with the same weights.
 pub struct Pool {
-    sessions: Vec<OrtSession>,
+    session: Arc<OrtSession>,
+    threads: usize,
     pad_id: u32,
     batch_tokens: usize,
     /// Of the task's outputs, and how many of them are for other programs alone.
@@ -31,7 +32,7 @@ pub struct Pool {
 }
 
 impl Pool {
-    /// Opens a session a thread on CPU, and one on a GPU.
+    /// Opens a session, for `threads` on a CPU, and for one on a GPU.
     ///
     /// # Errors
     /// As [`OrtSession::open`].
@@ -43,30 +44,27 @@ impl Pool {
         batch_tokens: Option<usize>,
         say: Say,
     ) -> Result<Self> {
-        let mut sessions = vec![OrtSession::open(Model::File(model), providers, 1, say)?];
-        let provider = sessions[0].provider();
-        let (count, default) = match provider {
-            Provider::Cpu => (threads, CPU_BATCH_TOKENS),
-            Provider::Cuda | Provider::TensorRt => (1, GPU_BATCH_TOKENS),
-        };
-        for _ in 1..count {
-            sessions.push(OrtSession::open(Model::File(model), &Providers::only(provider), 1, say)?);
-        }
+        let session = OrtSession::open(Model::File(model), providers, Threads::Apart(threads), say)?;
+        let (threads, default) =
+            if session.provider().on_cpu() { (threads, CPU_BATCH_TOKENS) } else { (1, GPU_BATCH_TOKENS) };
         let (pad_id, scopes, ahead) = (saved.tokenizer.pad_id(), saved.task.scopes(), saved.task.ahead());
-        Ok(Self { sessions, pad_id, batch_tokens: batch_tokens.unwrap_or(default), scopes, ahead })
+        let batch_tokens = batch_tokens.unwrap_or(default);
+        Ok(Self { session: Arc::new(session), threads, pad_id, batch_tokens, scopes, ahead })
     }
 
-    /// A pool for each session.
-    pub fn split(self) -> Vec<Self> {
-        let Self { sessions, pad_id, batch_tokens, scopes, ahead } = self;
-        let of_session =
-            |session| Self { sessions: vec![session], pad_id, batch_tokens, scopes: scopes.clone(), ahead };
-        sessions.into_iter().map(of_session).collect()
+    /// A pool for each thread.
+    pub fn split(&self) -> Vec<Self> {
+        let Self { pad_id, batch_tokens, ahead, .. } = *self;
+        let one = |_| {
+            let (session, scopes) = (self.session.clone(), self.scopes.clone());
+            Self { session, threads: 1, pad_id, batch_tokens, scopes, ahead }
+        };
+        (0..self.threads).map(one).collect()
     }
 
     /// What runs the model.
     pub fn provider(&self) -> Provider {
-        self.sessions[0].provider()
+        self.session.provider()
     }
 
     /// The most padded tokens of a batch with more than one record.
@@ -75,21 +73,21 @@ impl Pool {
     }
 
     /// Each example's outputs, in order. The batches, and so the last bits of the results, depend on the
-    /// lengths and the budget alone, not on how many sessions there are or which is faster.
-    pub fn outputs(&mut self, encodings: &[&Encoding]) -> Result<Vec<Outputs>> {
+    /// lengths and the budget alone, not on how many threads there are or which is faster.
+    pub fn outputs(&self, encodings: &[&Encoding]) -> Result<Vec<Outputs>> {
         let lengths: Vec<usize> = encodings.iter().map(|encoding| encoding.len()).collect();
         let batches = batches(&lengths, self.batch_tokens);
-        let (pad_id, scopes, ahead) = (self.pad_id, &self.scopes, self.ahead);
-        // from the longest, so that the sessions finish together
+        let pad_id = self.pad_id;
+        // from the longest, so that the threads finish together
         let (left, failed) = (AtomicUsize::new(batches.len()), AtomicBool::new(false));
         let found_so_far = Mutex::new(vec![Outputs::new(); encodings.len()]);
-        let work = |session: &mut OrtSession| -> Result<()> {
+        let work = || -> Result<()> {
             while !failed.load(Ordering::Relaxed) {
                 let taken = left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1));
                 let Ok(n) = taken else { break };
                 let batch = &batches[n - 1];
                 let members: Vec<&Encoding> = batch.iter().map(|&i| encodings[i]).collect();
-                let found = run(session, &PaddedBatch::new(&members, pad_id), scopes, ahead);
+                let found = self.run(&PaddedBatch::new(&members, pad_id));
                 if found.is_err() {
                     failed.store(true, Ordering::Relaxed);
                 }
@@ -100,31 +98,30 @@ impl Pool {
             }
             Ok(())
         };
-        let work = &work;
-        match &mut self.sessions[..] {
-            [session] => work(session)?, // nobody to share it with
-            sessions => std::thread::scope(|scope| {
-                let start = |session| std::thread::Builder::new().spawn_scoped(scope, move || work(session));
-                let threads: Vec<_> = sessions.iter_mut().map(start).collect();
-                threads.into_iter().try_for_each(|thread| match thread.context("starting a thread")?.join() {
-                    Ok(done) => done,
-                    Err(panic) => Err(crate::error::of_panic("a session's thread", panic.as_ref())),
-                })
+        match self.threads.min(batches.len()) {
+            ..=1 => work()?,
+            threads => std::thread::scope(|scope| {
+                let start = |_| std::thread::Builder::new().spawn_scoped(scope, work);
+                let threads: Vec<_> = (0..threads).map(start).collect();
+                // all are waited for, whatever the first one says
+                let ended: Vec<Result<()>> = threads
+                    .into_iter()
+                    .map(|thread| match thread.context("starting a thread")?.join() {
+                        Ok(done) => done,
+                        Err(panic) => Err(crate::error::of_panic("a thread of a session", panic.as_ref())),
+                    })
+                    .collect();
+                ended.into_iter().collect::<Result<()>>()
             })?,
         }
         Ok(found_so_far.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner()))
     }
-}
 
-/// The outputs of each sequence of a batch, without those ahead.
-fn run(
-    session: &mut OrtSession,
-    batch: &PaddedBatch,
-    scopes: &[Scope],
-    ahead: usize,
-) -> Result<Vec<Outputs>> {
-    let outputs = session.run(batch)?;
-    unpack(outputs.get(ahead..).unwrap_or_default(), batch, &scopes[ahead..])
+    /// The outputs of each sequence of a batch, without those ahead.
+    fn run(&self, batch: &PaddedBatch) -> Result<Vec<Outputs>> {
+        let outputs = self.session.run(batch)?;
+        unpack(outputs.get(self.ahead..).unwrap_or_default(), batch, &self.scopes[self.ahead..])
+    }
 }
 
 /// A graph's outputs, by sequence.

@@ -9,7 +9,7 @@ use ort::session::SessionInputValue;
 use ort::value::{DynValue, Tensor, TensorRef};
 
 use super::Providers;
-use super::session::{Model, OrtSession, Values};
+use super::session::{Model, OrtSession, Threads, Values};
 use crate::say::Say;
 use crate::{Result, bail_unusable};
 
@@ -47,7 +47,7 @@ impl Decoder {
     /// # Errors
     /// As [`OrtSession::open`]; the graph's caches are not (batch, heads, past, width).
     pub fn open(model: &Path, providers: &Providers, threads: usize, say: Say) -> Result<Self> {
-        let session = OrtSession::open(Model::File(model), providers, threads, say)?;
+        let session = OrtSession::open(Model::File(model), providers, Threads::Together(threads), say)?;
         let mut caches = Vec::new();
         for input in session.session.inputs() {
             let Some(layer) = input.name().strip_prefix("past_key_values.") else { continue };

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use ort::environment::Environment;
 
@@ -23,6 +24,14 @@ pub struct Library {
     pub minor: u32,
     /// What led to it.
     pub found: &'static str,
+}
+
+/// Whether the build with OpenVINO is looked for first: a process loads one library.
+static OPENVINO_FIRST: AtomicBool = AtomicBool::new(false);
+
+/// Lets the search prefer the build with OpenVINO; says nothing to a library that is loaded already.
+pub fn prefer_openvino() {
+    OPENVINO_FIRST.store(true, Ordering::Relaxed);
 }
 
 /// One place to take the library from.
@@ -110,11 +119,17 @@ fn find() -> Result<Place> {
     }
     let mut looked = Vec::new();
     let executable = std::env::current_exe().and_then(|path| path.canonicalize()).unwrap_or_default();
-    let checkout = checkout_of(&executable)
-        .map(|dir| (dir.join(".deps/onnxruntime"), "in .deps/ of the checkout that holds the executable"));
+    let folders: &[&str] = match OPENVINO_FIRST.load(Ordering::Relaxed) {
+        true => &["onnxruntime-openvino", "onnxruntime"],
+        false => &["onnxruntime"],
+    };
+    let checkout = checkout_of(&executable).map(|dir| dir.join(".deps")).into_iter().flat_map(|deps| {
+        let found = "in .deps/ of the checkout that holds the executable";
+        folders.iter().map(move |folder| (deps.join(folder), found))
+    });
     let beside = executable.parent().filter(|dir| !is_anybodys(dir));
     let beside = beside.map(|dir| (dir.to_owned(), "beside the executable"));
-    for (dir, found) in checkout.into_iter().chain(beside) {
+    for (dir, found) in checkout.chain(beside) {
         if let Some(path) = newest_in(&dir) {
             return Ok(Place { path, found });
         }

@@ -3,7 +3,9 @@
 
 pub mod decoder;
 pub mod library;
+mod missing;
 mod pages;
+mod placement;
 pub mod probe;
 pub mod providers;
 pub mod session;
@@ -12,6 +14,6 @@ pub mod slots;
 pub use decoder::Decoder;
 pub use library::Library;
 pub use pages::gather_pages;
-pub use providers::{Provider, Providers};
-pub use session::{Model, OrtSession};
+pub use providers::{EpFlags, How, Order, Provider, Providers};
+pub use session::{Model, OrtSession, Threads};
 pub use slots::Slots;

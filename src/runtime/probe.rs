@@ -4,7 +4,7 @@ use std::borrow::Cow;
 
 use prost::Message;
 
-use super::{Model, OrtSession, Provider, Providers};
+use super::{Model, OrtSession, Provider, Providers, Threads};
 use crate::Result;
 use crate::data::batch::{Encoding, PaddedBatch};
 use crate::model::ops::{At, Ids, Ops};
@@ -29,7 +29,8 @@ pub fn probe(provider: Provider) -> Result<()> {
         |param| Ok(Cow::Owned((0..param.numel()).map(|i| i as f32).collect())),
     )?;
     let bytes = model.encode_to_vec();
-    let mut session = OrtSession::open(Model::Bytes(&bytes), &Providers::only(provider), 1, Say::default())?;
+    let (model, alone) = (Model::Bytes(&bytes), Threads::Together(1));
+    let session = OrtSession::open(model, &Providers::only(provider), alone, Say::default())?;
     let tokens = Encoding { ids: vec![1], type_ids: vec![0], truncated: false };
     let found = session.run(&PaddedBatch::new(&[&tokens], 0))?.remove(0).array;
     // 4·0 + 5·1 + 6·2 + 7·3, and 4·4 + 5·5 + 6·6 + 7·7 + 1

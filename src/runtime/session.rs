@@ -1,17 +1,21 @@
 //! A model in ONNX Runtime: a padded batch in, its outputs' values out.
 
-use std::borrow::Cow;
+use std::ffi::CString;
 use std::path::Path;
+use std::ptr::{self, NonNull};
+use std::sync::Mutex;
 
 use anyhow::Context;
 use ndarray::{Array2, ArrayD, ArrayView2};
+use ort::AsPointer;
 use ort::environment::Environment;
+use ort::session::Session;
 use ort::session::builder::{AutoDevicePolicy, SessionBuilder};
-use ort::session::{Session, SessionInputValue};
-use ort::value::TensorRef;
+use ort::value::{DynValue, Outlet, TensorRef};
 
 use super::library;
-use super::providers::{Provider, Providers};
+use super::placement;
+use super::providers::{How, Order, Provider, Providers};
 use crate::data::batch::PaddedBatch;
 use crate::say::Say;
 use crate::task::Scope;
@@ -27,10 +31,46 @@ pub enum Model<'m> {
     Bytes(&'m [u8]),
 }
 
-/// A loaded model. One run at a time: for more, open more.
+/// A loaded model. On the processor several threads may run it at once, each its own batch: they share one copy of the
+/// weights. On a GPU one batch runs at a time.
 pub struct OrtSession {
     pub(super) session: Session,
     provider: Provider,
+    inputs: Vec<CString>,
+    outputs: Vec<CString>,
+    /// Held by a run, where only one is allowed.
+    alone: Option<Mutex<()>>,
+}
+
+/// What a session computes with, on the processor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Threads {
+    /// One run at a time, by so many threads.
+    Together(usize),
+    /// So many runs at once, each in the thread that calls it.
+    Apart(usize),
+}
+
+impl Threads {
+    /// Runs at once.
+    pub(super) fn runs(self) -> usize {
+        match self {
+            Self::Together(_) => 1,
+            Self::Apart(runs) => runs,
+        }
+    }
+
+    /// Threads of all runs.
+    pub(super) fn all(self) -> usize {
+        match self {
+            Self::Together(threads) | Self::Apart(threads) => threads,
+        }
+    }
+
+    /// Threads of a run.
+    fn of_run(self) -> usize {
+        self.all() / self.runs().max(1)
+    }
 }
 
 /// How a session's threads wait for work.
@@ -79,12 +119,11 @@ impl Values {
 }
 
 impl OrtSession {
-    /// Loads a model on the first of the providers that can be had, with `threads` threads of its own.
-    /// Says which one it took where there was a choice.
+    /// Loads a model on the first of the providers that can be had. Says which one it took where there was a choice.
     ///
     /// # Errors
     /// Unusable: no ONNX Runtime, no such model, or none of the providers; says why for each.
-    pub fn open(model: Model<'_>, providers: &Providers, threads: usize, say: Say) -> Result<Self> {
+    pub fn open(model: Model<'_>, providers: &Providers, threads: Threads, say: Say) -> Result<Self> {
         Self::open_waiting(model, providers, threads, Waiting::Sleeps, say)
     }
 
@@ -92,21 +131,21 @@ impl OrtSession {
     pub(super) fn open_waiting(
         model: Model<'_>,
         providers: &Providers,
-        threads: usize,
+        threads: Threads,
         waiting: Waiting,
         say: Say,
     ) -> Result<Self> {
-        let open_on = |provider| Self::open_on(provider, model, threads, waiting);
+        let open_on = |provider| Self::open_on(provider, &providers.how, model, threads, waiting);
         let library = library::library()?;
-        match providers {
-            Providers::Auto if !Provider::Cuda.compiled_in()? => {
+        match &providers.order {
+            Order::Auto if !Provider::Cuda.compiled_in()? => {
                 say.line(format!(
                     "provider: cpu, because {} is built without CUDA",
                     library.path.file_name().unwrap_or_default().display()
                 ));
                 open_on(Provider::Cpu)
             }
-            Providers::Auto => match open_on(Provider::Cuda) {
+            Order::Auto => match open_on(Provider::Cuda) {
                 Ok(session) => {
                     say.line("provider: cuda, because this machine has it");
                     Ok(session)
@@ -116,7 +155,7 @@ impl OrtSession {
                     open_on(Provider::Cpu)
                 }
             },
-            Providers::Ordered(list) => {
+            Order::Listed(list) => {
                 let mut refused = Vec::new();
                 for &provider in list {
                     match open_on(provider) {
@@ -139,14 +178,20 @@ impl OrtSession {
         }
     }
 
-    fn open_on(provider: Provider, model: Model<'_>, threads: usize, waiting: Waiting) -> Result<Self> {
+    fn open_on(
+        provider: Provider,
+        how: &How,
+        model: Model<'_>,
+        threads: Threads,
+        waiting: Waiting,
+    ) -> Result<Self> {
         let place = match model {
             Model::File(path) => path.display().to_string(),
             Model::Bytes(_) => "the graph".to_owned(),
         };
-        let builder = options(library::environment()?, threads, waiting)?;
+        let builder = options(library::environment()?, threads.of_run(), waiting)?;
         let ask = || format!("provider {}", provider.name());
-        let mut builder = provider.register(builder).with_context(ask)?;
+        let mut builder = provider.register(builder, how, threads).with_context(ask)?;
         let session = match model {
             Model::File(path) => builder.commit_from_file(path),
             Model::Bytes(bytes) => builder.commit_from_memory(bytes),
@@ -155,8 +200,13 @@ impl OrtSession {
             Provider::Cpu => unusable!("{place}: ONNX Runtime can't load it: {}", e.message()),
             _ => unusable!("provider {}: {place}: {}", provider.name(), e.message()),
         })?;
-        provider.prove(&session).with_context(ask)?;
-        Ok(Self { session, provider })
+        placement::prove(provider, &session).with_context(ask)?;
+        let names = |outlets: &[Outlet]| {
+            outlets.iter().map(|outlet| CString::new(outlet.name())).collect::<Result<Vec<_>, _>>()
+        };
+        let (inputs, outputs) = (names(session.inputs())?, names(session.outputs())?);
+        let alone = (!provider.on_cpu()).then(Mutex::default);
+        Ok(Self { session, provider, inputs, outputs, alone })
     }
 
     /// What runs the model.
@@ -178,10 +228,10 @@ impl OrtSession {
     ///
     /// # Errors
     /// The model asks for an input that a batch does not have, gives other than f32, or the run fails.
-    pub fn run(&mut self, batch: &PaddedBatch) -> Result<Vec<Values>> {
+    pub fn run(&self, batch: &PaddedBatch) -> Result<Vec<Values>> {
         let shape = (batch.rows, batch.width);
         let positions = batch.positions();
-        let mut inputs: Vec<(Cow<'_, str>, SessionInputValue<'_>)> = Vec::new();
+        let mut inputs = Vec::with_capacity(self.inputs.len());
         for input in self.session.inputs() {
             let values = match input.name() {
                 "input_ids" => &batch.ids,
@@ -193,19 +243,56 @@ impl OrtSession {
                      position_ids"
                 ),
             };
-            let tensor = TensorRef::from_array_view(ArrayView2::from_shape(shape, values)?)?;
-            inputs.push((input.name().to_owned().into(), tensor.into()));
+            inputs.push(TensorRef::from_array_view(ArrayView2::from_shape(shape, values)?)?);
         }
-        let outputs = self.session.run(inputs).with_context(|| {
+        let outputs = self.run_on(&inputs).with_context(|| {
             format!("running {} sequences of {} tokens on {}", batch.rows, batch.width, self.provider.name())
         })?;
-        outputs
-            .iter()
+        let names = self.session.outputs().iter().map(Outlet::name);
+        names
+            .zip(&outputs)
             .map(|(name, value)| {
                 let array = value.try_extract_array::<f32>().with_context(|| name.to_owned())?;
                 Ok(Values { name: name.to_owned(), array: array.to_owned() })
             })
             .collect()
+    }
+
+    /// A run with the inputs in the model's order, which gives every output.
+    ///
+    /// This is ONNX Runtime's own function, because ort's asks for the session alone. ONNX Runtime promises that threads
+    /// may run one session at once (its documentation's "High-level design"; its benchmark `onnxruntime_perf_test -c`
+    /// does); ort does not trust every execution provider to keep that promise, so this relies on it for the CPU's, where
+    /// every kernel computes in the memory of its run, and OpenVINO's, which keeps a request for each of its streams.
+    fn run_on(&self, inputs: &[TensorRef<'_, i64>]) -> Result<Vec<DynValue>> {
+        let names = |names: &[CString]| names.iter().map(|name| name.as_ptr()).collect::<Vec<_>>();
+        let (input_names, output_names) = (names(&self.inputs), names(&self.outputs));
+        let values: Vec<_> = inputs.iter().map(|input| input.ptr()).collect();
+        let mut results = vec![ptr::null_mut(); output_names.len()];
+        let _alone =
+            self.alone.as_ref().map(|alone| alone.lock().unwrap_or_else(|poisoned| poisoned.into_inner()));
+        // SAFETY: the session and the inputs live through the call, and there are as many names as values. On a GPU no
+        // other run is under way.
+        let status = unsafe {
+            (ort::api().Run)(
+                self.session.ptr().cast_mut(),
+                ptr::null(),
+                input_names.as_ptr(),
+                values.as_ptr(),
+                values.len(),
+                output_names.as_ptr(),
+                output_names.len(),
+                results.as_mut_ptr(),
+            )
+        };
+        // SAFETY: the status is ONNX Runtime's, and nothing else holds it
+        unsafe { ort::Error::result_from_status(status)? };
+        let results = results.into_iter().map(|result| {
+            let result = NonNull::new(result).context("ONNX Runtime gave no value")?;
+            // SAFETY: a value that the run has made, and that nothing else holds
+            Ok(unsafe { DynValue::from_ptr(result, Some(self.session.allocator())) })
+        });
+        results.collect()
     }
 }
 

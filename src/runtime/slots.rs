@@ -17,7 +17,7 @@ use anyhow::Context;
 use ort::AsPointer;
 use ort::sys;
 
-use super::session::{Model, OrtSession, Waiting};
+use super::session::{Model, OrtSession, Threads, Waiting};
 use super::{Providers, pages};
 use crate::say::Say;
 use crate::{Result, bail_unusable, unusable};
@@ -122,6 +122,7 @@ impl Slots {
     /// runs in fp32.
     pub fn open(model: &Path, threads: usize, say: Say) -> Result<Self> {
         let providers = Providers::only(super::Provider::Cpu);
+        let threads = Threads::Together(threads);
         let session = OrtSession::open_waiting(Model::File(model), &providers, threads, Waiting::Spins, say)?;
         let (mut inputs, mut caches) = (Vec::new(), Vec::new());
         for input in session.session.inputs() {

@@ -99,7 +99,7 @@ fn warm_up(saved: &Saved, predictor: &mut Predictor) -> Result<()> {
 }
 
 /// Answers batches until the queue is closed and empty.
-fn work(queue: &Queue, mut predictor: Predictor, meter: &Meter, name: &str) {
+fn work(queue: &Queue, predictor: Predictor, meter: &Meter, name: &str) {
     while let Some(jobs) = queue.next() {
         let started = Instant::now();
         let asked: Vec<&Asked> = jobs.iter().map(|job| &job.asked).collect();

@@ -157,6 +157,14 @@ pub fn copy_dir(from: &std::path::Path, to: &std::path::Path) {
     }
 }
 
+/// A directory under `models/`, to be changed.
+pub fn copy(model: &str) -> (tempfile::TempDir, PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("model");
+    copy_dir(&models(model), &path);
+    (dir, path)
+}
+
 /// A parameter's gradient after a backward pass: from its slot, or from candle's tape.
 pub fn gradient(
     params: &tk::eager::Params,

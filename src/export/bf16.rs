@@ -1,0 +1,67 @@
+//! What products in bf16 lose, where OpenVINO computes the graph in fp32 so: measured, and kept in the manifest.
+
+use serde_json::{Map, Value, json};
+
+use super::gate::Gate;
+use super::{Export, Exported, MODEL, PRECISIONS, records};
+use crate::onnx::Precision;
+use crate::parity::{self, Runtime, Subject};
+use crate::predict::{Predictor, graphs};
+use crate::runtime::{Provider, Providers};
+use crate::task::Example;
+use crate::{Result, files};
+
+impl Export<'_> {
+    /// The exported graph as OpenVINO computes it in bf16; no graph is written.
+    ///
+    /// # Errors
+    /// Unusable: the model is not exported, or OpenVINO can't be had. It loses more than `max_drop` points.
+    pub fn in_bf16(
+        &self,
+        providers: &Providers,
+        examples: Option<&[Example]>,
+        max_drop: f64,
+    ) -> Result<Exported> {
+        let (saved, precision) = (self.saved, Precision::Bf16);
+        let graph = graphs::checked(saved, precision)?;
+        self.say.detail("measuring in fp32");
+        let gate = Gate::new(saved, &graph, examples)?;
+        self.say.detail("measuring in bf16");
+        let loss = gate.loss_of(&Predictor::by_default(saved, &graph, providers)?)?;
+        let found = loss.told(precision);
+        if loss.is_above(max_drop) {
+            anyhow::bail!(
+                "{found}; more than --max-metric-drop {max_drop} allows: allow more, or serve fp32"
+            );
+        }
+        let encodings = records(saved)?;
+        let subject =
+            Subject { saved, graph: &graph, how: &providers.how, encodings: &encodings, examples: None };
+        let runtimes = [Runtime::Eager, Runtime::Ort(Provider::OpenVino)];
+        let compared = parity::run(&subject, &runtimes, f32::INFINITY)?.remove(0);
+
+        let _held = self.locked()?;
+        let mut manifest = self.read_manifest()?;
+        let entry = json!({
+            "file": MODEL,
+            "precision": precision.name(),
+            "provider": Provider::OpenVino.name(),
+            "gate": loss,
+            "max_metric_drop": max_drop,
+            "max_abs": compared.max_abs,
+            "batch_invariance": compared.batch_invariance,
+            "tk_version": env!("CARGO_PKG_VERSION"),
+        });
+        let mut entries = self.in_place(&mut manifest, PRECISIONS);
+        entries.insert(precision.name().to_owned(), entry.clone());
+        manifest.insert(PRECISIONS.to_owned(), Value::Object(entries));
+        files::write(&self.manifest(), format!("{:#}\n", Value::Object(manifest)))?;
+
+        let hint = super::hint(examples.is_some());
+        let summary = format!("{} by OpenVINO: {found}{hint}", graph.display());
+        let mut manifest = Map::from_iter([("path".to_owned(), json!(graph))]);
+        manifest
+            .extend(entry.as_object().into_iter().flatten().map(|(key, value)| (key.clone(), value.clone())));
+        Ok(Exported { summary, manifest })
+    }
+}
