@@ -97,6 +97,10 @@ fn what_bf16_loses_is_measured_and_kept() {
     // it was measured on the graph that stands no more
     tk().args(["export", "--quiet"]).arg(&dir).assert().success();
     assert!(error(&serve, &dir, 0).contains("what bf16 loses was not measured"));
+
+    // whose words flip
+    let (_guard, dir) = copy("tiny-bert-masked");
+    tk().args(["export", "--quiet"]).arg(&dir).assert().success();
     let text =
         error(&["export", "--precision", "bf16", "--ep", "openvino", "--max-metric-drop", "0"], &dir, 1);
     assert!(text.contains("more than --max-metric-drop 0 allows"), "{text}");

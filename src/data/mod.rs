@@ -6,3 +6,9 @@ pub mod offsets;
 pub mod records;
 pub mod tokens;
 pub mod windows;
+
+/// A few pages of English, out of books whose authors are long dead: what a model is measured on where nothing else is
+/// given.
+pub fn english() -> impl Iterator<Item = &'static str> {
+    include_str!("english.txt").split("\n\n").map(str::trim)
+}

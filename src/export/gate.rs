@@ -57,10 +57,7 @@ impl Loss {
         let Self { metric, before, after, drop, records } = self;
         match *metric {
             "agreement" => {
-                format!(
-                    "{:.2} % of the answers to {records} built-in records are those of fp32",
-                    after * 100.0
-                )
+                format!("{:.2} % of the answers to {records} built-in texts are those of fp32", after * 100.0)
             }
             metric => format!(
                 "{metric} {before:.4} in fp32, {after:.4} in {precision}: {:+.2} points, {records} records",
@@ -78,7 +75,7 @@ impl<'a> Gate<'a> {
     pub fn new(saved: &'a Saved, fp32: &Path, examples: Option<&'a [Example]>) -> Result<Self> {
         let encodings = match examples {
             Some(examples) => examples.iter().flat_map(Example::encodings).take(SAMPLE).cloned().collect(),
-            None => saved.tokenizer.encode_all(&inputs::builtin(saved)?, saved.max_length)?,
+            None => saved.tokenizer.encode_all(&inputs::of_agreement(saved)?, saved.max_length)?,
         };
         let reference = open(saved, fp32)?;
         let expected = examples.map(|examples| reference.measure(examples)).transpose()?;

@@ -50,6 +50,25 @@ const PAIRS: [(&str, &str); 5] = [
     ("你好", "👋🏽 hello שלום"),
 ];
 
+/// Words of the texts that [`of_agreement`] cuts out of the built-in pages.
+const CUT: std::ops::RangeInclusive<usize> = 3..=24;
+
+/// What answers are compared on, of which a share is told: the built-in records, and some 240 texts of the built-in pages of
+/// English, so that one answer is less than half a percent.
+///
+/// # Errors
+/// As [`builtin`].
+pub fn of_agreement(saved: &Saved) -> Result<Vec<Text>> {
+    let mut texts = builtin(saved)?;
+    for page in crate::data::english() {
+        let words: Vec<&str> = page.split_whitespace().collect();
+        let mut lengths = CUT.cycle();
+        let cut = (0..words.len()).step_by(2).zip(lengths.by_ref());
+        texts.extend(cut.filter_map(|(at, length)| Some((words.get(at..at + length)?.join(" "), None))));
+    }
+    Ok(texts)
+}
+
 /// The built-in records for a model: the texts above, texts of one to twelve words, pairs where the model has
 /// token types; then texts of exactly the maximum length, one token less, more than it, and far more, and very
 /// long words. The long ones stand together, between short ones, so that few batches are wide.

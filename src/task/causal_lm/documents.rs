@@ -123,19 +123,13 @@ pub(super) fn read(path: &Path, flags: &RecordFlags) -> Result<Vec<Document>> {
     })
 }
 
-/// A few pages of English, out of books whose authors are long dead: what a model is measured on where nothing else is
-/// given.
-fn english() -> impl Iterator<Item = &'static str> {
-    include_str!("english.txt").split("\n\n").map(str::trim)
-}
-
 impl CausalLm {
     /// The built-in pages as examples to measure on.
     ///
     /// # Errors
     /// As [`CausalLm::examples_of`].
     pub fn builtin_examples(&self, tokenizer: &Tokenizer, max_length: usize) -> Result<Vec<Example>> {
-        let english = Document::of_texts(english());
+        let english = Document::of_texts(crate::data::english());
         let examples = self.examples_of(&english, tokenizer, max_length, Cutting::Evaluation)?;
         Ok(listed(examples, Target::CausalLm))
     }
