@@ -4,6 +4,7 @@
 mod common;
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use common::{ANSWERERS, copy, json, models, predictors, tk};
@@ -37,9 +38,10 @@ fn rounded(values: &[f32], most: f32) -> (Vec<f32>, f32) {
     (values.iter().map(|x| (x / scale).round_ties_even()).collect(), scale)
 }
 
-/// `DynamicQuantizeLinear`: bytes less their zero, and their scale.
-fn bytes(x: &[f32]) -> (Vec<f32>, f32) {
-    let (low, high) = x.iter().fold((0f32, 0f32), |(low, high), x| (low.min(*x), high.max(*x)));
+/// `DynamicQuantizeLinear`, or `QuantizeLinear` of a range: bytes less their zero, and their scale.
+fn bytes(x: &[f32], range: Option<(f32, f32)>) -> (Vec<f32>, f32) {
+    let of_x = || x.iter().fold((0f32, 0f32), |(low, high), x| (low.min(*x), high.max(*x)));
+    let (low, high) = range.unwrap_or_else(of_x);
     let scale = (high - low) / 255.0;
     let zero = (-low / scale).round_ties_even().clamp(0.0, 255.0);
     (x.iter().map(|x| ((x / scale).round_ties_even() + zero).clamp(0.0, 255.0) - zero).collect(), scale)
@@ -55,7 +57,10 @@ fn a_product_is_the_integers_that_its_operators_say() {
         ("(in, out)", At::body("f").conv1d(width, outputs)),
         ("tied", At::body("x").table(tokens.max(16), width).tied()),
     ];
-    for (name, map) in cases {
+    // the range holds some of the numbers, and some it cuts off
+    for ((name, map), range) in
+        cases.iter().flat_map(|case| [None, Some((-1.5, 2.0))].map(|range| (case.clone(), range)))
+    {
         let table = if name == "tied" { At::body("x").table(16, width) } else { table.clone() };
         let outputs = map.output();
         let output = Output { name: "y", dims: vec![Dim::Batch, Dim::Sequence, Dim::Of(outputs)] };
@@ -71,7 +76,7 @@ fn a_product_is_the_integers_that_its_operators_say() {
                 numbers.into_iter().map(move |q| q * scale)
             })
             .collect();
-        let (x, scale) = bytes(&x);
+        let (x, scale) = bytes(&x, range);
         let matrix = values(&map.weight);
         let bias = map.bias.as_ref().map(values);
         let mut wanted = Vec::new();
@@ -86,11 +91,13 @@ fn a_product_is_the_integers_that_its_operators_say() {
                 wanted.push(product as f32 * (scale * of_column) + bias.as_ref().map_or(0.0, |bias| bias[n]));
             }
         }
+        let ranges: BTreeMap<String, (f32, f32)> =
+            range.iter().map(|&range| (map.weight.name.clone(), range)).collect();
         for opset in OPSETS {
             let model = emit::graph(
                 |o| Ok(vec![o.linear(map.clone(), &o.embed(table.clone(), Ids::Tokens)?)?]),
                 std::slice::from_ref(&output),
-                GraphKind::int8(Vec::new(), opset),
+                GraphKind::int8(Vec::new(), ranges.clone(), opset),
                 |param| Ok(Cow::Owned(values(param))),
             )
             .unwrap();
@@ -101,7 +108,7 @@ fn a_product_is_the_integers_that_its_operators_say() {
             let tokens = Encoding { ids: ids.clone(), type_ids: vec![0; ids.len()], truncated: false };
             let found = session.run(&PaddedBatch::new(&[&tokens], 0)).unwrap().remove(0).array;
             let (apart, at) = common::max_abs(found.as_slice().unwrap(), &wanted);
-            assert!(apart < 2e-5, "{name}, opset {opset}: {apart:e} at {at}");
+            assert!(apart < 2e-5, "{name}, {range:?}, opset {opset}: {apart:e} at {at}");
         }
     }
 }
@@ -141,6 +148,54 @@ fn every_model_is_exported_in_int8_and_held_against_fp32() {
         tk().args(["parity", "--precision", "int8", "--quiet"]).arg(&dir).assert().success();
         assert!(!dir.join("onnx/model.onnx").exists(), "what was exported in fp32 stays what it is");
     }
+}
+
+/// Records of any task, without labels.
+fn unlabelled(dir: &Path) -> PathBuf {
+    let record = |i: usize| {
+        let (text, pair) =
+            (["a good day ", "no ", "it rains "][i % 3].repeat(1 + i % 5), "and then the sun came out");
+        serde_json::json!({"text": format!("{text}[MASK] <mask>"), "text_pair": pair, "question": text, "context": pair})
+    };
+    let path = dir.join("calibration.jsonl");
+    std::fs::write(&path, (0..30).map(|i| format!("{}\n", record(i))).collect::<String>()).unwrap();
+    path
+}
+
+#[test]
+fn with_ranges_from_records_no_answer_depends_on_those_beside_it() {
+    for model in predictors().chain(ANSWERERS) {
+        let (_guard, dir) = copy(model);
+        let records = unlabelled(&dir);
+        let calibration = ["--calibration", records.to_str().unwrap(), "--max-metric-drop", "100"];
+        let found = export(&dir, &calibration);
+        assert_eq!(found["form"], "static", "{model}");
+        let beside = found["batch_invariance"].as_f64().unwrap();
+        assert!(beside < 1e-5, "{model}: {beside}");
+        assert!(found["gate"]["after"].as_f64().unwrap() > 0.5, "{model}: {found}");
+        let graph = write::load(&dir.join("onnx/model_quantized.onnx")).unwrap().graph.unwrap();
+        assert!(graph.node.iter().all(|node| node.op_type != "DynamicQuantizeLinear"), "{model}");
+        assert!(graph.node.iter().filter(|node| node.op_type == "QuantizeLinear").count() >= 4, "{model}");
+        tk().args(["parity", "--precision", "int8", "--quiet"]).arg(&dir).assert().success();
+    }
+}
+
+#[test]
+fn records_that_can_not_be_calibrated_on_are_named_with_their_place() {
+    let (_guard, dir) = copy("tiny-bert-single");
+    let path = dir.join("bad.jsonl");
+    let given = path.to_str().unwrap();
+    for (content, wanted) in [
+        ("{\"text\": \"a\"}\n{\"texts\": \"b\"}\n", "bad.jsonl:2: "),
+        ("", "there is no record to calibrate on"),
+    ] {
+        std::fs::write(&path, content).unwrap();
+        let text = error(&["export", "--precision", "int8", "--calibration", given], &dir, 2);
+        assert!(text.contains(wanted), "{text}");
+    }
+    let text = error(&["export", "--calibration", given], &dir, 2);
+    assert!(text.contains("--calibration is for int8"), "{text}");
+    assert!(!dir.join("onnx").exists());
 }
 
 /// Texts, and the labels that the model gives them in fp32.

@@ -4,13 +4,13 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 
-use crate::export::Export;
+use crate::export::{Export, Int8};
 use crate::onnx::{DEFAULT_BLOCK, DEFAULT_OPSET, LARGEST_BLOCK, LEAST_BLOCK, Precision, checked_opset};
 use crate::predict::graphs;
 use crate::runtime::{Provider, Providers};
 use crate::saved::{Saved, TaskFlag};
 use crate::say::Say;
-use crate::task::{Encoder, Example, RecordFlags, TrainingFlags};
+use crate::task::{AnswerFlags, Encoder, Example, RecordFlags, TrainingFlags};
 use crate::{Result, bail_unusable};
 
 /// Write a trained model as ONNX, and verify it: ONNX Runtime must give the trained model's logits.
@@ -43,6 +43,11 @@ pub struct Args {
     /// texts are those of fp32; for q8 and q4 a few built-in pages of English].
     #[arg(long, value_name = "FILE")]
     input: Option<PathBuf>,
+    /// Records as for `tk serve-batch`, on the first 512 of which int8 learns between what numbers the activations lie.
+    /// Then they are rounded alike in every record (static), and no answer depends on the records beside it; without, they
+    /// are rounded as they come (dynamic).
+    #[arg(long, value_name = "FILE")]
+    calibration: Option<PathBuf>,
     /// How many points of 100 the task's metric may lose in int8 or bf16 (of one that is better the lower it is: how many percent
     /// it may rise). In int8 the matrices that lose most stay in fp32 until it holds; where it can't, that is an error
     /// [default: 0.5].
@@ -81,7 +86,12 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     let exported = match args.precision {
         Precision::Fp32 => export.as_trained(args.opset, args.external_data)?,
         Precision::Int8 => {
-            export.in_int8(args.opset, args.external_data, examples(args)?.as_deref(), most)?
+            let flags = AnswerFlags::default();
+            let calibrated = |input| export.calibrated(input, &flags, args.opset);
+            let ranges = args.calibration.as_deref().map(calibrated).transpose()?;
+            let (examples, opset, external_data) = (examples(args)?, args.opset, args.external_data);
+            let examples = examples.as_deref();
+            export.in_int8(Int8 { opset, external_data, examples, max_drop: most, ranges })?
         }
         Precision::Bf16 => {
             let providers = openvino.context("bf16 is OpenVINO's")?;
@@ -133,6 +143,9 @@ fn check_usage(args: &Args, saved: &Saved) -> Result<()> {
         if most.is_nan() || most < 0.0 {
             bail_unusable!("--max-metric-drop {most}: expected a number from 0 upwards");
         }
+    }
+    if args.calibration.is_some() && args.precision != Precision::Int8 {
+        bail_unusable!("--calibration is for int8: give --precision int8, or leave it out");
     }
     if let Some(most) = args.max_perplexity_increase {
         if !in_blocks {

@@ -1,5 +1,6 @@
 //! A graph in int8, as far as the answers stay what they are.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde_json::json;
@@ -7,18 +8,32 @@ use serde_json::json;
 use super::gate::{Gate, Loss};
 use super::{Export, Exported, compared};
 use crate::onnx::int8::{self, LEAST_OUTPUTS};
-use crate::onnx::{GraphKind, Precision, write};
+use crate::onnx::{GraphKind, Precision, Range, write};
 use crate::predict::graphs;
 use crate::task::{Example, Form};
 use crate::{Result, bail_unusable};
 
-/// How the matrices are stored and multiplied; see [`int8`].
-const INT8_FORM: &str = "dynamic; weights of 7 bits with a scale for each output";
+/// How activations are rounded; see [`int8`].
+const DYNAMIC: &str = "dynamic";
+const STATIC: &str = "static";
+
+/// What a graph in int8 is to be.
+pub struct Int8<'a> {
+    pub opset: i64,
+    pub external_data: bool,
+    /// Labelled records to measure it on.
+    pub examples: Option<&'a [Example]>,
+    /// The most points that it may lose.
+    pub max_drop: f64,
+    /// The ranges of the activations, where they are rounded alike in every record.
+    pub ranges: Option<BTreeMap<String, Range>>,
+}
 
 /// Where graphs in int8 are tried.
 struct Trials<'a> {
     export: &'a Export<'a>,
     opset: i64,
+    ranges: BTreeMap<String, Range>,
     external_data: bool,
     gate: Gate<'a>,
     /// The file that each is written to.
@@ -32,9 +47,13 @@ struct Tried {
 }
 
 impl Trials<'_> {
+    fn kind(&self, kept: &[String]) -> GraphKind {
+        GraphKind::int8(kept.to_vec(), self.ranges.clone(), self.opset)
+    }
+
     /// Writes the graph where `kept` stay in fp32; its weights in int8, and whether they stand in a file of their own.
     fn write(&self, kept: &[String]) -> Result<(Vec<String>, bool)> {
-        let model = self.export.build(&GraphKind::int8(kept.to_vec(), self.opset))?;
+        let model = self.export.build(&self.kind(kept))?;
         let weights = int8::weights(&model);
         Ok((weights, write::save(model, &self.written, self.external_data)?))
     }
@@ -71,13 +90,9 @@ impl Export<'_> {
     ///
     /// # Errors
     /// Unusable: no matrix is large enough. The loss is more whatever stays in fp32: nothing is put in place then.
-    pub fn in_int8(
-        &self,
-        opset: i64,
-        external_data: bool,
-        examples: Option<&[Example]>,
-        max_drop: f64,
-    ) -> Result<Exported> {
+    pub fn in_int8(&self, wanted: Int8<'_>) -> Result<Exported> {
+        let Int8 { opset, external_data, examples, max_drop, ranges } = wanted;
+        let form = if ranges.is_some() { STATIC } else { DYNAMIC };
         let target = graphs::in_precision(&self.saved.dir, Precision::Int8);
         let file = target.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let written = self.scratch.path().join(&file);
@@ -85,7 +100,8 @@ impl Export<'_> {
         write::save(self.build(&GraphKind::fp32(Form::Whole, opset))?, &fp32, false)?;
         self.say.detail("measuring in fp32");
         let gate = Gate::new(self.saved, &fp32, examples)?;
-        let trials = Trials { export: self, opset, external_data, gate, written: written.clone() };
+        let ranges = ranges.unwrap_or_default();
+        let trials = Trials { export: self, opset, ranges, external_data, gate, written: written.clone() };
 
         let (all, external) = trials.write(&[])?;
         if all.is_empty() {
@@ -97,7 +113,8 @@ impl Export<'_> {
         let mut tried = Tried { external, loss: trials.gate.loss(&trials.written)? };
         if tried.loss.is_above(max_drop) {
             let whole = tried.loss.told(Precision::Int8);
-            self.say.line(format!("{whole}; looking for the matrices that lose most"));
+            let hint = super::hint(examples.is_some());
+            self.say.line(format!("{whole}; looking for the matrices that lose most{hint}"));
             kept = fewest(&trials.ranked(&all)?, |kept| {
                 let loss = trials.tried(kept)?.loss;
                 self.say.line(format!(
@@ -116,6 +133,7 @@ impl Export<'_> {
             }
             tried = trials.tried(&kept)?;
         }
+        let kind = trials.kind(&kept);
         drop(trials);
         let Tried { external, loss } = tried;
         let compared = compared(self.saved, &written, Form::Whole, f32::INFINITY)?;
@@ -125,21 +143,24 @@ impl Export<'_> {
             kept => format!("; {} of {} matrices stay in fp32: {}", kept.len(), all.len(), kept.join(", ")),
         };
         let hint = super::hint(examples.is_some());
-        let found = format!(
-            "{}{in_fp32}{hint}\na record's outputs depend on those beside it, whose numbers share a scale: by up to {:.1e} on \
-             the built-in records",
-            loss.told(Precision::Int8),
-            compared.batch_invariance.unwrap_or_default(),
-        );
+        let beside = compared.batch_invariance.unwrap_or_default();
+        let neighbours = match form {
+            DYNAMIC => format!(
+                "a record's outputs depend on those beside it, whose numbers share a scale: by up to {beside:.1e} on the \
+                 built-in records; with --calibration FILE they don't"
+            ),
+            _ => format!("a record alone and the same among others: {beside:.1e}"),
+        };
+        let found = format!("{}{in_fp32}{hint}\n{neighbours}", loss.told(Precision::Int8));
         let about = [
-            ("form", json!(INT8_FORM)),
+            ("form", json!(form)),
             ("in_fp32", json!(kept)),
             ("gate", json!(loss)),
             ("max_metric_drop", json!(max_drop)),
             ("max_abs", json!(compared.max_abs)),
             ("batch_invariance", json!(compared.batch_invariance)),
         ];
-        self.put(super::PRECISIONS, &target, &GraphKind::int8(kept, opset), external, about, &found)
+        self.put(super::PRECISIONS, &target, &kind, external, about, &found)
     }
 }
 

@@ -2,8 +2,11 @@
 //! trained, and only then given their names.
 
 mod bf16;
+mod calibrate;
 mod gate;
 mod int8;
+
+pub use int8::Int8;
 
 use std::path::{Path, PathBuf};
 

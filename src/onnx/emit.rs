@@ -14,6 +14,7 @@ mod pooling;
 
 use std::borrow::Cow;
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 
 use super::graph::{Graph, OWN_DOMAIN, Outlet, ValueId, float, int, ints, string};
 use super::proto::tensor_proto::DataType;
@@ -28,12 +29,19 @@ use crate::task::{Dim, Form, Output};
 /// What a masked score becomes: the lowest f32. Finite, so a row without any key stays finite too.
 const MASKED: f32 = f32::MIN;
 
+/// Behind the name of a weight, the output with the least number that it is multiplied with: see [`GraphKind::observed`].
+pub const LEAST: &str = "/least";
+/// The same of the largest.
+pub const MOST: &str = "/most";
+
 /// Writes the nodes that the verbs stand for.
 pub struct Emit {
     graph: RefCell<Graph>,
     kind: GraphKind,
     /// The keys and values that go out, two for each attention met so far.
     presents: RefCell<Vec<Outlet>>,
+    /// The activations whose ranges are asked for, by the weight that they are multiplied with.
+    observed: RefCell<BTreeMap<String, Vec<ValueId>>>,
 }
 
 /// A value of the graph.
@@ -61,7 +69,8 @@ pub fn graph<'w>(
 ) -> Result<ModelProto> {
     let opset = checked_opset(kind.opset)?;
     let form = kind.form;
-    let emit = Emit { graph: RefCell::default(), kind, presents: RefCell::default() };
+    let emit =
+        Emit { graph: RefCell::default(), kind, presents: RefCell::default(), observed: RefCell::default() };
     let results = define(&emit)?;
     anyhow::ensure!(
         results.len() == outputs.len(),
@@ -82,6 +91,7 @@ pub fn graph<'w>(
     };
     let mut results: Vec<Outlet> = outputs.iter().zip(&results).map(outlet).collect();
     results.extend(emit.presents.take());
+    results.extend(emit.ranges());
     let mut graph = emit.graph.into_inner();
     let mut operators = vec![OperatorSetIdProto { domain: String::new(), version: opset }];
     if form == Form::InPlace {
@@ -385,6 +395,9 @@ impl Ops for Emit {
         if self.multiplies_in_int8(&map) {
             let value = self.product_in_int8(&scope, &map, x)?;
             return Ok(X { value, scope, width, every: x.every });
+        }
+        if self.kind.observed && int8::is_worth_it(&map) {
+            self.observed.borrow_mut().entry(map.weight.name.clone()).or_default().push(x.value);
         }
         let weight = match (map.layout, map.weight.role) {
             (Layout::InOut, _) => self.param(&map.weight)?,

@@ -245,10 +245,18 @@ impl Graph {
         })
     }
 
-    /// The outputs of the node that applies an operator to these inputs, where there is one.
-    pub fn outputs_of(&self, op: &str, inputs: &[ValueId]) -> Option<Vec<ValueId>> {
-        let node = self.nodes.iter().find(|node| node.op == op && node.inputs == inputs);
-        node.map(|node| node.outputs.clone())
+    /// The outputs of a node without attributes, which is made once for all who want it of these inputs.
+    pub fn once(
+        &mut self,
+        scope: &str,
+        op: &'static str,
+        inputs: &[ValueId],
+        outputs: usize,
+    ) -> Vec<ValueId> {
+        match self.nodes.iter().find(|node| node.op == op && node.inputs == inputs) {
+            Some(node) => node.outputs.clone(),
+            None => self.node_of(scope, op, inputs, Vec::new(), outputs),
+        }
     }
 
     /// Whether a value is a weight with so many dimensions.
@@ -288,6 +296,11 @@ impl Graph {
     pub fn named_i64s(&mut self, name: &str, values: &[i64]) -> ValueId {
         let bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect();
         self.constant(format!("i64/{name}"), DataType::Int64, &[values.len() as i64], bytes)
+    }
+
+    /// A byte as a constant without dimensions.
+    pub fn u8(&mut self, value: u8) -> ValueId {
+        self.constant(format!("u8/{value}"), DataType::Uint8, &[], vec![value])
     }
 
     /// A number as a constant without dimensions.

@@ -2,6 +2,7 @@
 
 use rayon::prelude::*;
 
+use super::Range;
 use super::proto::ModelProto;
 use crate::model::ops::Layout;
 
@@ -65,6 +66,13 @@ impl Rounding {
         let numbers = values.par_iter().enumerate().map(|(place, x)| number((place, x))).collect();
         Rounded { numbers, scales }
     }
+}
+
+/// How the numbers of a range become bytes: their scale, and the byte that is 0. A range holds 0.
+pub(super) fn bytes_of((least, most): Range) -> (f32, u8) {
+    let (least, most) = (least.min(0.0), most.max(0.0));
+    let scale = ((most - least) / 255.0).max(f32::MIN_POSITIVE);
+    (scale, (-least / scale).round_ties_even() as u8)
 }
 
 /// The weights of a model that are in int8.

@@ -13,13 +13,15 @@ pub mod write;
 /// The protobuf messages of ONNX, as candle-onnx generates them.
 pub use candle_onnx::onnx as proto;
 
+use std::collections::BTreeMap;
+
 pub use blocks::{DEFAULT_BLOCK, LARGEST_BLOCK, LEAST_BLOCK, Precision};
 
 use crate::task::Form;
 use crate::{Result, bail_unusable};
 
 /// What kind of graph is written.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct GraphKind {
     pub form: Form,
     pub opset: i64,
@@ -28,17 +30,39 @@ pub struct GraphKind {
     pub block: usize,
     /// The weights that stay in fp32 among others in int8.
     pub kept: Vec<String>,
+    /// Between what numbers the activations lie that int8 rounds, by the weight that they are multiplied with. Those of
+    /// others are rounded as they come.
+    pub ranges: BTreeMap<String, Range>,
+    /// Whether outputs tell of every product in fp32 between what numbers its activations lie: see [`emit::LEAST`] and
+    /// [`emit::MOST`].
+    pub observed: bool,
 }
+
+/// The least and the largest number of activations.
+pub type Range = (f32, f32);
 
 impl GraphKind {
     /// A graph in fp32.
     pub fn fp32(form: Form, opset: i64) -> Self {
-        Self { form, opset, precision: Precision::Fp32, block: DEFAULT_BLOCK, kept: Vec::new() }
+        Self {
+            form,
+            opset,
+            precision: Precision::Fp32,
+            block: DEFAULT_BLOCK,
+            kept: Vec::new(),
+            ranges: BTreeMap::new(),
+            observed: false,
+        }
     }
 
     /// A graph of whole sequences whose matrices are in int8, but for those that are kept in fp32.
-    pub fn int8(kept: Vec<String>, opset: i64) -> Self {
-        Self { precision: Precision::Int8, kept, ..Self::fp32(Form::Whole, opset) }
+    pub fn int8(kept: Vec<String>, ranges: BTreeMap<String, Range>, opset: i64) -> Self {
+        Self { precision: Precision::Int8, kept, ranges, ..Self::fp32(Form::Whole, opset) }
+    }
+
+    /// A graph in fp32 that tells the ranges of its activations.
+    pub fn observed(opset: i64) -> Self {
+        Self { observed: true, ..Self::fp32(Form::Whole, opset) }
     }
 
     /// A graph that ONNX Runtime alone reads, with its own operators.

@@ -67,6 +67,11 @@ impl Asked {
         self.windows.iter().map(Encoding::len).sum()
     }
 
+    /// The windows that it is read in.
+    pub fn encodings(&self) -> &[Encoding] {
+        &self.windows
+    }
+
     /// How many windows it is read in.
     pub fn windows(&self) -> usize {
         self.windows.len()
