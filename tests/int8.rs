@@ -321,7 +321,10 @@ fn what_has_no_int8_and_what_is_not_there_are_named() {
     assert!(text.contains("model_quantized.onnx is not there: run `tk export"), "{text}");
     assert!(text.contains("--precision int8` first"), "{text}");
     let text = error(&["export", "--precision", "q4"], &dir, 2);
-    assert!(text.contains("--precision q4: a text-classification model is exported in fp32, int8"), "{text}");
+    assert!(
+        text.contains("--precision q4: a text-classification model is exported in fp32, fp16, bf16, int8"),
+        "{text}"
+    );
     assert!(error(&["export", "--max-metric-drop", "1"], &dir, 2).contains("--max-metric-drop is for int8"));
     let text = error(&["export", "--precision", "int8", "--max-perplexity-increase", "1"], &dir, 2);
     assert!(text.contains("--max-perplexity-increase is for q8 and q4"), "{text}");

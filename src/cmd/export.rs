@@ -24,7 +24,7 @@ pub struct Args {
     dir: PathBuf,
     #[command(flatten)]
     task: TaskFlag,
-    /// The numbers that the matrices are stored in: int8, as model_quantized.onnx; for language models q8 and q4, as
+    /// The numbers that the matrices are stored in: int8, as model_quantized.onnx; fp16, as model_fp16.onnx, for GPUs; for language models q8 and q4, as
     /// generate_q8.onnx and generate_q4.onnx. With bf16 and --ep openvino no graph is written: what model.onnx loses where
     /// OpenVINO computes it in bf16 is measured, and kept in the manifest.
     #[arg(long, value_enum, default_value_t)]
@@ -48,7 +48,7 @@ pub struct Args {
     /// are rounded as they come (dynamic).
     #[arg(long, value_name = "FILE")]
     calibration: Option<PathBuf>,
-    /// How many points of 100 the task's metric may lose in int8 or bf16 (of one that is better the lower it is: how many percent
+    /// How many points of 100 the task's metric may lose in int8, fp16 or bf16 (of one that is better the lower it is: how many percent
     /// it may rise). In int8 the matrices that lose most stay in fp32 until it holds; where it can't, that is an error
     /// [default: 0.5].
     #[arg(long, value_name = "X")]
@@ -93,6 +93,9 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
             let examples = examples.as_deref();
             export.in_int8(Int8 { opset, external_data, examples, max_drop: most, ranges })?
         }
+        Precision::Fp16 => {
+            export.in_fp16(args.opset, args.external_data, examples(args)?.as_deref(), most)?
+        }
         Precision::Bf16 => {
             let providers = openvino.context("bf16 is OpenVINO's")?;
             export.in_bf16(&providers, examples(args)?.as_deref(), most)?
@@ -135,9 +138,9 @@ fn check_usage(args: &Args, saved: &Saved) -> Result<()> {
         bail_unusable!("--block-size is for q8 and q4: give --precision q8 or q4, or leave it out");
     }
     if let Some(most) = args.max_metric_drop {
-        if !matches!(args.precision, Precision::Int8 | Precision::Bf16) {
+        if !matches!(args.precision, Precision::Fp16 | Precision::Bf16 | Precision::Int8) {
             bail_unusable!(
-                "--max-metric-drop is for int8 and bf16: give --precision int8 or bf16, or leave it out"
+                "--max-metric-drop is for int8, fp16 and bf16: give one of them by --precision, or leave it out"
             );
         }
         if most.is_nan() || most < 0.0 {

@@ -28,12 +28,7 @@ impl Export<'_> {
         let gate = Gate::new(saved, &graph, examples)?;
         self.say.detail("measuring in bf16");
         let loss = gate.loss_of(&Predictor::by_default(saved, &graph, providers)?)?;
-        let found = loss.told(precision);
-        if loss.is_above(max_drop) {
-            anyhow::bail!(
-                "{found}; more than --max-metric-drop {max_drop} allows: allow more, or serve fp32"
-            );
-        }
+        loss.check(precision, max_drop)?;
         let encodings = records(saved)?;
         let subject =
             Subject { saved, graph: &graph, how: &providers.how, encodings: &encodings, examples: None };
@@ -58,7 +53,7 @@ impl Export<'_> {
         files::write(&self.manifest(), format!("{:#}\n", Value::Object(manifest)))?;
 
         let hint = super::hint(examples.is_some());
-        let summary = format!("{} by OpenVINO: {found}{hint}", graph.display());
+        let summary = format!("{} by OpenVINO: {}{hint}", graph.display(), loss.told(precision));
         let mut manifest = Map::from_iter([("path".to_owned(), json!(graph))]);
         manifest
             .extend(entry.as_object().into_iter().flatten().map(|(key, value)| (key.clone(), value.clone())));

@@ -52,6 +52,20 @@ impl Loss {
         self.drop.is_nan() || self.drop > most
     }
 
+    /// Refuses a loss that is too much, where nothing can be done about it.
+    ///
+    /// # Errors
+    /// It is above `most`.
+    pub fn check(&self, precision: Precision, most: f64) -> Result<()> {
+        if self.is_above(most) {
+            anyhow::bail!(
+                "{}; more than --max-metric-drop {most} allows: allow more, or serve fp32",
+                self.told(precision)
+            );
+        }
+        Ok(())
+    }
+
     /// For people.
     pub fn told(&self, precision: Precision) -> String {
         let Self { metric, before, after, drop, records } = self;

@@ -3,6 +3,7 @@
 
 mod bf16;
 mod calibrate;
+mod fp16;
 mod gate;
 mod int8;
 

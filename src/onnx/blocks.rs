@@ -20,6 +20,8 @@ pub enum Precision {
     /// As they were trained.
     #[default]
     Fp32,
+    /// 16 bits, for GPUs: half the size; sums, norms and angles stay in fp32. Not for language models.
+    Fp16,
     /// The graph in fp32, whose products OpenVINO computes in bf16 where the processor can; not for language models.
     Bf16,
     /// 8 bits, multiplied as integers with activations that are rounded as they come; not for language models.
@@ -35,6 +37,7 @@ impl Precision {
     pub fn name(self) -> &'static str {
         match self {
             Self::Fp32 => "fp32",
+            Self::Fp16 => "fp16",
             Self::Bf16 => "bf16",
             Self::Int8 => "int8",
             Self::Q8 => "q8",
@@ -53,7 +56,7 @@ impl Precision {
     /// The bits of a matrix' numbers, where it is stored in blocks.
     pub(super) fn bits(self) -> Option<u32> {
         match self {
-            Self::Fp32 | Self::Bf16 | Self::Int8 => None,
+            Self::Fp32 | Self::Fp16 | Self::Bf16 | Self::Int8 => None,
             Self::Q8 => Some(8),
             Self::Q4 => Some(4),
         }

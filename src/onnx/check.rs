@@ -96,6 +96,7 @@ fn size_mismatch(tensor: &TensorProto) -> Option<String> {
     let count: i64 = tensor.dims.iter().product();
     let width = match DataType::try_from(tensor.data_type) {
         Ok(DataType::Uint8 | DataType::Int8) => 1,
+        Ok(DataType::Float16) => 2,
         Ok(DataType::Float) => 4,
         Ok(DataType::Int64) => 8,
         _ => {

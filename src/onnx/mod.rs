@@ -4,6 +4,7 @@ pub mod blocks;
 pub mod check;
 pub mod dump;
 pub mod emit;
+mod fp16;
 mod fuse;
 mod graph;
 pub mod int8;

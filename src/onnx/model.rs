@@ -5,7 +5,7 @@ use sha2::{Digest, Sha256};
 
 use super::proto::tensor_proto::DataType;
 use super::proto::{ModelProto, StringStringEntryProto};
-use super::{GraphKind, Precision, emit, graph};
+use super::{GraphKind, Precision, check, emit, fp16, graph};
 use crate::Result;
 use crate::checkpoint::{self, Weights};
 use crate::model::ops::Param;
@@ -37,6 +37,10 @@ pub fn build(
         kind,
         |param| weights.f32(&param.name),
     )?;
+    if precision == Precision::Fp16 {
+        model = fp16::convert(model)?;
+        check::check(&model)?;
+    }
     let mut about = vec![
         ("definition_sha256", definition_sha256(config, task)?),
         ("max_positions", config.max_positions().to_string()),

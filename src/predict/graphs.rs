@@ -101,7 +101,7 @@ pub fn tolerance(saved: &Saved, precision: Precision) -> Result<f32> {
 /// Unusable: names those that there are.
 pub fn check_precision(saved: &Saved, precision: Precision) -> Result<()> {
     let known: &[Precision] = match saved.task.form() {
-        Form::Whole => &[Precision::Fp32, Precision::Int8, Precision::Bf16],
+        Form::Whole => &[Precision::Fp32, Precision::Fp16, Precision::Bf16, Precision::Int8],
         Form::Cached | Form::InPlace => &[Precision::Fp32, Precision::Q8, Precision::Q4],
     };
     if !known.contains(&precision) {
