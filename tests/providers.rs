@@ -18,7 +18,7 @@ fn a_flag_that_is_not_the_providers_is_refused() {
         (&["--device-id", "1"][..], "--device-id is for cuda and tensorrt: name it in --ep"),
         (&["--gpu-memory-mb", "100", "--ep", "cpu"], "--gpu-memory-mb is for cuda and tensorrt"),
         (&["--tf32", "--ep", "openvino"], "--tf32 is for cuda and tensorrt"),
-        (&["--ep-cache", "cache", "--ep", "cuda"], "--ep-cache is for openvino"),
+        (&["--ep-cache", "cache", "--ep", "cuda"], "--ep-cache is for openvino and tensorrt"),
         (&["--precision", "bf16"], "--precision bf16 is computed by OpenVINO: give --ep openvino"),
         (&["--precision", "bf16", "--ep", "openvino,cpu"], "give --ep openvino, and no other beside it"),
     ] {

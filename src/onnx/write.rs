@@ -99,6 +99,15 @@ pub fn metadata(path: &Path) -> Result<BTreeMap<String, String>> {
     Ok(entries.into_iter().map(|entry| (entry.key, entry.value)).collect())
 }
 
+/// The names of a model file's inputs.
+///
+/// # Errors
+/// As [`load`].
+pub fn inputs(path: &Path) -> Result<Vec<String>> {
+    let inputs = decode(path)?.graph.into_iter().flat_map(|graph| graph.input);
+    Ok(inputs.map(|input| input.name).collect())
+}
+
 fn decode(path: &Path) -> Result<ModelProto> {
     let bytes = std::fs::read(path).map_err(|e| unusable!("{}: {e}", path.display()))?;
     ModelProto::decode(bytes.as_slice())

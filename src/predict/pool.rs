@@ -9,7 +9,9 @@ use anyhow::Context;
 use super::batching::batches;
 use crate::Result;
 use crate::data::batch::{Encoding, PaddedBatch};
+use crate::onnx::{model, write};
 use crate::runtime::session::Values;
+use crate::runtime::tensorrt::{Engine, MOST_ROWS};
 use crate::runtime::{Model, OrtSession, Provider, Providers, Threads};
 use crate::saved::Saved;
 use crate::say::Say;
@@ -44,7 +46,11 @@ impl Pool {
         batch_tokens: Option<usize>,
         say: Say,
     ) -> Result<Self> {
-        let session = OrtSession::open(Model::File(model), providers, Threads::Apart(threads), say)?;
+        let mut providers = providers.clone();
+        if providers.order.names(Provider::TensorRt) {
+            providers.how.engine = Some(engine(saved, model)?);
+        }
+        let session = OrtSession::open(Model::File(model), &providers, Threads::Apart(threads), say)?;
         let (threads, default) =
             if session.provider().on_cpu() { (threads, CPU_BATCH_TOKENS) } else { (1, GPU_BATCH_TOKENS) };
         let (pad_id, scopes, ahead) = (saved.tokenizer.pad_id(), saved.task.scopes(), saved.task.ahead());
@@ -76,7 +82,8 @@ impl Pool {
     /// lengths and the budget alone, not on how many threads there are or which is faster.
     pub fn outputs(&self, encodings: &[&Encoding]) -> Result<Vec<Outputs>> {
         let lengths: Vec<usize> = encodings.iter().map(|encoding| encoding.len()).collect();
-        let batches = batches(&lengths, self.batch_tokens);
+        let rows = if self.provider() == Provider::TensorRt { MOST_ROWS } else { usize::MAX };
+        let batches = batches(&lengths, self.batch_tokens, rows);
         let pad_id = self.pad_id;
         // from the longest, so that the threads finish together
         let (left, failed) = (AtomicUsize::new(batches.len()), AtomicBool::new(false));
@@ -122,6 +129,16 @@ impl Pool {
         let outputs = self.session.run(batch)?;
         unpack(outputs.get(self.ahead..).unwrap_or_default(), batch, &self.scopes[self.ahead..])
     }
+}
+
+/// What TensorRT is told of a graph.
+fn engine(saved: &Saved, graph: &Path) -> Result<Engine> {
+    Ok(Engine {
+        inputs: write::inputs(graph)?,
+        longest: saved.max_length,
+        fp16: write::metadata(graph)?.get("precision").is_some_and(|precision| precision == "fp16"),
+        weights_sha256: model::weights_sha256(&saved.config, &saved.task, &saved.weights)?,
+    })
 }
 
 /// A graph's outputs, by sequence.

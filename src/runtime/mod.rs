@@ -10,6 +10,7 @@ pub mod probe;
 pub mod providers;
 pub mod session;
 pub mod slots;
+pub mod tensorrt;
 
 pub use decoder::Decoder;
 pub use library::Library;

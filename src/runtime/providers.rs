@@ -10,6 +10,7 @@ use serde_json::json;
 use super::library;
 use super::missing;
 use super::session::Threads;
+use super::tensorrt::Engine;
 use crate::onnx::Precision;
 use crate::{Result, bail_unusable, unusable};
 
@@ -103,7 +104,7 @@ impl Provider {
             }
             Self::Cuda => vec![cuda(how)],
             // what TensorRT does not take goes to CUDA
-            Self::TensorRt => vec![ep::TensorRT::default().with_device_id(how.device).build(), cuda(how)],
+            Self::TensorRt => vec![tensorrt(how)?, cuda(how)],
         };
         for provider in providers {
             provider.register(&mut builder).map_err(|e| {
@@ -158,6 +159,14 @@ fn cuda(how: &How) -> ExecutionProviderDispatch {
     provider.build()
 }
 
+fn tensorrt(how: &How) -> Result<ExecutionProviderDispatch> {
+    let mut options = ep::TensorRT::default().with_device_id(how.device);
+    if let Some(engine) = &how.engine {
+        options = engine.options(options, how.cache.as_deref(), library::library()?.minor);
+    }
+    Ok(options.build())
+}
+
 /// How a provider computes, beside what it is.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct How {
@@ -169,8 +178,10 @@ pub struct How {
     pub gpu_memory: Option<usize>,
     /// CUDA multiplies in TensorFloat-32.
     pub tf32: bool,
-    /// Where OpenVINO keeps what it has compiled.
+    /// Where OpenVINO and TensorRT keep what they have compiled.
     pub cache: Option<PathBuf>,
+    /// What TensorRT is told of the model.
+    pub engine: Option<Engine>,
 }
 
 /// Which providers may be taken, and how they compute.
@@ -207,7 +218,8 @@ pub enum Order {
 }
 
 impl Order {
-    fn names(&self, provider: Provider) -> bool {
+    /// Whether a provider is among those that are named.
+    pub fn names(&self, provider: Provider) -> bool {
         matches!(self, Self::Listed(list) if list.contains(&provider))
     }
 }
@@ -250,7 +262,7 @@ pub struct EpFlags {
     /// Let cuda multiply in TensorFloat-32, which is faster and keeps ten bits of the mantissa.
     #[arg(long)]
     tf32: bool,
-    /// Of openvino, a folder that keeps what it has compiled, for the next start.
+    /// Of openvino and tensorrt, a folder that keeps what they have compiled, for the next start.
     #[arg(long, value_name = "DIR")]
     ep_cache: Option<PathBuf>,
 }
@@ -272,7 +284,7 @@ impl EpFlags {
             ("--device-id", self.device_id.is_some(), &[Cuda, TensorRt]),
             ("--gpu-memory-mb", self.gpu_memory_mb.is_some(), &[Cuda, TensorRt]),
             ("--tf32", self.tf32, &[Cuda, TensorRt]),
-            ("--ep-cache", self.ep_cache.is_some(), &[OpenVino]),
+            ("--ep-cache", self.ep_cache.is_some(), &[OpenVino, TensorRt]),
         ];
         for (flag, given, of) in flags {
             if given && !of.iter().any(|&provider| self.ep.names(provider)) {
@@ -298,6 +310,7 @@ impl EpFlags {
             gpu_memory: self.gpu_memory_mb.map(|megabytes| megabytes as usize * 1_000_000),
             tf32: self.tf32,
             cache: self.ep_cache.clone(),
+            engine: None,
         };
         Ok(Providers { order: self.ep.clone(), how })
     }
