@@ -280,3 +280,24 @@ fn threads_that_run_one_session_at_once_give_what_one_gives() {
         }
     });
 }
+
+#[test]
+fn the_graph_that_cuda_runs_gives_transformers_logits() {
+    for name in CLASSIFIERS.into_iter().chain(TAGGERS).chain([FOLLOWER]) {
+        let (encodings, wanted) = reference(name);
+        let batch = PaddedBatch::new(&encodings.iter().collect::<Vec<_>>(), 0);
+        let model = built(name, |_| GraphKind::fused());
+        let own = model
+            .graph
+            .iter()
+            .flat_map(|graph| &graph.node)
+            .filter(|node| node.domain == "com.microsoft")
+            .count();
+        assert_eq!(own == 0, name.contains("deberta"), "{name}: {own} operators of ONNX Runtime's");
+        let mut found = logits(&session(&model), &batch);
+        for (found, wanted) in found.iter_mut().zip(&wanted) {
+            found.truncate(wanted.len());
+        }
+        assert!(distance(&found, &wanted) < 1e-5, "{name}: {}", distance(&found, &wanted));
+    }
+}

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{copy, tk};
+use common::{copy, json, models, tk};
 
 /// What a command on an exported model says, which ends with exit code 2.
 fn refused(args: &[&str]) -> String {
@@ -32,8 +32,8 @@ fn a_flag_that_is_not_the_providers_is_refused() {
             &["export", "--precision", "bf16"][..],
             "--precision bf16 is computed by OpenVINO: give --ep openvino",
         ),
-        (&["export", "--ep", "openvino"], "--ep is for --precision bf16"),
-        (&["export", "--precision", "int8", "--ep", "openvino"], "--ep is for --precision bf16"),
+        (&["export", "--ep", "openvino"], "--ep openvino: of its own a provider has"),
+        (&["export", "--precision", "int8", "--ep", "cuda"], "--ep cuda: of its own a provider has"),
         (&["parity", "--precision", "bf16", "--runtimes", "eager,ort-cpu"], "held against eager"),
     ] {
         let text = refused(args);
@@ -57,4 +57,24 @@ fn a_provider_that_the_library_lacks_is_named_with_the_remedy() {
         let text = String::from_utf8_lossy(&out.get_output().stderr).into_owned();
         assert!(text.contains("is built without") && text.contains(remedy), "{provider}: {text}");
     }
+}
+
+#[test]
+fn the_graph_that_cuda_runs_is_written_where_it_is_asked_for_and_goes_with_the_next_export() {
+    let (_guard, dir) = copy("tiny-bert-single");
+    let export = |args: &[&str]| tk().args(["export", "--quiet"]).args(args).arg(&dir).assert().success();
+    let optimized = dir.join("onnx/model_optimized.onnx");
+    export(&["--ep", "cuda", "--external-data"]);
+    let manifest = json(dir.join("onnx/manifest.json"));
+    assert_eq!(manifest["optimized"]["cuda"]["file"], "model_optimized.onnx");
+    assert_eq!(manifest["optimized"]["cuda"]["weights_sha256"], manifest["weights_sha256"]);
+    // its weights are model.onnx's
+    assert!(std::fs::metadata(&optimized).unwrap().len() < 40_000);
+
+    export(&[]);
+    assert!(!optimized.exists());
+    assert!(json(dir.join("onnx/manifest.json"))["optimized"].is_null());
+    let out = tk().args(["export", "--ep", "cuda"]).arg(models("tiny-deberta-v2-single")).assert().code(2);
+    let text = String::from_utf8_lossy(&out.get_output().stderr).into_owned();
+    assert!(text.contains("no operator of ONNX Runtime's own computes this model's attention"), "{text}");
 }

@@ -10,7 +10,7 @@ use crate::predict::graphs;
 use crate::runtime::{Provider, Providers};
 use crate::saved::{Saved, TaskFlag};
 use crate::say::Say;
-use crate::task::{AnswerFlags, Encoder, Example, RecordFlags, TrainingFlags};
+use crate::task::{AnswerFlags, Encoder, Example, Form, RecordFlags, TrainingFlags};
 use crate::{Result, bail_unusable};
 
 /// Write a trained model as ONNX, and verify it: ONNX Runtime must give the trained model's logits.
@@ -29,8 +29,9 @@ pub struct Args {
     /// OpenVINO computes it in bf16 is measured, and kept in the manifest.
     #[arg(long, value_enum, default_value_t)]
     precision: Precision,
-    /// What computes in bf16: openvino.
-    #[arg(long, value_name = "PROVIDER")]
+    /// What the graph is for: cuda also writes model_optimized.onnx, with ONNX Runtime's own attention, which CUDA then runs in
+    /// place of model.onnx; openvino is what computes in bf16.
+    #[arg(long, value_name = "cuda|openvino")]
     ep: Option<Provider>,
     /// The version of ONNX's operators in model.onnx and model_quantized.onnx: 13 to 24; from 23 on attention is one operator.
     #[arg(long, value_name = "N", default_value_t = DEFAULT_OPSET)]
@@ -84,7 +85,9 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     };
     let most = args.max_metric_drop.unwrap_or(MAX_METRIC_DROP);
     let exported = match args.precision {
-        Precision::Fp32 => export.as_trained(args.opset, args.external_data)?,
+        Precision::Fp32 => {
+            export.as_trained(args.opset, args.external_data, args.ep == Some(Provider::Cuda))?
+        }
         Precision::Int8 => {
             let flags = AnswerFlags::default();
             let calibrated = |input| export.calibrated(input, &flags, args.opset);
@@ -171,9 +174,11 @@ fn check_usage(args: &Args, saved: &Saved) -> Result<()> {
         (Precision::Bf16, _) => {
             bail_unusable!("--precision bf16 is computed by OpenVINO: give --ep openvino")
         }
-        (_, Some(_)) => {
-            bail_unusable!("--ep is for --precision bf16: graphs in other precisions are no provider's own")
-        }
+        (Precision::Fp32, Some(Provider::Cuda)) if saved.task.form() == Form::Whole => {}
+        (_, Some(provider)) => bail_unusable!(
+            "--ep {}: of its own a provider has CUDA's graph in fp32 of models that don't generate, and OpenVINO's bf16",
+            provider.name()
+        ),
         (_, None) => {}
     }
     Ok(())

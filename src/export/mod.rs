@@ -11,6 +11,7 @@ pub use int8::Int8;
 
 use std::path::{Path, PathBuf};
 
+use anyhow::Context;
 use serde_json::{Map, Value, json};
 
 use crate::data::batch::Encoding;
@@ -31,6 +32,11 @@ const MODEL: &str = "model.onnx";
 /// The graph that tk generates with.
 const GENERATE: &str = "generate.onnx";
 
+/// The graph that CUDA runs.
+const OPTIMIZED: &str = "model_optimized.onnx";
+
+/// Where a manifest speaks of the graphs that a provider runs in place of the one that all run, by provider.
+const OPTIMIZING: &str = "optimized";
 /// Where a manifest speaks of the graphs that generate, by precision.
 const GENERATING: &str = "generate";
 /// The same of graphs of whole sequences in fewer bits than they were trained in.
@@ -115,7 +121,7 @@ impl<'a> Export<'a> {
         };
         let manifest: Map<String, Value> =
             serde_json::from_slice(&bytes).map_err(|e| unusable!("{}: {e}: delete it", place.display()))?;
-        for key in [GENERATING, PRECISIONS] {
+        for key in [GENERATING, OPTIMIZING, PRECISIONS] {
             if let Some(other) = manifest.get(key).filter(|entry| !entry.is_object()) {
                 bail_unusable!("{}: \"{key}\" is {other}, expected an object: delete it", place.display());
             }
@@ -142,7 +148,7 @@ impl<'a> Export<'a> {
     ///
     /// # Errors
     /// ONNX Runtime gives other logits than the trained model: nothing is put in place then.
-    pub fn as_trained(&self, opset: i64, external_data: bool) -> Result<Exported> {
+    pub fn as_trained(&self, opset: i64, external_data: bool, for_cuda: bool) -> Result<Exported> {
         let form = self.saved.task.form();
         let kind = GraphKind::fp32(form, opset);
         let (target, written) = (graphs::path(&self.saved.dir), self.scratch.path().join(MODEL));
@@ -156,12 +162,41 @@ impl<'a> Export<'a> {
             self.say.detail(format!("verifying {}", generated.display()));
             compared.push(verify(self.saved, &generated, Form::InPlace)?);
         }
+        if for_cuda {
+            let optimized = self.scratch.path().join(OPTIMIZED);
+            let model = self.build(&GraphKind::fused())?;
+            let mut nodes = model.graph.iter().flat_map(|graph| &graph.node);
+            if nodes.all(|node| node.domain.is_empty()) {
+                bail_unusable!(
+                    "--ep cuda: no operator of ONNX Runtime's own computes this model's attention; CUDA runs model.onnx: leave \
+                     --ep out"
+                );
+            }
+            if external {
+                write::save_sharing(model, &optimized, &written)?;
+            } else {
+                write::save(model, &optimized, false)?;
+            }
+            self.say.detail(format!("verifying {}", optimized.display()));
+            compared.push(verify(self.saved, &optimized, form)?);
+        }
 
         let _held = self.locked()?;
-        let files: &[&str] = if form == Form::Cached { &[MODEL, GENERATE] } else { &[MODEL] };
+        if !for_cuda {
+            // it may read weights that go with the export that it is of
+            let optimized = self.folder.join(OPTIMIZED);
+            let removed = if optimized.exists() { std::fs::remove_file(&optimized) } else { Ok(()) };
+            removed.with_context(|| optimized.display().to_string())?;
+        }
+        let files: &[&str] = match form {
+            Form::Cached => &[MODEL, GENERATE],
+            _ if for_cuda => &[MODEL, OPTIMIZED],
+            _ => &[MODEL],
+        };
         write::install(self.scratch.path(), &self.folder, files, external)?;
         let mut before = self.read_manifest()?;
         let mut others = self.in_place(&mut before, GENERATING);
+        let mut optimized = self.in_place(&mut before, OPTIMIZING);
         let mut precisions = self.in_place(&mut before, PRECISIONS);
         // what was measured on the graph that stood here before
         precisions.retain(|_, entry| entry["file"] != MODEL);
@@ -175,7 +210,16 @@ impl<'a> Export<'a> {
             size += self.bytes("model.onnx_data");
         }
         let mut also = String::new();
-        if let Some(in_place) = compared.get(1) {
+        if for_cuda {
+            let mut entry = self.entry(OPTIMIZED, &GraphKind::fused())?;
+            entry.insert("max_abs".to_owned(), json!(compared[1].max_abs));
+            optimized.insert(Provider::Cuda.name().to_owned(), Value::Object(entry));
+            also = format!(
+                "\n{}: the same for CUDA, with ONNX Runtime's own attention, within {:.1e} on this machine's CPU",
+                graphs::optimized(&self.saved.dir).display(),
+                compared[1].max_abs
+            );
+        } else if let Some(in_place) = compared.get(1) {
             let mut entry = self.entry(GENERATE, &GraphKind::in_place(Precision::Fp32))?;
             entry.insert("max_abs".to_owned(), json!(in_place.max_abs));
             others.shift_insert(0, Precision::Fp32.name().to_owned(), Value::Object(entry));
@@ -186,7 +230,7 @@ impl<'a> Export<'a> {
                 in_place.max_abs
             );
         }
-        for (key, entries) in [(GENERATING, others), (PRECISIONS, precisions)] {
+        for (key, entries) in [(GENERATING, others), (OPTIMIZING, optimized), (PRECISIONS, precisions)] {
             if !entries.is_empty() {
                 manifest.insert(key.to_owned(), Value::Object(entries));
             }

@@ -7,6 +7,7 @@
 //! the input) where a batch or a length stands, so nothing is baked in.
 
 mod distances;
+mod fused;
 mod in_place;
 mod int8;
 mod operator;
@@ -68,7 +69,7 @@ pub fn graph<'w>(
     weights: impl Fn(&Param) -> Result<Cow<'w, [f32]>>,
 ) -> Result<ModelProto> {
     let opset = checked_opset(kind.opset)?;
-    let form = kind.form;
+    let (form, fused) = (kind.form, kind.fused);
     let emit =
         Emit { graph: RefCell::default(), kind, presents: RefCell::default(), observed: RefCell::default() };
     let results = define(&emit)?;
@@ -96,6 +97,8 @@ pub fn graph<'w>(
     let mut operators = vec![OperatorSetIdProto { domain: String::new(), version: opset }];
     if form == Form::InPlace {
         fuse::fuse(&mut graph);
+    }
+    if form == Form::InPlace || fused {
         operators.push(OperatorSetIdProto { domain: OWN_DOMAIN.to_owned(), version: 1 });
     }
     let model = ModelProto {
@@ -446,6 +449,9 @@ impl Ops for Emit {
         if self.kind.form == Form::InPlace {
             let value = self.attention_in_place(&at, [q, k, v], how)?;
             return Ok(X { value, scope: at, width: v.width, every: true });
+        }
+        if self.is_fused(&distances) {
+            return self.attention_fused(&at, [q, k, v], how, &distances);
         }
         if self.has_operator(&distances) {
             return self.attention_operator(&at, [q, k, v], how, &distances);

@@ -25,7 +25,8 @@ pub(super) type ValueId = usize;
 pub(super) const ABSENT: ValueId = ValueId::MAX;
 
 /// The operators that are ONNX Runtime's own.
-const OWN: [&str; 4] = ["FastGelu", "GatherBlockQuantized", "GroupQueryAttention", "MatMulNBits"];
+const OWN: [&str; 5] =
+    ["FastGelu", "GatherBlockQuantized", "GroupQueryAttention", "MatMulNBits", "MultiHeadAttention"];
 
 /// Their domain.
 pub(super) const OWN_DOMAIN: &str = "com.microsoft";

@@ -37,6 +37,8 @@ pub struct GraphKind {
     /// Whether outputs tell of every product in fp32 between what numbers its activations lie: see [`emit::LEAST`] and
     /// [`emit::MOST`].
     pub observed: bool,
+    /// Whether attention is ONNX Runtime's own operator.
+    pub fused: bool,
 }
 
 /// The least and the largest number of activations.
@@ -53,7 +55,13 @@ impl GraphKind {
             kept: Vec::new(),
             ranges: BTreeMap::new(),
             observed: false,
+            fused: false,
         }
+    }
+
+    /// A graph of whole sequences in fp32 for ONNX Runtime alone.
+    pub fn fused() -> Self {
+        Self { fused: true, ..Self::fp32(Form::Whole, FUSED_OPSET) }
     }
 
     /// A graph of whole sequences whose matrices are in int8, but for those that are kept in fp32.
@@ -80,6 +88,9 @@ pub const DEFAULT_OPSET: i64 = 18;
 
 /// The opset that candle-onnx's evaluator can run: layer norms and GELUs stand there as primitives.
 pub const CANDLE_OPSET: i64 = 14;
+
+/// The opset of graphs of whole sequences with ONNX Runtime's own attention; it has the operator that turns queries.
+const FUSED_OPSET: i64 = 23;
 
 /// The opset of graphs with ONNX Runtime's own operators.
 const IN_PLACE_OPSET: i64 = 21;

@@ -90,12 +90,19 @@ fn write_data(model: &mut ModelProto, path: &Path, location: &str) -> Result<()>
     Ok(())
 }
 
-/// The metadata of a model file.
+/// What a model file says of itself: a message without the graph, whose weights are passed over.
+#[derive(Clone, PartialEq, prost::Message)]
+struct About {
+    #[prost(message, repeated, tag = "14")]
+    metadata_props: Vec<StringStringEntryProto>,
+}
+
+/// The metadata of a model file. The graph is not looked into.
 ///
 /// # Errors
-/// As [`load`].
+/// Unusable: the file is missing, or is no ONNX model.
 pub fn metadata(path: &Path) -> Result<BTreeMap<String, String>> {
-    let entries = decode(path)?.metadata_props;
+    let entries = decoded::<About>(path)?.metadata_props;
     Ok(entries.into_iter().map(|entry| (entry.key, entry.value)).collect())
 }
 
@@ -109,8 +116,12 @@ pub fn inputs(path: &Path) -> Result<Vec<String>> {
 }
 
 fn decode(path: &Path) -> Result<ModelProto> {
+    decoded(path)
+}
+
+fn decoded<M: Message + Default>(path: &Path) -> Result<M> {
     let bytes = std::fs::read(path).map_err(|e| unusable!("{}: {e}", path.display()))?;
-    ModelProto::decode(bytes.as_slice())
+    M::decode(bytes.as_slice())
         .map_err(|e| unusable!("{}: not a whole ONNX model ({e}): export it again", path.display()))
 }
 

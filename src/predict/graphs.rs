@@ -19,6 +19,25 @@ pub fn path(dir: &Path) -> PathBuf {
     folder(dir).join("model.onnx")
 }
 
+/// Where it writes the graph that CUDA runs, with ONNX Runtime's own attention.
+pub fn optimized(dir: &Path) -> PathBuf {
+    folder(dir).join("model_optimized.onnx")
+}
+
+/// The graph that CUDA runs in place of the one that every provider runs, where it was exported, held against the weights
+/// beside it.
+///
+/// # Errors
+/// Unusable: the model was trained on since it was exported.
+pub fn checked_optimized(saved: &Saved) -> Result<Option<PathBuf>> {
+    let path = optimized(&saved.dir);
+    if !path.is_file() {
+        return Ok(None);
+    }
+    check_fresh(saved, &path, Precision::Fp32)?;
+    Ok(Some(path))
+}
+
 /// Where it writes the graph of whole sequences in this precision; the names are those of the ecosystem.
 pub fn in_precision(dir: &Path, precision: Precision) -> PathBuf {
     match precision.stored() {

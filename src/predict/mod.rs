@@ -17,7 +17,7 @@ pub use pool::Pool;
 use crate::data::batch::Encoding;
 use crate::data::records::{BadRow, Row};
 use crate::onnx::Precision;
-use crate::runtime::{Provider, Providers};
+use crate::runtime::{Order, Provider, Providers};
 use crate::saved::Saved;
 use crate::say::Say;
 use crate::task::{Answer, AnswerFlags, Asking, Example, Measured, Outputs, Question, Task};
@@ -101,7 +101,12 @@ impl Predictor {
                 graphs::export(saved, precision)
             ));
         }
-        Self::of_graph(saved, graph, options, say)
+        let mut providers = options.providers.clone();
+        let may_be_cuda = providers.order == Order::Auto || providers.order.names(Provider::Cuda);
+        if precision == Precision::Fp32 && may_be_cuda {
+            providers.how.optimized = graphs::checked_optimized(saved)?;
+        }
+        Self::of_graph(saved, graph, &Options { providers: &providers, ..*options }, say)
     }
 
     /// The same of a graph that stands anywhere.

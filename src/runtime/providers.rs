@@ -182,6 +182,8 @@ pub struct How {
     pub cache: Option<PathBuf>,
     /// What TensorRT is told of the model.
     pub engine: Option<Engine>,
+    /// The graph that CUDA runs in place of the one that is given.
+    pub optimized: Option<PathBuf>,
 }
 
 /// Which providers may be taken, and how they compute.
@@ -311,6 +313,7 @@ impl EpFlags {
             tf32: self.tf32,
             cache: self.ep_cache.clone(),
             engine: None,
+            optimized: None,
         };
         Ok(Providers { order: self.ep.clone(), how })
     }

@@ -185,6 +185,10 @@ impl OrtSession {
         threads: Threads,
         waiting: Waiting,
     ) -> Result<Self> {
+        let model = match (provider, &how.optimized, model) {
+            (Provider::Cuda, Some(optimized), Model::File(_)) => Model::File(optimized),
+            (_, _, model) => model,
+        };
         let place = match model {
             Model::File(path) => path.display().to_string(),
             Model::Bytes(_) => "the graph".to_owned(),

@@ -66,7 +66,7 @@ impl Emit {
     }
 
     /// Queries or keys, (B, T, H·D), turned by their positions.
-    fn rotated(&self, at: &str, x: ValueId, theta: f64, d: usize, heads: i64) -> Result<ValueId> {
+    pub(super) fn rotated(&self, at: &str, x: ValueId, theta: f64, d: usize, heads: i64) -> Result<ValueId> {
         let [cos, sin] = self.cos_and_sin(theta, d)?;
         let how = vec![int("num_heads", heads)];
         Ok(self.node(at, "RotaryEmbedding", &[x, cos, sin, self.positions()], how))

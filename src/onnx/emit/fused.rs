@@ -1,0 +1,78 @@
+//! Attention as ONNX Runtime's own operator, `MultiHeadAttention`, of which its CUDA provider has kernels that keep no scores.
+
+use super::{Emit, MASKED, X};
+use crate::Result;
+use crate::model::ops::{Attend, Distances, Pick, Sees};
+use crate::onnx::graph::{ABSENT, ValueId, int};
+use crate::onnx::proto::tensor_proto::DataType;
+use crate::task::Form;
+
+impl Emit {
+    /// Whether this attention is written so: of whole sequences, without products with tables of distances.
+    pub(super) fn is_fused(&self, distances: &Distances<X>) -> bool {
+        self.kind.fused && self.kind.form == Form::Whole && !matches!(distances, Distances::Products { .. })
+    }
+
+    /// See [`Ops::attention_by_distance`](crate::model::ops::Ops::attention_by_distance).
+    pub(super) fn attention_fused(
+        &self,
+        at: &str,
+        [q, k, v]: [&X; 3],
+        how: Attend,
+        distances: &Distances<X>,
+    ) -> Result<X> {
+        let heads = how.heads as i64;
+        let mut queries = q.value;
+        if !q.every {
+            queries = self.plain(&q.scope, "Unsqueeze", &[queries, self.list(&[1])]); // (B, C) → (B, 1, C)
+        }
+        let mut keys = k.value;
+        if let Distances::Rotary { theta } = *distances {
+            let d = q.width / how.heads;
+            if !Self::first(how.queries) {
+                queries = self.rotated(&q.scope, queries, theta, d, heads)?; // the first token's position is 0
+            }
+            keys = self.rotated(&k.scope, keys, theta, d, heads)?;
+        }
+        let mut inputs = vec![queries, keys, v.value, ABSENT]; // without a bias of the projections
+        let mut attributes = vec![int("num_heads", heads)];
+        let alone = matches!(how.queries, Some(Pick::First | Pick::Last));
+        match (distances, how.sees) {
+            (Distances::Bias { table, buckets, longest }, _) => {
+                let keep = self.keep_of(how)?;
+                let bias = self.masked_bias(table, *buckets, *longest, how.queries, keep)?;
+                inputs.extend([ABSENT, bias]);
+            }
+            (_, Sees::Near { .. }) => {
+                let keep = self.keep_of(how)?;
+                inputs.extend([ABSENT, self.added(keep)]);
+            }
+            (_, Sees::Causal) if !alone => {
+                inputs.push(self.tokens_kept());
+                attributes.push(int("unidirectional", 1));
+            }
+            (_, Sees::All | Sees::Causal) => inputs.push(self.tokens_kept()),
+        }
+        let mut value = self.node(at, "MultiHeadAttention", &inputs, attributes);
+        if !q.every {
+            value = self.plain(at, "Reshape", &[value, self.list(&[0, v.width as i64])]); // (B, 1, C) → (B, C)
+        }
+        Ok(X { value, scope: at.to_owned(), width: v.width, every: q.every })
+    }
+
+    /// (B, T), 1 for a token, as int32.
+    fn tokens_kept(&self) -> ValueId {
+        self.graph.borrow_mut().shared("tokens_kept", |g| {
+            let mask = g.input("attention_mask");
+            g.node("attention_mask", "Cast", &[mask], vec![int("to", DataType::Int32 as i64)])
+        })
+    }
+
+    /// What is added to scores: 0 for a key that is seen, [`MASKED`] for others.
+    fn added(&self, keep: ValueId) -> ValueId {
+        let (seen, masked) = (self.f32(0.0), self.f32(MASKED));
+        self.graph.borrow_mut().shared(&format!("added/{keep:?}"), |g| {
+            g.node("attention_mask", "Where", &[keep, seen, masked], Vec::new())
+        })
+    }
+}
