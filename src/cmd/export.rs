@@ -2,7 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
+use serde_json::json;
+
 use crate::export::Export;
+use crate::export::triton::TritonFlags;
 use crate::onnx::{DEFAULT_BLOCK, DEFAULT_OPSET, LARGEST_BLOCK, LEAST_BLOCK, Precision, checked_opset};
 use crate::predict::graphs;
 use crate::saved::{Saved, TaskFlag};
@@ -50,6 +53,8 @@ pub struct Args {
     max_perplexity_increase: Option<f64>,
     #[command(flatten)]
     records: RecordFlags,
+    #[command(flatten)]
+    triton: TritonFlags,
 }
 
 /// Points of 100 that a metric may lose in fewer bits.
@@ -63,8 +68,9 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     checked_opset(args.opset)?;
     let saved = Saved::open_for(&args.dir, &args.task)?;
     check_usage(args, &saved)?;
+    let triton = args.triton.place(&saved, args.precision)?;
     let export = Export::new(&saved, say)?;
-    let exported = match args.precision {
+    let mut exported = match args.precision {
         Precision::Fp32 => export.as_trained(args.opset, args.external_data)?,
         Precision::Int8 => {
             let examples =
@@ -78,6 +84,11 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
             export.in_blocks(precision, args.block_size, most, &examples)?
         }
     };
+    if let Some(place) = triton {
+        let folder = place.put(&saved, args.precision)?;
+        exported.summary += &format!("\n{}: the same for Triton", folder.display());
+        exported.manifest.insert("triton".to_owned(), json!(folder));
+    }
     say.result(exported.summary, &exported.manifest)
 }
 

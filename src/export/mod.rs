@@ -3,6 +3,7 @@
 
 mod gate;
 mod int8;
+pub mod triton;
 
 use std::path::{Path, PathBuf};
 
