@@ -103,13 +103,18 @@ pub const TARGETS: [Target; 15] = [
 fn rows(path: &Path) {
     let Ok(rows) = records::read(&Source::Path(path.into()), &How::default()) else { return };
     let columns = Columns::default();
+    let (mut read, mut whole) = (0, true);
     for row in rows {
+        whole &= row.is_ok();
+        read += 1;
         let Ok(Ok(mut row)) = row else { continue };
         let _ =
             (row.text(&columns, "text").map(str::len), row.optional_text(&columns, "text_pair").map(|_| ()));
         row.fields.values().for_each(|value| drop(records::describe(value)));
         row.take(&columns, "id");
     }
+    let counted = records::count(path, &How::default());
+    assert!(!whole || counted.unwrap() == read, "records that were counted and not read");
 }
 
 /// Every record of a file as the examples of a task.
@@ -164,6 +169,7 @@ fn requests(dir: &Path) {
         size: 4,
         strict: false,
         read: 0,
+        until: None,
     };
     for window in windows {
         let Ok(window) = window else { return };

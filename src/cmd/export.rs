@@ -3,7 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
+use serde_json::json;
 
+use crate::export::triton::TritonFlags;
 use crate::export::{Export, Int8};
 use crate::onnx::{DEFAULT_BLOCK, DEFAULT_OPSET, LARGEST_BLOCK, LEAST_BLOCK, Precision, checked_opset};
 use crate::predict::graphs;
@@ -63,6 +65,8 @@ pub struct Args {
     max_perplexity_increase: Option<f64>,
     #[command(flatten)]
     records: RecordFlags,
+    #[command(flatten)]
+    triton: TritonFlags,
 }
 
 /// Points of 100 that a metric may lose in fewer bits.
@@ -78,13 +82,14 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     check_usage(args, &saved)?;
     // before the library is loaded
     let openvino = (args.precision == Precision::Bf16).then(Providers::openvino_in_bf16).transpose()?;
+    let triton = args.triton.place(&saved, args.precision)?;
     let export = Export::new(&saved, say)?;
     let examples = |args: &Args| -> Result<Option<Vec<Example>>> {
         let read = |input: &PathBuf| saved.examples(input, &args.records, saved.max_length, say);
         args.input.as_ref().map(read).transpose()
     };
     let most = args.max_metric_drop.unwrap_or(MAX_METRIC_DROP);
-    let exported = match args.precision {
+    let mut exported = match args.precision {
         Precision::Fp32 => {
             export.as_trained(args.opset, args.external_data, args.ep == Some(Provider::Cuda))?
         }
@@ -109,6 +114,11 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
             export.in_blocks(precision, args.block_size, most, &examples)?
         }
     };
+    if let Some(place) = triton {
+        let folder = place.put(&saved, args.precision)?;
+        exported.summary += &format!("\n{}: the same for Triton", folder.display());
+        exported.manifest.insert("triton".to_owned(), json!(folder));
+    }
     say.result(exported.summary, &exported.manifest)
 }
 

@@ -3,6 +3,7 @@
 mod generate;
 mod progress;
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
@@ -13,7 +14,8 @@ use crate::data::records::{self, Columns, How, Source};
 use crate::files::Destination;
 use crate::onnx::Precision;
 use crate::predict::chunks::{Chunk, Chunks, Make, ReadAhead};
-use crate::predict::matrix::Matrix;
+use crate::predict::matrix::{Matrix, MatrixFile};
+use crate::predict::shard::Shard;
 use crate::predict::sink::{self, Done, Sink};
 use crate::predict::{Asked, Options, Predictor};
 use crate::runtime::{EpFlags, Provider};
@@ -51,6 +53,10 @@ pub struct Args {
     /// Records that are read, answered and written together [default: 4096, 256 where texts are generated].
     #[arg(long, value_name = "N", value_parser = from_one_to(LARGEST_WINDOW))]
     window: Option<u64>,
+    /// Answer one of N parts alone, the I-th from 0: whole windows of records, with the places that they have in the
+    /// whole input. The outputs of all parts, one behind the other, are those of one run.
+    #[arg(long, value_name = "I/N")]
+    shard: Option<Shard>,
     /// Threads that compute; but for texts that are generated, each runs batches of its own [default: the cores].
     #[arg(long, value_name = "N", value_parser = from_one_to(MOST_THREADS))]
     threads: Option<u64>,
@@ -155,8 +161,8 @@ struct BatchRun<'a> {
     args: &'a Args,
     source: Source,
     target: Destination,
-    /// What the file becomes, and the numbers of a row.
-    matrix: Option<(Matrix, usize)>,
+    /// What the file becomes, where not JSON lines.
+    matrix: Option<MatrixFile>,
     say: Say,
 }
 
@@ -184,7 +190,9 @@ impl BatchRun<'_> {
         W::Item: 'static,
     {
         let args = self.args;
-        let rows = records::read(&self.source, &How { untagged: true, ..args.flags.reading.how() })?;
+        let how = How { untagged: true, ..args.flags.reading.how() };
+        let part = self.part(&how, size)?;
+        let rows = records::read(&self.source, &how)?;
         let (mut output, done) = match &self.target {
             Destination::File(target) => {
                 open(target, &self.settings(size, settings)?, size, args.resume, self.say)?
@@ -193,8 +201,10 @@ impl BatchRun<'_> {
         };
         let columns = columns.with("id", args.id_column.clone());
         let source = self.source.to_string();
-        let mut chunks = Chunks { rows, source, columns, make, size, strict: args.strict, read: 0 };
-        chunks.pass_over(done.records)?;
+        let until = part.as_ref().map(|part| part.end);
+        let first = part.map_or(0, |part| part.start);
+        let mut chunks = Chunks { rows, source, columns, make, size, strict: args.strict, read: 0, until };
+        chunks.pass_over(first + done.records)?;
 
         let shown = (self.target != Destination::STDOUT).then(|| args.output.clone());
         let mut progress = ServeProgress::new(done, shown, self.say)?;
@@ -212,9 +222,9 @@ impl BatchRun<'_> {
             }
             progress.show();
         }
-        output.finish(self.matrix)?;
+        output.finish(self.matrix.map(|matrix| MatrixFile { first, ..matrix }))?;
         let errors = done.errors + progress.errors;
-        if let (Some((Matrix::Npy, _)), 1..) = (self.matrix, errors) {
+        if let (Some(MatrixFile { form: Matrix::Npy, .. }), 1..) = (self.matrix, errors) {
             let output = &args.output;
             self.say.warn(format!(
                 "{output}: {errors} rows are NaN, of records that can't be used; a name that ends in .parquet or .jsonl keeps why"
@@ -223,8 +233,21 @@ impl BatchRun<'_> {
         progress.finish(work.provider())
     }
 
+    /// The records that `--shard` asks for; none where all are answered.
+    fn part(&self, how: &How, window: usize) -> Result<Option<Range<usize>>> {
+        let (Some(shard), Source::Path(input)) = (self.args.shard, &self.source) else { return Ok(None) };
+        let count = records::count(input, how)?;
+        let part = shard.records(count, window);
+        self.say.line(if part.is_empty() {
+            format!("part {shard} is empty: {} has {} windows", input.display(), count.div_ceil(window))
+        } else {
+            format!("part {shard}: {} records from {} on, of {count}", part.len(), part.start)
+        });
+        Ok(Some(part))
+    }
+
     /// What the output's name asks for beside JSON lines.
-    fn matrix_of(&self, task: &Task) -> Result<Option<(Matrix, usize)>> {
+    fn matrix_of(&self, task: &Task) -> Result<Option<MatrixFile>> {
         let output = &self.args.output;
         let Some(form) = Matrix::of(output) else { return Ok(None) };
         let Some(width) = task.row_width(&self.args.flags) else {
@@ -237,11 +260,22 @@ impl BatchRun<'_> {
         if !matches!(self.target, Destination::File(_)) {
             bail_unusable!("--output {output}: a matrix is written to a file, and this is none");
         }
-        Ok(Some((form, width)))
+        Ok(Some(MatrixFile { form, width, first: 0 }))
     }
 
     fn check_streams(&self) -> Result<()> {
         let (args, source) = (self.args, &self.source);
+        let is_stream = match source {
+            Source::Stdin => true,
+            Source::Path(input) => input.exists() && !input.is_file(),
+        };
+        if let (Some(shard), true) = (args.shard, is_stream) {
+            bail_unusable!(
+                "--shard {shard} counts the records before it reads them, and --input {} is no file: give --input FILE, or \
+                 split the stream and leave --shard out",
+                args.input
+            );
+        }
         let file = match &self.target {
             Destination::File(file) => file,
             &Destination::STDOUT if self.say.json => {
@@ -303,6 +337,7 @@ impl BatchRun<'_> {
         });
         if let (Some(settings), Value::Object(work)) = (settings.as_object_mut(), work) {
             settings.extend(work);
+            settings.extend(self.args.shard.map(|shard| ("shard".to_owned(), json!(shard.to_string()))));
         }
         Ok(settings)
     }

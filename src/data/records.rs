@@ -164,7 +164,7 @@ fn known() -> String {
 /// The records of a source, in order. After an error (the source can't be read on) it ends.
 pub struct Rows {
     name: String,
-    rows: Option<Box<dyn Iterator<Item = Item> + Send>>,
+    rows: Option<readers::Reader>,
 }
 
 /// What [`Rows`] gives for each record.
@@ -174,8 +174,19 @@ impl Iterator for Rows {
     type Item = Item;
 
     fn next(&mut self) -> Option<Item> {
+        self.step(Iterator::next)
+    }
+}
+
+impl Rows {
+    /// Passes over the next record; one that is a line is not looked into.
+    pub fn pass_over(&mut self) -> Option<Result<()>> {
+        self.step(readers::Reader::pass_over)
+    }
+
+    fn step<T>(&mut self, step: impl FnOnce(&mut readers::Reader) -> Option<Result<T>>) -> Option<Result<T>> {
         let rows = self.rows.as_mut()?;
-        let item = guarded(|| Ok(rows.next())).unwrap_or_else(|error| Some(Err(error)));
+        let item = guarded(|| Ok(step(rows))).unwrap_or_else(|error| Some(Err(error)));
         if !matches!(item, Some(Ok(_))) {
             self.rows = None;
         }
@@ -198,7 +209,9 @@ pub fn read(source: &Source, how: &How) -> Result<Rows> {
         }
     };
     let rows = match (rows, format) {
-        (Opened::File(file), Format::Parquet) => guarded(|| parquet::rows(file, how.encoding, &name))?,
+        (Opened::File(file), Format::Parquet) => {
+            readers::Reader::Records(guarded(|| parquet::rows(file, how.encoding, &name))?)
+        }
         (Opened::Stream(_), Format::Parquet) => {
             bail_unusable!("{name}: a Parquet file is read from its end, so it can't come through a pipe")
         }
@@ -208,6 +221,26 @@ pub fn read(source: &Source, how: &How) -> Result<Rows> {
         (Opened::Stream(input), _) => readers::rows(input, format, how, &name)?,
     };
     Ok(Rows { name, rows: Some(rows) })
+}
+
+/// How many records a file has: as many as [`read`] gives of it.
+///
+/// # Errors
+/// Unusable: as [`read`], and what ends the reading.
+pub fn count(path: &Path, how: &How) -> Result<usize> {
+    let source = Source::Path(path.into());
+    if how.format.map_or_else(|| Format::of(path), Ok)? == Format::Parquet
+        && let Opened::File(file) = open(path)?
+    {
+        return guarded(|| parquet::count(file, &source.to_string()));
+    }
+    let mut rows = read(&source, how)?;
+    let mut count = 0;
+    while let Some(passed) = rows.pass_over() {
+        passed?;
+        count += 1;
+    }
+    Ok(count)
 }
 
 /// What a reader gives. The parquet library takes for granted that a page holds what the file says of it, and panics

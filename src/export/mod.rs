@@ -6,6 +6,7 @@ mod calibrate;
 mod fp16;
 mod gate;
 mod int8;
+pub mod triton;
 
 pub use int8::Int8;
 

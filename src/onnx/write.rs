@@ -252,7 +252,7 @@ fn is_meanwhile(name: &str, data: &str) -> bool {
 }
 
 /// Writes the graph at `path` to `target`, with its weights in a file called `data`.
-fn point_to(path: &Path, data: &str, target: &Path) -> Result<()> {
+pub(crate) fn point_to(path: &Path, data: &str, target: &Path) -> Result<()> {
     let mut model = decode(path)?;
     let tensors = model.graph.iter_mut().flat_map(|graph| &mut graph.initializer);
     for entry in tensors.flat_map(|tensor| &mut tensor.external_data).filter(|entry| entry.key == "location")

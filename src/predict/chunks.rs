@@ -75,35 +75,41 @@ pub struct Chunks<T> {
     pub strict: bool,
     /// How many records were read.
     pub read: usize,
+    /// Ends before the record of this place; where there is none, with the source.
+    pub until: Option<usize>,
 }
 
 impl<T: Send> Chunks<T> {
-    /// Passes over records that were answered before.
+    /// Passes over records that are answered elsewhere, or were before.
     ///
     /// # Errors
     /// The source ends before that.
     pub fn pass_over(&mut self, count: usize) -> Result<()> {
         for _ in 0..count {
-            match self.rows.next() {
-                Some(row) => drop(row?),
-                None => {
-                    return Err(unusable!(
-                        "{} has {} records, {count} were answered before",
-                        self.source,
-                        self.read
-                    ));
-                }
+            match self.rows.pass_over() {
+                Some(passed) => passed?,
+                None => return Err(self.ended(count)),
             }
             self.read += 1;
         }
         Ok(())
     }
 
+    fn ended(&self, expected: usize) -> anyhow::Error {
+        let (source, read) = (&self.source, self.read);
+        unusable!("{source} has {read} records, and had {expected} before: it was changed; start over")
+    }
+
     /// The next chunk; none at the end.
     fn chunk(&mut self) -> Result<Option<Chunk<T>>> {
         let mut rows = Vec::new();
-        while rows.len() < self.size {
-            let Some(row) = self.rows.next() else { break };
+        while rows.len() < self.size && self.until != Some(self.read) {
+            let Some(row) = self.rows.next() else {
+                match self.until {
+                    Some(until) => return Err(self.ended(until)),
+                    None => break,
+                }
+            };
             let mut row = row?;
             let mut key = None;
             if let Ok(record) = &mut row {
@@ -204,7 +210,7 @@ mod tests {
         std::fs::write(&path, "a\nb\nc\nd\ne\n").unwrap();
         let rows = read(&Source::Path(path), &How::default()).unwrap();
         let (source, columns) = ("in.txt".to_owned(), Columns::default());
-        Chunks { rows, source, columns, make, size, strict: false, read: 0 }
+        Chunks { rows, source, columns, make, size, strict: false, read: 0, until: None }
     }
 
     fn text(row: &Row) -> Result<String, BadRow> {
@@ -242,7 +248,8 @@ mod tests {
         let rows = read(&Source::Path(path), &How::default()).unwrap();
         let texts = columns.clone();
         let make = Box::new(move |row: &Row| row.text(&texts, "text").map(str::to_owned));
-        let chunks = Chunks { rows, source: "a".into(), columns, make, size: 2, strict: false, read: 0 };
+        let chunks =
+            Chunks { rows, source: "a".into(), columns, make, size: 2, strict: false, read: 0, until: None };
         let entries = chunks.flat_map(|chunk| chunk.unwrap().entries);
         let answer = |entry: Entry<String>| {
             let text = entry.item.map_or_else(|error| json!({"error": error}), |text| json!({"text": text}));

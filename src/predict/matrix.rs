@@ -23,7 +23,7 @@ use crate::Result;
 pub enum Matrix {
     /// `numpy.load` reads it: float32, (lines, width). The row of a line that has an error is of NaN.
     Npy,
-    /// Columns `index` (the line's place, from 0), `id` where the records have one, `embedding` (a list of float32, null
+    /// Columns `index` (the record's place in the input, from 0), `id` where the records have one, `embedding` (a list of float32, null
     /// where there is an error), `error` and `truncated`.
     Parquet,
 }
@@ -50,15 +50,27 @@ impl Matrix {
             _ => None,
         }
     }
+}
 
-    /// Makes a file of it at `path`, of answers whose embeddings have `width` numbers.
+/// A matrix to be written.
+#[derive(Clone, Copy, Debug)]
+pub struct MatrixFile {
+    pub form: Matrix,
+    /// Numbers of a row.
+    pub width: usize,
+    /// The place of the first row's record in the input.
+    pub first: usize,
+}
+
+impl MatrixFile {
+    /// Makes the file at `path`, of answers.
     ///
     /// # Errors
-    /// A line is no such answer, or the file can't be written.
-    pub fn write(self, answers: &Path, width: usize, path: &Path) -> Result<()> {
-        match self {
-            Self::Npy => npy(answers, width, path),
-            Self::Parquet => parquet(answers, width, path),
+    /// A line is no answer with an embedding of this width, or the file can't be written.
+    pub fn write(self, answers: &Path, path: &Path) -> Result<()> {
+        match self.form {
+            Matrix::Npy => npy(answers, self.width, path),
+            Matrix::Parquet => parquet(answers, self.width, self.first, path),
         }
     }
 }
@@ -134,7 +146,7 @@ impl Ids {
     }
 }
 
-fn parquet(answers: &Path, width: usize, path: &Path) -> Result<()> {
+fn parquet(answers: &Path, width: usize, mut first: usize, path: &Path) -> Result<()> {
     let ids = Ids::of(answers)?;
     let id = match ids {
         Ids::None => "",
@@ -160,7 +172,7 @@ fn parquet(answers: &Path, width: usize, path: &Path) -> Result<()> {
         Arc::new(properties.build()),
     )?;
     let size = (GROUP / width.max(1)).max(1);
-    let (mut all, mut first) = (lines(answers, width)?, 0);
+    let mut all = lines(answers, width)?;
     loop {
         let group = all.by_ref().take(size).collect::<Result<Vec<Line>>>()?;
         if group.is_empty() {
@@ -253,7 +265,7 @@ mod tests {
         let dir = tempfile::tempdir()?;
         let (answers, path) = (dir.path().join("answers"), dir.path().join("matrix.parquet"));
         std::fs::write(&answers, lines.iter().map(|line| format!("{line}\n")).collect::<String>())?;
-        form.write(&answers, width, &path)?;
+        MatrixFile { form, width, first: 0 }.write(&answers, &path)?;
         Ok((dir, path))
     }
 

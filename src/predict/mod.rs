@@ -6,6 +6,7 @@ pub mod chunks;
 pub mod graphs;
 pub mod matrix;
 pub mod pool;
+pub mod shard;
 pub mod sink;
 
 use std::ops::Range;

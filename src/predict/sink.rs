@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use serde_json::Value;
 
-use super::matrix::Matrix;
+use super::matrix::MatrixFile;
 use crate::files::Destination;
 use crate::{Result, bail_unusable, files, say, unusable};
 
@@ -111,8 +111,8 @@ impl Sink {
         }
     }
 
-    /// Gives the file its name; or makes a matrix of its lines, whose rows have so many numbers, under that name.
-    pub fn finish(self, matrix: Option<(Matrix, usize)>) -> Result<()> {
+    /// Gives the file its name; or makes a matrix of its lines under that name.
+    pub fn finish(self, matrix: Option<MatrixFile>) -> Result<()> {
         let Self::File(partial) = self else { return Ok(()) };
         let place = || partial.target.display().to_string();
         let file =
@@ -122,8 +122,8 @@ impl Sink {
                 file.sync_all().with_context(place)?;
                 files::replace(&partial.partial, &partial.target).with_context(place)?;
             }
-            Some((form, width)) => {
-                let write = |path: &Path| form.write(&partial.partial, width, path);
+            Some(matrix) => {
+                let write = |path: &Path| matrix.write(&partial.partial, path);
                 files::write_through_rename(&partial.target, write)?;
                 std::fs::remove_file(&partial.partial)
                     .with_context(|| partial.partial.display().to_string())?;
@@ -221,6 +221,9 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::predict::matrix::Matrix;
+
+    const MATRIX: MatrixFile = MatrixFile { form: Matrix::Npy, width: 1, first: 0 };
 
     fn begun(dir: &Path, text: &str) -> PathBuf {
         let target = dir.join("out.jsonl");
@@ -262,13 +265,13 @@ mod tests {
         let (mut output, done) = Sink::resume(&target, &json!({"model": "a"}), 1).unwrap().unwrap();
         assert_eq!(done.records, 1);
         output.write(b"{\"index\":1}\n").unwrap();
-        let error = output.finish(Some((Matrix::Npy, 1))).unwrap_err();
+        let error = output.finish(Some(MATRIX)).unwrap_err();
         assert!(format!("{error:#}").contains("out.jsonl.partial:2: no embedding"), "{error:#}");
         assert!(!target.exists() && Sink::is_begun(&target), "what was computed is kept");
 
         let target = begun(dir.path(), "{\"index\":0,\"embedding\":[1.5]}\n");
         let (output, _) = Sink::resume(&target, &json!({"model": "a"}), 1).unwrap().unwrap();
-        output.finish(Some((Matrix::Npy, 1))).unwrap();
+        output.finish(Some(MATRIX)).unwrap();
         assert!(std::fs::read(&target).unwrap().ends_with(&1.5f32.to_le_bytes()));
         assert!(names(&target).iter().all(|path| !path.exists()));
     }

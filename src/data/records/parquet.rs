@@ -68,6 +68,17 @@ pub(super) fn rows(
     })))
 }
 
+/// How many rows a Parquet file says that it has.
+pub(super) fn count(file: File, name: &str) -> Result<usize> {
+    let reader = SerializedFileReader::new(file)
+        .map_err(|error| unusable!("{name} can't be read as Parquet: {error}"))?;
+    // as RowIter counts them
+    let rows = reader.metadata().row_groups().iter().map(|group| group.num_rows());
+    rows.map(|rows| usize::try_from(rows).unwrap_or(0))
+        .try_fold(0, usize::checked_add)
+        .ok_or_else(|| unusable!("{name} says that it has more rows than can be counted"))
+}
+
 /// Whether `parquet::record` makes something of a column's type.
 fn is_readable(leaf: &ColumnDescriptor) -> bool {
     use ConvertedType::*;

@@ -10,33 +10,71 @@ use super::{
 };
 use crate::{Result, bail_unusable, unusable};
 
+/// Reads records one after the other.
+pub(super) enum Reader {
+    /// Of a line each.
+    Lines(ByLine),
+    Records(Boxed),
+}
+
 type Boxed = Box<dyn Iterator<Item = Item> + Send>;
+
+impl Iterator for Reader {
+    type Item = Item;
+
+    fn next(&mut self) -> Option<Item> {
+        match self {
+            Self::Lines(lines) => lines.next(),
+            Self::Records(records) => records.next(),
+        }
+    }
+}
+
+impl Reader {
+    /// Passes over a record.
+    pub fn pass_over(&mut self) -> Option<Result<()>> {
+        match self {
+            Self::Lines(ByLine { lines, .. }) => match lines.next() {
+                Ok(line) => line.map(|_| Ok(())),
+                Err(error) => Some(Err(failed(error))),
+            },
+            Self::Records(records) => records.next().map(|item| item.map(drop)),
+        }
+    }
+
+    fn none() -> Self {
+        Self::Records(Box::new(std::iter::empty()))
+    }
+}
 
 const BOM: &[u8] = "\u{feff}".as_bytes();
 
 /// The rows of a text format. `name` is what errors call the input.
-pub(super) fn rows(input: Input, format: Format, how: &How, name: &str) -> Result<Boxed> {
+pub(super) fn rows(input: Input, format: Format, how: &How, name: &str) -> Result<Reader> {
     let input = match how.encoding {
         Some(encoding) => encoding.decoded(input),
         None => input,
     };
     let lines = |input| Lines::new(input, how.encoding);
-    Ok(match (format, how.unit.unwrap_or_default()) {
-        (Format::Jsonl, _) => by_line(lines(input), |line, text, _| jsonl_row(line, text)),
-        (Format::Txt, TextUnit::Line) => by_line(lines(input), |line, text, end| {
-            if line == 1 && !end.ends_with(b"\n") && text.contains('\r') {
-                return Err(BadRow { line, message: CR_ALONE.into() });
-            }
-            Ok(text_row(line, text))
-        }),
+    let records = match (format, how.unit.unwrap_or_default()) {
+        (Format::Jsonl, _) => return Ok(by_line(lines(input), |line, text, _| jsonl_row(line, text))),
+        (Format::Txt, TextUnit::Line) => {
+            return Ok(by_line(lines(input), |line, text, end| {
+                if line == 1 && !end.ends_with(b"\n") && text.contains('\r') {
+                    return Err(BadRow { line, message: CR_ALONE.into() });
+                }
+                Ok(text_row(line, text))
+            }));
+        }
         (Format::Txt, TextUnit::Document) => documents(lines(input)),
         (Format::Txt, TextUnit::File) => whole_text(input, how.encoding, name)?,
-        (Format::Tsv, _) => tsv(lines(input), name)?,
+        (Format::Tsv, _) => return tsv(lines(input), name),
         (Format::Csv, _) => csv(lines(input), name)?,
-        (Format::Json, _) => json(input, how, name)?,
+        (Format::Json, _) => return json(input, how, name),
         (Format::Conll, _) => sentences(lines(input), how),
         (Format::Parquet, _) => unreachable!("Parquet is not a text format"),
-    })
+    };
+    Ok(Reader::Records(records))
 }
 
 pub(super) const CR_ALONE: &str = "the lines end with a carriage return alone, which ends no line here: \
@@ -143,18 +181,30 @@ impl Lines {
     }
 }
 
+type LineRow = dyn Fn(usize, &str, &[u8]) -> Result<Row, BadRow> + Send;
+
 /// One item for each line, from its number, its text and its end.
-fn by_line(
-    mut lines: Lines,
-    row: impl Fn(usize, &str, &[u8]) -> Result<Row, BadRow> + Send + 'static,
-) -> Boxed {
-    let encoding = lines.encoding;
-    Box::new(std::iter::from_fn(move || match lines.next() {
-        Ok(line) => line.map(|(number, bytes, end)| {
-            Ok(text_of(number, bytes, encoding).and_then(|text| row(number, text, end)))
-        }),
-        Err(error) => Some(Err(failed(error))),
-    }))
+pub(super) struct ByLine {
+    lines: Lines,
+    row: Box<LineRow>,
+}
+
+fn by_line(lines: Lines, row: impl Fn(usize, &str, &[u8]) -> Result<Row, BadRow> + Send + 'static) -> Reader {
+    Reader::Lines(ByLine { lines, row: Box::new(row) })
+}
+
+impl Iterator for ByLine {
+    type Item = Item;
+
+    fn next(&mut self) -> Option<Item> {
+        let encoding = self.lines.encoding;
+        match self.lines.next() {
+            Ok(line) => line.map(|(number, bytes, end)| {
+                Ok(text_of(number, bytes, encoding).and_then(|text| (self.row)(number, text, end)))
+            }),
+            Err(error) => Some(Err(failed(error))),
+        }
+    }
 }
 
 fn text_row(line: usize, text: &str) -> Row {
@@ -250,10 +300,10 @@ fn jsonl_row(line: usize, text: &str) -> Result<Row, BadRow> {
     }
 }
 
-fn tsv(mut lines: Lines, name: &str) -> Result<Boxed> {
+fn tsv(mut lines: Lines, name: &str) -> Result<Reader> {
     let encoding = lines.encoding;
     let first = lines.next().map_err(|error| failed(error).context(format!("reading {name}")))?;
-    let Some((number, bytes, _)) = first else { return Ok(Box::new(std::iter::empty())) };
+    let Some((number, bytes, _)) = first else { return Ok(Reader::none()) };
     let names = text_of(number, bytes, encoding).map_err(|bad| refused_header(name, &bad))?;
     let header = header(names.split('\t').map(str::to_owned).collect(), name)?;
     Ok(by_line(lines, move |number, text, _| {
@@ -369,10 +419,10 @@ fn record(line: usize, header: &[String], values: Vec<String>) -> Result<Row, Ba
     Ok(Row::new(line, header.iter().cloned().zip(values.into_iter().map(Value::String)).collect()))
 }
 
-fn json(input: Input, how: &How, name: &str) -> Result<Boxed> {
+fn json(input: Input, how: &How, name: &str) -> Result<Reader> {
     let text = whole(input, how.encoding, name)?;
     if text.trim().is_empty() {
-        return Ok(Box::new(std::iter::empty()));
+        return Ok(Reader::none());
     }
     let mut array = text.as_str();
     let records = match serde_json::from_str(&text) {
@@ -397,13 +447,13 @@ fn json(input: Input, how: &How, name: &str) -> Result<Boxed> {
         Err(error) => return Err(unusable!("{name} is not JSON: {error}")),
     };
     if squad::is_squad(&records) {
-        return Ok(Box::new(squad::questions(records).map(Ok)));
+        return Ok(Reader::Records(Box::new(squad::questions(records).map(Ok))));
     }
     let mut raw: Vec<String> = Vec::new();
     if records.iter().any(exact::has_fraction) {
         raw = exact::members(array).into_iter().map(|(_, raw)| raw.to_owned()).collect();
     }
-    Ok(Box::new(records.into_iter().enumerate().map(move |(i, record)| {
+    Ok(Reader::Records(Box::new(records.into_iter().enumerate().map(move |(i, record)| {
         Ok(match record {
             Value::Object(fields) => {
                 let exact = raw.get(i).map(|raw| exact::fields(raw, &fields)).unwrap_or_default();
@@ -414,7 +464,7 @@ fn json(input: Input, how: &How, name: &str) -> Result<Boxed> {
                 message: format!("{}; a JSON object was expected", describe(&other)),
             }),
         })
-    })))
+    }))))
 }
 
 fn first_line_is_object(document: &str) -> bool {

@@ -20,12 +20,15 @@ fn items(name: &str, bytes: impl AsRef<[u8]>) -> Vec<(usize, Result<Value, Strin
 
 fn items_of(name: &str, bytes: impl AsRef<[u8]>, how: How) -> Vec<(usize, Result<Value, String>)> {
     let (_dir, path) = file(name, bytes);
-    let rows = read(&Source::Path(path), &how).unwrap();
-    rows.map(|item| match item.unwrap() {
-        Ok(row) => (row.line, Ok(Value::Object(row.fields))),
-        Err(bad) => (bad.line, Err(bad.message)),
-    })
-    .collect()
+    let rows = read(&Source::Path(path.clone()), &how).unwrap();
+    let items: Vec<_> = rows
+        .map(|item| match item.unwrap() {
+            Ok(row) => (row.line, Ok(Value::Object(row.fields))),
+            Err(bad) => (bad.line, Err(bad.message)),
+        })
+        .collect();
+    assert_eq!(count(&path, &how).unwrap(), items.len(), "records that were counted and not read");
+    items
 }
 
 /// The error of opening or reading whole.
