@@ -1,5 +1,6 @@
 //! tk: text → tokens → batch → model → loss → checkpoint → graph → session → prediction.
 
+pub mod bench;
 pub mod checkpoint;
 pub mod cli;
 pub mod cmd;

@@ -56,6 +56,12 @@ pub fn cpu_model() -> Option<String> {
     field(Path::new("/proc/cpuinfo"), "model name")
 }
 
+/// The memory that this process holds now, in bytes; 0 where the system does not tell.
+pub fn rss_bytes() -> u64 {
+    let kilobytes = field(Path::new("/proc/self/status"), "VmRSS");
+    kilobytes.and_then(|text| text.trim_end_matches(" kB").parse::<u64>().ok()).unwrap_or_default() * 1024
+}
+
 /// The value of a file's first line `name: value`.
 pub fn field(path: &Path, name: &str) -> Option<String> {
     let text = std::fs::read_to_string(path).ok()?;

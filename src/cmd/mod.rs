@@ -1,5 +1,6 @@
 //! One file a command: checked settings → work → a result. Each reads top to bottom.
 
+pub mod bench;
 pub mod completions;
 pub mod doctor;
 pub mod eval;

@@ -139,6 +139,11 @@ impl Predictor {
         self.pool.split().into_iter().map(of_pool).collect()
     }
 
+    /// The threads that share the model.
+    pub fn pool(&self) -> &Pool {
+        &self.pool
+    }
+
     /// What runs the model.
     pub fn provider(&self) -> Provider {
         self.pool.provider()

@@ -68,6 +68,27 @@ impl Pool {
         (0..self.threads).map(one).collect()
     }
 
+    /// The model, which all threads share.
+    pub fn session(&self) -> &OrtSession {
+        &self.session
+    }
+
+    /// How many threads run batches of their own.
+    pub fn threads(&self) -> usize {
+        self.threads
+    }
+
+    fn batches(&self, lengths: &[usize]) -> Vec<Vec<usize>> {
+        let rows = if self.provider() == Provider::TensorRt { MOST_ROWS } else { usize::MAX };
+        batches(lengths, self.batch_tokens, rows)
+    }
+
+    /// Tokens that are computed for sequences of these lengths, with their padding.
+    pub fn padded_tokens(&self, lengths: &[usize]) -> usize {
+        let padded = |batch: &Vec<usize>| batch.len() * batch.iter().map(|&i| lengths[i]).max().unwrap_or(0);
+        self.batches(lengths).iter().map(padded).sum()
+    }
+
     /// What runs the model.
     pub fn provider(&self) -> Provider {
         self.session.provider()
@@ -82,8 +103,7 @@ impl Pool {
     /// lengths and the budget alone, not on how many threads there are or which is faster.
     pub fn outputs(&self, encodings: &[&Encoding]) -> Result<Vec<Outputs>> {
         let lengths: Vec<usize> = encodings.iter().map(|encoding| encoding.len()).collect();
-        let rows = if self.provider() == Provider::TensorRt { MOST_ROWS } else { usize::MAX };
-        let batches = batches(&lengths, self.batch_tokens, rows);
+        let batches = self.batches(&lengths);
         let pad_id = self.pad_id;
         // from the longest, so that the threads finish together
         let (left, failed) = (AtomicUsize::new(batches.len()), AtomicBool::new(false));

@@ -1,5 +1,6 @@
 //! Which node of a loaded model runs where, and the proof that a provider runs what it was asked to run.
 
+use std::collections::BTreeMap;
 use std::ffi::{CStr, c_char};
 
 use ort::AsPointer;
@@ -27,6 +28,18 @@ pub(super) fn prove(provider: Provider, session: &Session) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// How many nodes each provider runs.
+///
+/// # Errors
+/// ONNX Runtime does not tell.
+pub(super) fn nodes(session: &Session) -> Result<BTreeMap<String, usize>> {
+    let mut counts = BTreeMap::new();
+    for node in placed(session)? {
+        *counts.entry(node.provider).or_default() += 1;
+    }
+    Ok(counts)
 }
 
 /// A node and the provider that runs it.

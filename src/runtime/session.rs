@@ -1,5 +1,6 @@
 //! A model in ONNX Runtime: a padded batch in, its outputs' values out.
 
+use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::path::Path;
 use std::ptr::{self, NonNull};
@@ -216,6 +217,14 @@ impl OrtSession {
     /// What runs the model.
     pub fn provider(&self) -> Provider {
         self.provider
+    }
+
+    /// How many of the model's nodes each provider runs, by ONNX Runtime's names.
+    ///
+    /// # Errors
+    /// ONNX Runtime does not tell.
+    pub fn nodes(&self) -> Result<BTreeMap<String, usize>> {
+        placement::nodes(&self.session)
     }
 
     /// An entry of the model's metadata.
