@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
-use std::io::{BufWriter, ErrorKind, Write};
+use std::io::{BufReader, BufWriter, ErrorKind, Read, Seek, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 
@@ -90,20 +90,68 @@ fn write_data(model: &mut ModelProto, path: &Path, location: &str) -> Result<()>
     Ok(())
 }
 
-/// What a model file says of itself: a message without the graph, whose weights are passed over.
-#[derive(Clone, PartialEq, prost::Message)]
-struct About {
-    #[prost(message, repeated, tag = "14")]
-    metadata_props: Vec<StringStringEntryProto>,
-}
-
-/// The metadata of a model file. The graph is not looked into.
+/// The metadata of a model file. The graph is passed over: its weights are not read.
 ///
 /// # Errors
 /// Unusable: the file is missing, or is no ONNX model.
 pub fn metadata(path: &Path) -> Result<BTreeMap<String, String>> {
-    let entries = decoded::<About>(path)?.metadata_props;
-    Ok(entries.into_iter().map(|entry| (entry.key, entry.value)).collect())
+    let entries = File::open(path).map_err(anyhow::Error::new).and_then(|file| metadata_of(&file));
+    entries.map_err(|e| unusable!("{}: not a whole ONNX model ({e:#}): export it again", path.display()))
+}
+
+/// The field of `ModelProto` that has a model's metadata, and the most bytes of an entry.
+const METADATA: u64 = 14;
+const LARGEST_ENTRY: u64 = 1 << 24;
+
+fn metadata_of(file: &File) -> Result<BTreeMap<String, String>> {
+    let size = file.metadata()?.len();
+    let mut file = BufReader::new(file);
+    let mut entries = BTreeMap::new();
+    while file.stream_position()? < size {
+        // protobuf's wire format: the field's number and how it is written
+        let key = varint(&mut file)?;
+        let skipped = match key & 7 {
+            0 => {
+                varint(&mut file)?;
+                0
+            }
+            1 => 8,
+            5 => 4,
+            2 => {
+                let length = varint(&mut file)?;
+                let left = size - file.stream_position()?;
+                anyhow::ensure!(length <= left, "{length} bytes are due where {left} are left");
+                if key >> 3 == METADATA {
+                    anyhow::ensure!(length <= LARGEST_ENTRY, "an entry of {length} bytes");
+                    let mut bytes = vec![0; length as usize];
+                    file.read_exact(&mut bytes)?;
+                    let entry = StringStringEntryProto::decode(&bytes[..])?;
+                    entries.insert(entry.key, entry.value);
+                    0
+                } else {
+                    length
+                }
+            }
+            kind => anyhow::bail!("a field is written in an unknown way, {kind}"),
+        };
+        file.seek_relative(i64::try_from(skipped)?)?;
+    }
+    anyhow::ensure!(file.stream_position()? == size, "the last field is cut off");
+    Ok(entries)
+}
+
+/// A number in as many bytes as it needs, seven bits each, the lowest first.
+fn varint(file: &mut impl Read) -> Result<u64> {
+    let mut value = 0u64;
+    for shift in (0..64).step_by(7) {
+        let mut byte = [0];
+        file.read_exact(&mut byte)?;
+        value |= u64::from(byte[0] & 0x7f) << shift;
+        if byte[0] & 0x80 == 0 {
+            return Ok(value);
+        }
+    }
+    anyhow::bail!("a number does not end")
 }
 
 /// The names of a model file's inputs.
@@ -116,12 +164,8 @@ pub fn inputs(path: &Path) -> Result<Vec<String>> {
 }
 
 fn decode(path: &Path) -> Result<ModelProto> {
-    decoded(path)
-}
-
-fn decoded<M: Message + Default>(path: &Path) -> Result<M> {
     let bytes = std::fs::read(path).map_err(|e| unusable!("{}: {e}", path.display()))?;
-    M::decode(bytes.as_slice())
+    ModelProto::decode(bytes.as_slice())
         .map_err(|e| unusable!("{}: not a whole ONNX model ({e}): export it again", path.display()))
 }
 
@@ -144,7 +188,7 @@ pub fn load(path: &Path) -> Result<ModelProto> {
 }
 
 fn read_external(tensor: &TensorProto, folder: &Path) -> Result<Vec<u8>> {
-    use std::io::{Read, Seek, SeekFrom};
+    use std::io::SeekFrom;
     let entry = |key: &str| {
         let found = tensor.external_data.iter().find(|entry| entry.key == key);
         found.map(|entry| entry.value.as_str()).with_context(|| format!("external data without {key}"))
@@ -355,6 +399,31 @@ mod tests {
             std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
         names.sort();
         names
+    }
+
+    #[test]
+    fn metadata_is_what_the_whole_model_says_and_a_cut_file_says_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("model.onnx");
+        let entry =
+            |key: &str, value: &str| StringStringEntryProto { key: key.to_owned(), value: value.to_owned() };
+        let entries = vec![entry("task", "x"), entry("labels", &"é".repeat(300))];
+        let model = ModelProto { metadata_props: entries, ir_version: 300, ..graph(7, "one") };
+        let bytes = model.encode_to_vec();
+        std::fs::write(&path, &bytes).unwrap();
+        let found = metadata(&path).unwrap();
+        assert_eq!((found["task"].as_str(), found["labels"].chars().count()), ("x", 300));
+        let whole = ModelProto::decode(&bytes[..]).unwrap();
+        assert_eq!(found.len(), whole.metadata_props.len());
+        for length in 0..bytes.len() {
+            std::fs::write(&path, &bytes[..length]).unwrap();
+            // cut between two fields it is a model, of fewer entries
+            let is_model = ModelProto::decode(&bytes[..length]).is_ok();
+            assert_eq!(metadata(&path).is_ok(), is_model, "cut after {length} of {} bytes", bytes.len());
+        }
+        std::fs::write(&path, [0xff; 40]).unwrap();
+        assert!(format!("{:#}", metadata(&path).unwrap_err()).contains("not a whole ONNX model"));
+        assert!(metadata(&dir.path().join("absent")).is_err());
     }
 
     #[test]
