@@ -10,6 +10,7 @@ use super::{Cell, WARM_UP, percentile, timed};
 use crate::Result;
 use crate::data::batch::{Encoding, PaddedBatch};
 use crate::predict::Predictor;
+use crate::runtime::OrtSession;
 use crate::saved::Saved;
 
 /// A loaded model.
@@ -41,9 +42,9 @@ impl Load {
         Ok(Self {
             seconds,
             provider: predictor.provider().name(),
-            threads: pool.threads(),
+            threads: pool.sessions().len(),
             batch_tokens: predictor.batch_tokens(),
-            nodes: pool.session().nodes()?,
+            nodes: pool.sessions().next().context("no session")?.nodes()?,
         })
     }
 }
@@ -75,12 +76,13 @@ impl<'a> Bench<'a> {
     /// The model fails.
     pub fn cell(&self, rows: usize, length: usize, time: Duration) -> Result<Cell> {
         let pool = self.predictor.pool();
-        let (session, batch) = (pool.session(), self.batch(rows, length));
-        let run = || session.run(&batch).map(drop);
-        (0..WARM_UP).try_for_each(|_| run())?;
+        let batch = &self.batch(rows, length);
+        let run = |session: &OrtSession| session.run(batch).map(drop);
+        pool.sessions().try_for_each(|session| (0..WARM_UP).try_for_each(|_| run(session)))?;
         let started = Instant::now();
         let times = std::thread::scope(|scope| {
-            let threads: Vec<_> = (0..pool.threads()).map(|_| scope.spawn(|| timed(time, run))).collect();
+            let start = |session| scope.spawn(move || timed(time, || run(session)));
+            let threads: Vec<_> = pool.sessions().map(start).collect();
             threads
                 .into_iter()
                 .map(|thread| thread.join().map_err(|_| anyhow::anyhow!("a run broke down"))?)

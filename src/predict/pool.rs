@@ -1,4 +1,4 @@
-//! Threads that share a session: encoded records in, their outputs out.
+//! Threads that share the work: encoded records in, their outputs out.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -22,10 +22,15 @@ use crate::task::{Outputs, Scope};
 const CPU_BATCH_TOKENS: usize = 256;
 const GPU_BATCH_TOKENS: usize = 16_384;
 
-/// A model, and threads that share the work: on a CPU each runs batches of its own, on one core, with the same weights.
+/// The most bytes of weights that the sessions of a CPU's threads hold together. Up to here each has its own, whose memory
+/// stays in its core's cache: two threads answer up to a fifth more than with one session between them. Larger models
+/// gain little, and all threads run one session.
+const COPIED: u64 = 512 << 20;
+
+/// A model, and threads that share the work: on a CPU each runs batches of its own, on one core.
 pub struct Pool {
-    session: Arc<OrtSession>,
-    threads: usize,
+    /// One for each thread: its own, or the same for all.
+    sessions: Vec<Arc<OrtSession>>,
     pad_id: u32,
     batch_tokens: usize,
     /// Of the task's outputs, and how many of them are for other programs alone.
@@ -50,32 +55,37 @@ impl Pool {
         if providers.order.names(Provider::TensorRt) {
             providers.how.engine = Some(engine(saved, model)?);
         }
-        let session = OrtSession::open(Model::File(model), &providers, Threads::Apart(threads), say)?;
+        let session =
+            Arc::new(OrtSession::open(Model::File(model), &providers, Threads::Apart(threads), say)?);
+        let provider = session.provider();
         let (threads, default) =
-            if session.provider().on_cpu() { (threads, CPU_BATCH_TOKENS) } else { (1, GPU_BATCH_TOKENS) };
+            if provider.on_cpu() { (threads, CPU_BATCH_TOKENS) } else { (1, GPU_BATCH_TOKENS) };
+        let mut sessions = vec![session; threads];
+        // OpenVINO's threads share it whatever it weighs
+        if provider == Provider::Cpu && bytes(model).saturating_mul(threads as u64) <= COPIED {
+            for session in sessions.iter_mut().skip(1) {
+                let only = Providers::only(provider);
+                *session = Arc::new(OrtSession::open(Model::File(model), &only, Threads::Apart(1), say)?);
+            }
+        }
         let (pad_id, scopes, ahead) = (saved.tokenizer.pad_id(), saved.task.scopes(), saved.task.ahead());
         let batch_tokens = batch_tokens.unwrap_or(default);
-        Ok(Self { session: Arc::new(session), threads, pad_id, batch_tokens, scopes, ahead })
+        Ok(Self { sessions, pad_id, batch_tokens, scopes, ahead })
     }
 
     /// A pool for each thread.
     pub fn split(&self) -> Vec<Self> {
         let Self { pad_id, batch_tokens, ahead, .. } = *self;
-        let one = |_| {
-            let (session, scopes) = (self.session.clone(), self.scopes.clone());
-            Self { session, threads: 1, pad_id, batch_tokens, scopes, ahead }
+        let of_session = |session: &Arc<OrtSession>| {
+            let (sessions, scopes) = (vec![session.clone()], self.scopes.clone());
+            Self { sessions, pad_id, batch_tokens, scopes, ahead }
         };
-        (0..self.threads).map(one).collect()
+        self.sessions.iter().map(of_session).collect()
     }
 
-    /// The model, which all threads share.
-    pub fn session(&self) -> &OrtSession {
-        &self.session
-    }
-
-    /// How many threads run batches of their own.
-    pub fn threads(&self) -> usize {
-        self.threads
+    /// The session that each thread runs.
+    pub fn sessions(&self) -> impl ExactSizeIterator<Item = &OrtSession> {
+        self.sessions.iter().map(|session| &**session)
     }
 
     fn batches(&self, lengths: &[usize]) -> Vec<Vec<usize>> {
@@ -91,7 +101,7 @@ impl Pool {
 
     /// What runs the model.
     pub fn provider(&self) -> Provider {
-        self.session.provider()
+        self.sessions[0].provider()
     }
 
     /// The most padded tokens of a batch with more than one record.
@@ -108,13 +118,13 @@ impl Pool {
         // from the longest, so that the threads finish together
         let (left, failed) = (AtomicUsize::new(batches.len()), AtomicBool::new(false));
         let found_so_far = Mutex::new(vec![Outputs::new(); encodings.len()]);
-        let work = || -> Result<()> {
+        let work = |session: &OrtSession| -> Result<()> {
             while !failed.load(Ordering::Relaxed) {
                 let taken = left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1));
                 let Ok(n) = taken else { break };
                 let batch = &batches[n - 1];
                 let members: Vec<&Encoding> = batch.iter().map(|&i| encodings[i]).collect();
-                let found = self.run(&PaddedBatch::new(&members, pad_id));
+                let found = self.run(session, &PaddedBatch::new(&members, pad_id));
                 if found.is_err() {
                     failed.store(true, Ordering::Relaxed);
                 }
@@ -125,11 +135,14 @@ impl Pool {
             }
             Ok(())
         };
-        match self.threads.min(batches.len()) {
-            ..=1 => work()?,
-            threads => std::thread::scope(|scope| {
-                let start = |_| std::thread::Builder::new().spawn_scoped(scope, work);
-                let threads: Vec<_> = (0..threads).map(start).collect();
+        let work = &work;
+        match &self.sessions[..self.sessions.len().min(batches.len())] {
+            [] | [_] => work(&self.sessions[0])?, // nobody to share it with
+            sessions => std::thread::scope(|scope| {
+                let threads: Vec<_> = sessions
+                    .iter()
+                    .map(|session| std::thread::Builder::new().spawn_scoped(scope, move || work(session)))
+                    .collect();
                 // all are waited for, whatever the first one says
                 let ended: Vec<Result<()>> = threads
                     .into_iter()
@@ -145,10 +158,16 @@ impl Pool {
     }
 
     /// The outputs of each sequence of a batch, without those ahead.
-    fn run(&self, batch: &PaddedBatch) -> Result<Vec<Outputs>> {
-        let outputs = self.session.run(batch)?;
+    fn run(&self, session: &OrtSession, batch: &PaddedBatch) -> Result<Vec<Outputs>> {
+        let outputs = session.run(batch)?;
         unpack(outputs.get(self.ahead..).unwrap_or_default(), batch, &self.scopes[self.ahead..])
     }
+}
+
+/// The bytes of a graph and of the weights beside it.
+fn bytes(graph: &Path) -> u64 {
+    let size = |path: &Path| std::fs::metadata(path).map_or(0, |file| file.len());
+    size(graph) + size(&write::data_path(graph))
 }
 
 /// What TensorRT is told of a graph.
