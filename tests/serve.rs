@@ -431,6 +431,30 @@ fn what_can_not_be_answered_is_refused_and_the_next_request_is_answered() {
     assert_eq!(server.stop(), Some(0));
 }
 
+#[test]
+fn the_page_needs_no_key_and_nothing_from_elsewhere() {
+    let (guard, dir) = exported("tiny-bert-single");
+    let file = guard.path().join("key");
+    std::fs::write(&file, "secret\n").unwrap();
+    let server = Server::start(&[&dir], &["--api-key-file", file.to_str().unwrap()]);
+    for (path, form) in [("/", "text/html"), ("/page.js", "text/javascript"), ("/page.css", "text/css")] {
+        let (status, head, body) = server.request("GET", path, "", "");
+        let head = head.to_lowercase();
+        assert_eq!(status, 200, "{head}");
+        for says in [
+            &format!("content-type: {form}; charset=utf-8"),
+            "x-content-type-options: nosniff",
+            "content-security-policy: default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'",
+        ] {
+            assert!(head.contains(says), "{path}: {head}");
+        }
+        assert!(!head.contains("unsafe") && !body.contains("://") && !body.contains("innerHTML"), "{path}");
+    }
+    // what the page asks for is for whoever has the key
+    assert_eq!(server.get("/info").0, 401);
+    assert_eq!(server.request("GET", "/info", "Authorization: Bearer secret\r\n", "").0, 200);
+}
+
 /// The paths that README.md's table of routes names.
 fn paths_in_the_readme() -> BTreeSet<String> {
     let text = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).unwrap();

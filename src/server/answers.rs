@@ -145,6 +145,10 @@ pub struct ModelInfo {
     /// The labels by their ids, where the model has some.
     #[schema(value_type = Option<Object>)]
     pub id2label: Option<Value>,
+    /// What stands for a mask, where the model fills masks.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    pub mask_token: Option<String>,
     /// What computes.
     pub provider: &'static str,
     /// Tokens of the longest text, or of the longest prompt.

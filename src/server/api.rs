@@ -18,7 +18,7 @@ use super::openapi::{self, Body, list, of, one_or_all, plain};
 use super::refusal::Manner;
 use super::routes::{self, Route};
 use super::tokens::{Decode, Tokenize};
-use super::{App, asked, complete, of_tokens, status, tokens};
+use super::{App, asked, complete, of_tokens, page, status, tokens};
 use crate::task::masked_lm::Fill;
 use crate::task::question_answering::Part;
 use crate::task::token_classification::decode::Found;
@@ -147,6 +147,9 @@ fn endpoints() -> Vec<Endpoint> {
     let live =
         |path| Endpoint::get(path, SERVER, get(status::live), Json(of::<Live>())).says("The process answers");
     let mut all = vec![
+        Endpoint::get("/", SERVER, get(page::html), Text(page::HTML)).says("A page to try the models"),
+        Endpoint::get("/page.js", SERVER, get(page::script), Text(page::SCRIPT)).says("Its script"),
+        Endpoint::get("/page.css", SERVER, get(page::style), Text(page::STYLE)).says("Its style"),
         Endpoint::get("/openapi.json", SERVER, get(document), Document).says("This document"),
         ready("/health"),
         ready("/ping"),

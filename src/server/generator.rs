@@ -94,6 +94,7 @@ impl Generator {
             model_dtype: options.precision.name(),
             task: saved.task.name(),
             id2label: None,
+            mask_token: None,
             provider: "cpu",
             max_input_length: positions - 1,
             max_batch_tokens: None,

@@ -11,6 +11,7 @@ pub mod forms;
 mod generator;
 mod metrics;
 mod openapi;
+mod page;
 pub mod queue;
 pub mod refusal;
 pub mod routes;

@@ -124,12 +124,16 @@ fn about(name: &str, saved: &Saved, precision: Precision, predictor: &Predictor)
     let mut config = saved.config.clone();
     saved.task.write_config(&mut config);
     let metadata = write::metadata(predictor.graph())?;
+    let fills = saved.task.fields_answered().contains(&"fills");
+    let mask = saved.tokenizer.mask().filter(|_| fills);
+    let mask_token = mask.and_then(|id| saved.tokenizer.inner().id_to_token(id));
     Ok(ModelInfo {
         model_id: name.to_owned(),
         model_sha: metadata.get("weights_sha256").cloned(),
         model_dtype: precision.name(),
         task: saved.task.name(),
         id2label: config.raw.get("id2label").cloned(),
+        mask_token,
         provider: predictor.provider().name(),
         max_input_length: predictor.max_length(),
         max_batch_tokens: Some(predictor.batch_tokens()),
