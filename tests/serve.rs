@@ -3,6 +3,8 @@
 
 mod common;
 
+use std::cell::OnceCell;
+use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
@@ -15,6 +17,8 @@ use serde_json::{Value, json};
 struct Server {
     process: Child,
     address: String,
+    /// What it says of its answers: every one that a test gets is held against it.
+    document: OnceCell<Value>,
 }
 
 impl Server {
@@ -36,7 +40,8 @@ impl Server {
             panic!("the server did not start: {said}");
         }
         let about: Value = serde_json::from_str(&line).unwrap();
-        Self { process, address: about["address"].as_str().unwrap().to_owned() }
+        let address = about["address"].as_str().unwrap().to_owned();
+        Self { process, address, document: OnceCell::new() }
     }
 
     /// Sends bytes on a connection of their own and reads until it is closed: the status, the head and the body.
@@ -52,7 +57,7 @@ impl Server {
         (status, head.to_owned(), body.to_owned())
     }
 
-    fn request(&self, method: &str, path: &str, headers: &str, body: &str) -> (u16, String, String) {
+    fn ask(&self, method: &str, path: &str, headers: &str, body: &str) -> (u16, String, String) {
         let length = body.len();
         self.send(
             format!(
@@ -60,6 +65,56 @@ impl Server {
             )
             .as_bytes(),
         )
+    }
+
+    fn request(&self, method: &str, path: &str, headers: &str, body: &str) -> (u16, String, String) {
+        let answer = self.ask(method, path, headers, body);
+        self.assert_documented(method, path, &answer);
+        answer
+    }
+
+    fn document(&self) -> &Value {
+        self.document.get_or_init(|| {
+            let (status, head, body) = self.ask("GET", "/openapi.json", "", "");
+            assert!(status == 200 && head.contains("content-type: application/json"), "{head}");
+            serde_json::from_str(&body).unwrap()
+        })
+    }
+
+    /// Holds an answer against the document: its status, its type, its body and its headers.
+    fn assert_documented(&self, method: &str, path: &str, (status, head, body): &(u16, String, String)) {
+        let document = self.document();
+        let fits = |template: &str| {
+            let (template, path): (Vec<_>, Vec<_>) =
+                (template.split('/').collect(), path.split('/').collect());
+            template.len() == path.len() && template.iter().zip(path).all(|(a, b)| *a == b || *a == "{model}")
+        };
+        let found = document["paths"].as_object().unwrap().iter().find(|(template, _)| fits(template));
+        let Some(operation) = found.and_then(|(_, item)| item.get(method.to_lowercase())) else {
+            assert!([404, 405].contains(status), "{method} {path} is not in the document: {status}");
+            return;
+        };
+        let response = &operation["responses"][status.to_string()];
+        assert!(response.is_object(), "{method} {path}: {status} is not in the document: {body}");
+        let head: Vec<(String, &str)> = (head.lines().filter_map(|line| line.split_once(": ")))
+            .map(|(name, value)| (name.to_lowercase(), value))
+            .collect();
+        for (name, _) in response["headers"].as_object().into_iter().flatten() {
+            assert!(head.iter().any(|(found, _)| found == name), "{method} {path}: {status} without {name}");
+        }
+        let ours = |name: &str| name.starts_with("x-") || ["retry-after", "www-authenticate"].contains(&name);
+        for (name, _) in head.iter().filter(|(name, _)| ours(name)) {
+            assert!(response["headers"][name].is_object(), "{method} {path}: {status} with {name}");
+        }
+        let form = head.iter().find(|(name, _)| name == "content-type").map_or("", |(_, form)| form);
+        let schema = &response["content"][form]["schema"];
+        assert!(schema.is_object(), "{method} {path}: {status} of type {form:?} is not in the document");
+        if form == "application/json" {
+            let value: Value = serde_json::from_str(body).unwrap();
+            if let Err(error) = common::schema::check(document, schema, &value, "body") {
+                panic!("{method} {path}: {status}: {error}");
+            }
+        }
     }
 
     fn get(&self, path: &str) -> (u16, Value) {
@@ -377,12 +432,81 @@ fn what_can_not_be_answered_is_refused_and_the_next_request_is_answered() {
 }
 
 #[test]
+fn the_page_needs_no_key_and_nothing_from_elsewhere() {
+    let (guard, dir) = exported("tiny-bert-single");
+    let file = guard.path().join("key");
+    std::fs::write(&file, "secret\n").unwrap();
+    let server = Server::start(&[&dir], &["--api-key-file", file.to_str().unwrap()]);
+    for (path, form) in [("/", "text/html"), ("/page.js", "text/javascript"), ("/page.css", "text/css")] {
+        let (status, head, body) = server.request("GET", path, "", "");
+        let head = head.to_lowercase();
+        assert_eq!(status, 200, "{head}");
+        for says in [
+            &format!("content-type: {form}; charset=utf-8"),
+            "x-content-type-options: nosniff",
+            "content-security-policy: default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'",
+        ] {
+            assert!(head.contains(says), "{path}: {head}");
+        }
+        assert!(!head.contains("unsafe") && !body.contains("://") && !body.contains("innerHTML"), "{path}");
+    }
+    // what the page asks for is for whoever has the key
+    assert_eq!(server.get("/info").0, 401);
+    assert_eq!(server.request("GET", "/info", "Authorization: Bearer secret\r\n", "").0, 200);
+}
+
+/// The paths that README.md's table of routes names.
+fn paths_in_the_readme() -> BTreeSet<String> {
+    let text = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).unwrap();
+    let table = text.split("\n| route | ").nth(1).unwrap().split("\n\n").next().unwrap();
+    let routes = table.lines().skip(2).filter_map(|line| line.split(" | ").next());
+    let paths = routes.flat_map(|cell| cell.split('`')).filter(|text| text.starts_with('/'));
+    paths.map(|path| path.replace("NAME", "{model}")).collect()
+}
+
+#[test]
+fn the_document_the_readme_and_the_server_name_the_same_addresses() {
+    let (_guard, dir) = exported("tiny-bert-single");
+    let server = Server::start(&[&dir], &[]);
+    let paths = server.document()["paths"].as_object().unwrap();
+    for (path, item) in paths {
+        for method in item.as_object().unwrap().keys() {
+            let path = path.replace("{model}", "tiny-bert-single");
+            let (status, _, body) = server.request(&method.to_uppercase(), &path, "", "{}");
+            assert!(![404, 405].contains(&status), "{method} {path}: {status} {body}");
+        }
+    }
+    let of_all = |path: &&String| !path.starts_with("/models/{model}/");
+    let documented: BTreeSet<String> = paths.keys().filter(of_all).cloned().collect();
+    assert_eq!(documented, paths_in_the_readme());
+    let (status, head, _) = server.request("DELETE", "/predict", "", "");
+    assert!(status == 405 && head.contains("allow: POST"), "{head}");
+    // a name that is no UTF-8 is the name of no model
+    let (status, _, body) = server.request("GET", "/v2/models/%ff", "", "");
+    assert!(status == 404 && body.contains("there is no model"), "{body}");
+    assert!(server.document()["components"]["securitySchemes"].is_null());
+}
+
+#[test]
 fn a_key_is_asked_for_where_the_server_has_one() {
     let (guard, dir) = exported("tiny-bert-single");
     let file = guard.path().join("key");
     std::fs::write(&file, "secret\n").unwrap();
     let server = Server::start(&[&dir], &["--api-key-file", file.to_str().unwrap()]);
     let ask = |headers: &str| server.request("POST", "/predict", headers, "{\"inputs\": \"a\"}").0;
+    let document = server.document();
+    assert_eq!(document["components"]["securitySchemes"]["key"]["scheme"], "bearer");
+    for (path, item) in document["paths"].as_object().unwrap() {
+        for (method, operation) in item.as_object().unwrap() {
+            let (status, ..) = server.request(
+                &method.to_uppercase(),
+                &path.replace("{model}", "tiny-bert-single"),
+                "",
+                "{}",
+            );
+            assert_eq!(status == 401, operation["security"].is_array(), "{method} {path}: {status}");
+        }
+    }
     assert_eq!(
         (ask(""), ask("Authorization: Bearer other\r\n"), ask("Authorization: Bearer secre\r\n")),
         (401, 401, 401)
@@ -492,8 +616,9 @@ fn texts_are_those_of_serve_batch_whole_and_as_they_come() {
     assert!(echoed["choices"][0]["text"].as_str().unwrap().starts_with('a'), "{echoed}");
 
     for (body, says) in [
-        (json!({}), "there is no \\\"prompt\\\""),
-        (json!({"prompt": 7}), "expected a text or texts"),
+        (json!({}), "missing field `prompt`"),
+        (json!({"prompt": 7}), "prompt: expected one or a list"),
+        (json!({"prompt": "a", "model": 7}), "model: invalid type: integer `7`, expected a string"),
         (json!({"prompt": []}), "there is no prompt in it"),
         (json!({"prompt": "a", "logprobs": 3}), "logprobs is 3"),
         (json!({"prompt": "a", "max_tokens": 0}), "max_new_tokens is 0"),

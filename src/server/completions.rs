@@ -8,10 +8,13 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use futures_util::stream;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
+use utoipa::ToSchema;
 
 use super::generator::{Generator, TextNews, Texts};
-use super::refusal::Refusal;
+use super::refusal::{Manner, Refusal};
+use super::routes::{OneOrMany, parsed};
 use crate::generate::{Finish, Generated, GenerationConfig};
 
 /// What a body asks for.
@@ -23,6 +26,96 @@ pub struct Completions {
     echo: bool,
     /// Whether the last event of a stream tells how many tokens there were.
     usage: bool,
+}
+
+/// Prompts, and how they are gone on with.
+#[derive(Deserialize, ToSchema)]
+pub struct CompletionsBody {
+    /// A prompt, or several.
+    prompt: OneOrMany<String>,
+    /// The language model, where there are several.
+    model: Option<String>,
+    /// Whether the texts are sent as they come, as server-sent events.
+    stream: Option<bool>,
+    stream_options: Option<StreamOptions>,
+    /// Whether the prompt stands in front of its text.
+    echo: Option<bool>,
+    #[serde(flatten)]
+    #[schema(value_type = CompletionSettings)]
+    settings: Map<String, Value>,
+}
+
+#[derive(Deserialize, ToSchema)]
+struct StreamOptions {
+    /// Whether the last event tells how many tokens there were.
+    include_usage: Option<bool>,
+}
+
+/// What decides which tokens follow; see `tk generate --help`.
+#[derive(ToSchema)]
+#[expect(dead_code, reason = "describes what GenerationConfig::with reads")]
+struct CompletionSettings {
+    /// Tokens that may follow a prompt; 16 where it isn't said.
+    #[schema(minimum = 1)]
+    max_tokens: Option<usize>,
+    /// What scores are divided by before a token is drawn; 1 where it isn't said. 0: the best token is taken.
+    #[schema(minimum = 0)]
+    temperature: Option<f32>,
+    #[schema(exclusive_minimum = 0, maximum = 1)]
+    top_p: Option<f32>,
+    #[schema(minimum = 0)]
+    top_k: Option<usize>,
+    #[schema(minimum = 0, maximum = 1)]
+    min_p: Option<f32>,
+    #[schema(exclusive_minimum = 0)]
+    repetition_penalty: Option<f32>,
+    /// Above 1: a beam search, which draws nothing.
+    #[schema(minimum = 1, maximum = 4096)]
+    num_beams: Option<usize>,
+    length_penalty: Option<f32>,
+    /// Texts for a prompt.
+    #[schema(minimum = 1, maximum = 4096)]
+    n: Option<usize>,
+    /// Texts that end one, and are not part of it.
+    stop: Option<OneOrMany<String>>,
+    /// Requests with one seed draw the same.
+    seed: Option<u64>,
+}
+
+/// Texts that go on with prompts.
+#[derive(Serialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Completion {
+    id: String,
+    /// `text_completion`
+    object: &'static str,
+    created: u64,
+    model: String,
+    choices: Vec<Choice>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    usage: Option<CompletionUsage>,
+}
+
+/// One of the texts, or of a stream the next part of one.
+#[derive(Serialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct Choice {
+    /// Which of them; those of the first prompt come first.
+    index: usize,
+    text: String,
+    #[schema(value_type = Option<Object>)]
+    logprobs: Option<Value>,
+    /// `stop` or `length`, where it is over.
+    finish_reason: Option<&'static str>,
+}
+
+#[derive(Serialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct CompletionUsage {
+    prompt_tokens: usize,
+    completion_tokens: usize,
+    total_tokens: usize,
 }
 
 /// The most prompts of a request.
@@ -44,29 +137,15 @@ impl Completions {
     /// # Errors
     /// It is no object, lacks a prompt, or asks for what there is not.
     pub fn read(body: &[u8]) -> Result<Self, Refusal> {
-        let mut fields: Map<String, Value> =
-            serde_json::from_slice(body).map_err(|error| Refusal::invalid(error.to_string()))?;
+        let CompletionsBody { prompt, model, stream, stream_options, echo, settings } = parsed(body)?;
         for name in LACKING {
-            if let Some(value) = fields.get(name).filter(|value| !asks_nothing(name, value)) {
+            if let Some(value) = settings.get(name).filter(|value| !asks_nothing(name, value)) {
                 return Err(Refusal::invalid(format!(
                     "{name} is {value}, and there is none here: leave it out"
                 )));
             }
         }
-        let prompts = match fields.remove("prompt") {
-            Some(Value::String(prompt)) => vec![prompt],
-            Some(Value::Array(prompts)) => prompts
-                .into_iter()
-                .map(|prompt| match prompt {
-                    Value::String(prompt) => Ok(prompt),
-                    other => Err(Refusal::invalid(format!("prompt: {other}, expected texts"))),
-                })
-                .collect::<Result<_, _>>()?,
-            Some(other) => {
-                return Err(Refusal::invalid(format!("prompt: {other}, expected a text or texts")));
-            }
-            None => return Err(Refusal::invalid("there is no \"prompt\"")),
-        };
+        let (_, prompts) = prompt.split();
         if prompts.is_empty() {
             return Err(Refusal::empty("there is no prompt in it"));
         }
@@ -76,18 +155,9 @@ impl Completions {
                 prompts.len()
             )));
         }
-        let flag = |fields: &Map<String, Value>, name: &str| match fields.get(name) {
-            None | Some(Value::Null) => Ok(false),
-            Some(Value::Bool(is)) => Ok(*is),
-            Some(other) => Err(Refusal::invalid(format!("{name}: {other}, expected true or false"))),
-        };
-        let (stream, echo) = (flag(&fields, "stream")?, flag(&fields, "echo")?);
-        let usage = match fields.get("stream_options") {
-            Some(Value::Object(options)) => flag(options, "include_usage")?,
-            _ => false,
-        };
-        let model = fields.get("model").and_then(Value::as_str).map(str::to_owned);
-        Ok(Self { model, settings: settings(fields)?, prompts, stream, echo, usage })
+        let usage = stream_options.and_then(|options| options.include_usage).unwrap_or(false);
+        let (stream, echo) = (stream.unwrap_or(false), echo.unwrap_or(false));
+        Ok(Self { model, settings: generation(settings)?, prompts, stream, echo, usage })
     }
 
     /// Answers by a model.
@@ -121,18 +191,18 @@ impl Completions {
                     TextNews::Text { sequence, finished: Some(Generated { text, ids, finish }), .. } => {
                         tokens.completion += ids.len();
                         let text = if echo { format!("{prompt}{text}") } else { text };
-                        choices.push(choice(i * of_each + sequence, &text, Some(finish)));
+                        choices.push(choice(i * of_each + sequence, text, Some(finish)));
                     }
                 }
             }
         }
-        choices.sort_by_key(|choice| choice["index"].as_u64());
+        choices.sort_by_key(|choice: &Choice| choice.index);
         Ok(axum::Json(about.body(choices, Some(tokens))).into_response())
     }
 }
 
 /// The settings that OpenAI's fields stand for, with those of tk by their own names.
-fn settings(mut fields: Map<String, Value>) -> Result<GenerationConfig, Refusal> {
+fn generation(mut fields: Map<String, Value>) -> Result<GenerationConfig, Refusal> {
     for (theirs, ours) in [("max_tokens", "max_new_tokens"), ("n", "num_return_sequences")] {
         if let Some(value) = fields.remove(theirs) {
             fields.insert(ours.to_owned(), value);
@@ -182,27 +252,19 @@ impl About {
         }
     }
 
-    fn body(&self, choices: Vec<Value>, usage: Option<Usage>) -> Value {
-        let mut body = json!({
-            "id": self.id,
-            "object": "text_completion",
-            "created": self.created,
-            "model": &*self.model,
-            "choices": choices,
+    fn body(&self, choices: Vec<Choice>, usage: Option<Usage>) -> Completion {
+        let usage = usage.map(|Usage { prompt, completion }| CompletionUsage {
+            prompt_tokens: prompt,
+            completion_tokens: completion,
+            total_tokens: prompt + completion,
         });
-        if let Some(Usage { prompt, completion }) = usage {
-            body["usage"] = json!({
-                "prompt_tokens": prompt,
-                "completion_tokens": completion,
-                "total_tokens": prompt + completion,
-            });
-        }
-        body
+        let (id, model) = (self.id.clone(), self.model.to_string());
+        Completion { id, object: "text_completion", created: self.created, model, choices, usage }
     }
 }
 
-fn choice(index: usize, text: &str, finish: Option<Finish>) -> Value {
-    json!({"index": index, "text": text, "logprobs": null, "finish_reason": finish.map(Finish::name)})
+fn choice(index: usize, text: String, finish: Option<Finish>) -> Choice {
+    Choice { index, text, logprobs: None, finish_reason: finish.map(Finish::name) }
 }
 
 /// The texts as server-sent events, of all prompts as they come.
@@ -211,7 +273,7 @@ fn streamed(about: About, texts: Vec<(String, Texts)>, of_each: usize, echo: boo
         about: About,
         texts: Vec<Option<Texts>>,
         /// What is to be told before all else.
-        first: Vec<Value>,
+        first: Vec<Choice>,
         tokens: Usage,
         of_each: usize,
         usage: bool,
@@ -220,20 +282,20 @@ fn streamed(about: About, texts: Vec<(String, Texts)>, of_each: usize, echo: boo
     let mut first = Vec::new();
     if echo {
         for (i, (prompt, _)) in texts.iter().enumerate() {
-            first.extend((0..of_each).map(|sequence| choice(i * of_each + sequence, prompt, None)));
+            first.extend((0..of_each).map(|sequence| choice(i * of_each + sequence, prompt.clone(), None)));
         }
         first.reverse();
     }
     let tokens = Usage { prompt: texts.iter().map(|(_, texts)| texts.prompt_tokens).sum(), completion: 0 };
     let texts = texts.into_iter().map(|(_, texts)| Some(texts)).collect();
     let state = State { about, texts, first, tokens, of_each, usage, over: false };
-    let data = |value: &Value| Event::default().data(value.to_string());
+    let event = |body: Completion| Event::default().data(json!(body).to_string());
     let next = move |mut state: State| async move {
         if state.over {
             return None;
         }
         if let Some(choice) = state.first.pop() {
-            let event = data(&state.about.body(vec![choice], None));
+            let event = event(state.about.body(vec![choice], None));
             return Some((Ok::<_, Infallible>(event), state));
         }
         loop {
@@ -258,17 +320,18 @@ fn streamed(about: About, texts: Vec<(String, Texts)>, of_each: usize, echo: boo
                     if text.is_empty() && finish.is_none() {
                         continue;
                     }
-                    let choice = choice(i * state.of_each + sequence, &text, finish);
-                    data(&state.about.body(vec![choice], None))
+                    let choice = choice(i * state.of_each + sequence, text, finish);
+                    event(state.about.body(vec![choice], None))
                 }
                 Some((i, TextNews::Failed(why))) => {
                     state.texts.clear();
                     state.usage = false;
-                    data(&json!({"error": {"message": format!("prompt {i}: {why}"), "type": "server_error"}}))
+                    let error = Refusal::failed(format!("prompt {i}: {why}")).body(Manner::OpenAi);
+                    Event::default().data(error.to_string())
                 }
                 None if state.usage => {
                     state.usage = false;
-                    data(&state.about.body(Vec::new(), Some(state.tokens)))
+                    event(state.about.body(Vec::new(), Some(state.tokens)))
                 }
                 None => {
                     state.over = true;

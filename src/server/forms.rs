@@ -5,6 +5,10 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
 
+use super::answers::{
+    CohereRank, CohereRanks, EmbeddingRow, EmbeddingUsage, Embeddings, Inferred, Label, OutputTensor, Rank,
+    RankedDocument, TotalTokens,
+};
 use super::refusal::Refusal;
 use super::routes::Record;
 use crate::task::scores::{short, to_length_one};
@@ -99,11 +103,11 @@ impl Form {
                     }
                     let bytes = || row.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
                     let embedding = if base64 { json!(STANDARD.encode(bytes())) } else { written(&row) };
-                    Ok(json!({"object": "embedding", "embedding": embedding, "index": index}))
+                    Ok(EmbeddingRow { object: "embedding", embedding, index })
                 };
-                let data = answers.into_iter().enumerate().map(row).collect::<Result<Vec<_>, _>>()?;
-                let usage = json!({"prompt_tokens": tokens, "total_tokens": tokens});
-                Ok(json!({"object": "list", "data": data, "model": model, "usage": usage}))
+                let data = answers.into_iter().enumerate().map(row).collect::<Result<_, Refusal>>()?;
+                let usage = EmbeddingUsage { prompt_tokens: tokens, total_tokens: tokens };
+                Ok(json!(Embeddings { object: "list", data, model: model.to_owned(), usage }))
             }
             Self::Similarities => {
                 let of = |answer| field(answer, "similarity");
@@ -115,34 +119,32 @@ impl Form {
                 // stable, so that equal ones keep their order
                 ranks.sort_by(|(_, a), (_, b)| b.total_cmp(a));
                 ranks.truncate(top);
-                let rank = |(index, score): (usize, f64)| {
-                    let text = texts.get(index).filter(|_| with_texts);
-                    match (manner, text) {
-                        (Ranks::Tei, None) => json!({"index": index, "score": score}),
-                        (Ranks::Tei, Some(text)) => json!({"index": index, "score": score, "text": text}),
-                        (Ranks::Cohere, None) => json!({"index": index, "relevance_score": score}),
-                        (Ranks::Cohere, Some(text)) => {
-                            json!({"index": index, "relevance_score": score, "document": {"text": text}})
-                        }
-                    }
-                };
-                let ranks: Vec<Value> = ranks.into_iter().map(rank).collect();
+                let text = |index: usize| texts.get(index).filter(|_| with_texts).cloned();
+                let ranks = ranks.into_iter();
                 Ok(match manner {
-                    Ranks::Tei => Value::Array(ranks),
+                    Ranks::Tei => {
+                        ranks.map(|(index, score)| json!(Rank { index, score, text: text(index) })).collect()
+                    }
                     Ranks::Cohere => {
-                        json!({"model": model, "results": ranks, "usage": {"total_tokens": tokens}})
+                        let rank = |(index, relevance_score)| {
+                            let document = text(index).map(|text| RankedDocument { text });
+                            CohereRank { index, relevance_score, document }
+                        };
+                        let usage = TotalTokens { total_tokens: tokens };
+                        json!(CohereRanks {
+                            model: model.to_owned(),
+                            results: ranks.map(rank).collect(),
+                            usage
+                        })
                     }
                 })
             }
             Self::Tensor { id } => {
                 let data: Vec<String> = answers.iter().map(|answer| json!(answer).to_string()).collect();
                 let output =
-                    json!({"name": "answer", "datatype": "BYTES", "shape": [data.len()], "data": data});
-                let mut body = json!({"model_name": model, "model_version": "1", "outputs": [output]});
-                if let Some(id) = id {
-                    body["id"] = Value::String(id);
-                }
-                Ok(body)
+                    OutputTensor { name: "answer", datatype: "BYTES", shape: vec![data.len()], data };
+                let model_name = model.to_owned();
+                Ok(json!(Inferred { model_name, model_version: "1", id, outputs: vec![output] }))
             }
         }
     }
@@ -176,8 +178,8 @@ fn written(row: &[f32]) -> Value {
 fn labels(answer: &Record, raw: bool) -> Result<Value, Refusal> {
     let Some(Value::Object(scores)) = answer.get("scores") else {
         // a number, which has no label
-        let score = answer.get("score").ok_or_else(|| other_kind("scores"))?;
-        return Ok(json!([{"score": score}]));
+        let score = answer.get("score").and_then(Value::as_f64).ok_or_else(|| other_kind("scores"))?;
+        return Ok(json!([Label { score, label: None }]));
     };
     let mut labels: Vec<(&String, f64)> = match answer.get("logits") {
         Some(Value::Array(logits)) if raw => {
@@ -187,7 +189,8 @@ fn labels(answer: &Record, raw: bool) -> Result<Value, Refusal> {
         _ => scores.iter().map(|(label, x)| (label, x.as_f64().unwrap_or_default())).collect(),
     };
     labels.sort_by(|(_, a), (_, b)| b.total_cmp(a));
-    Ok(labels.into_iter().map(|(label, score)| json!({"score": score, "label": label})).collect())
+    let label = |(label, score): (&String, f64)| json!(Label { score, label: Some(label.clone()) });
+    Ok(labels.into_iter().map(label).collect())
 }
 
 /// How relevant a text is: of a model with one output, its sigmoid or itself.

@@ -8,9 +8,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use anyhow::Context;
-use serde_json::{Value, json};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
+use super::answers::ModelInfo;
 use super::queue::Refused;
 use crate::Result;
 use crate::data::tokens::Tokenizer;
@@ -58,7 +58,7 @@ pub struct Generator {
     /// What requests call it.
     pub name: String,
     /// What `/info` says of it.
-    pub about: Value,
+    pub about: ModelInfo,
     pub tokenizer: Tokenizer,
     prompts: Prompts,
     /// None once no more requests are taken.
@@ -88,15 +88,19 @@ impl Generator {
         let (ends, positions) = (Ends::of(&saved.dir, lm)?, saved.config.max_positions());
         let prompts = Prompts::new(saved, lm, &ends, positions, false)?;
         let graph = graphs::checked_generating(saved, options.precision)?;
-        let about = json!({
-            "model_id": name,
-            "model_sha": crate::onnx::write::metadata(&graph)?.get("weights_sha256"),
-            "model_dtype": options.precision.name(),
-            "task": saved.task.name(),
-            "provider": "cpu",
-            "max_input_length": positions - 1,
-            "version": env!("CARGO_PKG_VERSION"),
-        });
+        let about = ModelInfo {
+            model_id: name.clone(),
+            model_sha: crate::onnx::write::metadata(&graph)?.get("weights_sha256").cloned(),
+            model_dtype: options.precision.name(),
+            task: saved.task.name(),
+            id2label: None,
+            mask_token: None,
+            provider: "cpu",
+            max_input_length: positions - 1,
+            max_batch_tokens: None,
+            auto_truncate: false,
+            version: env!("CARGO_PKG_VERSION"),
+        };
         let slots = Slots::open(&graph, options.threads, say)?;
         let (tokenizer, limits) = (saved.tokenizer.clone(), options.limits);
         let (submit, submitted) = channel();

@@ -4,10 +4,14 @@
 //! body ─routes─▶ records ─served─▶ what is asked ─queue─▶ batches of about one length ─a thread a session─▶ answers ─routes─▶ body
 //! ```
 
+mod answers;
+mod api;
 pub mod completions;
 pub mod forms;
 mod generator;
 mod metrics;
+mod openapi;
+mod page;
 pub mod queue;
 pub mod refusal;
 pub mod routes;
@@ -21,12 +25,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use axum::Router;
 use axum::body::Bytes;
-use axum::extract::{DefaultBodyLimit, FromRequest, Path, Request, State};
+use axum::extract::{DefaultBodyLimit, FromRequest, Request, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{MethodRouter, get, post};
+use axum::routing::{MethodRouter, post};
 use axum::serve::ListenerExt;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
@@ -43,6 +46,7 @@ use completions::Completions;
 use queue::Reply;
 use refusal::{Manner, Refusal};
 use routes::{Asks, Record, Route};
+use status::ModelName;
 
 /// What a request may ask for.
 #[derive(Clone, Debug)]
@@ -65,6 +69,8 @@ struct App {
     /// What clients have to give as `Authorization: Bearer …`.
     key: Option<String>,
     meter: Arc<Meter>,
+    /// The OpenAPI document.
+    document: String,
     /// Whether new requests are taken.
     ready: AtomicBool,
     /// Requests so far, which names them.
@@ -93,9 +99,9 @@ pub fn serve(
         .build()
         .context("starting the threads that read requests")?;
     let body = limits.body;
-    let ready = AtomicBool::new(true);
-    let app =
-        Arc::new(App { models, generators, limits, key, meter, ready, requests: AtomicU64::new(0), say });
+    let (ready, requests) = (AtomicBool::new(true), AtomicU64::new(0));
+    let document = api::openapi(key.is_some()).context("the OpenAPI document")?;
+    let app = Arc::new(App { models, generators, limits, key, meter, document, ready, requests, say });
     let done = runtime.block_on(async {
         let listener = TcpListener::bind(listen).await.map_err(|e| unusable!("--listen {listen}: {e}"))?;
         let address = listener.local_addr().context("the address that is listened on")?;
@@ -111,7 +117,7 @@ pub fn serve(
             // an error is that nobody can ask any more
             let _ = stopped.await;
         };
-        let service = router(app.clone()).layer(DefaultBodyLimit::max(body));
+        let service = api::router(app.clone()).layer(DefaultBodyLimit::max(body));
         let server = axum::serve(listener, service).with_graceful_shutdown(stopped);
         tokio::select! {
             done = server => done.context("serving"),
@@ -163,50 +169,10 @@ async fn stop_asked() {
     interrupt.await;
 }
 
-fn router(app: Arc<App>) -> Router {
-    let mut router = Router::new()
-        .route("/", get(status::index))
-        .route("/health", get(status::ready))
-        .route("/ping", get(status::ready))
-        .route("/live", get(status::live))
-        .route("/ready", get(status::ready))
-        .route("/info", get(status::info))
-        .route("/metrics", get(status::metrics))
-        .route("/v1/models", get(status::models))
-        .route("/v1/completions", post(complete))
-        .route("/v2", get(status::server))
-        .route("/v2/health/live", get(status::live))
-        .route("/v2/health/ready", get(status::ready))
-        .route("/v2/models/{model}", get(status::model))
-        .route("/v2/models/{model}/ready", get(status::model_ready))
-        .route("/v2/models/{model}/infer", asked_of_model(Route::Infer, "/v2/models/{model}/infer"));
-    for (route, paths) in Route::ALL {
-        for &path in paths {
-            router = router.route(path, asked(route, path));
-            if !path.starts_with("/v") {
-                router = router.route(&format!("/models/{{model}}{path}"), asked_of_model(route, path));
-            }
-        }
-    }
-    for place in ["", "/models/{model}"] {
-        router = router
-            .route(&format!("{place}/tokenize"), of_tokens("/tokenize", tokens::tokenize))
-            .route(&format!("{place}/decode"), of_tokens("/decode", tokens::decode));
-    }
-    router.fallback(status::nothing).with_state(app)
-}
-
-/// Asks the only model, or the one that the body names.
+/// Asks the only model, or the one that the path or the body names.
 fn asked(route: Route, path: &'static str) -> MethodRouter<Arc<App>> {
-    post(move |State(app): State<Arc<App>>, request: Request| async move {
-        app.handle(route, path, None, request).await
-    })
-}
-
-/// Asks the model that the path names.
-fn asked_of_model(route: Route, path: &'static str) -> MethodRouter<Arc<App>> {
-    post(move |State(app): State<Arc<App>>, Path(model): Path<String>, request: Request| async move {
-        app.handle(route, path, Some(model), request).await
+    post(move |State(app): State<Arc<App>>, ModelName(model): ModelName, request: Request| async move {
+        app.handle(route, path, model, request).await
     })
 }
 
@@ -226,11 +192,11 @@ fn of_tokens(
     path: &'static str,
     answer: fn(&Tokenizer, &[u8]) -> Result<Value, Refusal>,
 ) -> MethodRouter<Arc<App>> {
-    post(move |State(app): State<Arc<App>>, model: Option<Path<String>>, request: Request| async move {
+    post(move |State(app): State<Arc<App>>, ModelName(model): ModelName, request: Request| async move {
         let id = app.request_id(request.headers());
         let answered = async {
             let body = app.body(request).await?;
-            let tokenizer = app.tokenizer(model.as_deref().map(String::as_str))?;
+            let tokenizer = app.tokenizer(model.as_deref())?;
             let answer = tokio::task::block_in_place(|| answer(tokenizer, &body))?;
             Ok(axum::Json(answer).into_response())
         };

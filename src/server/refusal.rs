@@ -2,7 +2,9 @@
 
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use serde::Serialize;
 use serde_json::{Value, json};
+use utoipa::ToSchema;
 
 use super::queue::Refused;
 
@@ -24,6 +26,40 @@ pub enum Manner {
     OpenAi,
     /// `{"error"}`
     Inference,
+}
+
+/// An error as clients of text-embeddings-inference know it.
+#[derive(Serialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TeiError<'r> {
+    error: &'r str,
+    /// `Validation`, `Empty`, `Backend`, `Overloaded`, `Unhealthy` or `Unauthorized`
+    error_type: &'r str,
+}
+
+/// An error as clients of OpenAI know it.
+#[derive(Serialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct OpenAiErrorBody<'r> {
+    error: OpenAiError<'r>,
+}
+
+#[derive(Serialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct OpenAiError<'r> {
+    message: &'r str,
+    /// `invalid_request_error` or `server_error`
+    #[serde(rename = "type")]
+    kind: &'static str,
+    param: Option<String>,
+    code: Option<String>,
+}
+
+/// An error as clients of the Open Inference Protocol know it.
+#[derive(Serialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct InferenceError<'r> {
+    error: &'r str,
 }
 
 /// Seconds after which a client may ask again where there was no room.
@@ -50,9 +86,20 @@ impl Refusal {
         Self { status: StatusCode::FAILED_DEPENDENCY, kind: "Backend", message: message.into() }
     }
 
+    /// The model failed in the middle of its answer.
+    pub fn failed(message: impl Into<String>) -> Self {
+        Self { status: StatusCode::INTERNAL_SERVER_ERROR, ..Self::backend(message) }
+    }
+
     /// There is nothing of this name.
     pub fn unknown(message: impl Into<String>) -> Self {
         Self { status: StatusCode::NOT_FOUND, kind: "Validation", message: message.into() }
+    }
+
+    /// There is something of this name, but it is asked for otherwise.
+    pub fn other_method() -> Self {
+        let message = "this address is asked by another method: see the header `Allow`".to_owned();
+        Self { status: StatusCode::METHOD_NOT_ALLOWED, kind: "Validation", message }
     }
 
     /// The key is missing or another one.
@@ -73,18 +120,22 @@ impl Refusal {
         if matches!(self.status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
             response.headers_mut().insert(header::RETRY_AFTER, RETRY_AFTER);
         }
+        if self.status == StatusCode::UNAUTHORIZED {
+            response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
         response
     }
 
-    fn body(&self, manner: Manner) -> Value {
+    /// What its body says.
+    pub(super) fn body(&self, manner: Manner) -> Value {
         let Self { status, kind, message } = self;
         match manner {
-            Manner::Tei => json!({"error": message, "error_type": kind}),
+            Manner::Tei => json!(TeiError { error: message, error_type: kind }),
             Manner::OpenAi => {
                 let kind = if status.is_client_error() { "invalid_request_error" } else { "server_error" };
-                json!({"error": {"message": message, "type": kind, "param": null, "code": null}})
+                json!(OpenAiErrorBody { error: OpenAiError { message, kind, param: None, code: None } })
             }
-            Manner::Inference => json!({"error": message}),
+            Manner::Inference => json!(InferenceError { error: message }),
         }
     }
 }

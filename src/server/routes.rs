@@ -4,6 +4,8 @@
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
+use utoipa::ToSchema;
+use utoipa::openapi::schema::{ArrayBuilder, ObjectBuilder, OneOfBuilder, Schema, Type};
 
 use super::forms::{Form, Ranks};
 use super::refusal::{Manner, Refusal};
@@ -112,9 +114,9 @@ pub(super) fn parsed<T: DeserializeOwned>(body: &[u8]) -> Result<T, Refusal> {
 }
 
 /// One of something, or a list.
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 #[serde(untagged, expecting = "expected one or a list")]
-pub(super) enum OneOrMany<T> {
+pub enum OneOrMany<T> {
     One(T),
     Many(Vec<T>),
 }
@@ -130,9 +132,11 @@ impl<T> OneOrMany<T> {
 }
 
 /// What all of text-embeddings-inference's bodies may have.
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 struct Common {
+    /// Whether a text may be cut to the model's length; true where it isn't said.
     truncate: Option<bool>,
+    /// The model, where the path names none.
     model: Option<String>,
 }
 
@@ -152,9 +156,12 @@ fn pair(first: String, second: String) -> Record {
     record
 }
 
-#[derive(Deserialize)]
-struct Predict {
+/// Texts or pairs, to be labelled.
+#[derive(Deserialize, ToSchema)]
+pub(super) struct Predict {
+    #[schema(schema_with = Inputs::schema)]
     inputs: Inputs,
+    /// Whether scores are the model's logits.
     #[serde(default)]
     raw_scores: bool,
     #[serde(flatten)]
@@ -168,6 +175,21 @@ enum Inputs {
     Text(String),
     Pair(Vec<String>),
     Batch(Vec<Vec<String>>),
+}
+
+impl Inputs {
+    fn schema() -> Schema {
+        let text = || ObjectBuilder::new().schema_type(Type::String);
+        let one = || ArrayBuilder::new().items(text()).min_items(Some(1)).max_items(Some(2));
+        let several = ArrayBuilder::new().items(one()).min_items(Some(1));
+        OneOfBuilder::new()
+            .description(Some("A text; a list of one text, or of two, a pair; or a list of such lists."))
+            .item(text())
+            .item(one())
+            .item(several)
+            .build()
+            .into()
+    }
 }
 
 fn predict(Predict { inputs, raw_scores, common }: Predict) -> Result<Asks, Refusal> {
@@ -190,8 +212,9 @@ fn predict(Predict { inputs, raw_scores, common }: Predict) -> Result<Asks, Refu
     Ok(common.asks(records, Form::Labels { single, raw: raw_scores }))
 }
 
-#[derive(Deserialize)]
-struct Texts {
+/// A text or texts.
+#[derive(Deserialize, ToSchema)]
+pub(super) struct Texts {
     inputs: OneOrMany<String>,
     #[serde(flatten)]
     common: Common,
@@ -202,14 +225,15 @@ fn texts(Texts { inputs, common }: Texts, name: &'static str) -> Asks {
     common.asks(inputs.into_iter().map(text).collect(), Form::Field { single, name })
 }
 
-#[derive(Deserialize)]
-struct Answers {
+/// Questions about contexts.
+#[derive(Deserialize, ToSchema)]
+pub(super) struct Answers {
     inputs: OneOrMany<Asked>,
     #[serde(flatten)]
     common: Common,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 struct Asked {
     question: String,
     context: String,
@@ -224,8 +248,9 @@ fn answers(Answers { inputs, common }: Answers) -> Asks {
     common.asks(inputs.into_iter().map(record).collect(), Form::Whole { single })
 }
 
-#[derive(Deserialize)]
-struct Embed {
+/// Texts, to be embedded.
+#[derive(Deserialize, ToSchema)]
+pub(super) struct Embed {
     inputs: OneOrMany<String>,
     /// Whether embeddings are made of length 1; as the model has them where it isn't said.
     normalize: Option<bool>,
@@ -239,14 +264,15 @@ fn embed(Embed { inputs, normalize, common }: Embed) -> Asks {
     common.asks(inputs.into_iter().map(text).collect(), form)
 }
 
-#[derive(Deserialize)]
-struct Similarity {
+/// Texts that are held against one.
+#[derive(Deserialize, ToSchema)]
+pub(super) struct Similarity {
     inputs: Compared,
     #[serde(flatten)]
     common: Common,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 struct Compared {
     source_sentence: String,
     sentences: Vec<String>,
@@ -258,8 +284,9 @@ fn similarity(Similarity { inputs, common }: Similarity) -> Asks {
     common.asks(records, Form::Similarities)
 }
 
-#[derive(Deserialize)]
-struct Rerank {
+/// Texts that are ranked by what they say to a query, as text-embeddings-inference takes them.
+#[derive(Deserialize, ToSchema)]
+pub(super) struct Rerank {
     query: String,
     texts: Vec<String>,
     #[serde(default)]
@@ -277,8 +304,9 @@ fn rerank(Rerank { query, texts, raw_scores, return_text, common }: Rerank) -> A
     common.asks(records, form)
 }
 
-#[derive(Deserialize)]
-struct RerankCohere {
+/// Documents that are ranked by what they say to a query, as Cohere takes them.
+#[derive(Deserialize, ToSchema)]
+pub(super) struct RerankCohere {
     query: String,
     documents: Vec<Document>,
     top_n: Option<usize>,
@@ -289,7 +317,7 @@ struct RerankCohere {
 }
 
 /// A text, alone or as a field.
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 #[serde(untagged, expecting = "expected a text, or an object with a text")]
 enum Document {
     Text(String),
@@ -308,8 +336,9 @@ fn rerank_cohere(body: RerankCohere) -> Asks {
     common.asks(records, form)
 }
 
-#[derive(Deserialize)]
-struct OpenAiEmbeddings {
+/// Texts, to be embedded, as OpenAI takes them.
+#[derive(Deserialize, ToSchema)]
+pub(super) struct OpenAiEmbeddings {
     input: OneOrMany<String>,
     model: Option<String>,
     #[serde(default)]
@@ -317,7 +346,7 @@ struct OpenAiEmbeddings {
     dimensions: Option<usize>,
 }
 
-#[derive(Clone, Copy, Default, Deserialize, PartialEq)]
+#[derive(Clone, Copy, Default, Deserialize, PartialEq, ToSchema)]
 #[serde(rename_all = "lowercase")]
 enum Encoding {
     #[default]
@@ -335,13 +364,14 @@ fn openai_embeddings(body: OpenAiEmbeddings) -> Result<Asks, Refusal> {
     Ok(Asks { records, truncate: true, model, form })
 }
 
-#[derive(Deserialize)]
-struct Infer {
+/// Tensors of texts, one a field of the records.
+#[derive(Deserialize, ToSchema)]
+pub(super) struct Infer {
     id: Option<String>,
     inputs: Vec<Tensor>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 struct Tensor {
     name: String,
     datatype: String,

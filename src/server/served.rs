@@ -6,8 +6,8 @@ use std::thread::JoinHandle;
 use std::time::Instant;
 
 use anyhow::Context;
-use serde_json::{Value, json};
 
+use super::answers::ModelInfo;
 use super::metrics::Meter;
 use super::queue::{Job, Queue, QueueLimits, Reply};
 use super::routes::Record;
@@ -31,7 +31,7 @@ pub struct Served {
     pub tokenizer: Tokenizer,
     pub provider: Provider,
     /// What `/info` says of it.
-    pub about: Value,
+    pub about: ModelInfo,
     /// Tokens of the longest window.
     pub max_length: usize,
     pub queue: Arc<Queue>,
@@ -120,20 +120,24 @@ fn work(queue: &Queue, predictor: Predictor, meter: &Meter, name: &str) {
 }
 
 /// What text-embeddings-inference's `/info` says, as far as it is so here.
-fn about(name: &str, saved: &Saved, precision: Precision, predictor: &Predictor) -> Result<Value> {
+fn about(name: &str, saved: &Saved, precision: Precision, predictor: &Predictor) -> Result<ModelInfo> {
     let mut config = saved.config.clone();
     saved.task.write_config(&mut config);
     let metadata = write::metadata(predictor.graph())?;
-    Ok(json!({
-        "model_id": name,
-        "model_sha": metadata.get("weights_sha256"),
-        "model_dtype": precision.name(),
-        "task": saved.task.name(),
-        "id2label": config.raw.get("id2label"),
-        "provider": predictor.provider().name(),
-        "max_input_length": predictor.max_length(),
-        "max_batch_tokens": predictor.batch_tokens(),
-        "auto_truncate": true,
-        "version": env!("CARGO_PKG_VERSION"),
-    }))
+    let fills = saved.task.fields_answered().contains(&"fills");
+    let mask = saved.tokenizer.mask().filter(|_| fills);
+    let mask_token = mask.and_then(|id| saved.tokenizer.inner().id_to_token(id));
+    Ok(ModelInfo {
+        model_id: name.to_owned(),
+        model_sha: metadata.get("weights_sha256").cloned(),
+        model_dtype: precision.name(),
+        task: saved.task.name(),
+        id2label: config.raw.get("id2label").cloned(),
+        mask_token,
+        provider: predictor.provider().name(),
+        max_input_length: predictor.max_length(),
+        max_batch_tokens: Some(predictor.batch_tokens()),
+        auto_truncate: true,
+        version: env!("CARGO_PKG_VERSION"),
+    })
 }

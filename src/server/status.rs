@@ -1,48 +1,61 @@
 //! What is told of the server and its models.
 
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use axum::extract::{Path, State};
+use axum::extract::path::ErrorKind;
+use axum::extract::rejection::PathRejection;
+use axum::extract::{FromRequestParts, Path, State};
+use axum::http::request::Parts;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use serde_json::{Value, json};
 
 use super::App;
+use super::answers::{
+    InferenceModel, InferenceReady, InferenceServer, Info, ListedModel, ListedModels, Live, ModelInfo,
+    ModelInfos, Ready, TensorShape,
+};
 use super::refusal::{Manner, Refusal};
 
 /// The process answers.
 pub(super) async fn live() -> Response {
-    axum::Json(json!({"live": true})).into_response()
+    axum::Json(Live { live: true }).into_response()
 }
 
 /// Requests are taken: all models are loaded and have answered, and nothing is about to stop.
 pub(super) async fn ready(State(app): State<Arc<App>>) -> Response {
+    let (status, ready) = readiness(&app);
+    (status, axum::Json(Ready { live: true, ready })).into_response()
+}
+
+fn readiness(app: &App) -> (StatusCode, bool) {
     let ready = app.ready.load(Ordering::Relaxed);
-    let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    (status, axum::Json(json!({"live": true, "ready": ready}))).into_response()
+    (if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, ready)
 }
 
 pub(super) async fn info(State(app): State<Arc<App>>, headers: HeaderMap) -> Response {
     if let Err(refusal) = app.check_key(&headers) {
         return refusal.response(Manner::Tei);
     }
-    let about = app.models.iter().map(|model| &model.about);
-    let about: Vec<&Value> = about.chain(app.generators.iter().map(|model| &model.about)).collect();
-    match about[..] {
-        [only] => axum::Json(only).into_response(),
-        _ => axum::Json(json!({"models": about})).into_response(),
-    }
+    let models = app.models.iter().map(|model| &model.about);
+    let mut models: Vec<ModelInfo> =
+        models.chain(app.generators.iter().map(|model| &model.about)).cloned().collect();
+    let info = match models.len() {
+        1 => Info::One(Box::new(models.remove(0))),
+        _ => Info::Many(ModelInfos { models }),
+    };
+    axum::Json(info).into_response()
 }
+
+/// What Prometheus knows the counts by.
+pub(super) const METRICS_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 pub(super) async fn metrics(State(app): State<Arc<App>>) -> Response {
     let waiting = app.models.iter().map(|model| (model.name.as_str(), model.queue.len()));
     let waiting = waiting.chain(app.generators.iter().map(|model| (model.name.as_str(), model.under_way())));
     match app.meter.text(waiting) {
-        Ok(text) => {
-            let form = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-            ([(header::CONTENT_TYPE, form)], text).into_response()
-        }
+        Ok(text) => ([(header::CONTENT_TYPE, METRICS_TYPE)], text).into_response(),
         Err(_) => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
     }
 }
@@ -51,51 +64,68 @@ pub(super) async fn models(State(app): State<Arc<App>>, headers: HeaderMap) -> R
     if let Err(refusal) = app.check_key(&headers) {
         return refusal.response(Manner::OpenAi);
     }
-    let model = |name| json!({"id": name, "object": "model", "created": 0, "owned_by": "tk"});
-    let data: Vec<Value> = app.names().map(model).collect();
-    axum::Json(json!({"object": "list", "data": data})).into_response()
+    let model = |id: &str| ListedModel { id: id.to_owned(), object: "model", created: 0, owned_by: "tk" };
+    axum::Json(ListedModels { object: "list", data: app.names().map(model).collect() }).into_response()
 }
 
 pub(super) async fn server() -> Response {
-    axum::Json(json!({"name": "tk", "version": env!("CARGO_PKG_VERSION"), "extensions": []})).into_response()
+    let about = InferenceServer { name: "tk", version: env!("CARGO_PKG_VERSION"), extensions: Vec::new() };
+    axum::Json(about).into_response()
 }
 
 pub(super) async fn model(
     State(app): State<Arc<App>>,
-    Path(name): Path<String>,
+    ModelName(name): ModelName,
     headers: HeaderMap,
 ) -> Response {
-    let found = app.check_key(&headers).and_then(|()| app.model(Some(&name)));
-    let tensor = |name| json!({"name": name, "datatype": "BYTES", "shape": [-1]});
+    let found = app.check_key(&headers).and_then(|()| app.model(name.as_deref()));
+    let tensor = |name| TensorShape { name, datatype: "BYTES", shape: vec![-1] };
     match found {
-        Ok(model) => axum::Json(json!({
-            "name": model.name,
-            "versions": ["1"],
-            "platform": "onnxruntime_onnx",
-            "inputs": model.task.fields_asked().iter().map(tensor).collect::<Vec<_>>(),
-            "outputs": [tensor(&"answer")],
-        }))
+        Ok(model) => axum::Json(InferenceModel {
+            name: model.name.clone(),
+            versions: vec!["1"],
+            platform: "onnxruntime_onnx",
+            inputs: model.task.fields_asked().iter().copied().map(tensor).collect(),
+            outputs: vec![tensor("answer")],
+        })
         .into_response(),
         Err(refusal) => refusal.response(Manner::Inference),
     }
 }
 
-pub(super) async fn model_ready(State(app): State<Arc<App>>, Path(name): Path<String>) -> Response {
-    match app.model(Some(&name)) {
+pub(super) async fn model_ready(State(app): State<Arc<App>>, ModelName(name): ModelName) -> Response {
+    match app.model(name.as_deref()) {
         Ok(model) => {
-            let ready = app.ready.load(Ordering::Relaxed);
-            let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-            (status, axum::Json(json!({"name": model.name, "ready": ready}))).into_response()
+            let (status, ready) = readiness(&app);
+            (status, axum::Json(InferenceReady { name: model.name.clone(), ready })).into_response()
         }
         Err(refusal) => refusal.response(Manner::Inference),
     }
 }
 
-pub(super) async fn index(State(app): State<Arc<App>>) -> Response {
-    let names: Vec<&str> = app.names().collect();
-    axum::Json(json!({"tk": env!("CARGO_PKG_VERSION"), "models": names})).into_response()
-}
-
 pub(super) async fn nothing() -> Response {
     Refusal::unknown("there is nothing at this address").response(Manner::Tei)
+}
+
+pub(super) async fn other_method() -> Response {
+    Refusal::other_method().response(Manner::Tei)
+}
+
+/// The model that a path names, where it names one. What is no UTF-8 is the name of none that there is.
+pub(super) struct ModelName(pub Option<String>);
+
+impl<S: Send + Sync> FromRequestParts<S> for ModelName {
+    type Rejection = Infallible;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Infallible> {
+        Ok(Self(match Path::from_request_parts(parts, state).await {
+            Ok(Path(name)) => Some(name),
+            Err(PathRejection::FailedToDeserializePathParams(failed))
+                if matches!(failed.kind(), ErrorKind::InvalidUtf8InPathParam { .. }) =>
+            {
+                Some(char::REPLACEMENT_CHARACTER.to_string())
+            }
+            Err(_) => None,
+        }))
+    }
 }

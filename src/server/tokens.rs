@@ -2,14 +2,19 @@
 
 use serde::Deserialize;
 use serde_json::{Value, json};
+use utoipa::openapi::schema::{AnyOfBuilder, Schema};
+use utoipa::{PartialSchema, ToSchema};
 
+use super::answers::Token;
 use super::refusal::Refusal;
 use super::routes::{OneOrMany, parsed};
 use crate::data::tokens::Tokenizer;
 
-#[derive(Deserialize)]
-struct Tokenize {
+/// Texts, to be cut into tokens.
+#[derive(Deserialize, ToSchema)]
+pub struct Tokenize {
     inputs: OneOrMany<String>,
+    /// Whether the model's own tokens stand around them; true where it isn't said.
     add_special_tokens: Option<bool>,
 }
 
@@ -29,11 +34,11 @@ pub fn tokenize(tokenizer: &Tokenizer, body: &[u8]) -> Result<Value, Refusal> {
             match characters.get(start..end) {
                 Some(text) if encoding.get_special_tokens_mask()[i] == 0 => {
                     let text: String = text.iter().collect();
-                    json!({"id": id, "text": text, "special": false, "start": start, "stop": end})
+                    json!(Token { id, text, special: false, start: Some(start), stop: Some(end) })
                 }
                 _ => {
-                    let text = &encoding.get_tokens()[i];
-                    json!({"id": id, "text": text, "special": true, "start": null, "stop": null})
+                    let text = encoding.get_tokens()[i].clone();
+                    json!(Token { id, text, special: true, start: None, stop: None })
                 }
             }
         };
@@ -42,9 +47,12 @@ pub fn tokenize(tokenizer: &Tokenizer, body: &[u8]) -> Result<Value, Refusal> {
     Ok(Value::Array(inputs.split().1.into_iter().map(tokens).collect::<Result<_, Refusal>>()?))
 }
 
-#[derive(Deserialize)]
-struct Decode {
+/// Tokens, to be put together.
+#[derive(Deserialize, ToSchema)]
+pub struct Decode {
+    #[schema(schema_with = Ids::schema)]
     ids: Ids,
+    /// Whether the model's own tokens are left out; true where it isn't said.
     skip_special_tokens: Option<bool>,
 }
 
@@ -54,6 +62,18 @@ struct Decode {
 enum Ids {
     One(Vec<u32>),
     Many(Vec<Vec<u32>>),
+}
+
+impl Ids {
+    /// An empty list is both: a text of no tokens.
+    fn schema() -> Schema {
+        AnyOfBuilder::new()
+            .description(Some("Tokens of a text, or of several."))
+            .item(Vec::<u32>::schema())
+            .item(Vec::<Vec<u32>>::schema())
+            .build()
+            .into()
+    }
 }
 
 /// The text of each list of tokens.

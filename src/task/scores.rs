@@ -1,5 +1,6 @@
 //! What is read out of a row of logits.
 
+use serde::{Serialize, Serializer};
 use serde_json::{Value, json};
 
 use super::Outputs;
@@ -55,6 +56,14 @@ pub fn to_length_one(row: &mut [f32]) {
 /// A number with the digits that tell it from every other f32, and no more.
 pub fn short(x: f32) -> Value {
     json!(x.to_string().parse().unwrap_or(f64::from(x)))
+}
+
+/// The same, for the field of an answer.
+///
+/// # Errors
+/// Those of the serializer.
+pub fn serialize_short<S: Serializer>(x: &f32, to: S) -> Result<S::Ok, S::Error> {
+    short(*x).serialize(to)
 }
 
 #[cfg(test)]

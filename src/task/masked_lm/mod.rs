@@ -11,11 +11,12 @@ use ndarray::{Array2, ArrayView1};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
+use utoipa::ToSchema;
 
 pub use self::masking::Masking;
 pub(super) use self::masking::below;
 
-use super::scores::{argmax, cross_entropy, short, softmax};
+use super::scores::{argmax, cross_entropy, serialize_short, softmax};
 use super::{
     Answer, Asking, Dim, Encoder, Example, Form, Learning, Measured, Metric, Metrics, Objective, Output,
     Outputs, SharedTrainingFlags, Start,
@@ -394,6 +395,16 @@ pub(super) fn masks(row: &Row, encoding: &Encoding, asking: &Asking) -> Result<V
     Ok(places)
 }
 
+/// A token that may stand at a mask.
+#[derive(Serialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Fill {
+    token: String,
+    /// Its probability.
+    #[serde(serialize_with = "serialize_short")]
+    score: f32,
+}
+
 /// For each mask its likeliest tokens, with their probabilities.
 pub(super) fn fills(
     scores: &Array2<f32>,
@@ -420,7 +431,7 @@ pub(super) fn fills(
         let fill = |&id: &usize| {
             let token = asking.tokenizer.inner().decode(&[id as u32], false);
             let token = token.map_err(|error| anyhow::anyhow!(error)).context("decoding a token")?;
-            Ok(json!({"token": token, "score": short(probabilities[id])}))
+            Ok(json!(Fill { token, score: probabilities[id] }))
         };
         fills.push(Value::Array(order.iter().map(fill).collect::<Result<_>>()?));
     }

@@ -11,12 +11,13 @@ use std::sync::Arc;
 use candle_core::{D, DType, Tensor};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
+use utoipa::ToSchema;
 
 use self::decode::{Answers, Limits, Scored, answers};
 use self::records::{examples_of, read};
 use self::squad::{Judged, Match, best_threshold};
 use super::flags::refuse_records;
-use super::scores::{cross_entropy, short};
+use super::scores::{cross_entropy, serialize_short};
 use super::{
     Answer, Asking, Dim, Encoder, Example, Form, Learning, Measured, Metric, Metrics, Objective, Output,
     Outputs, Start,
@@ -345,15 +346,15 @@ impl Objective for QuestionAnswering {
         let unit = flags.shared.offset_unit.unwrap_or_default();
         let top = found.found.iter().take(flags.shared.top_k.unwrap_or(1).max(1));
         let mut listed: Vec<Value> =
-            top.map(|found| part(&question.context, &found.span, found.score, unit)).collect();
+            top.map(|found| json!(Part::of(&question.context, &found.span, found.score, unit))).collect();
         if self.null_threshold.is_some() {
-            let none = json!({"answer": "", "start": 0, "end": 0, "score": short(found.null as f32)});
+            let none = Part { answer: String::new(), start: 0, end: 0, score: found.null as f32 };
             let place = match self.says_none(&found) {
                 true => 0,
                 // not in front of what is said
                 false => found.found.partition_point(|other| other.score >= found.null).max(1),
             };
-            listed.insert(place.min(listed.len()), none);
+            listed.insert(place.min(listed.len()), json!(none));
         }
         let Some(Value::Object(mut answer)) = listed.first().cloned() else {
             return Ok(Err("the text has no words that could be an answer".to_owned()));
@@ -402,11 +403,28 @@ impl QuestionAnswering {
     }
 }
 
-/// An answer as a record's fields.
-fn part(context: &str, span: &Range<usize>, score: f64, unit: OffsetUnit) -> Value {
-    let Range { mut start, mut end } = span.clone();
-    unit.convert(context, &mut [&mut start, &mut end]);
-    json!({"answer": context[span.clone()], "start": start, "end": end, "score": short(score as f32)})
+/// An answer as a record's fields. Where there is none, its text is empty.
+#[derive(Serialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(as = Answer)]
+pub struct Part {
+    /// What stands there in the context, letter by letter.
+    answer: String,
+    /// Where it begins, in characters.
+    start: usize,
+    /// Behind its last character.
+    end: usize,
+    /// The probability of its beginning times that of its end.
+    #[serde(serialize_with = "serialize_short")]
+    score: f32,
+}
+
+impl Part {
+    fn of(context: &str, span: &Range<usize>, score: f64, unit: OffsetUnit) -> Self {
+        let Range { mut start, mut end } = span.clone();
+        unit.convert(context, &mut [&mut start, &mut end]);
+        Self { answer: context[span.clone()].to_owned(), start, end, score: score as f32 }
+    }
 }
 
 /// The sum of the cross-entropies of one token of every sequence under the softmax over its own. `scores` are a packed

@@ -2,7 +2,7 @@
 
 use anyhow::Context;
 use serde::Serialize;
-use serde_json::{Map, Value, json};
+use serde_json::{Map, json};
 
 use super::TokenClassification;
 use super::decode::{self, Aggregation, Piece};
@@ -12,7 +12,6 @@ use crate::Result;
 use crate::data::batch::Encoding;
 use crate::data::records::{BadRow, Row};
 use crate::data::tokens::Pieces;
-use crate::task::scores::short;
 use crate::task::{Answer, Asking, Outputs};
 
 /// How entities are answered.
@@ -119,16 +118,7 @@ impl TokenClassification {
         let aggregation = own.aggregation.unwrap_or_default();
         let unit = flags.shared.offset_unit.unwrap_or_default();
         let found = decode::entities(&question.text, &pieces, &self.labels, self.scheme, aggregation, unit);
-        let entities: Vec<Value> = found
-            .into_iter()
-            .map(|found| {
-                json!({
-                    "entity": found.entity, "text": found.text, "start": found.start, "end": found.end,
-                    "score": short(found.score),
-                })
-            })
-            .collect();
-        let mut answer = Map::from_iter([("entities".to_owned(), json!(entities))]);
+        let mut answer = Map::from_iter([("entities".to_owned(), json!(found))]);
         if own.tags {
             let tags = decode::tags(&pieces, question.count, aggregation);
             let names = tags.into_iter().map(|id| id.map_or(OUTSIDE, |id| self.labels[id].as_str()));

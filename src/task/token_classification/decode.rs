@@ -3,10 +3,11 @@
 use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use super::scheme::{OUTSIDE, Scheme, split};
 use crate::data::offsets::OffsetUnit;
-use crate::task::scores::softmax;
+use crate::task::scores::{serialize_short, softmax};
 
 /// `--aggregation`: how tokens become entities. The names and their meaning are transformers'.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
@@ -55,16 +56,21 @@ pub fn continues(text: &str, span: &Range<usize>, token: &str, marks: bool, unkn
     before.is_some_and(|before| before != ' ' && first != Some(' '))
 }
 
-/// An entity in a text, or with [`Aggregation::None`] a token.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+/// An entity in a text, or where nothing is aggregated a token.
+#[derive(Clone, Debug, PartialEq, Serialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(as = Entity)]
 pub struct Found {
     /// The type, or a token's label.
     pub entity: String,
     /// What stands there, letter by letter.
     pub text: String,
+    /// Where it begins, in characters.
     pub start: usize,
+    /// Behind its last character.
     pub end: usize,
     /// The mean probability of its tokens, or words.
+    #[serde(serialize_with = "serialize_short")]
     pub score: f32,
 }
 
