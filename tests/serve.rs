@@ -3,12 +3,13 @@
 
 mod common;
 
-use std::cell::OnceCell;
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Mutex, OnceLock};
 
 use common::{copy_dir, models, tk};
 use serde_json::{Value, json};
@@ -18,7 +19,7 @@ struct Server {
     process: Child,
     address: String,
     /// What it says of its answers: every one that a test gets is held against it.
-    document: OnceCell<Value>,
+    document: OnceLock<Value>,
 }
 
 impl Server {
@@ -41,7 +42,7 @@ impl Server {
         }
         let about: Value = serde_json::from_str(&line).unwrap();
         let address = about["address"].as_str().unwrap().to_owned();
-        Self { process, address, document: OnceCell::new() }
+        Self { process, address, document: OnceLock::new() }
     }
 
     /// Sends bytes on a connection of their own and reads until it is closed: the status, the head and the body.
@@ -431,6 +432,119 @@ fn what_can_not_be_answered_is_refused_and_the_next_request_is_answered() {
     assert_eq!(server.stop(), Some(0));
 }
 
+/// Sets a parameter of a model's weights to one number.
+fn overwrite(dir: &Path, parameter: &str, number: f32) {
+    let path = dir.join("model.safetensors");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header: Value = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
+    let place = |i: usize| 8 + length + header[parameter]["data_offsets"][i].as_u64().unwrap() as usize;
+    for chunk in bytes[place(0)..place(1)].chunks_exact_mut(4) {
+        chunk.copy_from_slice(&number.to_le_bytes());
+    }
+    std::fs::write(path, bytes).unwrap();
+}
+
+#[test]
+fn a_model_is_loaded_anew_while_requests_flow_and_one_that_can_not_be_loaded_changes_nothing() {
+    let (guard, dir) = exported("tiny-bert-regression");
+    let file = guard.path().join("key");
+    std::fs::write(&file, "secret\n").unwrap();
+    let server = Server::start(&[&dir], &["--api-key-file", file.to_str().unwrap(), "--threads", "2"]);
+    let key = "Authorization: Bearer secret\r\n";
+    let post = |path: &str, body: &str| {
+        let (status, _, answer) = server.request("POST", path, key, body);
+        (status, serde_json::from_str::<Value>(&answer).unwrap())
+    };
+    let score = || {
+        let (status, found) = post("/predict", "{\"inputs\": \"a good day\"}");
+        assert_eq!(status, 200, "{found}");
+        found[0]["score"].as_f64().unwrap()
+    };
+    let reload = "/models/tiny-bert-regression/reload";
+    let export = |number: f32| {
+        overwrite(&dir, "classifier.bias", number);
+        tk().args(["export", "--quiet"]).arg(&dir).assert().success();
+    };
+    let old = score();
+    let about = || {
+        let (_, _, body) = server.request("GET", "/info", key, "");
+        serde_json::from_str::<Value>(&body).unwrap()
+    };
+    let sha = about()["model_sha"].clone();
+    export(100.0);
+
+    // requests of many records, so that some wait in the queue when the model is replaced
+    let (stop, answered, failures) = (AtomicBool::new(false), AtomicUsize::new(0), Mutex::new(Vec::new()));
+    let body = json!({"inputs": vec![["a good day and night"]; 40]}).to_string();
+    let ask = || {
+        while !stop.load(Ordering::Relaxed) {
+            let (status, found) = post("/predict", &body);
+            let ready = server.get("/ready").0;
+            if (status, ready) != (200, 200) {
+                failures.lock().unwrap().push((status, ready, found));
+                stop.store(true, Ordering::Relaxed);
+            }
+            answered.fetch_add(1, Ordering::Relaxed);
+        }
+    };
+    let reloads: Vec<(u16, Value)> = std::thread::scope(|scope| {
+        (0..3).for_each(|_| drop(scope.spawn(ask)));
+        let more = |count: usize| {
+            let before = answered.load(Ordering::Relaxed);
+            while answered.load(Ordering::Relaxed) < before + count && !stop.load(Ordering::Relaxed) {
+                std::thread::yield_now();
+            }
+        };
+        let reload = |_| {
+            more(6);
+            post(reload, "")
+        };
+        let reloads = (0..3).map(reload).collect();
+        more(6);
+        stop.store(true, Ordering::Relaxed);
+        reloads
+    });
+    assert_eq!(failures.into_inner().unwrap(), []);
+    for (status, found) in reloads {
+        assert_eq!((status, &found["model_id"]), (200, &json!("tiny-bert-regression")), "{found}");
+    }
+    let new = score();
+    assert!((new - old).abs() > 50.0, "{old} and {new}");
+    assert_ne!(about()["model_sha"], sha);
+
+    // a graph that is none, and one of other weights
+    let graph = dir.join("onnx/model.onnx");
+    let whole = std::fs::read(&graph).unwrap();
+    std::fs::write(&graph, "nonsense").unwrap();
+    let (status, found) = post(reload, "");
+    assert_eq!(status, 424, "{found}");
+    assert!(found["error"].as_str().unwrap().contains("the old model goes on"), "{found}");
+    std::fs::write(&graph, &whole).unwrap();
+    overwrite(&dir, "classifier.bias", -100.0);
+    assert_eq!(post(reload, "").0, 424);
+    assert_eq!(score(), new);
+    assert_eq!(post("/models/other/reload", "").0, 404);
+
+    // a signal does the same
+    export(-100.0);
+    // SAFETY: a signal to a child that was not waited for yet, so its number is its own.
+    assert_eq!(unsafe { libc::kill(server.process.id() as i32, libc::SIGHUP) }, 0);
+    while (score() - new).abs() < 50.0 {
+        assert_eq!(server.get("/ready").0, 200);
+    }
+    assert_eq!(server.stop(), Some(0));
+}
+
+#[test]
+fn without_a_key_nobody_loads_a_model_anew_by_http() {
+    let (_guard, dir) = exported("tiny-gpt2-lm");
+    let server = Server::start(&[&dir], &[]);
+    let (status, found) = server.post("/models/tiny-gpt2-lm/reload", json!({}));
+    assert_eq!(status, 403, "{found}");
+    assert!(found["error"].as_str().unwrap().contains("send the process a SIGHUP"), "{found}");
+}
+
 #[test]
 fn the_page_needs_no_key_and_nothing_from_elsewhere() {
     let (guard, dir) = exported("tiny-bert-single");
@@ -476,7 +590,9 @@ fn the_document_the_readme_and_the_server_name_the_same_addresses() {
             assert!(![404, 405].contains(&status), "{method} {path}: {status} {body}");
         }
     }
-    let of_all = |path: &&String| !path.starts_with("/models/{model}/");
+    // those that are asked of all models stand for those of one
+    let of_all =
+        |path: &&String| !path.strip_prefix("/models/{model}").is_some_and(|rest| paths.contains_key(rest));
     let documented: BTreeSet<String> = paths.keys().filter(of_all).cloned().collect();
     assert_eq!(documented, paths_in_the_readme());
     let (status, head, _) = server.request("DELETE", "/predict", "", "");
