@@ -736,8 +736,10 @@ fn texts_are_those_of_serve_batch_whole_and_as_they_come() {
         (json!({"prompt": 7}), "prompt: expected one or a list"),
         (json!({"prompt": "a", "model": 7}), "model: invalid type: integer `7`, expected a string"),
         (json!({"prompt": []}), "there is no prompt in it"),
-        (json!({"prompt": "a", "logprobs": 3}), "logprobs is 3"),
-        (json!({"prompt": "a", "max_tokens": 0}), "max_new_tokens is 0"),
+        (json!({"prompt": "a", "logprobs": 6}), "logprobs is 6, expected 0 to 5"),
+        (json!({"prompt": "a", "logprobs": 1, "stream": true}), "not with \\\"stream\\\""),
+        (json!({"prompt": "a", "logprobs": 1, "num_beams": 2}), "a beam search tells none"),
+        (json!({"prompt": "a", "max_tokens": 0}), "max_tokens is 0"),
         (json!({"prompt": "a", "temperature": "hot"}), "temperature is"),
         (json!({"prompt": "a ".repeat(500)}), "leave room for a new one"),
         (json!({"prompt": "a", "model": "other"}), "there is no model"),
@@ -759,6 +761,99 @@ fn texts_are_those_of_serve_batch_whole_and_as_they_come() {
     }
     assert_eq!(server.post("/v1/completions", json!({"prompt": "a", "temperature": 0})).0, 200);
     assert_eq!(server.stop(), Some(0));
+}
+
+/// The log-softmax of each row (T, V) of the logits that `transformers` has computed for a record of the reference.
+fn reference_logprobs(record: usize) -> (String, Vec<u32>, Vec<Vec<f64>>) {
+    let dir = models("tiny-gpt2-lm");
+    let reference: Value =
+        serde_json::from_slice(&std::fs::read(dir.join("reference.json")).unwrap()).unwrap();
+    let ids: Vec<u32> = serde_json::from_value(reference["ids"][record].clone()).unwrap();
+    let bytes = std::fs::read(dir.join("logits.safetensors")).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let logits = tensors.tensor(&record.to_string()).unwrap();
+    let width = *logits.shape().last().unwrap();
+    let numbers: Vec<f64> =
+        logits.data().as_chunks().0.iter().map(|bytes| f64::from(f32::from_le_bytes(*bytes))).collect();
+    let rows = numbers.chunks_exact(width).map(|row| {
+        let max = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let sum: f64 = row.iter().map(|x| (x - max).exp()).sum();
+        row.iter().map(|x| x - max - sum.ln()).collect()
+    });
+    (reference["records"][record]["text"].as_str().unwrap().to_owned(), ids, rows.collect())
+}
+
+#[test]
+fn logprobs_are_those_of_transformers() {
+    let (_guard, dir) = exported("tiny-gpt2-lm");
+    let server = Server::start(&[&dir], &["--slots", "3"]);
+    let tokenizer = tk::data::tokens::Tokenizer::open(&dir).unwrap();
+    let near = |found: &Value, wanted: f64, place: &str| {
+        assert!((found.as_f64().unwrap() - wanted).abs() < 1e-4, "{place}: {found} and {wanted}");
+    };
+    let list = |value: &Value| value.as_array().unwrap().clone();
+    for record in [0, 3, 4, 5, 7] {
+        let (prompt, ids, truth) = reference_logprobs(record);
+        let ask = |more: Value| {
+            let mut body = json!({"prompt": prompt, "temperature": 0});
+            body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            let (status, found) = server.post("/v1/completions", body);
+            assert_eq!(status, 200, "{found}");
+            found
+        };
+        // the prompt alone, scored
+        let found = ask(json!({"max_tokens": 0, "echo": true, "logprobs": 2}));
+        assert_eq!(
+            found["usage"],
+            json!({"prompt_tokens": ids.len(), "completion_tokens": 0, "total_tokens": ids.len()})
+        );
+        let (choice, logprobs) = (&found["choices"][0], &found["choices"][0]["logprobs"]);
+        assert_eq!((&choice["text"], &choice["finish_reason"]), (&json!(prompt), &json!("length")));
+        let (scored, top) = (list(&logprobs["token_logprobs"]), list(&logprobs["top_logprobs"]));
+        let (offsets, tokens) = (list(&logprobs["text_offset"]), list(&logprobs["tokens"]));
+        assert_eq!([scored.len(), top.len(), offsets.len(), tokens.len()], [ids.len(); 4]);
+        assert!(scored[0].is_null() && top[0].is_null() && offsets[0] == 0);
+        let characters: Vec<char> = prompt.chars().collect();
+        for i in 1..ids.len() {
+            near(&scored[i], truth[i - 1][ids[i] as usize], &format!("token {i}"));
+            let best = truth[i - 1].iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let told = top[i].as_object().unwrap();
+            near(told.values().next().unwrap(), best, &format!("the best at {i}"));
+            assert!((2..=3).contains(&told.len()), "{told:?}");
+            let name = tokenizer.inner().decode(&[ids[i]], false).unwrap();
+            assert_eq!(tokens[i], name);
+            let behind: String = characters[offsets[i].as_u64().unwrap() as usize..].iter().collect();
+            assert!(behind.starts_with(&name) || name.contains('\u{fffd}'), "{i}: {name:?} in {behind:?}");
+        }
+        // and with what follows, whose first token stands behind the last row
+        let found = ask(json!({"max_tokens": 4, "echo": true, "logprobs": 0}));
+        let all = list(&found["choices"][0]["logprobs"]["token_logprobs"]);
+        assert_near(&json!(all[..ids.len()]), &json!(scored), "the same prompt");
+        let best = |row: &[f64]| row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        if let Some(first) = all.get(ids.len()) {
+            near(first, best(truth.last().unwrap()), "the first new token");
+        }
+        let found = ask(json!({"max_tokens": 4, "logprobs": 1}));
+        let new = &found["choices"][0]["logprobs"];
+        assert_near(&new["token_logprobs"], &json!(all[ids.len()..]), "without its prompt");
+        assert_eq!(list(&new["tokens"]).len() as u64, found["usage"]["completion_tokens"].as_u64().unwrap());
+        assert!(list(&new["text_offset"]).first().is_none_or(|offset| offset == 0));
+        assert!(ask(json!({"max_tokens": 4}))["choices"][0]["logprobs"].is_null());
+    }
+    // a prompt that others have read is scored all the same, and a penalty is none of the model's
+    let (prompt, ids, truth) = reference_logprobs(3);
+    let long = prompt.repeat(5);
+    let body = json!({"prompt": [long, long], "max_tokens": 0, "echo": true, "logprobs": 0,
+                      "repetition_penalty": 3, "temperature": 2});
+    let (_, found) = server.post("/v1/completions", body);
+    for choice in found["choices"].as_array().unwrap() {
+        let scored = list(&choice["logprobs"]["token_logprobs"]);
+        assert_eq!(2 * scored.len() as u64, found["usage"]["prompt_tokens"].as_u64().unwrap());
+        assert!(scored.len() > 32, "so that it is worth copying");
+        for i in 1..ids.len() {
+            near(&scored[i], truth[i - 1][ids[i] as usize], &format!("token {i}"));
+        }
+    }
 }
 
 #[test]
