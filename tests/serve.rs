@@ -3,12 +3,13 @@
 
 mod common;
 
-use std::cell::OnceCell;
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Mutex, OnceLock};
 
 use common::{copy_dir, models, tk};
 use serde_json::{Value, json};
@@ -18,7 +19,7 @@ struct Server {
     process: Child,
     address: String,
     /// What it says of its answers: every one that a test gets is held against it.
-    document: OnceCell<Value>,
+    document: OnceLock<Value>,
 }
 
 impl Server {
@@ -41,7 +42,7 @@ impl Server {
         }
         let about: Value = serde_json::from_str(&line).unwrap();
         let address = about["address"].as_str().unwrap().to_owned();
-        Self { process, address, document: OnceCell::new() }
+        Self { process, address, document: OnceLock::new() }
     }
 
     /// Sends bytes on a connection of their own and reads until it is closed: the status, the head and the body.
@@ -431,6 +432,119 @@ fn what_can_not_be_answered_is_refused_and_the_next_request_is_answered() {
     assert_eq!(server.stop(), Some(0));
 }
 
+/// Sets a parameter of a model's weights to one number.
+fn overwrite(dir: &Path, parameter: &str, number: f32) {
+    let path = dir.join("model.safetensors");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header: Value = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
+    let place = |i: usize| 8 + length + header[parameter]["data_offsets"][i].as_u64().unwrap() as usize;
+    for chunk in bytes[place(0)..place(1)].chunks_exact_mut(4) {
+        chunk.copy_from_slice(&number.to_le_bytes());
+    }
+    std::fs::write(path, bytes).unwrap();
+}
+
+#[test]
+fn a_model_is_loaded_anew_while_requests_flow_and_one_that_can_not_be_loaded_changes_nothing() {
+    let (guard, dir) = exported("tiny-bert-regression");
+    let file = guard.path().join("key");
+    std::fs::write(&file, "secret\n").unwrap();
+    let server = Server::start(&[&dir], &["--api-key-file", file.to_str().unwrap(), "--threads", "2"]);
+    let key = "Authorization: Bearer secret\r\n";
+    let post = |path: &str, body: &str| {
+        let (status, _, answer) = server.request("POST", path, key, body);
+        (status, serde_json::from_str::<Value>(&answer).unwrap())
+    };
+    let score = || {
+        let (status, found) = post("/predict", "{\"inputs\": \"a good day\"}");
+        assert_eq!(status, 200, "{found}");
+        found[0]["score"].as_f64().unwrap()
+    };
+    let reload = "/models/tiny-bert-regression/reload";
+    let export = |number: f32| {
+        overwrite(&dir, "classifier.bias", number);
+        tk().args(["export", "--quiet"]).arg(&dir).assert().success();
+    };
+    let old = score();
+    let about = || {
+        let (_, _, body) = server.request("GET", "/info", key, "");
+        serde_json::from_str::<Value>(&body).unwrap()
+    };
+    let sha = about()["model_sha"].clone();
+    export(100.0);
+
+    // requests of many records, so that some wait in the queue when the model is replaced
+    let (stop, answered, failures) = (AtomicBool::new(false), AtomicUsize::new(0), Mutex::new(Vec::new()));
+    let body = json!({"inputs": vec![["a good day and night"]; 40]}).to_string();
+    let ask = || {
+        while !stop.load(Ordering::Relaxed) {
+            let (status, found) = post("/predict", &body);
+            let ready = server.get("/ready").0;
+            if (status, ready) != (200, 200) {
+                failures.lock().unwrap().push((status, ready, found));
+                stop.store(true, Ordering::Relaxed);
+            }
+            answered.fetch_add(1, Ordering::Relaxed);
+        }
+    };
+    let reloads: Vec<(u16, Value)> = std::thread::scope(|scope| {
+        (0..3).for_each(|_| drop(scope.spawn(ask)));
+        let more = |count: usize| {
+            let before = answered.load(Ordering::Relaxed);
+            while answered.load(Ordering::Relaxed) < before + count && !stop.load(Ordering::Relaxed) {
+                std::thread::yield_now();
+            }
+        };
+        let reload = |_| {
+            more(6);
+            post(reload, "")
+        };
+        let reloads = (0..3).map(reload).collect();
+        more(6);
+        stop.store(true, Ordering::Relaxed);
+        reloads
+    });
+    assert_eq!(failures.into_inner().unwrap(), []);
+    for (status, found) in reloads {
+        assert_eq!((status, &found["model_id"]), (200, &json!("tiny-bert-regression")), "{found}");
+    }
+    let new = score();
+    assert!((new - old).abs() > 50.0, "{old} and {new}");
+    assert_ne!(about()["model_sha"], sha);
+
+    // a graph that is none, and one of other weights
+    let graph = dir.join("onnx/model.onnx");
+    let whole = std::fs::read(&graph).unwrap();
+    std::fs::write(&graph, "nonsense").unwrap();
+    let (status, found) = post(reload, "");
+    assert_eq!(status, 424, "{found}");
+    assert!(found["error"].as_str().unwrap().contains("the old model goes on"), "{found}");
+    std::fs::write(&graph, &whole).unwrap();
+    overwrite(&dir, "classifier.bias", -100.0);
+    assert_eq!(post(reload, "").0, 424);
+    assert_eq!(score(), new);
+    assert_eq!(post("/models/other/reload", "").0, 404);
+
+    // a signal does the same
+    export(-100.0);
+    // SAFETY: a signal to a child that was not waited for yet, so its number is its own.
+    assert_eq!(unsafe { libc::kill(server.process.id() as i32, libc::SIGHUP) }, 0);
+    while (score() - new).abs() < 50.0 {
+        assert_eq!(server.get("/ready").0, 200);
+    }
+    assert_eq!(server.stop(), Some(0));
+}
+
+#[test]
+fn without_a_key_nobody_loads_a_model_anew_by_http() {
+    let (_guard, dir) = exported("tiny-gpt2-lm");
+    let server = Server::start(&[&dir], &[]);
+    let (status, found) = server.post("/models/tiny-gpt2-lm/reload", json!({}));
+    assert_eq!(status, 403, "{found}");
+    assert!(found["error"].as_str().unwrap().contains("send the process a SIGHUP"), "{found}");
+}
+
 #[test]
 fn the_page_needs_no_key_and_nothing_from_elsewhere() {
     let (guard, dir) = exported("tiny-bert-single");
@@ -476,7 +590,9 @@ fn the_document_the_readme_and_the_server_name_the_same_addresses() {
             assert!(![404, 405].contains(&status), "{method} {path}: {status} {body}");
         }
     }
-    let of_all = |path: &&String| !path.starts_with("/models/{model}/");
+    // those that are asked of all models stand for those of one
+    let of_all =
+        |path: &&String| !path.strip_prefix("/models/{model}").is_some_and(|rest| paths.contains_key(rest));
     let documented: BTreeSet<String> = paths.keys().filter(of_all).cloned().collect();
     assert_eq!(documented, paths_in_the_readme());
     let (status, head, _) = server.request("DELETE", "/predict", "", "");
@@ -620,8 +736,10 @@ fn texts_are_those_of_serve_batch_whole_and_as_they_come() {
         (json!({"prompt": 7}), "prompt: expected one or a list"),
         (json!({"prompt": "a", "model": 7}), "model: invalid type: integer `7`, expected a string"),
         (json!({"prompt": []}), "there is no prompt in it"),
-        (json!({"prompt": "a", "logprobs": 3}), "logprobs is 3"),
-        (json!({"prompt": "a", "max_tokens": 0}), "max_new_tokens is 0"),
+        (json!({"prompt": "a", "logprobs": 6}), "logprobs is 6, expected 0 to 5"),
+        (json!({"prompt": "a", "logprobs": 1, "stream": true}), "not with \\\"stream\\\""),
+        (json!({"prompt": "a", "logprobs": 1, "num_beams": 2}), "a beam search tells none"),
+        (json!({"prompt": "a", "max_tokens": 0}), "max_tokens is 0"),
         (json!({"prompt": "a", "temperature": "hot"}), "temperature is"),
         (json!({"prompt": "a ".repeat(500)}), "leave room for a new one"),
         (json!({"prompt": "a", "model": "other"}), "there is no model"),
@@ -643,6 +761,99 @@ fn texts_are_those_of_serve_batch_whole_and_as_they_come() {
     }
     assert_eq!(server.post("/v1/completions", json!({"prompt": "a", "temperature": 0})).0, 200);
     assert_eq!(server.stop(), Some(0));
+}
+
+/// The log-softmax of each row (T, V) of the logits that `transformers` has computed for a record of the reference.
+fn reference_logprobs(record: usize) -> (String, Vec<u32>, Vec<Vec<f64>>) {
+    let dir = models("tiny-gpt2-lm");
+    let reference: Value =
+        serde_json::from_slice(&std::fs::read(dir.join("reference.json")).unwrap()).unwrap();
+    let ids: Vec<u32> = serde_json::from_value(reference["ids"][record].clone()).unwrap();
+    let bytes = std::fs::read(dir.join("logits.safetensors")).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let logits = tensors.tensor(&record.to_string()).unwrap();
+    let width = *logits.shape().last().unwrap();
+    let numbers: Vec<f64> =
+        logits.data().as_chunks().0.iter().map(|bytes| f64::from(f32::from_le_bytes(*bytes))).collect();
+    let rows = numbers.chunks_exact(width).map(|row| {
+        let max = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let sum: f64 = row.iter().map(|x| (x - max).exp()).sum();
+        row.iter().map(|x| x - max - sum.ln()).collect()
+    });
+    (reference["records"][record]["text"].as_str().unwrap().to_owned(), ids, rows.collect())
+}
+
+#[test]
+fn logprobs_are_those_of_transformers() {
+    let (_guard, dir) = exported("tiny-gpt2-lm");
+    let server = Server::start(&[&dir], &["--slots", "3"]);
+    let tokenizer = tk::data::tokens::Tokenizer::open(&dir).unwrap();
+    let near = |found: &Value, wanted: f64, place: &str| {
+        assert!((found.as_f64().unwrap() - wanted).abs() < 1e-4, "{place}: {found} and {wanted}");
+    };
+    let list = |value: &Value| value.as_array().unwrap().clone();
+    for record in [0, 3, 4, 5, 7] {
+        let (prompt, ids, truth) = reference_logprobs(record);
+        let ask = |more: Value| {
+            let mut body = json!({"prompt": prompt, "temperature": 0});
+            body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            let (status, found) = server.post("/v1/completions", body);
+            assert_eq!(status, 200, "{found}");
+            found
+        };
+        // the prompt alone, scored
+        let found = ask(json!({"max_tokens": 0, "echo": true, "logprobs": 2}));
+        assert_eq!(
+            found["usage"],
+            json!({"prompt_tokens": ids.len(), "completion_tokens": 0, "total_tokens": ids.len()})
+        );
+        let (choice, logprobs) = (&found["choices"][0], &found["choices"][0]["logprobs"]);
+        assert_eq!((&choice["text"], &choice["finish_reason"]), (&json!(prompt), &json!("length")));
+        let (scored, top) = (list(&logprobs["token_logprobs"]), list(&logprobs["top_logprobs"]));
+        let (offsets, tokens) = (list(&logprobs["text_offset"]), list(&logprobs["tokens"]));
+        assert_eq!([scored.len(), top.len(), offsets.len(), tokens.len()], [ids.len(); 4]);
+        assert!(scored[0].is_null() && top[0].is_null() && offsets[0] == 0);
+        let characters: Vec<char> = prompt.chars().collect();
+        for i in 1..ids.len() {
+            near(&scored[i], truth[i - 1][ids[i] as usize], &format!("token {i}"));
+            let best = truth[i - 1].iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let told = top[i].as_object().unwrap();
+            near(told.values().next().unwrap(), best, &format!("the best at {i}"));
+            assert!((2..=3).contains(&told.len()), "{told:?}");
+            let name = tokenizer.inner().decode(&[ids[i]], false).unwrap();
+            assert_eq!(tokens[i], name);
+            let behind: String = characters[offsets[i].as_u64().unwrap() as usize..].iter().collect();
+            assert!(behind.starts_with(&name) || name.contains('\u{fffd}'), "{i}: {name:?} in {behind:?}");
+        }
+        // and with what follows, whose first token stands behind the last row
+        let found = ask(json!({"max_tokens": 4, "echo": true, "logprobs": 0}));
+        let all = list(&found["choices"][0]["logprobs"]["token_logprobs"]);
+        assert_near(&json!(all[..ids.len()]), &json!(scored), "the same prompt");
+        let best = |row: &[f64]| row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        if let Some(first) = all.get(ids.len()) {
+            near(first, best(truth.last().unwrap()), "the first new token");
+        }
+        let found = ask(json!({"max_tokens": 4, "logprobs": 1}));
+        let new = &found["choices"][0]["logprobs"];
+        assert_near(&new["token_logprobs"], &json!(all[ids.len()..]), "without its prompt");
+        assert_eq!(list(&new["tokens"]).len() as u64, found["usage"]["completion_tokens"].as_u64().unwrap());
+        assert!(list(&new["text_offset"]).first().is_none_or(|offset| offset == 0));
+        assert!(ask(json!({"max_tokens": 4}))["choices"][0]["logprobs"].is_null());
+    }
+    // a prompt that others have read is scored all the same, and a penalty is none of the model's
+    let (prompt, ids, truth) = reference_logprobs(3);
+    let long = prompt.repeat(5);
+    let body = json!({"prompt": [long, long], "max_tokens": 0, "echo": true, "logprobs": 0,
+                      "repetition_penalty": 3, "temperature": 2});
+    let (_, found) = server.post("/v1/completions", body);
+    for choice in found["choices"].as_array().unwrap() {
+        let scored = list(&choice["logprobs"]["token_logprobs"]);
+        assert_eq!(2 * scored.len() as u64, found["usage"]["prompt_tokens"].as_u64().unwrap());
+        assert!(scored.len() > 32, "so that it is worth copying");
+        for i in 1..ids.len() {
+            near(&scored[i], truth[i - 1][ids[i] as usize], &format!("token {i}"));
+        }
+    }
 }
 
 #[test]

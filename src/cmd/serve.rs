@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use anyhow::Context;
+
 use crate::generate::Limits;
 use crate::onnx::Precision;
 use crate::predict::{Options, Predictor};
@@ -13,7 +15,7 @@ use crate::runtime::{EpFlags, Providers};
 use crate::saved::{Saved, TaskFlag};
 use crate::say::Say;
 use crate::server::queue::QueueLimits;
-use crate::server::{Generator, GeneratorOptions, Meter, RequestLimits, Served};
+use crate::server::{Generator, GeneratorOptions, Load, Meter, Model, RequestLimits, Served};
 use crate::task::AnswerFlags;
 use crate::{Result, bail_unusable, generate, process, server, unusable};
 
@@ -21,9 +23,10 @@ use crate::{Result, bail_unusable, generate, process, server, unusable};
 ///
 /// The routes are those of text-embeddings-inference (/predict, /embed, /similarity, /rerank, /tokenize, /decode), with
 /// /entities, /answers and /fills, OpenAI's /v1/embeddings and /v1/completions, Cohere's /v1/rerank, and the Open Inference
-/// Protocol's /v2. SIGTERM and Ctrl-C end the server once all that it has taken is answered. There is no TLS: put a proxy in
-/// front of it.
-#[derive(Debug, clap::Args)]
+/// Protocol's /v2; /openapi.json describes them, and / is a page to try the models. SIGTERM and Ctrl-C end the server once
+/// all that it has taken is answered. SIGHUP loads the models anew from their directories, and so does /models/NAME/reload
+/// for whoever has the key. There is no TLS: put a proxy in front of it.
+#[derive(Clone, Debug, clap::Args)]
 pub struct Args {
     /// The trained models' directories, exported by `tk export`; each is called by its last part, or NAME=DIR.
     #[arg(required = true, value_name = "[NAME=]DIR")]
@@ -98,17 +101,30 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     if let Some((name, _)) = models.iter().find(|(name, _)| !names.insert(name.clone())) {
         bail_unusable!("two models are called {name}: name them as in {name}-2=DIR");
     }
-    let mut all = (Vec::new(), Vec::new());
-    for (name, dir) in models {
-        let saved = Saved::open_for(&dir, &args.task)?;
-        if saved.task.language_model().is_some() {
-            all.1.push(generator(args, name, &saved, say)?);
-        } else {
-            all.0.push(served(args, &providers, name, &saved, &meter, say)?);
-        }
-    }
-    check_said(args, all.0.is_empty(), all.1.is_empty())?;
-    server::serve(args.listen, all, meter, limits, key, say)
+    let load = loader(args.clone(), providers, models.clone(), meter.clone(), say);
+    let models = models.iter().map(|(name, _)| load(name)).collect::<Result<Vec<_>>>()?;
+    let answers = |model: &Model| matches!(model, Model::Answers(_));
+    check_said(args, !models.iter().any(answers), models.iter().all(answers))?;
+    server::serve(args.listen, (models, load), meter, limits, key, say)
+}
+
+/// What loads a model by its name, at the start and again.
+fn loader(
+    args: Args,
+    providers: Providers,
+    dirs: Vec<(String, PathBuf)>,
+    meter: Arc<Meter>,
+    say: Say,
+) -> Load {
+    Box::new(move |asked| {
+        let found = dirs.iter().find(|(name, _)| name == asked);
+        let (name, dir) = found.with_context(|| format!("there is no model {asked}"))?;
+        let saved = Saved::open_for(dir, &args.task)?;
+        Ok(match saved.task.language_model() {
+            Some(_) => Model::Generates(Arc::new(generator(&args, name.clone(), &saved, say)?)),
+            None => Model::Answers(Arc::new(served(&args, &providers, name.clone(), &saved, &meter, say)?)),
+        })
+    })
 }
 
 /// Refuses flags that say nothing to any of the models.

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use rayon::prelude::*;
 
 use super::engine::{Finish, Generated, Limits, Listener, Model, News, Request, RequestId, STEP, Submitted};
+use super::logprobs::TokenLogprobs;
 use super::sampler::Sampler;
 use super::text::TextStream;
 use crate::Result;
@@ -16,6 +17,9 @@ use crate::runtime::slots::SlotRead;
 
 /// Tokens of a prompt that are read at once, at most.
 pub(super) const PART: usize = 512;
+
+/// The same of a prompt whose every token is scored, a row of the vocabulary each.
+const SCORED_PART: usize = 128;
 
 /// Tokens of prompts behind which decoding goes on: it waits for these and for one part more at most.
 const PAUSE: usize = 256;
@@ -74,6 +78,11 @@ struct Sequence<'t> {
     most: usize,
     sampler: Sampler,
     stream: TextStream<'t>,
+    /// How many of the likeliest tokens are told of beside every token, where something is.
+    top: Option<usize>,
+    /// Whether the prompt's tokens are scored.
+    scores_prompt: bool,
+    logprobs: Vec<TokenLogprobs>,
 }
 
 impl<'t> Slot<'t> {
@@ -110,6 +119,23 @@ impl<'t> Slot<'t> {
 }
 
 impl Sequence<'_> {
+    /// The next token, from the scores (V) behind all there are.
+    fn next(&mut self, scores: &mut [f32]) -> u32 {
+        let Some(top) = self.top else { return self.sampler.next(scores, &self.ids) };
+        let of_the_model = scores.to_vec(); // the sampler writes its penalty into them
+        let id = self.sampler.next(scores, &self.ids);
+        self.logprobs.push(TokenLogprobs::of(&of_the_model, id, top));
+        id
+    }
+
+    /// Scores the prompt's tokens from the `begin`-th on, each by the row (V) behind the one in front of it.
+    fn score(&mut self, begin: usize, rows: &[f32], width: usize) {
+        let top = self.top.unwrap_or(0);
+        for (scores, &id) in rows.chunks_exact(width).zip(&self.ids[begin..self.prompt]) {
+            self.logprobs.push(TokenLogprobs::of(scores, id, top));
+        }
+    }
+
     /// Adds a token and tells of it; why the sequence is over with it, if it is.
     fn add(&mut self, id: u32, ends: &[u32], listener: &mut Listener) -> Option<Finish> {
         if ends.contains(&id) {
@@ -128,7 +154,10 @@ impl Sequence<'_> {
         let mut text = self.stream.text().to_owned();
         let rest = self.stream.finish();
         text.push_str(&rest);
-        let generated = Generated { text, ids: self.ids[self.prompt..].to_vec(), finish };
+        let (ids, mut logprobs) = (self.ids[self.prompt..].to_vec(), self.logprobs);
+        // not of the token that ends a text
+        logprobs.truncate(ids.len() + if self.scores_prompt { self.prompt } else { 0 });
+        let generated = Generated { text, ids, finish, logprobs };
         let last = listener.one_less(self.request);
         let news = News::of(self.request, self.place);
         (listener.tell)(News { text: &rest, finished: Some(&generated), last, ..news });
@@ -246,17 +275,24 @@ impl<'t> Batch<'t> {
             && let Some((submitted, sequence)) = self.waiting.pop()
         {
             let sequence = model.sequence(&submitted, sequence)?;
-            self.take_over(place, &sequence.ids, model);
+            match sequence.scores_prompt {
+                true => self.slots[place].read.clear(),
+                false => self.take_over(place, &sequence.ids, model),
+            }
             self.slots[place].state = State::Prefill(sequence);
         }
-        let Some(first) = self.slots[place].sequence().filter(|_| self.slots[place].read.is_empty()) else {
+        let alone = |first: &&Sequence| !self.slots[place].read.is_empty() || first.scores_prompt;
+        let Some(first) = self.slots[place].sequence().filter(|first| !alone(first)) else {
             return Ok(1);
         };
         let (mut rows, mut longest, mut tokens) = (1, first.prompt, first.prompt);
         while let Some((submitted, sequence)) = self.waiting.last()
             && self.slots.get(place + rows).is_some_and(Slot::is_idle)
         {
-            let prompt = &submitted.request.prompt;
+            let Request { prompt, settings } = &submitted.request;
+            if settings.prompt_logprobs {
+                break;
+            }
             longest = longest.max(prompt.len());
             tokens += prompt.len();
             let padded = (rows + 1) * longest;
@@ -287,7 +323,8 @@ impl<'t> Batch<'t> {
         let (mut parts, mut lengths) = (Vec::new(), Vec::new());
         for Slot { state, read } in group.iter_mut() {
             let State::Prefill(sequence) = state else { continue };
-            let part = &sequence.ids[read.len()..sequence.prompt.min(read.len() + PART)];
+            let most = if sequence.scores_prompt { SCORED_PART } else { PART };
+            let part = &sequence.ids[read.len()..sequence.prompt.min(read.len() + most)];
             parts.push(part.iter().map(|&id| i64::from(id)).collect::<Vec<_>>());
             lengths.push(read.len());
             read.extend_from_slice(part);
@@ -298,7 +335,9 @@ impl<'t> Batch<'t> {
             |part: &Vec<i64>| part.iter().copied().chain(repeat_n(0, longest - part.len())).collect();
         let ids = parts.iter().map(padded).collect::<Vec<Vec<i64>>>().concat();
         // every row gives the scores behind all columns that are some row's last
-        let mut asked: Vec<i64> = parts.iter().map(|part| part.len() as i64 - 1).collect();
+        let scored = group.iter().filter_map(Slot::sequence).any(|sequence| sequence.scores_prompt);
+        let last = parts.iter().map(|part| part.len() as i64 - 1);
+        let mut asked: Vec<i64> = if scored { (0..longest as i64).collect() } else { last.collect() };
         asked.sort_unstable();
         asked.dedup();
         let width = model.cache.vocabulary();
@@ -307,10 +346,12 @@ impl<'t> Batch<'t> {
         let rows = scores.chunks_exact_mut(width * asked.len());
         for ((slot, part), scores) in group.iter_mut().zip(&parts).zip(rows) {
             let State::Prefill(sequence) = &mut slot.state else { continue };
+            if sequence.scores_prompt {
+                sequence.score(slot.read.len() - part.len() + 1, scores, width);
+            }
             if slot.read.len() == sequence.prompt {
                 let column = asked.partition_point(|&column| column < part.len() as i64 - 1);
-                let last = &mut scores[column * width..][..width];
-                let id = sequence.sampler.next(last, &sequence.ids);
+                let id = sequence.next(&mut scores[column * width..][..width]);
                 slot.add(id, &model.ends, listener);
             }
         }
@@ -362,7 +403,7 @@ impl<'t> Batch<'t> {
             .map(|(slot, scores)| {
                 let State::Decode(sequence) = &mut slot.state else { return None };
                 slot.read.extend(sequence.ids.last());
-                Some(sequence.sampler.next(scores, &sequence.ids))
+                Some(sequence.next(scores))
             })
             .collect();
         for (slot, id) in slots.iter_mut().zip(chosen) {
@@ -378,6 +419,8 @@ impl<'t> Model<'t> {
     /// A sequence that begins.
     fn sequence(&self, submitted: &Submitted, place: usize) -> Result<Sequence<'t>> {
         let Submitted { id, request } = submitted;
+        let settings = &request.settings;
+        let scores_prompt = settings.prompt_logprobs;
         Ok(Sequence {
             request: *id,
             place,
@@ -386,6 +429,9 @@ impl<'t> Model<'t> {
             most: self.most(request),
             sampler: Sampler::new(&request.settings, place as u64),
             stream: TextStream::new(self.tokenizer, &request.settings.stop)?,
+            top: settings.logprobs,
+            scores_prompt,
+            logprobs: scores_prompt.then(|| TokenLogprobs::first(request.prompt[0])).into_iter().collect(),
         })
     }
 }

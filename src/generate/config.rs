@@ -36,6 +36,10 @@ pub struct GenerationConfig {
     pub seed: u64,
     /// Which of many records with one seed this is: each draws numbers of its own. 0 where the seed alone decides.
     pub record: u64,
+    /// Whether the log-probability of every token is told, and those of how many of the likeliest.
+    pub logprobs: Option<usize>,
+    /// Whether those of the prompt's tokens are told, too: all of it is read then, in parts, whatever others have read.
+    pub prompt_logprobs: bool,
 }
 
 /// The most beams of a search.
@@ -43,6 +47,9 @@ pub const MOST_BEAMS: usize = 4096;
 
 /// The most answers for a prompt.
 pub const MOST_SEQUENCES: usize = 4096;
+
+/// The most of the likeliest tokens that are told of.
+pub const MOST_LOGPROBS: usize = 5;
 
 /// The most stop texts, and the most bytes of one.
 pub const MOST_STOPS: (usize, usize) = (256, 4096);
@@ -62,6 +69,8 @@ impl Default for GenerationConfig {
             stop: Vec::new(),
             seed: 42,
             record: 0,
+            logprobs: None,
+            prompt_logprobs: false,
         }
     }
 }
@@ -97,6 +106,15 @@ impl GenerationConfig {
         )?;
         if let Some(stop) = self.stop.iter().find(|stop| stop.len() > MOST_STOPS.1) {
             bail_unusable!("stop has a text of {} bytes, expected {} at most", stop.len(), MOST_STOPS.1);
+        }
+        if let Some(most) = self.logprobs {
+            number("logprobs", &most, most <= MOST_LOGPROBS, "0 to 5")?;
+            if self.num_beams > 1 {
+                bail_unusable!(
+                    "logprobs is {most} and num_beams is {}: a beam search tells none",
+                    self.num_beams
+                );
+            }
         }
         if self.num_beams > 1 && !self.stop.is_empty() {
             bail_unusable!(

@@ -8,6 +8,7 @@ use tokenizers::Tokenizer;
 
 use super::batch::Batch;
 use super::config::GenerationConfig;
+use super::logprobs::TokenLogprobs;
 use super::search::Search;
 use super::text::TextStream;
 use crate::runtime::Slots;
@@ -28,12 +29,14 @@ pub struct Request {
 pub type RequestId = usize;
 
 /// What stands behind a prompt.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Generated {
     pub text: String,
     /// The new tokens, without the one that ends a text.
     pub ids: Vec<u32>,
     pub finish: Finish,
+    /// Of every new token, where they are asked for; in front of them those of the prompt, where these are.
+    pub logprobs: Vec<TokenLogprobs>,
 }
 
 /// Why a text ends.
@@ -56,7 +59,7 @@ impl Finish {
 }
 
 /// News of a text under way.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct News<'a> {
     /// What [`Engine::submit`] gave; in [`Engine::run`] the request's place.
     pub request: RequestId,

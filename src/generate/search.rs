@@ -74,7 +74,7 @@ impl Search {
             let mut text: String = best.ids.iter().map(|&id| stream.push(id).text).collect();
             text.push_str(&stream.finish());
             let finish = if best.ended { Finish::Stop } else { Finish::Length };
-            let generated = Generated { text, ids: best.ids, finish };
+            let generated = Generated { text, ids: best.ids, finish, logprobs: Vec::new() };
             (listener.tell)(News {
                 tokens: generated.ids.len(),
                 text: &generated.text,

@@ -11,14 +11,14 @@ use utoipa::openapi::HttpMethod;
 
 use super::answers::{
     CohereRanks, Embeddings, InferenceModel, InferenceReady, InferenceServer, Inferred, Info, Label,
-    ListedModels, Live, Rank, Ready, Token,
+    ListedModels, Live, ModelInfo, Rank, Ready, Token,
 };
 use super::completions::{Completion, CompletionsBody};
 use super::openapi::{self, Body, list, of, one_or_all, plain};
 use super::refusal::Manner;
 use super::routes::{self, Route};
 use super::tokens::{Decode, Tokenize};
-use super::{App, asked, complete, of_tokens, page, status, tokens};
+use super::{App, asked, complete, of_tokens, page, reload, status, tokens};
 use crate::task::masked_lm::Fill;
 use crate::task::question_answering::Part;
 use crate::task::token_classification::decode::Found;
@@ -30,6 +30,8 @@ pub(super) enum Answers {
     Document,
     /// Of this type.
     Text(&'static str),
+    /// A file of the page, of this type.
+    Page(&'static str),
     /// JSON, or server-sent events of it.
     JsonOrEvents(Body),
 }
@@ -38,7 +40,7 @@ impl Answers {
     pub(super) fn body(&self) -> Option<&Body> {
         match self {
             Self::Json(body) | Self::JsonOrEvents(body) => Some(body),
-            Self::Document | Self::Text(_) => None,
+            Self::Document | Self::Text(_) | Self::Page(_) => None,
         }
     }
 }
@@ -133,7 +135,7 @@ impl Endpoint {
 
 /// Everything that the server has.
 fn endpoints() -> Vec<Endpoint> {
-    use Answers::{Document, Json, JsonOrEvents, Text};
+    use Answers::{Document, Json, JsonOrEvents, Page, Text};
     const SERVER: &str = "Server";
     const TEI: &str = "text-embeddings-inference";
     const OPENAI: &str = "OpenAI";
@@ -147,9 +149,9 @@ fn endpoints() -> Vec<Endpoint> {
     let live =
         |path| Endpoint::get(path, SERVER, get(status::live), Json(of::<Live>())).says("The process answers");
     let mut all = vec![
-        Endpoint::get("/", SERVER, get(page::html), Text(page::HTML)).says("A page to try the models"),
-        Endpoint::get("/page.js", SERVER, get(page::script), Text(page::SCRIPT)).says("Its script"),
-        Endpoint::get("/page.css", SERVER, get(page::style), Text(page::STYLE)).says("Its style"),
+        Endpoint::get("/", SERVER, get(page::html), Page(page::HTML)).says("A page to try the models"),
+        Endpoint::get("/page.js", SERVER, get(page::script), Page(page::SCRIPT)).says("Its script"),
+        Endpoint::get("/page.css", SERVER, get(page::style), Page(page::STYLE)).says("Its style"),
         Endpoint::get("/openapi.json", SERVER, get(document), Document).says("This document"),
         ready("/health"),
         ready("/ping"),
@@ -190,6 +192,17 @@ fn endpoints() -> Vec<Endpoint> {
         .manner(Manner::Inference)
         .refuses(&[UNKNOWN, (424, "The model generates texts"), STOPPING]),
     ];
+    let reloads =
+        Endpoint::get("/models/{model}/reload", SERVER, post(reload::reload), Json(of::<ModelInfo>()));
+    all.push(Endpoint {
+        method: HttpMethod::Post,
+        ..reloads.says("Loads a model anew from its directory").keyed().refuses(&[
+            (403, "The server has no key"),
+            UNKNOWN,
+            (424, "It can't be loaded; the old one goes on"),
+            STOPPING,
+        ])
+    });
     let ask = |route: Route, path: &str, handler| {
         let (tag, summary, body, answers) = match route {
             Route::Predict => (

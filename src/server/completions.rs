@@ -1,6 +1,7 @@
 //! OpenAI's `/v1/completions`: prompts → texts, whole or as they come.
 
 use std::convert::Infallible;
+use std::fmt::Display;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -15,7 +16,10 @@ use utoipa::ToSchema;
 use super::generator::{Generator, TextNews, Texts};
 use super::refusal::{Manner, Refusal};
 use super::routes::{OneOrMany, parsed};
-use crate::generate::{Finish, Generated, GenerationConfig};
+use crate::data::tokens::Tokenizer;
+use crate::generate::text::TextStream;
+use crate::generate::{Finish, Generated, GenerationConfig, TokenLogprobs};
+use crate::task::scores::short;
 
 /// What a body asks for.
 pub struct Completions {
@@ -24,6 +28,8 @@ pub struct Completions {
     settings: GenerationConfig,
     stream: bool,
     echo: bool,
+    /// Whether nothing is to follow: the prompts are scored.
+    scores: bool,
     /// Whether the last event of a stream tells how many tokens there were.
     usage: bool,
 }
@@ -38,8 +44,11 @@ pub struct CompletionsBody {
     /// Whether the texts are sent as they come, as server-sent events.
     stream: Option<bool>,
     stream_options: Option<StreamOptions>,
-    /// Whether the prompt stands in front of its text.
+    /// Whether the prompt stands in front of its text; with `logprobs` its tokens are scored, too.
     echo: Option<bool>,
+    /// Whether the log-probabilities of the tokens are told, and those of how many of the likeliest at their places.
+    #[schema(minimum = 0, maximum = 5)]
+    logprobs: Option<usize>,
     #[serde(flatten)]
     #[schema(value_type = CompletionSettings)]
     settings: Map<String, Value>,
@@ -55,8 +64,8 @@ struct StreamOptions {
 #[derive(ToSchema)]
 #[expect(dead_code, reason = "describes what GenerationConfig::with reads")]
 struct CompletionSettings {
-    /// Tokens that may follow a prompt; 16 where it isn't said.
-    #[schema(minimum = 1)]
+    /// Tokens that may follow a prompt; 16 where it isn't said. 0, with `echo`: the prompts alone are scored.
+    #[schema(minimum = 0)]
     max_tokens: Option<usize>,
     /// What scores are divided by before a token is drawn; 1 where it isn't said. 0: the best token is taken.
     #[schema(minimum = 0)]
@@ -104,10 +113,60 @@ struct Choice {
     /// Which of them; those of the first prompt come first.
     index: usize,
     text: String,
-    #[schema(value_type = Option<Object>)]
-    logprobs: Option<Value>,
+    logprobs: Option<Logprobs>,
     /// `stop` or `length`, where it is over.
     finish_reason: Option<&'static str>,
+}
+
+/// Log-probabilities under the model, before a temperature or a penalty.
+#[derive(Serialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct Logprobs {
+    /// Each token's own text; a part of a character is U+FFFD.
+    tokens: Vec<String>,
+    /// None of a prompt's first token, in front of which nothing stands.
+    token_logprobs: Vec<Option<f32>>,
+    /// The likeliest tokens at each place, and the one that stands there.
+    #[schema(value_type = Vec<Option<HashMap<String, f32>>>)]
+    top_logprobs: Vec<Option<Map<String, Value>>>,
+    /// Where each begins in `text`, in characters.
+    text_offset: Vec<usize>,
+}
+
+impl Logprobs {
+    /// Of the tokens of a text; those that stand behind it, in a stop text, are not told.
+    fn of(told: &[TokenLogprobs], text: &str, tokenizer: &Tokenizer) -> Result<Self, Refusal> {
+        let failed = |error: &dyn Display| Refusal::backend(format!("the text of a token: {error}"));
+        let inner = tokenizer.inner();
+        let name = |id: u32| inner.decode(&[id], false).map_err(|error| failed(&error));
+        let mut stream = TextStream::new(inner, &[]).map_err(|error| failed(&error))?;
+        let special = inner.get_added_vocabulary();
+        let (mut rest, mut offset) = (text, 0);
+        let (mut tokens, mut token_logprobs) = (Vec::new(), Vec::new());
+        let (mut top_logprobs, mut text_offset) = (Vec::new(), Vec::new());
+        for TokenLogprobs { id, logprob, top } in told {
+            let token = name(*id)?;
+            let piece = stream.push(*id).text;
+            // a special token is no text, but where it is written in a prompt
+            let piece =
+                if special.is_special_token(&token) && rest.starts_with(&token) { &token } else { &piece };
+            if rest.is_empty() && !piece.is_empty() {
+                break;
+            }
+            let begins = offset;
+            offset += piece.chars().count();
+            rest = rest.get(piece.len()..).unwrap_or_default();
+            let mut best = Map::new();
+            for &(id, log) in top.iter().chain(logprob.map(|log| (*id, log)).iter()) {
+                best.entry(name(id)?).or_insert(short(log));
+            }
+            tokens.push(token);
+            token_logprobs.push(*logprob);
+            top_logprobs.push(logprob.map(|_| best));
+            text_offset.push(begins);
+        }
+        Ok(Self { tokens, token_logprobs, top_logprobs, text_offset })
+    }
 }
 
 #[derive(Serialize, ToSchema)]
@@ -122,8 +181,7 @@ struct CompletionUsage {
 const MOST_PROMPTS: usize = 128;
 
 /// Fields that ask for what there is not, unless they ask for nothing.
-const LACKING: [&str; 6] =
-    ["logprobs", "suffix", "best_of", "logit_bias", "presence_penalty", "frequency_penalty"];
+const LACKING: [&str; 5] = ["suffix", "best_of", "logit_bias", "presence_penalty", "frequency_penalty"];
 
 /// Whether a field asks for nothing: null, 0, an empty object; the best of one.
 fn asks_nothing(name: &str, value: &Value) -> bool {
@@ -137,7 +195,8 @@ impl Completions {
     /// # Errors
     /// It is no object, lacks a prompt, or asks for what there is not.
     pub fn read(body: &[u8]) -> Result<Self, Refusal> {
-        let CompletionsBody { prompt, model, stream, stream_options, echo, settings } = parsed(body)?;
+        let CompletionsBody { prompt, model, stream, stream_options, echo, logprobs, mut settings } =
+            parsed(body)?;
         for name in LACKING {
             if let Some(value) = settings.get(name).filter(|value| !asks_nothing(name, value)) {
                 return Err(Refusal::invalid(format!(
@@ -157,7 +216,25 @@ impl Completions {
         }
         let usage = stream_options.and_then(|options| options.include_usage).unwrap_or(false);
         let (stream, echo) = (stream.unwrap_or(false), echo.unwrap_or(false));
-        Ok(Self { model, settings: generation(settings)?, prompts, stream, echo, usage })
+        let scores = settings.get("max_tokens").and_then(Value::as_u64) == Some(0);
+        if scores && !echo {
+            return Err(Refusal::invalid(
+                "max_tokens is 0, expected 1 or more; or 0 with \"echo\" and \"logprobs\", which scores the prompt",
+            ));
+        }
+        if stream && (scores || logprobs.is_some()) {
+            return Err(Refusal::invalid(
+                "logprobs are told of whole texts, and not with \"stream\": leave one of them out",
+            ));
+        }
+        if scores {
+            // the engine's least: it comes with the prompt's last scores, and is not told
+            settings.insert("max_tokens".to_owned(), json!(1));
+        }
+        let mut settings = generation(settings)?;
+        (settings.logprobs, settings.prompt_logprobs) = (logprobs, echo && logprobs.is_some());
+        settings.check().map_err(|error| Refusal::invalid(format!("{error:#}")))?;
+        Ok(Self { model, settings, prompts, stream, echo, scores, usage })
     }
 
     /// Answers by a model.
@@ -165,7 +242,7 @@ impl Completions {
     /// # Errors
     /// A prompt is too long, there is no room, or the model fails.
     pub async fn answer(self, generator: &Generator) -> Result<Response, Refusal> {
-        let Self { prompts, settings, stream, echo, usage, .. } = self;
+        let Self { prompts, settings, stream, echo, scores, usage, .. } = self;
         let mut all = Vec::with_capacity(prompts.len());
         for (i, prompt) in prompts.into_iter().enumerate() {
             // each draws numbers of its own
@@ -188,10 +265,23 @@ impl Completions {
                 match news {
                     TextNews::Failed(why) => return Err(Refusal::backend(format!("prompt {i}: {why}"))),
                     TextNews::Text { finished: None, .. } => {}
-                    TextNews::Text { sequence, finished: Some(Generated { text, ids, finish }), .. } => {
-                        tokens.completion += ids.len();
-                        let text = if echo { format!("{prompt}{text}") } else { text };
-                        choices.push(choice(i * of_each + sequence, text, Some(finish)));
+                    TextNews::Text { sequence, finished: Some(generated), .. } => {
+                        let Generated { text, ids, finish, mut logprobs } = generated;
+                        let (text, finish) = match scores {
+                            true => (prompt.clone(), Finish::Length),
+                            false if echo => (format!("{prompt}{text}"), finish),
+                            false => (text, finish),
+                        };
+                        if scores {
+                            logprobs.truncate(texts.prompt_tokens);
+                        } else {
+                            tokens.completion += ids.len();
+                        }
+                        let told =
+                            settings.logprobs.map(|_| Logprobs::of(&logprobs, &text, &generator.tokenizer));
+                        let logprobs = told.transpose()?;
+                        let choice = choice(i * of_each + sequence, text, Some(finish));
+                        choices.push(Choice { logprobs, ..choice });
                     }
                 }
             }

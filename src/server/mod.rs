@@ -14,14 +14,15 @@ mod openapi;
 mod page;
 pub mod queue;
 pub mod refusal;
+mod reload;
 pub mod routes;
 mod served;
 mod status;
 pub mod tokens;
 
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -36,6 +37,7 @@ use tokio::net::TcpListener;
 
 pub use generator::{Generator, GeneratorOptions};
 pub use metrics::Meter;
+pub use reload::{Load, Model};
 pub use served::Served;
 
 use crate::data::tokens::Tokenizer;
@@ -45,6 +47,7 @@ use crate::{Result, unusable};
 use completions::Completions;
 use queue::Reply;
 use refusal::{Manner, Refusal};
+use reload::Current;
 use routes::{Asks, Record, Route};
 use status::ModelName;
 
@@ -63,8 +66,10 @@ pub struct RequestLimits {
 
 /// What all requests share.
 struct App {
-    models: Vec<Served>,
-    generators: Vec<Generator>,
+    models: Vec<Current>,
+    /// What loads one of them anew, and who does so now.
+    load: Load,
+    reloading: Mutex<()>,
     limits: RequestLimits,
     /// What clients have to give as `Authorization: Bearer …`.
     key: Option<String>,
@@ -81,13 +86,13 @@ struct App {
 /// Bytes of a body that are tokenized where the request is read; more are left to a thread that may block.
 const SMALL_BODY: usize = 16 * 1024;
 
-/// Answers requests until SIGINT or SIGTERM, then those that were taken.
+/// Answers requests until SIGINT or SIGTERM, then those that were taken. SIGHUP loads all models anew by `load`.
 ///
 /// # Errors
 /// The address can't be listened on, or the server breaks down.
 pub fn serve(
     listen: SocketAddr,
-    (models, generators): (Vec<Served>, Vec<Generator>),
+    (models, load): (Vec<Model>, Load),
     meter: Arc<Meter>,
     limits: RequestLimits,
     key: Option<String>,
@@ -101,10 +106,12 @@ pub fn serve(
     let body = limits.body;
     let (ready, requests) = (AtomicBool::new(true), AtomicU64::new(0));
     let document = api::openapi(key.is_some()).context("the OpenAPI document")?;
-    let app = Arc::new(App { models, generators, limits, key, meter, document, ready, requests, say });
+    let (models, reloading) = (models.into_iter().map(Current::new).collect(), Mutex::new(()));
+    let app = Arc::new(App { models, load, reloading, limits, key, meter, document, ready, requests, say });
     let done = runtime.block_on(async {
         let listener = TcpListener::bind(listen).await.map_err(|e| unusable!("--listen {listen}: {e}"))?;
         let address = listener.local_addr().context("the address that is listened on")?;
+        let hangups = hangups(&app)?;
         let names: Vec<&str> = app.names().collect();
         say.line(format!("listening on http://{address}, with {}", names.join(", ")));
         if say.json {
@@ -121,6 +128,7 @@ pub fn serve(
         let server = axum::serve(listener, service).with_graceful_shutdown(stopped);
         tokio::select! {
             done = server => done.context("serving"),
+            () = hangups => Ok(()),
             () = async {
                 stop_asked().await;
                 app.ready.store(false, Ordering::Relaxed);
@@ -136,9 +144,33 @@ pub fn serve(
     });
     // what is left has nobody who waits for it
     runtime.shutdown_background();
-    app.models.iter().for_each(Served::stop);
-    app.generators.iter().for_each(Generator::stop);
+    // a load that is under way is let end: the library must not be torn down below it
+    drop(app.reloading.lock());
+    app.models.iter().for_each(|current| current.get().stop());
     done
+}
+
+/// Loads all models anew at every SIGHUP, for ever. From this call on, the signal does not end the process.
+fn hangups(app: &Arc<App>) -> Result<impl Future<Output = ()> + use<>> {
+    #[cfg(unix)]
+    {
+        use tokio::signal::unix::{SignalKind, signal};
+        let mut hangups = signal(SignalKind::hangup()).context("listening for SIGHUP")?;
+        let app = app.clone();
+        Ok(async move {
+            while hangups.recv().await.is_some() {
+                let app = app.clone();
+                // its panics are caught
+                let _ = tokio::task::spawn_blocking(move || app.reload_all()).await;
+            }
+            std::future::pending().await
+        })
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = app;
+        Ok(std::future::pending())
+    }
 }
 
 /// Returns once the process is asked to end.
@@ -182,7 +214,7 @@ async fn complete(State(app): State<Arc<App>>, request: Request) -> Response {
     let completed = async {
         let asks = Completions::read(&app.body(request).await?)?;
         let generator = app.generator(asks.model.as_deref())?;
-        asks.answer(generator).await
+        asks.answer(&generator).await
     };
     app.counted("/v1/completions", Manner::OpenAi, id, completed).await
 }
@@ -196,8 +228,8 @@ fn of_tokens(
         let id = app.request_id(request.headers());
         let answered = async {
             let body = app.body(request).await?;
-            let tokenizer = app.tokenizer(model.as_deref())?;
-            let answer = tokio::task::block_in_place(|| answer(tokenizer, &body))?;
+            let model = app.any_model(model.as_deref())?;
+            let answer = tokio::task::block_in_place(|| answer(model.tokenizer(), &body))?;
             Ok(axum::Json(answer).into_response())
         };
         app.counted(path, Manner::Tei, id, answered).await
@@ -207,8 +239,7 @@ fn of_tokens(
 impl App {
     /// What the models are called.
     fn names(&self) -> impl Iterator<Item = &str> {
-        let models = self.models.iter().map(|model| model.name.as_str());
-        models.chain(self.generators.iter().map(|generator| generator.name.as_str()))
+        self.models.iter().map(|current| current.name.as_str())
     }
 
     async fn handle(
@@ -234,10 +265,22 @@ impl App {
         // what is not answered by then is taken back, as where the client goes
         let answered = tokio::time::timeout(time, answer).await;
         let answered = answered.unwrap_or_else(|_| Err(Refusal::late(time.as_secs_f64())));
+        self.finished(path, manner, &id, started, answered)
+    }
+
+    /// Counts what a request was answered, and tells of it with `-v`.
+    fn finished(
+        &self,
+        path: &'static str,
+        manner: Manner,
+        id: &str,
+        started: Instant,
+        answered: Result<Response, Refusal>,
+    ) -> Response {
         let mut response = answered.unwrap_or_else(|refusal| refusal.response(manner));
         let took = started.elapsed();
         put(response.headers_mut(), "x-total-time", &took.as_millis().to_string());
-        put(response.headers_mut(), REQUEST_ID, &id);
+        put(response.headers_mut(), REQUEST_ID, id);
         let status = response.status().as_u16();
         self.meter.request(path, status, took);
         self.say
@@ -278,7 +321,7 @@ impl App {
             )));
         }
         let started = Instant::now();
-        let read = || self.read(model, records, truncate);
+        let read = || self.read(&model, records, truncate);
         // in a thread that may take its time, where it is much
         let asked = if body.len() <= SMALL_BODY { read() } else { tokio::task::block_in_place(read) }?;
         let tokens = asked.iter().map(Asked::tokens).sum();
@@ -345,55 +388,56 @@ impl App {
     }
 
     /// The model of this name that answers records; the only one where none is named.
-    fn model(&self, name: Option<&str>) -> Result<&Served, Refusal> {
-        self.named(name, &self.models, |model| &model.name, "generates texts: ask it by /v1/completions")
-    }
-
-    /// The tokenizer of the model of this name, whatever it does.
-    fn tokenizer(&self, name: Option<&str>) -> Result<&Tokenizer, Refusal> {
-        match (name, &self.models[..], &self.generators[..]) {
-            (None, [], [_]) => Ok(&self.generator(None)?.tokenizer),
-            (None, _, []) => Ok(&self.model(None)?.tokenizer),
-            (None, ..) => Err(self.several()),
-            (Some(name), _, generators) => match generators.iter().find(|generator| generator.name == name) {
-                Some(generator) => Ok(&generator.tokenizer),
-                None => Ok(&self.model(Some(name))?.tokenizer),
-            },
-        }
-    }
-
-    /// Nobody says which model is asked.
-    fn several(&self) -> Refusal {
-        let names = self.names().collect::<Vec<_>>().join(", ");
-        Refusal::invalid(format!(
-            "there are several models: name one in the path (/models/NAME/…) or by \"model\": {names}"
-        ))
+    fn model(&self, name: Option<&str>) -> Result<Arc<Served>, Refusal> {
+        let answers = |model| match model {
+            Model::Answers(model) => Some(model),
+            Model::Generates(_) => None,
+        };
+        self.named(name, answers, "generates texts: ask it by /v1/completions")
     }
 
     /// The same of those that generate.
-    fn generator(&self, name: Option<&str>) -> Result<&Generator, Refusal> {
-        self.named(name, &self.generators, |model| &model.name, "generates no texts")
+    fn generator(&self, name: Option<&str>) -> Result<Arc<Generator>, Refusal> {
+        let generates = |model| match model {
+            Model::Answers(_) => None,
+            Model::Generates(model) => Some(model),
+        };
+        self.named(name, generates, "generates no texts")
     }
 
-    fn named<'m, M>(
+    /// The model of this name, whatever it does.
+    fn any_model(&self, name: Option<&str>) -> Result<Model, Refusal> {
+        self.named(name, Some, "")
+    }
+
+    fn named<M>(
         &self,
         name: Option<&str>,
-        models: &'m [M],
-        name_of: fn(&M) -> &String,
+        pick: impl Fn(Model) -> Option<M>,
         otherwise: &str,
-    ) -> Result<&'m M, Refusal> {
-        let names = || self.names().collect::<Vec<_>>().join(", ");
-        match (name, models) {
-            (None, [only]) => Ok(only),
-            (None, []) => Err(Refusal::backend(format!("{} {otherwise}", names()))),
-            (None, _) => Err(self.several()),
-            (Some(name), models) => models.iter().find(|model| name_of(model) == name).ok_or_else(|| {
-                match self.names().any(|known| known == name) {
-                    true => Refusal::backend(format!("{name} {otherwise}")),
-                    false => Refusal::unknown(format!("there is no model {name:?}; there is {}", names())),
-                }
-            }),
-        }
+    ) -> Result<M, Refusal> {
+        let Some(name) = name else {
+            let mut fitting = self.models.iter().filter_map(|current| pick(current.get()));
+            return match (fitting.next(), fitting.next()) {
+                (Some(only), None) => Ok(only),
+                (None, _) => Err(Refusal::backend(format!("{} {otherwise}", self.all_names()))),
+                (Some(_), Some(_)) => Err(Refusal::invalid(format!(
+                    "there are several models: name one in the path (/models/NAME/…) or by \"model\": {}",
+                    self.all_names()
+                ))),
+            };
+        };
+        let current = self.models.iter().find(|current| current.name == name);
+        let model = current.ok_or_else(|| self.no_model(name))?.get();
+        pick(model).ok_or_else(|| Refusal::backend(format!("{name} {otherwise}")))
+    }
+
+    fn no_model(&self, name: &str) -> Refusal {
+        Refusal::unknown(format!("there is no model {name:?}; there is {}", self.all_names()))
+    }
+
+    fn all_names(&self) -> String {
+        self.names().collect::<Vec<_>>().join(", ")
     }
 
     /// # Errors

@@ -8,8 +8,8 @@ use utoipa::openapi::request_body::RequestBodyBuilder;
 use utoipa::openapi::schema::{AnyOfBuilder, ArrayBuilder, ComponentsBuilder, ObjectBuilder, Schema, Type};
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityRequirement, SecurityScheme};
 use utoipa::openapi::{
-    Content, ContentBuilder, InfoBuilder, LicenseBuilder, OpenApi, OpenApiBuilder, PathItem, Ref, RefOr,
-    Required, ResponseBuilder,
+    Content, ContentBuilder, HttpMethod, InfoBuilder, LicenseBuilder, OpenApi, OpenApiBuilder, PathItem, Ref,
+    RefOr, Required, ResponseBuilder,
 };
 use utoipa::{PartialSchema, ToSchema};
 
@@ -60,6 +60,14 @@ const COMPUTED: [(&str, &str); 5] = [
     ("x-tokenization-time", MILLIS),
     ("x-queue-time", MILLIS),
     ("x-inference-time", MILLIS),
+];
+
+/// Headers of the page's files.
+const OF_PAGE: [(&str, &str); 4] = [
+    ("content-security-policy", "What the page may do"),
+    ("x-content-type-options", "nosniff"),
+    ("referrer-policy", "no-referrer"),
+    ("cache-control", "no-cache"),
 ];
 
 const MILLIS: &str = "Milliseconds";
@@ -122,12 +130,13 @@ fn operation(endpoint: &Endpoint, keyed: bool) -> OperationBuilder {
         let body = RequestBodyBuilder::new().required(Some(Required::True)).content(JSON, content);
         operation = operation.request_body(Some(body.build()));
     }
-    let counted = body.is_some();
+    let counted = endpoint.method == HttpMethod::Post;
     let mut good = ResponseBuilder::new().description(*summary);
     good = match answers {
         Answers::Json(body) => good.content(JSON, content(body.schema.clone())),
         Answers::Document => good.content(JSON, content(any_object())),
         Answers::Text(form) => good.content(*form, content(text())),
+        Answers::Page(form) => OF_PAGE.iter().fold(good.content(*form, content(text())), with_header),
         Answers::JsonOrEvents(body) => {
             good.content(JSON, content(body.schema.clone())).content("text/event-stream", content(text()))
         }

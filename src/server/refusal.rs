@@ -108,6 +108,11 @@ impl Refusal {
         Self { status: StatusCode::UNAUTHORIZED, kind: "Unauthorized", message }
     }
 
+    /// Nobody may do this here.
+    pub fn forbidden(message: impl Into<String>) -> Self {
+        Self { status: StatusCode::FORBIDDEN, kind: "Unauthorized", message: message.into() }
+    }
+
     /// The model took too long.
     pub fn late(seconds: f64) -> Self {
         let message = format!("there was no answer after {seconds} s");

@@ -86,6 +86,13 @@ impl Served {
     }
 }
 
+/// What was taken is still answered; then the threads end.
+impl Drop for Served {
+    fn drop(&mut self) {
+        self.queue.close();
+    }
+}
+
 /// Runs a short text and one of full length, so that no request pays for what a session does once.
 fn warm_up(saved: &Saved, predictor: &mut Predictor) -> Result<()> {
     let longest = predictor.max_length();

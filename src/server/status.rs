@@ -38,9 +38,7 @@ pub(super) async fn info(State(app): State<Arc<App>>, headers: HeaderMap) -> Res
     if let Err(refusal) = app.check_key(&headers) {
         return refusal.response(Manner::Tei);
     }
-    let models = app.models.iter().map(|model| &model.about);
-    let mut models: Vec<ModelInfo> =
-        models.chain(app.generators.iter().map(|model| &model.about)).cloned().collect();
+    let mut models: Vec<ModelInfo> = app.models.iter().map(|current| current.get().about().clone()).collect();
     let info = match models.len() {
         1 => Info::One(Box::new(models.remove(0))),
         _ => Info::Many(ModelInfos { models }),
@@ -52,8 +50,7 @@ pub(super) async fn info(State(app): State<Arc<App>>, headers: HeaderMap) -> Res
 pub(super) const METRICS_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 pub(super) async fn metrics(State(app): State<Arc<App>>) -> Response {
-    let waiting = app.models.iter().map(|model| (model.name.as_str(), model.queue.len()));
-    let waiting = waiting.chain(app.generators.iter().map(|model| (model.name.as_str(), model.under_way())));
+    let waiting = app.models.iter().map(|current| (current.name.as_str(), current.get().waiting()));
     match app.meter.text(waiting) {
         Ok(text) => ([(header::CONTENT_TYPE, METRICS_TYPE)], text).into_response(),
         Err(_) => StatusCode::INTERNAL_SERVER_ERROR.into_response(),

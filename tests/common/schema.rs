@@ -59,6 +59,14 @@ pub fn check(document: &Value, schema: &Value, value: &Value, place: &str) -> Re
                     return fail(&format!("has {name:?}, of which nothing is said"));
                 }
             }
+            "propertyNames" => {}
+            "additionalProperties" => {
+                for (name, field) in value.as_object().into_iter().flatten() {
+                    if schema["properties"].get(name).is_none() {
+                        check(document, says, field, &format!("{place}.{name}"))?;
+                    }
+                }
+            }
             "items" => {
                 for (i, item) in value.as_array().into_iter().flatten().enumerate() {
                     check(document, says, item, &format!("{place}[{i}]"))?;

@@ -67,8 +67,11 @@ async function ask(path, body, signal) {
 /** A score with three digits behind the point. */
 const short = (score) => score.toFixed(3);
 
-/** Names with scores, each with a bar: a share of 1, or of the largest where they are no shares. */
-function bars(rows) {
+/**
+ * Names with scores, each with a bar: a share of 1, or of the largest where they are no shares. The first stands out where
+ * they come from the best.
+ */
+function bars(rows, ranked = true) {
   const largest = Math.max(1, ...rows.map(({ score }) => Math.abs(score)));
   const list = element("ol", { class: "scores" });
   rows.forEach(({ name, score }, i) => {
@@ -78,7 +81,7 @@ function bars(rows) {
       element(
         "li",
         {},
-        element("span", { class: i === 0 ? "name best" : "name" }, name),
+        element("span", { class: ranked && i === 0 ? "name best" : "name" }, name),
         element("span", { class: "number" }, short(score)),
         element("div", { class: "track", "aria-hidden": "true" }, bar),
       ),
@@ -155,7 +158,7 @@ const TASKS = {
       }));
       const rows = entities.map(({ entity, text, score }) => ({ name: `${text} (${entity})`, score }));
       return rows.length > 0
-        ? [marked(text, marks), heading("Scores"), bars(rows)]
+        ? [marked(text, marks), heading("Scores"), bars(rows, false)]
         : [element("p", { class: "text" }, text), element("p", { class: "took" }, "There is no entity in it.")];
     },
   },
