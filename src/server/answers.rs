@@ -167,7 +167,7 @@ pub struct ModelInfo {
 #[derive(Serialize, ToSchema)]
 #[serde(untagged)]
 pub enum Info {
-    One(ModelInfo),
+    One(Box<ModelInfo>),
     Many(ModelInfos),
 }
 

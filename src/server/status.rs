@@ -40,7 +40,7 @@ pub(super) async fn info(State(app): State<Arc<App>>, headers: HeaderMap) -> Res
     }
     let mut models: Vec<ModelInfo> = app.models.iter().map(|current| current.get().about().clone()).collect();
     let info = match models.len() {
-        1 => Info::One(models.remove(0)),
+        1 => Info::One(Box::new(models.remove(0))),
         _ => Info::Many(ModelInfos { models }),
     };
     axum::Json(info).into_response()
