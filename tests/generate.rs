@@ -365,7 +365,8 @@ fn what_can_not_be_generated_with_is_refused_by_name() {
     );
     let refused = tk().arg("export").arg(dir.path()).args(["--precision", "q8"]).assert().code(2);
     assert!(
-        stderr(&refused).contains("--precision q8: a text-classification model is exported in fp32, int8"),
+        stderr(&refused)
+            .contains("--precision q8: a text-classification model is exported in fp32, fp16, bf16, int8"),
         "{}",
         stderr(&refused)
     );
