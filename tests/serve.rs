@@ -674,6 +674,14 @@ fn what_was_taken_is_answered_before_the_server_ends() {
     }
 }
 
+#[test]
+fn a_server_that_is_asked_to_end_as_soon_as_it_listens_ends_well() {
+    let (_guard, dir) = exported("tiny-bert-single");
+    for _ in 0..8 {
+        assert_eq!(Server::start(&[&dir], &["--threads", "1"]).stop(), Some(0));
+    }
+}
+
 /// The events of a stream, but for the last one, which says that it is over.
 fn events(body: &str) -> Vec<Value> {
     let mut lines: Vec<&str> = body.lines().filter_map(|line| line.strip_prefix("data: ")).collect();

@@ -113,6 +113,8 @@ pub fn serve(
         let address = listener.local_addr().context("the address that is listened on")?;
         let hangups = hangups(&app)?;
         let names: Vec<&str> = app.names().collect();
+        // before anybody hears of it: who asks at once is not to kill it
+        let asked_to_stop = stop_asked();
         say.line(format!("listening on http://{address}, with {}", names.join(", ")));
         if say.json {
             say.result("", &json!({"address": address.to_string(), "models": names}))?;
@@ -130,7 +132,7 @@ pub fn serve(
             done = server => done.context("serving"),
             () = hangups => Ok(()),
             () = async {
-                stop_asked().await;
+                asked_to_stop.await;
                 app.ready.store(false, Ordering::Relaxed);
                 say.line("stopping: what was taken is answered first");
                 let _ = stop.send(());
@@ -173,32 +175,30 @@ fn hangups(app: &Arc<App>) -> Result<impl Future<Output = ()> + use<>> {
     }
 }
 
-/// Returns once the process is asked to end.
-async fn stop_asked() {
-    let interrupt = async {
-        // where it can't be listened for, only the other one ends the server
-        if tokio::signal::ctrl_c().await.is_err() {
-            std::future::pending::<()>().await;
-        }
-    };
+/// What is over once the process is asked to end; it is listened for from the call on.
+fn stop_asked() -> impl Future<Output = ()> {
     #[cfg(unix)]
     {
         use tokio::signal::unix::{SignalKind, signal};
-        let terminate = async {
-            match signal(SignalKind::terminate()) {
-                Ok(mut signal) => {
-                    signal.recv().await;
-                }
-                Err(_) => std::future::pending::<()>().await,
+        let heard = [SignalKind::interrupt(), SignalKind::terminate()].map(signal);
+        async move {
+            let [interrupt, terminate] = heard.map(async |signal| match signal {
+                Ok(mut signal) => drop(signal.recv().await),
+                // where it can't be listened for, only the other one ends the server
+                Err(_) => std::future::pending().await,
+            });
+            tokio::select! {
+                () = interrupt => {}
+                () = terminate => {}
             }
-        };
-        tokio::select! {
-            () = interrupt => {}
-            () = terminate => {}
         }
     }
     #[cfg(not(unix))]
-    interrupt.await;
+    async {
+        if tokio::signal::ctrl_c().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
 }
 
 /// Asks the only model, or the one that the path or the body names.
