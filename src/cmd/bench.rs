@@ -215,8 +215,7 @@ fn human(args: &Args, predictor: &Predictor, load: &Load, cells: &[Cell], whole:
 
 /// The same of a language model.
 fn texts(args: &Args, saved: &Saved, say: Say) -> Result<()> {
-    generate::on_cpu(&args.ep.ep)?;
-    args.ep.providers(args.precision)?;
+    generate::on_cpu(&args.ep, args.precision)?;
     for (flag, given) in [
         ("--input", args.input.is_some()),
         ("--soak", args.soak.is_some()),

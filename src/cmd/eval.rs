@@ -63,7 +63,7 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     let measured = match args.runtime {
         MeasuredIn::Eager => Evaluator::open(&saved, &device::open(&args.device)?)?.measure(&examples)?,
         MeasuredIn::Onnx if saved.task.language_model().is_some() => {
-            generate::on_cpu(&args.ep.ep)?;
+            generate::on_cpu(&args.ep, args.precision)?;
             let graph = graphs::checked_generating(&saved, args.precision)?;
             saved.task.measure_in_place(&mut Slots::open(&graph, process::cores(), say)?, &examples)?
         }

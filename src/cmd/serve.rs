@@ -171,7 +171,7 @@ fn threads(args: &Args) -> usize {
 
 /// A model that generates texts.
 fn generator(args: &Args, name: String, saved: &Saved, say: Say) -> Result<Generator> {
-    generate::on_cpu(&args.ep.ep)?;
+    generate::on_cpu(&args.ep, args.precision)?;
     let (precision, requests) = (args.precision, args.max_queue as usize);
     let limits = Limits::of(args.slots, args.cache_mb)?;
     let options = GeneratorOptions { precision, threads: threads(args), limits, requests };

@@ -4,7 +4,8 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use super::{Generated, GenerationConfig, Limits};
-use crate::runtime::{Order, Provider};
+use crate::onnx::Precision;
+use crate::runtime::{EpFlags, Order, Provider};
 use crate::{Result, bail_unusable};
 
 /// How texts are generated; a record's fields of these names go before. Without any of temperature, top-k, top-p and
@@ -73,8 +74,9 @@ pub fn fields(generated: &Generated) -> Map<String, Value> {
 }
 
 /// Refuses a provider that does not generate.
-pub fn on_cpu(order: &Order) -> Result<()> {
-    match order {
+pub fn on_cpu(flags: &EpFlags, precision: Precision) -> Result<()> {
+    flags.providers(precision)?;
+    match &flags.ep {
         Order::Auto => Ok(()),
         Order::Listed(list) if list[..] == [Provider::Cpu] => Ok(()),
         Order::Listed(_) => bail_unusable!(

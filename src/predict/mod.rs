@@ -103,7 +103,10 @@ impl Predictor {
             ));
         }
         let mut providers = options.providers.clone();
-        let may_be_cuda = providers.order == Order::Auto || providers.order.names(Provider::Cuda);
+        let may_be_cuda = match &providers.order {
+            Order::Auto => Provider::Cuda.compiled_in()?,
+            listed => listed.names(Provider::Cuda),
+        };
         if precision == Precision::Fp32 && may_be_cuda {
             providers.how.optimized = graphs::checked_optimized(saved)?;
         }

@@ -172,11 +172,16 @@ fn bytes(graph: &Path) -> u64 {
 
 /// What TensorRT is told of a graph.
 fn engine(saved: &Saved, graph: &Path) -> Result<Engine> {
+    let mut about = write::metadata(graph)?;
+    let weights_sha256 = match about.remove("weights_sha256") {
+        Some(hash) => hash,
+        None => model::weights_sha256(&saved.config, &saved.task, &saved.weights)?, // of another program's graph
+    };
     Ok(Engine {
         inputs: write::inputs(graph)?,
         longest: saved.max_length,
-        fp16: write::metadata(graph)?.get("precision").is_some_and(|precision| precision == "fp16"),
-        weights_sha256: model::weights_sha256(&saved.config, &saved.task, &saved.weights)?,
+        fp16: about.get("precision").is_some_and(|precision| precision == "fp16"),
+        weights_sha256,
     })
 }
 

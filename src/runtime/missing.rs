@@ -18,15 +18,13 @@ const CARRIED_BY: [(&str, &str); 10] = [
 
 /// What to do where a provider can't be registered.
 pub(super) fn remedy(provider: Provider, message: &str) -> String {
-    let found = CARRIED_BY.iter().find_map(|(library, package)| {
-        // the provider's own library is named in the same message
-        let missing = message.split(": cannot open shared object file").next()?;
-        let name = missing.rsplit([' ', ':', '\n']).next()?;
-        (missing.len() < message.len() && name.starts_with(library)).then(|| (name.to_owned(), *package))
-    });
-    match (found, provider) {
-        (Some((library, package)), _) => {
-            format!("; {library} is missing ({package}): put it on the loader's path (LD_LIBRARY_PATH)")
+    // the provider's own library is named in front of it
+    let missing = message.split_once(": cannot open shared object file").map(|(before, _)| before);
+    let missing = missing.and_then(|before| before.rsplit([' ', ':', '\n']).next()).unwrap_or_default();
+    let carrier = CARRIED_BY.iter().find(|(library, _)| missing.starts_with(library));
+    match (carrier, provider) {
+        (Some((_, package)), _) => {
+            format!("; {missing} is missing ({package}): put it on the loader's path (LD_LIBRARY_PATH)")
         }
         (None, Provider::Cpu | Provider::OpenVino) => String::new(),
         (None, Provider::Cuda | Provider::TensorRt) => {

@@ -304,7 +304,7 @@ impl EpFlags {
                     "--precision bf16 is computed by OpenVINO: give --ep openvino, and no other beside it"
                 );
             }
-            Providers::openvino_in_bf16()?;
+            check_bf16()?;
         }
         let how = How {
             bf16,

@@ -21,21 +21,9 @@ impl Emit {
         how: Attend,
         distances: &Distances<X>,
     ) -> Result<X> {
-        let heads = how.heads as i64;
-        let mut queries = q.value;
-        if !q.every {
-            queries = self.plain(&q.scope, "Unsqueeze", &[queries, self.list(&[1])]); // (B, C) → (B, 1, C)
-        }
-        let mut keys = k.value;
-        if let Distances::Rotary { theta } = *distances {
-            let d = q.width / how.heads;
-            if !Self::first(how.queries) {
-                queries = self.rotated(&q.scope, queries, theta, d, heads)?; // the first token's position is 0
-            }
-            keys = self.rotated(&k.scope, keys, theta, d, heads)?;
-        }
+        let [queries, keys] = self.queries_and_keys([q, k], how, distances)?;
         let mut inputs = vec![queries, keys, v.value, ABSENT]; // without a bias of the projections
-        let mut attributes = vec![int("num_heads", heads)];
+        let mut attributes = vec![int("num_heads", how.heads as i64)];
         let alone = matches!(how.queries, Some(Pick::First | Pick::Last));
         match (distances, how.sees) {
             (Distances::Bias { table, buckets, longest }, _) => {
@@ -53,11 +41,8 @@ impl Emit {
             }
             (_, Sees::All | Sees::Causal) => inputs.push(self.tokens_kept()),
         }
-        let mut value = self.node(at, "MultiHeadAttention", &inputs, attributes);
-        if !q.every {
-            value = self.plain(at, "Reshape", &[value, self.list(&[0, v.width as i64])]); // (B, 1, C) → (B, C)
-        }
-        Ok(X { value, scope: at.to_owned(), width: v.width, every: q.every })
+        let value = self.node(at, "MultiHeadAttention", &inputs, attributes);
+        Ok(self.attended(at, value, q, v))
     }
 
     /// (B, T), 1 for a token, as int32.

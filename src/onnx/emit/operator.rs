@@ -26,25 +26,41 @@ impl Emit {
         distances: &Distances<X>,
     ) -> Result<X> {
         let heads = how.heads as i64;
-        let mut queries = q.value;
+        let [queries, keys] = self.queries_and_keys([q, k], how, distances)?;
+        let mask = self.mask(how, distances)?;
+        let attributes = vec![int("q_num_heads", heads), int("kv_num_heads", heads)];
+        let value = self.node(at, "Attention", &[queries, keys, v.value, mask], attributes);
+        Ok(self.attended(at, value, q, v))
+    }
+
+    /// Queries and keys, (B, T, H·D), or (B, 1, H·D) of one token a sequence, as an operator for attention takes them:
+    /// turned by their positions where these count so.
+    pub(super) fn queries_and_keys(
+        &self,
+        [q, k]: [&X; 2],
+        how: Attend,
+        distances: &Distances<X>,
+    ) -> Result<[ValueId; 2]> {
+        let (mut queries, mut keys) = (q.value, k.value);
         if !q.every {
             queries = self.plain(&q.scope, "Unsqueeze", &[queries, self.list(&[1])]); // (B, C) → (B, 1, C)
         }
-        let mut keys = k.value;
         if let Distances::Rotary { theta } = *distances {
-            let d = q.width / how.heads;
+            let (d, heads) = (q.width / how.heads, how.heads as i64);
             if !Self::first(how.queries) {
                 queries = self.rotated(&q.scope, queries, theta, d, heads)?; // the first token's position is 0
             }
             keys = self.rotated(&k.scope, keys, theta, d, heads)?;
         }
-        let mask = self.mask(how, distances)?;
-        let attributes = vec![int("q_num_heads", heads), int("kv_num_heads", heads)];
-        let mut value = self.node(at, "Attention", &[queries, keys, v.value, mask], attributes);
+        Ok([queries, keys])
+    }
+
+    /// What such an operator gives for these queries and values.
+    pub(super) fn attended(&self, at: &str, mut value: ValueId, q: &X, v: &X) -> X {
         if !q.every {
             value = self.plain(at, "Reshape", &[value, self.list(&[0, v.width as i64])]); // (B, 1, C) → (B, C)
         }
-        Ok(X { value, scope: at.to_owned(), width: v.width, every: q.every })
+        X { value, scope: at.to_owned(), width: v.width, every: q.every }
     }
 
     /// What the operator takes as a mask: (B, 1, queries, keys), true where a query sees a key, or
@@ -66,7 +82,7 @@ impl Emit {
     }
 
     /// Queries or keys, (B, T, H·D), turned by their positions.
-    pub(super) fn rotated(&self, at: &str, x: ValueId, theta: f64, d: usize, heads: i64) -> Result<ValueId> {
+    fn rotated(&self, at: &str, x: ValueId, theta: f64, d: usize, heads: i64) -> Result<ValueId> {
         let [cos, sin] = self.cos_and_sin(theta, d)?;
         let how = vec![int("num_heads", heads)];
         Ok(self.node(at, "RotaryEmbedding", &[x, cos, sin, self.positions()], how))
