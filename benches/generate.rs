@@ -6,28 +6,15 @@
 //! FILE is a JSON list of prompts of one length, each a list of ids; without it they are made up.
 
 use std::path::PathBuf;
-use std::time::Instant;
 
 use clap::ValueEnum;
 use serde_json::json;
 use tk::Result;
-use tk::generate::GenerationConfig;
-use tk::generate::batch::TOGETHER;
-use tk::generate::sampler::Sampler;
+use tk::bench::{generated, made_up, medians};
 use tk::onnx::Precision;
 use tk::predict::graphs;
 use tk::runtime::Slots;
-use tk::runtime::slots::SlotRead;
 use tk::say::Say;
-
-/// One shape's seconds and what was generated.
-struct Run {
-    prefill: f64,
-    /// Seconds of the steps behind the first token.
-    decode: f64,
-    /// Each slot's new tokens.
-    tokens: Vec<Vec<i64>>,
-}
 
 fn main() -> Result<()> {
     // SAFETY: no other thread runs yet.
@@ -64,13 +51,9 @@ fn main() -> Result<()> {
     for batch in batches {
         slots.resize(0, 0)?;
         slots.resize(batch, capacity)?;
-        run(&mut slots, &prompts, 4)?;
-        let mut runs = (0..repeat).map(|_| run(&mut slots, &prompts, new)).collect::<Result<Vec<_>>>()?;
-        let mut median = |seconds: fn(&Run) -> f64| {
-            runs.sort_by(|a, b| seconds(a).total_cmp(&seconds(b)));
-            seconds(&runs[runs.len() / 2])
-        };
-        let (prefill, decode) = (median(|run| run.prefill), median(|run| run.decode));
+        generated(&mut slots, &prompts, 4)?;
+        let runs = (0..repeat).map(|_| generated(&mut slots, &prompts, new)).collect::<Result<Vec<_>>>()?;
+        let [prefill, decode] = medians(&runs);
         let rate = (batch * (new - 1)) as f64 / decode;
         if as_json {
             let line = json!({
@@ -86,12 +69,6 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// Prompts of so many tokens.
-fn made_up(count: usize, length: usize, vocabulary: usize) -> Vec<Vec<i64>> {
-    let id = |slot: usize, i: usize| ((i * 7919 + slot * 104_729 + 1) % (vocabulary - 1)) as i64;
-    (0..count).map(|slot| (0..length).map(|i| id(slot, i)).collect()).collect()
-}
-
 /// The bytes of weights that a step reads: all but the positions', of which it reads a row.
 fn weights(model: &std::path::Path, precision: Precision) -> Result<u64> {
     let file = match precision {
@@ -101,34 +78,4 @@ fn weights(model: &std::path::Path, precision: Precision) -> Result<u64> {
     let config: serde_json::Value = serde_json::from_slice(&std::fs::read(model.join("config.json"))?)?;
     let number = |name: &str| config[name].as_u64().unwrap_or_default();
     Ok(std::fs::metadata(file)?.len() - 4 * number("n_positions") * number("n_embd"))
-}
-
-/// Reads a prompt in each slot, and goes on in all of them together.
-fn run(slots: &mut Slots, prompts: &[Vec<i64>], new: usize) -> Result<Run> {
-    let (rows, width) = (slots.slots(), slots.vocabulary());
-    anyhow::ensure!(prompts.len() >= rows, "{} prompts for {rows} slots", prompts.len());
-    let mut greedy = Sampler::new(&GenerationConfig::default(), 0);
-    let mut likeliest = |row: &mut [f32]| i64::from(greedy.next(row, &[]));
-    let started = Instant::now();
-    let mut ids = Vec::new();
-    let length = prompts.first().map_or(0, Vec::len);
-    let together = (TOGETHER / length.max(1)).max(1);
-    for (group, prompts) in prompts[..rows].chunks(together).enumerate() {
-        let start = group * together;
-        let (slots_read, asked) = (start..start + prompts.len(), [length as i64 - 1]);
-        let lengths = vec![0; prompts.len()];
-        let reading =
-            SlotRead { slots: &slots_read, ids: &prompts.concat(), lengths: &lengths, asked: &asked };
-        ids.extend(slots.read(reading)?.chunks_exact_mut(width).map(&mut likeliest));
-    }
-    let prefill = started.elapsed().as_secs_f64();
-    let mut lengths: Vec<usize> = prompts.iter().take(rows).map(Vec::len).collect();
-    let mut tokens: Vec<Vec<i64>> = ids.iter().map(|&id| vec![id]).collect();
-    for _ in 1..new {
-        let reading = SlotRead { slots: &(0..rows), ids: &ids, lengths: &lengths, asked: &[0] };
-        ids = slots.read(reading)?.chunks_exact_mut(width).map(&mut likeliest).collect();
-        tokens.iter_mut().zip(&ids).for_each(|(tokens, &id)| tokens.push(id));
-        lengths.iter_mut().for_each(|length| *length += 1);
-    }
-    Ok(Run { prefill, decode: started.elapsed().as_secs_f64() - prefill, tokens })
 }

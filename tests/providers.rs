@@ -27,6 +27,11 @@ fn a_flag_that_is_not_the_providers_is_refused() {
         let text = refused(&[&["serve", "--listen", "127.0.0.1:0"], flags].concat());
         assert!(text.contains(wanted), "{flags:?}: {text}");
     }
+    // nor is it passed over where texts are generated
+    let args = ["serve-batch", "--input", "-", "--device-id", "1"];
+    let out = tk().args(args).arg(models("tiny-gpt2-lm")).assert().code(2);
+    let text = String::from_utf8_lossy(&out.get_output().stderr).into_owned();
+    assert!(text.contains("--device-id is for cuda and tensorrt"), "{text}");
     for (args, wanted) in [
         (
             &["export", "--precision", "bf16"][..],

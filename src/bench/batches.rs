@@ -15,7 +15,7 @@ use crate::saved::Saved;
 
 /// A loaded model.
 pub struct Bench<'a> {
-    pub predictor: &'a Predictor,
+    predictor: &'a Predictor,
     /// Ids of a long text, of which sequences are cut.
     ids: Vec<u32>,
     pad_id: u32,
@@ -85,14 +85,17 @@ impl<'a> Bench<'a> {
             let threads: Vec<_> = pool.sessions().map(start).collect();
             threads
                 .into_iter()
-                .map(|thread| thread.join().map_err(|_| anyhow::anyhow!("a run broke down"))?)
+                .map(|thread| {
+                    thread
+                        .join()
+                        .map_err(|panic| crate::error::of_panic("a thread of a session", panic.as_ref()))?
+                })
                 .collect::<Result<Vec<Vec<Duration>>>>()
         })?;
         let seconds = started.elapsed().as_secs_f64();
         let mut times = times.concat();
         times.sort_unstable();
         let records = (times.len() * rows) as f64 / seconds;
-        times.first().context("no run")?;
         Ok(Cell {
             length,
             batch: rows,

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 pub use batches::{Bench, Load};
-pub use texts::{NEW, TextCell, of_language_model};
+pub use texts::{NEW, TextCell, TextRun, generated, made_up, medians, of_language_model};
 pub use whole::{Soaked, Whole, builtin};
 
 use crate::Result;

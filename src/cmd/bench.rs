@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use serde_json::json;
 
@@ -14,7 +14,7 @@ use crate::runtime::{EpFlags, Slots, library};
 use crate::saved::{Saved, TaskFlag};
 use crate::say::{Say, peak_rss_bytes};
 use crate::task::AnswerFlags;
-use crate::{Result, bail_unusable, generate, process, unusable};
+use crate::{Result, bail_unusable, generate, process};
 
 /// Measure throughput and latency of an exported model on this machine, by batch and length, and of whole records.
 #[derive(Debug, clap::Args)]
@@ -62,12 +62,8 @@ const RUNS: usize = 3;
 
 /// Measures and prints.
 pub fn run(args: &Args, say: Say) -> Result<()> {
-    let time = |flag: &str, seconds: f64| {
-        let time = Duration::try_from_secs_f64(seconds).ok().filter(|time| !time.is_zero());
-        time.ok_or_else(|| unusable!("{flag} {seconds}: expected a number of seconds above 0"))
-    };
-    let (seconds, soak) =
-        (time("--seconds", args.seconds)?, args.soak.map(|s| time("--soak", s)).transpose()?);
+    let soak = args.soak.map(|time| super::seconds("--soak", time)).transpose()?;
+    let seconds = super::seconds("--seconds", args.seconds)?;
     if args.lengths.contains(&0) || args.batches.contains(&0) {
         bail_unusable!("--lengths and --batches are numbers above 0");
     }

@@ -26,8 +26,8 @@ pub struct Args {
     dir: PathBuf,
     #[command(flatten)]
     task: TaskFlag,
-    /// The numbers that the matrices are stored in: int8, as model_quantized.onnx; fp16, as model_fp16.onnx, for GPUs; for language models q8 and q4, as
-    /// generate_q8.onnx and generate_q4.onnx. With bf16 and --ep openvino no graph is written: what model.onnx loses where
+    /// The numbers that the matrices are stored in: int8, as model_quantized.onnx; fp16, as model_fp16.onnx, for GPUs; for
+    /// language models q8 and q4, as generate_q8.onnx and generate_q4.onnx. With bf16 and --ep openvino no graph is written: what model.onnx loses where
     /// OpenVINO computes it in bf16 is measured, and kept in the manifest.
     #[arg(long, value_enum, default_value_t)]
     precision: Precision,
@@ -51,8 +51,8 @@ pub struct Args {
     /// are rounded as they come (dynamic).
     #[arg(long, value_name = "FILE")]
     calibration: Option<PathBuf>,
-    /// How many points of 100 the task's metric may lose in int8, fp16 or bf16 (of one that is better the lower it is: how many percent
-    /// it may rise). In int8 the matrices that lose most stay in fp32 until it holds; where it can't, that is an error
+    /// How many points of 100 the task's metric may lose in int8, fp16 or bf16 (of one that is better the lower it is: how
+    /// many percent it may rise). In int8 the matrices that lose most stay in fp32 until it holds; where it can't, that is an error
     /// [default: 0.5].
     #[arg(long, value_name = "X")]
     max_metric_drop: Option<f64>,
@@ -84,7 +84,7 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     let openvino = (args.precision == Precision::Bf16).then(Providers::openvino_in_bf16).transpose()?;
     let triton = args.triton.place(&saved, args.precision)?;
     let export = Export::new(&saved, say)?;
-    let examples = |args: &Args| -> Result<Option<Vec<Example>>> {
+    let examples = || -> Result<Option<Vec<Example>>> {
         let read = |input: &PathBuf| saved.examples(input, &args.records, saved.max_length, say);
         args.input.as_ref().map(read).transpose()
     };
@@ -97,16 +97,14 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
             let flags = AnswerFlags::default();
             let calibrated = |input| export.calibrated(input, &flags, args.opset);
             let ranges = args.calibration.as_deref().map(calibrated).transpose()?;
-            let (examples, opset, external_data) = (examples(args)?, args.opset, args.external_data);
+            let (examples, opset, external_data) = (examples()?, args.opset, args.external_data);
             let examples = examples.as_deref();
             export.in_int8(Int8 { opset, external_data, examples, max_drop: most, ranges })?
         }
-        Precision::Fp16 => {
-            export.in_fp16(args.opset, args.external_data, examples(args)?.as_deref(), most)?
-        }
+        Precision::Fp16 => export.in_fp16(args.opset, args.external_data, examples()?.as_deref(), most)?,
         Precision::Bf16 => {
             let providers = openvino.context("bf16 is OpenVINO's")?;
-            export.in_bf16(&providers, examples(args)?.as_deref(), most)?
+            export.in_bf16(&providers, examples()?.as_deref(), most)?
         }
         precision @ (Precision::Q8 | Precision::Q4) => {
             let examples = of_language_model(args, &saved)?;

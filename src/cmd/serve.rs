@@ -83,10 +83,7 @@ pub struct Args {
 
 /// Loads every model, lets each answer once, and serves.
 pub fn run(args: &Args, say: Say) -> Result<()> {
-    let time = Duration::try_from_secs_f64(args.timeout).ok().filter(|time| !time.is_zero());
-    let Some(time) = time else {
-        bail_unusable!("--timeout {}: expected a number of seconds above 0", args.timeout)
-    };
+    let time = super::seconds("--timeout", args.timeout)?;
     let limits = RequestLimits {
         body: args.max_body,
         records: args.max_records.min(args.max_queue) as usize,
