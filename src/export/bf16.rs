@@ -1,15 +1,15 @@
 //! What products in bf16 lose, where OpenVINO computes the graph in fp32 so: measured, and kept in the manifest.
 
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use super::gate::Gate;
 use super::{Export, Exported, MODEL, PRECISIONS, records};
+use crate::Result;
 use crate::onnx::Precision;
 use crate::parity::{self, Runtime, Subject};
 use crate::predict::{Predictor, graphs};
 use crate::runtime::{Provider, Providers};
 use crate::task::Example;
-use crate::{Result, files};
 
 impl Export<'_> {
     /// The exported graph as OpenVINO computes it in bf16; no graph is written.
@@ -36,7 +36,6 @@ impl Export<'_> {
         let compared = parity::run(&subject, &runtimes, f32::INFINITY)?.remove(0);
 
         let _held = self.locked()?;
-        let mut manifest = self.read_manifest()?;
         let entry = json!({
             "file": MODEL,
             "precision": precision.name(),
@@ -47,16 +46,12 @@ impl Export<'_> {
             "batch_invariance": compared.batch_invariance,
             "tk_version": env!("CARGO_PKG_VERSION"),
         });
-        let mut entries = self.in_place(&mut manifest, PRECISIONS);
-        entries.insert(precision.name().to_owned(), entry.clone());
-        manifest.insert(PRECISIONS.to_owned(), Value::Object(entries));
-        files::write(&self.manifest(), format!("{:#}\n", Value::Object(manifest)))?;
+        let Value::Object(mut entry) = entry else { anyhow::bail!("an entry is an object") };
+        self.record(PRECISIONS, precision, &entry)?;
 
         let hint = super::hint(examples.is_some());
         let summary = format!("{} by OpenVINO: {}{hint}", graph.display(), loss.told(precision));
-        let mut manifest = Map::from_iter([("path".to_owned(), json!(graph))]);
-        manifest
-            .extend(entry.as_object().into_iter().flatten().map(|(key, value)| (key.clone(), value.clone())));
-        Ok(Exported { summary, manifest })
+        entry.insert("path".to_owned(), json!(graph));
+        Ok(Exported { summary, manifest: entry })
     }
 }

@@ -296,6 +296,15 @@ impl<'a> Export<'a> {
         Ok(exported)
     }
 
+    /// Writes into the manifest what there is to say of a precision, under a key. The folder has to be held.
+    fn record(&self, key: &str, precision: Precision, entry: &Map<String, Value>) -> Result<()> {
+        let mut manifest = self.read_manifest()?;
+        let mut entries = self.in_place(&mut manifest, key);
+        entries.insert(precision.name().to_owned(), Value::Object(entry.clone()));
+        manifest.insert(key.to_owned(), Value::Object(entries));
+        files::write(&self.manifest(), format!("{:#}\n", Value::Object(manifest)))
+    }
+
     /// Puts a graph in fewer bits in its place, and what there is to say of it into the manifest, under a key.
     fn put(
         &self,
@@ -311,11 +320,7 @@ impl<'a> Export<'a> {
         write::install(self.scratch.path(), &self.folder, &[&file], external)?;
         let mut entry = self.entry(&file, kind)?;
         entry.extend(about.into_iter().map(|(name, value)| (name.to_owned(), value)));
-        let mut manifest = self.read_manifest()?;
-        let mut entries = self.in_place(&mut manifest, key);
-        entries.insert(kind.precision.name().to_owned(), Value::Object(entry.clone()));
-        manifest.insert(key.to_owned(), Value::Object(entries));
-        files::write(&self.manifest(), format!("{:#}\n", Value::Object(manifest)))?;
+        self.record(key, kind.precision, &entry)?;
         let bytes = self.bytes(&file) + if external { self.bytes(&format!("{file}_data")) } else { 0 };
         entry.insert("path".to_owned(), json!(target));
         entry.insert("bytes".to_owned(), json!(bytes));
