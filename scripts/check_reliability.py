@@ -146,12 +146,14 @@ def killed(checks, work, draw, models, count):
         took = time.monotonic() - began
         problems = [f"unbroken: {done.said()}"] if done.code else []
         kills = midway = 0
-        for _ in range(0 if problems else 8):
+        for _ in range(0 if problems else 6):
+            attempts = 0
             while not output.exists():
+                attempts += 1
                 process = subprocess.Popen([TK, *map(str, command), "--output", output, "--resume"],
                                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(draw.uniform(0, took / 2) if kills % 12 < 10 else None)
+                    process.wait(draw.uniform(0, took / 2) if attempts < 10 else None)
                 process.send_signal(signal.SIGKILL)
                 _, said = process.communicate()
                 if process.returncode == -signal.SIGKILL:
