@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use common::{CLASSIFIERS, copy_dir, json, max_abs, models, records_file, tk};
 use serde_json::{Value, json};
+use tk::onnx::proto::ModelProto;
 use tk::onnx::{GraphKind, model, write};
 use tk::saved::Saved;
 
@@ -32,6 +33,12 @@ impl Bench {
     fn input(&self, name: &str, text: &str) -> PathBuf {
         std::fs::write(self.path(name), text).unwrap();
         self.path(name)
+    }
+
+    /// Puts another graph in place, for which nobody vouches.
+    fn replace_graph(&self, graph: ModelProto) {
+        write::save(graph, &self.model().join("onnx/model.onnx"), false).unwrap();
+        std::fs::remove_file(self.model().join("onnx/manifest.json")).unwrap();
     }
 
     fn serve(&self, input: &Path, args: &[&str]) -> assert_cmd::Command {
@@ -302,6 +309,34 @@ fn a_graph_that_is_missing_stale_or_broken_is_not_served() {
 }
 
 #[test]
+fn a_graph_that_was_damaged_since_its_export_is_not_served() {
+    for external in [false, true] {
+        let bench = Bench::new("tiny-bert-single");
+        if external {
+            tk().arg("export").arg(bench.model()).arg("--external-data").assert().success();
+        }
+        let input = bench.input("in.txt", "a\n");
+        let wanted = bench.lines(&input, &[]);
+        let folder = bench.model().join("onnx");
+        let damaged = folder.join(if external { "model.onnx_data" } else { "model.onnx" });
+        let mut bytes = std::fs::read(&damaged).unwrap();
+        let middle = bytes.len() / 2; // a weight
+        bytes[middle] ^= 0x40;
+        std::fs::write(&damaged, &bytes).unwrap();
+        let error = bench.error(&input, &[]);
+        assert!(error.contains("is not the file that `tk export` verified"), "{error}");
+        assert!(error.contains(damaged.to_str().unwrap()) && error.contains("manifest.json"), "{error}");
+        // what it computes, parity tells, which of one weight may be nothing
+        assert_ne!(tk().arg("parity").arg(bench.model()).output().unwrap().status.code(), Some(2));
+        // a change that somebody wants
+        std::fs::remove_file(folder.join("manifest.json")).unwrap();
+        bench.serve(&input, &[]).assert().success();
+        tk().arg("export").arg(bench.model()).assert().success();
+        assert_eq!(bench.lines(&input, &[]), wanted);
+    }
+}
+
+#[test]
 fn logits_that_are_not_finite_are_errors_of_their_records() {
     let bench = Bench::new("tiny-bert-single");
     let saved = Saved::open(&bench.model()).unwrap();
@@ -321,7 +356,7 @@ fn logits_that_are_not_finite_are_errors_of_their_records() {
     for value in table.raw_data[id * width..(id + 1) * width].as_chunks_mut().0 {
         *value = f32::NAN.to_le_bytes();
     }
-    write::save(graph, &bench.model().join("onnx/model.onnx"), false).unwrap();
+    bench.replace_graph(graph);
     let input = bench.input("in.txt", "the\ngreat\nthe\n");
     let lines = bench.lines(&input, &[]);
     assert!(lines[0]["label"].is_string() && lines[2]["label"].is_string());
@@ -357,7 +392,7 @@ fn a_session_that_fails_ends_the_run_and_what_was_answered_stays() {
     let table = initializers.iter_mut().find(|t| t.name == "bert.embeddings.word_embeddings.weight").unwrap();
     table.dims[0] = i64::from(id(bad));
     table.raw_data.truncate(table.dims.iter().product::<i64>() as usize * 4);
-    write::save(graph, &bench.model().join("onnx/model.onnx"), false).unwrap();
+    bench.replace_graph(graph);
 
     let input = bench.input("in.txt", &format!("{good}\n{good}\n{bad}\n{good}\n"));
     let output = bench.path("out.jsonl");

@@ -121,7 +121,7 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     let form = saved.task.form();
     let model = match &args.onnx {
         Some(path) => path.clone(),
-        None if args.precision != Precision::Fp32 => graphs::checked(&saved, args.precision)?,
+        None if args.precision != Precision::Fp32 => graphs::fresh(&saved, args.precision)?,
         None => graph(graphs::path(dir), GraphKind::fp32(form, DEFAULT_OPSET))?,
     };
 

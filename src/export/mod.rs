@@ -21,7 +21,7 @@ use crate::onnx::proto::ModelProto;
 use crate::onnx::write::{self, Scratch};
 use crate::onnx::{GraphKind, Precision, model};
 use crate::parity::{self, Compared, Runtime, Subject, decoding, inputs, report};
-use crate::predict::graphs;
+use crate::predict::{graphs, vouched};
 use crate::runtime::{How, Provider, Slots, library};
 use crate::saved::Saved;
 use crate::say::Say;
@@ -30,6 +30,8 @@ use crate::{Result, bail_unusable, checkpoint, files, process, unusable};
 
 /// The graph that every runtime reads.
 const MODEL: &str = "model.onnx";
+/// Its weights, where they stand in a file of their own.
+const DATA: &str = "model.onnx_data";
 /// The graph that tk generates with.
 const GENERATE: &str = "generate.onnx";
 
@@ -87,8 +89,8 @@ impl<'a> Export<'a> {
         model::build(config, task, weights, tokenizer.hash(), kind.clone())
     }
 
-    /// What a manifest says of a file that is in place.
-    fn entry(&self, file: &str, kind: &GraphKind) -> Result<Map<String, Value>> {
+    /// What a manifest says of a file that is in place, and of the one that has its weights, if another has.
+    fn entry(&self, file: &str, data_file: Option<&str>, kind: &GraphKind) -> Result<Map<String, Value>> {
         let path = self.folder.join(file);
         let entry = json!({
             "file": file,
@@ -98,8 +100,26 @@ impl<'a> Export<'a> {
             "precision": kind.precision.name(),
             "tk_version": env!("CARGO_PKG_VERSION"),
         });
-        let Value::Object(entry) = entry else { anyhow::bail!("an entry is an object") };
+        let Value::Object(mut entry) = entry else { anyhow::bail!("an entry is an object") };
+        if let Some(data_file) = data_file {
+            entry.insert("data_file".to_owned(), json!(data_file));
+            let hash = checkpoint::file_hash(&self.folder.join(data_file))?;
+            entry.insert("data_sha256".to_owned(), json!(hash));
+        }
         Ok(entry)
+    }
+
+    /// Puts graphs that were written in place, which share one file of weights or have none outside; the folder has to
+    /// be held. The manifest vouches for none of them until it is written anew: wherever this process ends, what stands
+    /// there is served.
+    fn install(&self, files: &[&str], external: bool) -> Result<()> {
+        let mut manifest = self.read_manifest()?;
+        let replaced: Vec<String> =
+            files.iter().flat_map(|file| [(*file).to_owned(), format!("{file}_data")]).collect();
+        if vouched::disown(&mut manifest, &replaced) {
+            files::write(&self.manifest(), format!("{:#}\n", Value::Object(manifest)))?;
+        }
+        write::install(self.scratch.path(), &self.folder, files, external)
     }
 
     fn bytes(&self, file: &str) -> u64 {
@@ -107,7 +127,7 @@ impl<'a> Export<'a> {
     }
 
     fn manifest(&self) -> PathBuf {
-        self.folder.join("manifest.json")
+        self.folder.join(vouched::MANIFEST)
     }
 
     /// What the manifest in place says; empty where there is none.
@@ -194,25 +214,20 @@ impl<'a> Export<'a> {
             _ if for_cuda => &[MODEL, OPTIMIZED],
             _ => &[MODEL],
         };
-        write::install(self.scratch.path(), &self.folder, files, external)?;
+        self.install(files, external)?;
         let mut before = self.read_manifest()?;
         let mut others = self.in_place(&mut before, GENERATING);
         let mut optimized = self.in_place(&mut before, OPTIMIZING);
         let mut precisions = self.in_place(&mut before, PRECISIONS);
         // what was measured on the graph that stood here before
         precisions.retain(|_, entry| entry["file"] != MODEL);
-        let mut manifest = self.entry(MODEL, &kind)?;
+        let data_file = external.then_some(DATA);
+        let mut manifest = self.entry(MODEL, data_file, &kind)?;
         manifest.insert("max_abs".to_owned(), json!(compared[0].max_abs));
-        let mut size = self.bytes(MODEL);
-        if external {
-            manifest.insert("data_file".to_owned(), json!("model.onnx_data"));
-            let data = write::data_path(&self.folder.join(MODEL));
-            manifest.insert("data_sha256".to_owned(), json!(checkpoint::file_hash(&data)?));
-            size += self.bytes("model.onnx_data");
-        }
+        let size = self.bytes(MODEL) + data_file.map_or(0, |file| self.bytes(file));
         let mut also = String::new();
         if for_cuda {
-            let mut entry = self.entry(OPTIMIZED, &GraphKind::fused())?;
+            let mut entry = self.entry(OPTIMIZED, data_file, &GraphKind::fused())?;
             entry.insert("max_abs".to_owned(), json!(compared[1].max_abs));
             optimized.insert(Provider::Cuda.name().to_owned(), Value::Object(entry));
             also = format!(
@@ -221,7 +236,7 @@ impl<'a> Export<'a> {
                 compared[1].max_abs
             );
         } else if let Some(in_place) = compared.get(1) {
-            let mut entry = self.entry(GENERATE, &GraphKind::in_place(Precision::Fp32))?;
+            let mut entry = self.entry(GENERATE, data_file, &GraphKind::in_place(Precision::Fp32))?;
             entry.insert("max_abs".to_owned(), json!(in_place.max_abs));
             others.shift_insert(0, Precision::Fp32.name().to_owned(), Value::Object(entry));
             also = format!(
@@ -317,11 +332,12 @@ impl<'a> Export<'a> {
     ) -> Result<Exported> {
         let file = target.file_name().unwrap_or_default().to_string_lossy();
         let _held = self.locked()?;
-        write::install(self.scratch.path(), &self.folder, &[&file], external)?;
-        let mut entry = self.entry(&file, kind)?;
+        self.install(&[&file], external)?;
+        let data_file = external.then(|| format!("{file}_data"));
+        let mut entry = self.entry(&file, data_file.as_deref(), kind)?;
         entry.extend(about.into_iter().map(|(name, value)| (name.to_owned(), value)));
         self.record(key, kind.precision, &entry)?;
-        let bytes = self.bytes(&file) + if external { self.bytes(&format!("{file}_data")) } else { 0 };
+        let bytes = self.bytes(&file) + data_file.map_or(0, |file| self.bytes(&file));
         entry.insert("path".to_owned(), json!(target));
         entry.insert("bytes".to_owned(), json!(bytes));
         let summary = format!("{}: {:.1} MB, {found}", target.display(), bytes as f64 / 1e6);

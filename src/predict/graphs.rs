@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 
+use super::vouched;
 use crate::onnx::{Precision, model};
 use crate::saved::Saved;
 use crate::task::Form;
@@ -28,14 +29,13 @@ pub fn optimized(dir: &Path) -> PathBuf {
 /// beside it.
 ///
 /// # Errors
-/// Unusable: the model was trained on since it was exported.
+/// Unusable: the model was trained on since it was exported, or the graph is another file now.
 pub fn checked_optimized(saved: &Saved) -> Result<Option<PathBuf>> {
     let path = optimized(&saved.dir);
     if !path.is_file() {
         return Ok(None);
     }
-    check_fresh(saved, &path, Precision::Fp32)?;
-    Ok(Some(path))
+    whole(saved, path, Precision::Fp32).map(Some)
 }
 
 /// Where it writes the graph of whole sequences in this precision; the names are those of the ecosystem.
@@ -59,7 +59,7 @@ pub fn remove(dir: &Path) -> Result<()> {
     for entry in entries {
         let path = entry.with_context(place)?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy();
-        if name.ends_with(".onnx") || name.contains(".onnx_data") || name == "manifest.json" {
+        if name.ends_with(".onnx") || name.contains(".onnx_data") || name == vouched::MANIFEST {
             std::fs::remove_file(&path).with_context(|| path.display().to_string())?;
         }
     }
@@ -82,14 +82,24 @@ pub fn generating(dir: &Path, precision: Precision) -> PathBuf {
 /// As [`checked`].
 pub fn checked_generating(saved: &Saved, precision: Precision) -> Result<PathBuf> {
     check_precision(saved, precision)?;
-    there_and_fresh(saved, generating(&saved.dir, precision), precision)
+    whole(saved, generating(&saved.dir, precision), precision)
 }
 
 /// The exported graph of a trained model in this precision, held against the weights beside it.
 ///
 /// # Errors
-/// Unusable: there is none, or the model was trained on since it was exported; or its task has no such precision.
+/// Unusable: there is none, or the model was trained on since it was exported, or the graph is another file now; or its
+/// task has no such precision.
 pub fn checked(saved: &Saved, precision: Precision) -> Result<PathBuf> {
+    check_precision(saved, precision)?;
+    whole(saved, in_precision(&saved.dir, precision), precision)
+}
+
+/// The same whatever the graph computes, for who holds that against the trained model.
+///
+/// # Errors
+/// As [`checked`], but that the file may be another one.
+pub fn fresh(saved: &Saved, precision: Precision) -> Result<PathBuf> {
     check_precision(saved, precision)?;
     there_and_fresh(saved, in_precision(&saved.dir, precision), precision)
 }
@@ -100,7 +110,7 @@ pub fn checked(saved: &Saved, precision: Precision) -> Result<PathBuf> {
 /// # Errors
 /// Unusable: the manifest beside it doesn't say.
 pub fn tolerance(saved: &Saved, precision: Precision) -> Result<f32> {
-    let path = folder(&saved.dir).join("manifest.json");
+    let path = folder(&saved.dir).join(vouched::MANIFEST);
     let manifest = std::fs::read(&path).ok();
     let manifest = manifest.and_then(|bytes| serde_json::from_slice::<serde_json::Value>(&bytes).ok());
     let found = manifest.and_then(|manifest| manifest["precisions"][precision.name()]["max_abs"].as_f64());
@@ -132,6 +142,13 @@ pub fn check_precision(saved: &Saved, precision: Precision) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// A graph that is there, fresh, and the file that was verified.
+fn whole(saved: &Saved, path: PathBuf, precision: Precision) -> Result<PathBuf> {
+    let path = there_and_fresh(saved, path, precision)?;
+    vouched::check(&path)?;
+    Ok(path)
 }
 
 fn there_and_fresh(saved: &Saved, path: PathBuf, precision: Precision) -> Result<PathBuf> {

@@ -8,6 +8,7 @@ pub mod matrix;
 pub mod pool;
 pub mod shard;
 pub mod sink;
+pub mod vouched;
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
