@@ -17,6 +17,13 @@ pub const TEMPORARY: &str = ".tk-";
 /// Links that are followed before they are taken for a circle, as Linux does.
 const MOST_LINKS: usize = 40;
 
+/// Whether a name can stand as one part of a path and of an address: letters and digits of ASCII, `-`, `_` and `.`, and not
+/// dots alone.
+pub fn is_plain_name(name: &str) -> bool {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    name.chars().all(plain) && !name.trim_matches('.').is_empty()
+}
+
 /// Lets `write` fill a temporary file in the folder of `path`, which no other process has the name of, then renames it
 /// to `path`. When `write` fails, neither name is left changed.
 pub fn write_through_rename(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {

@@ -900,6 +900,7 @@ fn where_there_is_no_room_clients_are_told_to_come_again() {
     let dir = dir.to_str().unwrap();
     refused(&[dir, dir], "two models are called tiny-bert-single");
     refused(&[&format!("a/b={dir}")], "can't stand in an address");
+    refused(&[&format!("..={dir}")], "can't stand in an address");
     refused(&["none"], "none");
     refused(&[dir, "--timeout", "0"], "expected a number of seconds above 0");
     refused(&[dir, "--listen", &server.address], "--listen");

@@ -97,7 +97,7 @@ fn what_triton_can_not_serve_is_refused_by_name() {
     let bench = Bench::new("tiny-bert-single");
     bench.refused(&["--triton-name", "a/b"], "\"a/b\" can't be a model's name");
     bench.refused(&["--triton-name", ".."], "\"..\" can't be a model's name");
-    bench.refused(&["--precision", "int8", "--triton-tensorrt", "fp32"], "scales are found at run time");
+    bench.refused(&["--precision", "int8", "--triton-tensorrt", "fp32"], "signed bytes around zero");
     let bench = Bench::new(LANGUAGE_MODEL);
     bench.refused(&["--triton-tensorrt", "fp32"], "grows with every token");
     bench.refused(&["--precision", "q8"], "one that tk alone generates with");

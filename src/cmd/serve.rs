@@ -17,7 +17,7 @@ use crate::say::Say;
 use crate::server::queue::QueueLimits;
 use crate::server::{Generator, GeneratorOptions, Load, Meter, Model, RequestLimits, Served};
 use crate::task::AnswerFlags;
-use crate::{Result, bail_unusable, generate, process, server, unusable};
+use crate::{Result, bail_unusable, files, generate, process, server, unusable};
 
 /// Answer records over HTTP, in batches of about one length.
 ///
@@ -153,8 +153,7 @@ fn named(model: &str) -> Result<(String, PathBuf)> {
             (whole.file_name().unwrap_or_default().to_string_lossy().into_owned(), dir)
         }
     };
-    let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-    if name.is_empty() || !name.chars().all(plain) {
+    if !files::is_plain_name(&name) {
         bail_unusable!(
             "{model}: {name:?} can't stand in an address: give NAME=DIR, with letters, digits, - _ and ."
         );

@@ -40,13 +40,11 @@ impl Export<'_> {
             "file": MODEL,
             "precision": precision.name(),
             "provider": Provider::OpenVino.name(),
-            "gate": loss,
-            "max_metric_drop": max_drop,
-            "max_abs": compared.max_abs,
-            "batch_invariance": compared.batch_invariance,
             "tk_version": env!("CARGO_PKG_VERSION"),
         });
         let Value::Object(mut entry) = entry else { anyhow::bail!("an entry is an object") };
+        let about = loss.about(max_drop, &compared);
+        entry.extend(about.into_iter().map(|(name, value)| (name.to_owned(), value)));
         self.record(PRECISIONS, precision, &entry)?;
 
         let hint = super::hint(examples.is_some());

@@ -4,11 +4,12 @@ use std::path::Path;
 
 use anyhow::Context;
 use serde::Serialize;
+use serde_json::{Value, json};
 
 use crate::Result;
 use crate::data::batch::Encoding;
 use crate::onnx::Precision;
-use crate::parity::{Measure, inputs};
+use crate::parity::{Compared, Measure, inputs};
 use crate::predict::Predictor;
 use crate::runtime::{Provider, Providers};
 use crate::saved::Saved;
@@ -64,6 +65,16 @@ impl Loss {
             );
         }
         Ok(())
+    }
+
+    /// What a manifest says of it, and of how far the logits are.
+    pub fn about(&self, most: f64, compared: &Compared) -> [(&'static str, Value); 4] {
+        [
+            ("gate", json!(self)),
+            ("max_metric_drop", json!(most)),
+            ("max_abs", json!(compared.max_abs)),
+            ("batch_invariance", json!(compared.batch_invariance)),
+        ]
     }
 
     /// For people.

@@ -96,10 +96,7 @@ impl Export<'_> {
         let target = graphs::in_precision(&self.saved.dir, Precision::Int8);
         let file = target.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let written = self.scratch.path().join(&file);
-        let fp32 = self.scratch.path().join("fp32.onnx");
-        write::save(self.build(&GraphKind::fp32(Form::Whole, opset))?, &fp32, false)?;
-        self.say.detail("measuring in fp32");
-        let gate = Gate::new(self.saved, &fp32, examples)?;
+        let gate = self.gate(opset, examples)?;
         let ranges = ranges.unwrap_or_default();
         let trials = Trials { export: self, opset, ranges, external_data, gate, written: written.clone() };
 
@@ -152,14 +149,8 @@ impl Export<'_> {
             _ => format!("a record alone and the same among others: {beside:.1e}"),
         };
         let found = format!("{}{in_fp32}{hint}\n{neighbours}", loss.told(Precision::Int8));
-        let about = [
-            ("form", json!(form)),
-            ("in_fp32", json!(kept)),
-            ("gate", json!(loss)),
-            ("max_metric_drop", json!(max_drop)),
-            ("max_abs", json!(compared.max_abs)),
-            ("batch_invariance", json!(compared.batch_invariance)),
-        ];
+        let how = [("form", json!(form)), ("in_fp32", json!(kept))];
+        let about = how.into_iter().chain(loss.about(max_drop, &compared));
         self.put(super::PRECISIONS, &target, &kind, external, about, &found)
     }
 }

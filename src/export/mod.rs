@@ -8,6 +8,7 @@ mod gate;
 mod int8;
 pub mod triton;
 
+use gate::Gate;
 pub use int8::Int8;
 
 use std::path::{Path, PathBuf};
@@ -266,6 +267,14 @@ impl<'a> Export<'a> {
         manifest.insert("bytes".to_owned(), json!(size));
         manifest.insert("records".to_owned(), json!(compared[0].records));
         Ok(Exported { summary: human, manifest })
+    }
+
+    /// What graphs in fewer bits are held against: the one in fp32, which is not kept.
+    fn gate<'e>(&'e self, opset: i64, examples: Option<&'e [Example]>) -> Result<Gate<'e>> {
+        let fp32 = self.scratch.path().join("fp32.onnx");
+        write::save(self.build(&GraphKind::fp32(Form::Whole, opset))?, &fp32, false)?;
+        self.say.detail("measuring in fp32");
+        Gate::new(self.saved, &fp32, examples)
     }
 
     /// A language model's graph with its matrices in blocks of few bits, held against the trained model's perplexity.

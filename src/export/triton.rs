@@ -83,8 +83,8 @@ impl TritonFlags {
             }
             if precision == Precision::Int8 {
                 bail_unusable!(
-                    "--triton-tensorrt: TensorRT takes no graph whose scales are found at run time, as int8's are: leave \
-                     it out, or --precision"
+                    "--triton-tensorrt: TensorRT multiplies signed bytes around zero alone, and the activations of int8 are \
+                     unsigned ones here: leave it out, or --precision"
                 );
             }
         }
@@ -95,8 +95,7 @@ impl TritonFlags {
                 dir.file_name().unwrap_or_default().to_string_lossy().into_owned()
             }
         };
-        let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-        if !name.chars().all(plain) || name.trim_matches('.').is_empty() {
+        if !files::is_plain_name(&name) {
             bail_unusable!(
                 "{name:?} can't be a model's name: give --triton-name NAME, with letters, digits, - _ and ."
             );
