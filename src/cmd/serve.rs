@@ -198,7 +198,7 @@ fn served(
         batch_tokens: predictor.batch_tokens(),
         wait: Duration::from_micros(args.max_wait_us.unwrap_or(0)),
     };
-    Served::start(name, saved, args.precision, predictor, limits, meter)
+    Served::start(name, saved, args.precision, predictor, &providers.how, limits, meter)
 }
 
 /// The key in a file, without the line's end.

@@ -19,7 +19,7 @@ pub use pool::Pool;
 use crate::data::batch::Encoding;
 use crate::data::records::{BadRow, Row};
 use crate::onnx::Precision;
-use crate::runtime::{Order, Provider, Providers};
+use crate::runtime::{How, Order, Provider, Providers};
 use crate::saved::Saved;
 use crate::say::Say;
 use crate::task::{Answer, AnswerFlags, Asking, Example, Measured, Outputs, Question, Task};
@@ -141,6 +141,17 @@ impl Predictor {
         let Self { task, asking, graph, .. } = self;
         let of_pool = |pool| Self { task: task.clone(), asking: asking.clone(), graph: graph.clone(), pool };
         self.pool.split().into_iter().map(of_pool).collect()
+    }
+
+    /// One that answers with all threads together, for a record that nobody else computes beside, where there is room for
+    /// it: see [`Pool::together`].
+    ///
+    /// # Errors
+    /// As [`Pool::open`].
+    pub fn together(&self, how: &How) -> Result<Option<Self>> {
+        let Self { task, asking, graph, .. } = self;
+        let of_pool = |pool| Self { task: task.clone(), asking: asking.clone(), graph: graph.clone(), pool };
+        Ok(self.pool.together(graph, how)?.map(of_pool))
     }
 
     /// The threads that share the model.

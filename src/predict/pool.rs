@@ -12,7 +12,7 @@ use crate::data::batch::{Encoding, PaddedBatch};
 use crate::onnx::{model, write};
 use crate::runtime::session::Values;
 use crate::runtime::tensorrt::{Engine, MOST_ROWS};
-use crate::runtime::{Model, OrtSession, Provider, Providers, Threads};
+use crate::runtime::{How, Model, OrtSession, Provider, Providers, Threads};
 use crate::saved::Saved;
 use crate::say::Say;
 use crate::task::{Outputs, Scope};
@@ -81,6 +81,27 @@ impl Pool {
             Self { sessions, pad_id, batch_tokens, scopes, ahead }
         };
         self.sessions.iter().map(of_session).collect()
+    }
+
+    /// The same model for one batch at a time, which all threads compute together: sooner, and with less done in the end,
+    /// than each a batch of its own. None where a single thread is all there is, or where the weights are too large for
+    /// another copy.
+    ///
+    /// # Errors
+    /// As [`OrtSession::open`].
+    pub fn together(&self, model: &Path, how: &How) -> Result<Option<Self>> {
+        let Self { pad_id, batch_tokens, ahead, .. } = *self;
+        let threads = self.sessions.len();
+        let copies =
+            if threads > 1 && Arc::ptr_eq(&self.sessions[0], &self.sessions[1]) { 1 } else { threads };
+        if threads == 1 || bytes(model).saturating_mul(copies as u64 + 1) > COPIED {
+            return Ok(None);
+        }
+        let providers = Providers { how: how.clone(), ..Providers::only(self.provider()) };
+        let threads = Threads::Together(threads);
+        let session = OrtSession::open(Model::File(model), &providers, threads, Say::default())?;
+        let (sessions, scopes) = (vec![Arc::new(session)], self.scopes.clone());
+        Ok(Some(Self { sessions, pad_id, batch_tokens, scopes, ahead }))
     }
 
     /// The session that each thread runs.

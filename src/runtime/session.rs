@@ -77,9 +77,9 @@ impl Threads {
 /// How a session's threads wait for work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Waiting {
-    /// Several sessions share the cores: a waiting thread must not burn one.
-    Sleeps,
-    /// A session alone, whose runs are many and short.
+    /// Asleep where no run is under way, for other sessions have the cores then.
+    SpinsInRuns,
+    /// Awake between runs as well: a session alone, whose runs are many and short.
     Spins,
 }
 
@@ -125,7 +125,7 @@ impl OrtSession {
     /// # Errors
     /// Unusable: no ONNX Runtime, no such model, or none of the providers; says why for each.
     pub fn open(model: Model<'_>, providers: &Providers, threads: Threads, say: Say) -> Result<Self> {
-        Self::open_waiting(model, providers, threads, Waiting::Sleeps, say)
+        Self::open_waiting(model, providers, threads, Waiting::SpinsInRuns, say)
     }
 
     /// The same, where threads wait as asked.
@@ -315,7 +315,7 @@ fn options(environment: &Environment, threads: usize, waiting: Waiting) -> ort::
         // with this ort would let plug-in providers in that nobody asked for
         .with_auto_device(AutoDevicePolicy::PreferCPU)?
         .with_intra_threads(threads)?
-        .with_intra_op_spinning(waiting == Waiting::Spins)?
+        .with_config_entry("session.force_spinning_stop", if waiting == Waiting::Spins { "0" } else { "1" })?
         // batches differ in shape, and a plan for each shape would be kept
         .with_memory_pattern(false)?
         .with_config_entry("session.record_ep_graph_assignment_info", "1")?)

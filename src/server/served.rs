@@ -1,6 +1,7 @@
 //! A model that answers requests: its queue, and a thread for each of its sessions.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Instant;
@@ -16,7 +17,7 @@ use crate::data::records::{BadRow, Row};
 use crate::data::tokens::Tokenizer;
 use crate::onnx::{Precision, write};
 use crate::predict::{Asked, Predictor};
-use crate::runtime::Provider;
+use crate::runtime::{How, Provider};
 use crate::saved::Saved;
 use crate::task::Task;
 
@@ -40,7 +41,8 @@ pub struct Served {
 }
 
 impl Served {
-    /// Starts a thread for each session, once each of them has answered.
+    /// Starts a thread for each session, once each of them has answered. A batch beside which nothing waits and none is
+    /// computed is answered by all threads together, where there is room for such a session.
     ///
     /// # Errors
     /// A session fails at its first record, or the system gives no thread.
@@ -49,6 +51,7 @@ impl Served {
         saved: &Saved,
         precision: Precision,
         predictor: Predictor,
+        how: &How,
         limits: QueueLimits,
         meter: &Arc<Meter>,
     ) -> Result<Self> {
@@ -56,11 +59,17 @@ impl Served {
         let read: Read = Box::new(predictor.reader());
         let about = about(&name, saved, precision, &predictor)?;
         let queue = Arc::new(Queue::new(limits));
+        let first = |predictor: &Predictor| {
+            warm_up(saved, predictor).with_context(|| format!("{name}: the first record"))
+        };
+        let together = predictor.together(how)?;
+        together.as_ref().map_or(Ok(()), first)?;
+        let crew = Arc::new(Crew { together, busy: AtomicUsize::new(0) });
         let mut workers = Vec::new();
-        for mut predictor in predictor.split() {
-            warm_up(saved, &mut predictor).with_context(|| format!("{name}: the first record"))?;
-            let (queue, meter, of) = (queue.clone(), meter.clone(), name.clone());
-            let work = move || work(&queue, predictor, &meter, &of);
+        for predictor in predictor.split() {
+            first(&predictor)?;
+            let (queue, crew, meter, of) = (queue.clone(), crew.clone(), meter.clone(), name.clone());
+            let work = move || work(&queue, &predictor, &crew, &meter, &of);
             let worker = std::thread::Builder::new().name(format!("model {name}")).spawn(work);
             workers.push(worker.context("starting a thread")?);
         }
@@ -94,7 +103,7 @@ impl Drop for Served {
 }
 
 /// Runs a short text and one of full length, so that no request pays for what a session does once.
-fn warm_up(saved: &Saved, predictor: &mut Predictor) -> Result<()> {
+fn warm_up(saved: &Saved, predictor: &Predictor) -> Result<()> {
     let longest = predictor.max_length();
     for text in ["a".to_owned(), "a ".repeat(longest)] {
         let encoding = saved.tokenizer.encode(&text, None, longest)?;
@@ -105,14 +114,25 @@ fn warm_up(saved: &Saved, predictor: &mut Predictor) -> Result<()> {
     Ok(())
 }
 
+/// What the threads of a model share.
+struct Crew {
+    /// Answers one batch by all threads.
+    together: Option<Predictor>,
+    /// Batches that are computed.
+    busy: AtomicUsize,
+}
+
 /// Answers batches until the queue is closed and empty.
-fn work(queue: &Queue, predictor: Predictor, meter: &Meter, name: &str) {
+fn work(queue: &Queue, predictor: &Predictor, crew: &Crew, meter: &Meter, name: &str) {
     while let Some(jobs) = queue.next() {
+        let alone = crew.busy.fetch_add(1, Ordering::AcqRel) == 0 && queue.is_empty();
+        let predictor = crew.together.as_ref().filter(|_| alone).unwrap_or(predictor);
         let started = Instant::now();
         let asked: Vec<&Asked> = jobs.iter().map(|job| &job.asked).collect();
         let answers = catch_unwind(AssertUnwindSafe(|| predictor.answers(&asked)));
         let answers =
             answers.unwrap_or_else(|panic| Err(crate::error::of_panic("the model", panic.as_ref())));
+        crew.busy.fetch_sub(1, Ordering::AcqRel);
         let computed = started.elapsed();
         meter.batch(name, &asked, computed);
         let reply = |job: Job, answer| {
