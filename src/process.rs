@@ -56,6 +56,16 @@ pub fn cpu_model() -> Option<String> {
     field(Path::new("/proc/cpuinfo"), "model name")
 }
 
+/// The most memory that this process may hold, in bytes: the machine's, or less where a control group has a limit. None
+/// where the system does not tell.
+pub fn memory_limit() -> Option<u64> {
+    let kilobytes = field(Path::new("/proc/meminfo"), "MemTotal")?;
+    let machine = kilobytes.trim_end_matches(" kB").parse::<u64>().ok()?.saturating_mul(1024);
+    let group = std::fs::read_to_string("/sys/fs/cgroup/memory.max").ok();
+    let group = group.and_then(|text| text.trim().parse::<u64>().ok());
+    Some(group.map_or(machine, |group| group.min(machine)))
+}
+
 /// The memory that this process holds now, in bytes; 0 where the system does not tell.
 pub fn rss_bytes() -> u64 {
     let kilobytes = field(Path::new("/proc/self/status"), "VmRSS");

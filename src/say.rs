@@ -53,6 +53,16 @@ impl Say {
     }
 }
 
+/// The first of some names, and how many more there are.
+pub fn listed<'a>(names: impl ExactSizeIterator<Item = &'a str>, most: usize) -> String {
+    let more = names.len().saturating_sub(most);
+    let mut listed = names.take(most).collect::<Vec<_>>().join(", ");
+    if more > 0 {
+        listed += &format!(" and {more} more");
+    }
+    listed
+}
+
 /// A line on stderr. Where it can't be written, since the terminal has gone or a pipe's reader, nobody listens, and the
 /// work goes on.
 pub fn tell(text: impl AsRef<str>) {

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use candle_core::Device;
 use indicatif::HumanCount;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -10,6 +11,7 @@ use serde_json::json;
 use crate::say::{Say, peak_rss_bytes};
 use crate::task::{Learning, Metrics, RecordFlags, Task, TrainingFlags};
 use crate::train::checkpoint::Folder;
+use crate::train::dry_run::DryRun;
 use crate::train::output::{self, EarlierRun};
 use crate::train::prepare::{Job, Prepared};
 use crate::train::{Outcome, Run, Settings};
@@ -44,6 +46,15 @@ pub struct Args {
     #[arg(long)]
     #[serde(skip)]
     overwrite: bool,
+    /// Read everything, train nothing, write nothing: tell what is in the files, what a run would do and take, and what
+    /// looks like a mistake.
+    #[arg(long, conflicts_with = "resume")]
+    #[serde(skip)]
+    dry_run: bool,
+    /// With --dry-run, end with exit code 2 where something looks like a mistake.
+    #[arg(long, requires = "dry_run")]
+    #[serde(skip)]
+    strict: bool,
     /// Use only the model's config.json and tokenizer; draw all weights anew. A task that learns from texts without
     /// labels trains a tokenizer on them where the model has none.
     #[arg(long)]
@@ -81,6 +92,9 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
         bail_unusable!("--checkpoint-activations works with --device cpu; here, try a smaller --batch-size");
     }
     let mut prepared = Prepared::new(&job, &device, &say)?;
+    if args.dry_run {
+        return dry_run(args, &job, &prepared, &device, &say);
+    }
     prepared.describe(&job, &say);
     let _held = output::start(&args.output, asked, &settings, prepared.inputs(&job)?)?;
 
@@ -125,6 +139,15 @@ impl Args {
             training: &self.training,
             settings: &self.settings,
         }
+    }
+}
+
+fn dry_run(args: &Args, job: &Job, prepared: &Prepared, device: &Device, say: &Say) -> Result<()> {
+    let found = DryRun::new(job, prepared, device)?;
+    say.result(found.told(), &found)?;
+    match found.warnings.len() {
+        count if args.strict && count > 0 => bail_unusable!("--strict: {count} warnings, see above"),
+        _ => Ok(()),
     }
 }
 

@@ -10,6 +10,14 @@ use crate::{Result, bail_unusable, unusable};
 /// What transformers' names of labels that have none begin with.
 const DEFAULT_NAME: &str = "LABEL_";
 
+/// Labels for a message: a model may have thousands.
+pub fn told(labels: &[String]) -> String {
+    crate::say::listed(labels.iter().map(String::as_str), TOLD)
+}
+
+/// Labels that are listed.
+const TOLD: usize = 20;
+
 /// transformers' names of labels that have none.
 pub fn default_names(n: usize) -> Vec<String> {
     (0..n).map(|id| format!("{DEFAULT_NAME}{id}")).collect()

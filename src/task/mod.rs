@@ -5,6 +5,7 @@ pub mod causal_lm;
 pub mod embedding;
 pub mod flags;
 mod id2label;
+mod look;
 pub mod masked_lm;
 pub mod next_sentence;
 pub mod objective;
@@ -28,7 +29,8 @@ use serde_json::{Map, Value};
 
 use crate::checkpoint::Weights;
 use crate::data::batch::{Encoding, PackedBatch};
-use crate::data::records::{BadRow, Columns, Row};
+use crate::data::records::{BadRow, Columns, How, Row};
+use crate::data::tokens::Tokenizer;
 use crate::eager::{Eager, Forward, X};
 use crate::model::ops::{Ops, Param};
 use crate::model::{Family, Head, ModelConfig, manifest, token_ids};
@@ -37,6 +39,7 @@ use crate::{Result, bail_unusable, unusable};
 pub use causal_lm::CausalLm;
 pub use embedding::Embedding;
 pub use flags::{Reading, SharedFlags, SharedRecordFlags, SharedTrainingFlags, TextColumns};
+pub use look::{Beside, Look};
 pub use masked_lm::MaskedLm;
 pub use next_sentence::NextSentence;
 pub use objective::{Asking, Encoder, Form, Learning, Objective, Start};
@@ -396,6 +399,29 @@ macro_rules! tasks {
             pub fn examples(&self, path: &Path, encoder: &Encoder) -> Result<Vec<Example>> {
                 match self {
                     $(Self::$task(task) => Ok(listed(task.examples(path, encoder)?, Target::$task)),)+
+                }
+            }
+
+            /// See [`Objective::reading`].
+            pub fn reading(&self, flags: &RecordFlags) -> (How, Columns) {
+                match self { $(Self::$task(_) => $task::reading(flags)),+ }
+            }
+
+            /// See [`Objective::look`].
+            pub fn look(&self, path: &Path, flags: &RecordFlags) -> Result<Vec<Look>> {
+                match self { $(Self::$task(task) => task.look(path, flags)),+ }
+            }
+
+            /// See [`Objective::has_one_label`].
+            pub fn has_one_label(&self) -> bool {
+                match self { $(Self::$task(task) => task.has_one_label()),+ }
+            }
+
+            /// See [`Objective::beside`].
+            pub fn beside(&self, target: &Target, tokenizer: &Tokenizer) -> Beside {
+                match (self, target) {
+                    $((Self::$task(task), Target::$task(target)) => task.beside(target, tokenizer),)+
+                    _ => Beside::Example("another task's".to_owned()),
                 }
             }
 

@@ -14,11 +14,11 @@ use anyhow::Context;
 use candle_core::Tensor;
 
 use super::{
-    Answer, AnswerFlags, CausalLm, Example, Measured, Metric, Output, Outputs, RecordFlags, Task,
-    TrainingFlags, scores,
+    Answer, AnswerFlags, Beside, CausalLm, Example, Look, Measured, Metric, Output, Outputs, RecordFlags,
+    Task, TrainingFlags, scores,
 };
 use crate::data::batch::Encoding;
-use crate::data::records::{BadRow, Columns, Row};
+use crate::data::records::{BadRow, Columns, How, Row};
 use crate::data::tokens::Tokenizer;
 use crate::eager::{Eager, Forward, X};
 use crate::model::ops::Ops;
@@ -185,6 +185,9 @@ pub trait Objective: Clone + Into<Task> {
         Ok(())
     }
 
+    /// How records to learn from stand in a file, and under which columns.
+    fn reading(flags: &RecordFlags) -> (How, Columns);
+
     /// Reads the records to learn from, and finds out what is to be learnt.
     ///
     /// # Errors
@@ -196,6 +199,20 @@ pub trait Objective: Clone + Into<Task> {
     /// # Errors
     /// Unusable: records that the model can't be measured on, with file and line.
     fn examples(&self, path: &Path, encoder: &Encoder) -> Result<Vec<Example<Self::Target>>>;
+
+    /// Reads records to learn from, or to measure on, as they are.
+    ///
+    /// # Errors
+    /// Unusable: as [`Objective::learn`], as far as records are read.
+    fn look(&self, path: &Path, flags: &RecordFlags) -> Result<Vec<Look>>;
+
+    /// Whether every record has one of the labels.
+    fn has_one_label(&self) -> bool {
+        false
+    }
+
+    /// What an example's tokens ought to give.
+    fn beside(&self, target: &Self::Target, tokenizer: &Tokenizer) -> Beside;
 
     /// What is told of the task before the first step.
     fn summary(&self) -> Option<String> {

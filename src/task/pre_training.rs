@@ -9,12 +9,13 @@ use serde_json::{Map, json};
 use super::masked_lm::{self, Masked, Masking, check_tied, encoded, fills, found, masks, write_class};
 use super::next_sentence::{self, Chunk, Corpus, Pair, UNIT};
 use super::{
-    Answer, Asking, Dim, Encoder, Example, Form, Learning, Measured, Metric, Metrics, Objective, Output,
-    Outputs, Start,
+    Answer, Asking, Beside, Dim, Encoder, Example, Form, Learning, Look, Measured, Metric, Metrics,
+    Objective, Output, Outputs, Start,
 };
 use crate::Result;
 use crate::data::batch::Encoding;
-use crate::data::records::{BadRow, Columns, Row};
+use crate::data::records::{BadRow, Columns, How, Row};
+use crate::data::tokens::Tokenizer;
 use crate::eager::kernels::dropout::mix;
 use crate::eager::{Eager, Forward, X};
 use crate::model::{Head, ModelConfig};
@@ -84,6 +85,10 @@ impl Objective for PreTraining {
         write_class(config, self.head());
     }
 
+    fn reading(flags: &super::RecordFlags) -> (How, Columns) {
+        masked_lm::reading(flags, UNIT)
+    }
+
     fn learn(start: &mut Start) -> Result<Learning<Self, Pretrained>> {
         let texts = masked_lm::read(start.train, start.records, UNIT)?;
         let (tokenizer, _) = start.tokenizer_of(&texts.iter().map(String::as_str).collect::<Vec<_>>())?;
@@ -105,6 +110,14 @@ impl Objective for PreTraining {
         let texts = masked_lm::read(path, encoder.records, UNIT)?;
         let chunks = Corpus::new(&texts, path, encoder.tokenizer)?.chunks(encoder.max_length)?;
         chunks.into_iter().zip(0..).map(|(chunk, i)| example(chunk, &masking, mix(i))).collect()
+    }
+
+    fn look(&self, path: &Path, flags: &super::RecordFlags) -> Result<Vec<Look>> {
+        masked_lm::look(path, flags, UNIT)
+    }
+
+    fn beside(&self, target: &Pretrained, tokenizer: &Tokenizer) -> Beside {
+        target.masked.beside(tokenizer)
     }
 
     fn losses(target: &Pretrained) -> Vec<usize> {

@@ -1,6 +1,7 @@
 //! Training: encoded examples and a definition → trained parameters, reproducibly.
 
 pub mod checkpoint;
+pub mod dry_run;
 pub mod log;
 pub mod optimizer;
 pub mod output;

@@ -162,7 +162,7 @@ impl Plan {
 }
 
 /// Fisher and Yates' shuffle.
-fn shuffle<T>(items: &mut [T], rng: &mut impl Rng) {
+pub(super) fn shuffle<T>(items: &mut [T], rng: &mut impl Rng) {
     for i in (1..items.len()).rev() {
         // the high half of a 64-bit product: a number below i + 1
         let j = ((u128::from(rng.next_u64()) * (i as u128 + 1)) >> 64) as usize;

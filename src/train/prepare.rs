@@ -61,9 +61,9 @@ pub struct Prepared {
     pub learning: Learning<Task, Target>,
     pub params: Params,
     /// Parameters that are drawn anew.
-    new: Vec<String>,
+    pub new: Vec<String>,
     /// Weights of the checkpoint that nothing asks for.
-    unused: Vec<String>,
+    pub unused: Vec<String>,
     /// What is measured on.
     pub eval: Vec<Example>,
 }

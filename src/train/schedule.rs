@@ -15,6 +15,15 @@ pub enum Schedule {
 }
 
 impl Schedule {
+    /// As `--schedule` takes it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Linear => "linear",
+            Self::Cosine => "cosine",
+            Self::Constant => "constant",
+        }
+    }
+
     /// The factor of update `step`, counted from 0, of `total`, the first `warmup` of which rise from 0.
     pub fn factor(self, step: usize, warmup: usize, total: usize) -> f64 {
         if step < warmup {

@@ -31,6 +31,11 @@ impl Columns {
         self.asked(wanted).unwrap_or(wanted)
     }
 
+    /// Each wanted field with its column.
+    pub fn all(&self) -> impl Iterator<Item = (&'static str, &str)> {
+        self.0.iter().map(|(wanted, _)| (*wanted, self.of(wanted)))
+    }
+
     fn asked(&self, wanted: &str) -> Option<&str> {
         self.0.iter().find(|(name, _)| *name == wanted)?.1.as_deref()
     }

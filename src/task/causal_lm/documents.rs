@@ -4,9 +4,9 @@ use std::path::Path;
 
 use super::{CausalLm, NextTokens};
 use crate::data::batch::Encoding;
-use crate::data::records::{self, Columns, How};
+use crate::data::records;
 use crate::data::tokens::{Body, Tokenizer};
-use crate::task::{Example, RecordFlags, Target, listed};
+use crate::task::{Example, Objective, RecordFlags, Target, listed};
 use crate::{Result, bail_unusable};
 
 /// How documents become examples.
@@ -110,12 +110,7 @@ impl Document {
 /// Unusable: the file can't be read, has no records, or has records without text; the first of them are listed with
 /// file and line.
 pub(super) fn read(path: &Path, flags: &RecordFlags) -> Result<Vec<Document>> {
-    let own = &flags.causal_lm;
-    let columns = Columns::default()
-        .with("text", flags.texts.text_column.clone())
-        .with("prompt", own.prompt_column.clone())
-        .with("completion", own.completion_column.clone());
-    let how = How { unit: flags.shared.text_unit, ..flags.reading.how() };
+    let (how, columns) = CausalLm::reading(flags);
     records::read_examples(path, &how, |row| {
         let prompt = row.optional_text(&columns, "prompt")?.map(str::to_owned);
         let name = if prompt.is_some() { "completion" } else { "text" };

@@ -15,11 +15,11 @@ use serde_json::{Value, json};
 
 pub use self::documents::{Cutting, Document};
 use super::{
-    Answer, Asking, Dim, Encoder, Example, Form, Learning, Measured, Metric, Metrics, Objective, Output,
-    Outputs, Start,
+    Answer, Asking, Beside, Dim, Encoder, Example, Form, Learning, Look, Measured, Metric, Metrics,
+    Objective, Output, Outputs, Start,
 };
 use crate::data::batch::Encoding;
-use crate::data::records::{BadRow, Columns, Row};
+use crate::data::records::{BadRow, Columns, How, Row};
 use crate::data::tokens::Tokenizer;
 use crate::eager::{Eager, Forward, X};
 use crate::generate::prompt::GENERATION_CONFIG;
@@ -159,6 +159,15 @@ impl Objective for CausalLm {
         }
     }
 
+    fn reading(flags: &super::RecordFlags) -> (How, Columns) {
+        let own = &flags.causal_lm;
+        let columns = Columns::default()
+            .with("text", flags.texts.text_column.clone())
+            .with("prompt", own.prompt_column.clone())
+            .with("completion", own.completion_column.clone());
+        (How { unit: flags.shared.text_unit, ..flags.reading.how() }, columns)
+    }
+
     fn learn(start: &mut Start) -> Result<Learning<Self, NextTokens>> {
         let documents = documents::read(start.train, start.records)?;
         let texts = documents.iter().flat_map(|document| document.prompt.iter().chain([&document.text]));
@@ -190,6 +199,18 @@ impl Objective for CausalLm {
         let files = config.into_iter().map(|text| (GENERATION_CONFIG, text)).collect();
         let examples = lm.examples_of_file(&documents, start.train, &tokenizer, start.max_length, cutting)?;
         Ok(Learning { task: lm, tokenizer, examples, files })
+    }
+
+    fn look(&self, path: &Path, flags: &super::RecordFlags) -> Result<Vec<Look>> {
+        let look = |document: Document| {
+            let text = document.prompt.unwrap_or_default() + &document.text;
+            Look::of_text(document.line, text)
+        };
+        Ok(documents::read(path, flags)?.into_iter().map(look).collect())
+    }
+
+    fn beside(&self, target: &NextTokens, _: &Tokenizer) -> Beside {
+        Beside::Example(format!("{} of the tokens are learnt", target.count()))
     }
 
     fn examples(&self, path: &Path, encoder: &Encoder) -> Result<Vec<Example<NextTokens>>> {

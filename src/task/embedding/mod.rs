@@ -23,11 +23,12 @@ pub use self::records::{PromptFlags, RecordFlags};
 use super::flags::refuse_records;
 use super::scores::{short, to_length_one};
 use super::{
-    Answer, Asking, Dim, Encoder, Example, Form, Learning, Measured, Metric, Objective, Output, Outputs,
-    Start, TextColumns,
+    Answer, Asking, Beside, Dim, Encoder, Example, Form, Learning, Look, Measured, Metric, Objective, Output,
+    Outputs, Start, TextColumns,
 };
 use crate::data::batch::Encoding;
-use crate::data::records::{BadRow, Columns, Row};
+use crate::data::records::{BadRow, Columns, How, Row};
+use crate::data::tokens::Tokenizer;
 use crate::eager::{Eager, Forward, X};
 use crate::model::ops::Ops;
 use crate::model::{Family, Head, ModelConfig};
@@ -160,6 +161,18 @@ impl Objective for Embedding {
         }
     }
 
+    fn reading(flags: &super::RecordFlags) -> (How, Columns) {
+        let own = &flags.embedding;
+        let columns = Columns::default()
+            .with("anchor", own.anchor_column.clone())
+            .with("positive", own.positive_column.clone())
+            .with("negative", own.negative_column.clone())
+            .with("sentence1", own.sentence1_column.clone())
+            .with("sentence2", own.sentence2_column.clone())
+            .with("score", own.score_column.clone());
+        (flags.reading.how(), columns)
+    }
+
     fn learn(start: &mut Start) -> Result<Learning<Self, Related>> {
         let flags = &start.training.embedding;
         let mut task = Self::open(start.model, &start.config)?;
@@ -181,6 +194,24 @@ impl Objective for Embedding {
         let examples = task.encode(records, start.train, &encoder)?;
         let files = files::write(&task)?;
         Ok(Learning { task, tokenizer, examples, files })
+    }
+
+    fn look(&self, path: &Path, flags: &super::RecordFlags) -> Result<Vec<Look>> {
+        let look = |record: records::Record| {
+            let texts = record.texts.into_iter().map(|text| (text, None)).collect();
+            Look { line: record.line, texts, labels: Vec::new() }
+        };
+        Ok(records::read(path, flags)?.into_iter().map(look).collect())
+    }
+
+    fn beside(&self, target: &Related, tokenizer: &Tokenizer) -> Beside {
+        let text = |encoding: &Encoding| tokenizer.inner().decode(&encoding.ids, true).unwrap_or_default();
+        Beside::Example(match (target.score, &target.others[..]) {
+            (Some(score), [other]) => format!("{score} like {:?}", text(other)),
+            (_, [near]) => format!("near {:?}", text(near)),
+            (_, [near, far, ..]) => format!("near {:?}, far from {:?}", text(near), text(far)),
+            (_, []) => String::new(),
+        })
     }
 
     fn examples(&self, path: &Path, encoder: &Encoder) -> Result<Vec<Example<Related>>> {

@@ -5,7 +5,9 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::data::records::{self, Columns, describe};
+use super::Embedding;
+use crate::data::records::{self, describe};
+use crate::task::Objective;
 use crate::{Result, bail_unusable};
 
 /// Which prompts stand in front of texts.
@@ -95,14 +97,8 @@ pub(super) fn read(path: &Path, flags: &crate::task::RecordFlags) -> Result<Vec<
     if !(most > 0.0 && most.is_finite()) {
         bail_unusable!("--max-score {most}: expected a number above 0");
     }
-    let columns = Columns::default()
-        .with("anchor", own.anchor_column.clone())
-        .with("positive", own.positive_column.clone())
-        .with("negative", own.negative_column.clone())
-        .with("sentence1", own.sentence1_column.clone())
-        .with("sentence2", own.sentence2_column.clone())
-        .with("score", own.score_column.clone());
-    records::read_examples(path, &flags.reading.how(), |row| {
+    let (how, columns) = Embedding::reading(flags);
+    records::read_examples(path, &how, |row| {
         let text = |name| row.text(&columns, name).map(str::to_owned);
         let is_scored =
             ["sentence1", "sentence2", "score"].iter().any(|name| row.get(&columns, name).is_some());

@@ -18,8 +18,8 @@ pub(super) use self::masking::below;
 
 use super::scores::{argmax, cross_entropy, serialize_short, softmax};
 use super::{
-    Answer, Asking, Dim, Encoder, Example, Form, Learning, Measured, Metric, Metrics, Objective, Output,
-    Outputs, SharedTrainingFlags, Start,
+    Answer, Asking, Beside, Dim, Encoder, Example, Form, Learning, Look, Measured, Metric, Metrics,
+    Objective, Output, Outputs, SharedTrainingFlags, Start,
 };
 use crate::data::batch::Encoding;
 use crate::data::records::{self, BadRow, Columns, How, Row, TextUnit};
@@ -76,6 +76,12 @@ impl Masked {
         self.wanted.iter().flatten().count()
     }
 
+    /// The tokens that are to be found.
+    pub fn beside(&self, tokenizer: &Tokenizer) -> Beside {
+        let name = |id: u32| tokenizer.inner().id_to_token(id).unwrap_or_default();
+        Beside::Tokens(self.wanted.iter().map(|wanted| wanted.map(name)).collect())
+    }
+
     /// The places of those that are to be found.
     pub fn places(&self) -> Vec<usize> {
         (0..self.wanted.len()).filter(|&at| self.wanted[at].is_some()).collect()
@@ -117,6 +123,10 @@ impl Objective for MaskedLm {
         write_class(config, self.head());
     }
 
+    fn reading(flags: &super::RecordFlags) -> (How, Columns) {
+        reading(flags, None)
+    }
+
     fn learn(start: &mut Start) -> Result<Learning<Self, Masked>> {
         let texts = read(start.train, start.records, None)?;
         let (tokenizer, _) = start.tokenizer_of(&texts.iter().map(String::as_str).collect::<Vec<_>>())?;
@@ -132,6 +142,14 @@ impl Objective for MaskedLm {
     }
 
     /// Each text is masked in the same way every time.
+    fn look(&self, path: &Path, flags: &super::RecordFlags) -> Result<Vec<Look>> {
+        look(path, flags, None)
+    }
+
+    fn beside(&self, target: &Masked, tokenizer: &Tokenizer) -> Beside {
+        target.beside(tokenizer)
+    }
+
     fn examples(&self, path: &Path, encoder: &Encoder) -> Result<Vec<Example<Masked>>> {
         let Encoder { records, tokenizer, max_length, .. } = *encoder;
         let masking = Masking::measured(tokenizer, self.vocabulary)?;
@@ -283,15 +301,29 @@ pub(super) fn write_class(config: &mut ModelConfig, head: Head) {
     }
 }
 
+/// How texts stand in a file, where one of a `.txt` file is this.
+pub(super) fn reading(flags: &super::RecordFlags, unit: Option<TextUnit>) -> (How, Columns) {
+    (How { unit: flags.shared.text_unit.or(unit), ..flags.reading.how() }, flags.texts.columns())
+}
+
+/// The texts of a file as they are.
+///
+/// # Errors
+/// As [`read`].
+pub(super) fn look(path: &Path, flags: &super::RecordFlags, unit: Option<TextUnit>) -> Result<Vec<Look>> {
+    let (how, columns) = reading(flags, unit);
+    records::read_examples(path, &how, |row| {
+        Ok(Look::of_text(row.line, row.text(&columns, "text")?.to_owned()))
+    })
+}
+
 /// Reads every text of a file.
 ///
 /// # Errors
 /// Unusable: the file can't be read, has no records, or has records without text; the first of them are listed with
 /// file and line.
 pub(super) fn read(path: &Path, flags: &super::RecordFlags, unit: Option<TextUnit>) -> Result<Vec<String>> {
-    let columns = flags.texts.columns();
-    let how = How { unit: flags.shared.text_unit.or(unit), ..flags.reading.how() };
-    records::read_examples(path, &how, |row| Ok(row.text(&columns, "text")?.to_owned()))
+    Ok(look(path, flags, unit)?.into_iter().flat_map(|look| look.texts).map(|(text, _)| text).collect())
 }
 
 /// Texts between the tokens that the tokenizer puts around them, with their words. One that is longer than `max_length`

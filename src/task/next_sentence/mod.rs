@@ -11,15 +11,16 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 pub use self::corpus::{Chunk, Corpus, Pair};
-use super::masked_lm::{encoded, read, write_class};
+use super::masked_lm::{self, encoded, read, write_class};
 use super::scores::{argmax, cross_entropy, short, softmax};
 use super::{
-    Answer, Asking, Dim, Encoder, Example, Form, Learning, Measured, Metric, Metrics, Objective, Output,
-    Outputs, Start,
+    Answer, Asking, Beside, Dim, Encoder, Example, Form, Learning, Look, Measured, Metric, Metrics,
+    Objective, Output, Outputs, Start,
 };
 use crate::Result;
 use crate::data::batch::Encoding;
-use crate::data::records::{BadRow, Columns, Row, TextUnit};
+use crate::data::records::{BadRow, Columns, How, Row, TextUnit};
+use crate::data::tokens::Tokenizer;
 use crate::eager::kernels::dropout::mix;
 use crate::eager::{Eager, X};
 use crate::model::{Head, ModelConfig};
@@ -79,6 +80,10 @@ impl Objective for NextSentence {
         write_class(config, self.head());
     }
 
+    fn reading(flags: &super::RecordFlags) -> (How, Columns) {
+        masked_lm::reading(flags, UNIT)
+    }
+
     fn learn(start: &mut Start) -> Result<Learning<Self, Follows>> {
         let texts = read(start.train, start.records, UNIT)?;
         let (tokenizer, _) = start.tokenizer_of(&texts.iter().map(String::as_str).collect::<Vec<_>>())?;
@@ -92,6 +97,17 @@ impl Objective for NextSentence {
         let texts = read(path, encoder.records, UNIT)?;
         let chunks = Corpus::new(&texts, path, encoder.tokenizer)?.chunks(encoder.max_length)?;
         chunks.into_iter().zip(0..).map(|(chunk, i)| example(chunk, mix(i))).collect()
+    }
+
+    fn look(&self, path: &Path, flags: &super::RecordFlags) -> Result<Vec<Look>> {
+        masked_lm::look(path, flags, UNIT)
+    }
+
+    fn beside(&self, target: &Follows, _: &Tokenizer) -> Beside {
+        Beside::Example(
+            if target.follows { "the second text follows" } else { "the second text is another's" }
+                .to_owned(),
+        )
     }
 
     fn drawn(&self, learnt: &Example<Follows>, key: u64) -> Result<Option<Example<Follows>>> {

@@ -19,13 +19,13 @@ use self::squad::{Judged, Match, best_threshold};
 use super::flags::refuse_records;
 use super::scores::{cross_entropy, serialize_short};
 use super::{
-    Answer, Asking, Dim, Encoder, Example, Form, Learning, Measured, Metric, Metrics, Objective, Output,
-    Outputs, Start,
+    Answer, Asking, Beside, Dim, Encoder, Example, Form, Learning, Look, Measured, Metric, Metrics,
+    Objective, Output, Outputs, Start,
 };
 use crate::data::batch::Encoding;
 use crate::data::offsets::OffsetUnit;
-use crate::data::records::{BadRow, Columns, Row};
-use crate::data::tokens::SecondText;
+use crate::data::records::{BadRow, Columns, How, Row};
+use crate::data::tokens::{SecondText, Tokenizer};
 use crate::eager::{Eager, X, tensors};
 use crate::model::ops::Ops;
 use crate::model::{Family, Head, ModelConfig};
@@ -177,6 +177,11 @@ impl Objective for QuestionAnswering {
         }
     }
 
+    fn reading(flags: &super::RecordFlags) -> (How, Columns) {
+        let own = &flags.question_answering;
+        (flags.reading.how(), own.questions.columns().with("answers", own.answers_column.clone()))
+    }
+
     fn learn(start: &mut Start) -> Result<Learning<Self, Wanted>> {
         let tokenizer = start.tokenizer()?;
         let records = read(start.train, start.records)?;
@@ -192,6 +197,22 @@ impl Objective for QuestionAnswering {
         let flags = &start.records.question_answering.questions;
         let examples = examples_of(&records, start.train, &tokenizer, start.max_length, flags)?;
         Ok(Learning { task, tokenizer, examples, files: Vec::new() })
+    }
+
+    fn look(&self, path: &Path, flags: &super::RecordFlags) -> Result<Vec<Look>> {
+        let look = |record: records::Record| {
+            let texts = vec![(record.question, Some(record.context.to_string()))];
+            Look { line: record.line, texts, labels: Vec::new() }
+        };
+        Ok(records::read(path, flags)?.into_iter().map(look).collect())
+    }
+
+    fn beside(&self, target: &Wanted, _: &Tokenizer) -> Beside {
+        let (first, last) = target.tokens;
+        Beside::Example(match (first, last) {
+            (0, 0) => "no answer in these tokens".to_owned(),
+            _ => format!("the answer is the tokens {first} to {last}"),
+        })
     }
 
     fn examples(&self, path: &Path, encoder: &Encoder) -> Result<Vec<Example<Wanted>>> {

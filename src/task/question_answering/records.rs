@@ -6,12 +6,12 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
-use super::{QuestionFlags, Wanted};
+use super::{QuestionAnswering, QuestionFlags, Wanted};
 use crate::Result;
 use crate::data::records::{self, BadRow, Columns, Row};
 use crate::data::tokens::{PairWindow, SecondText, Tokenizer};
-use crate::task::Example;
 use crate::task::flags::refuse_records;
+use crate::task::{Example, Objective};
 
 /// A record to learn from, or to measure on.
 pub(super) struct Record {
@@ -29,10 +29,9 @@ pub(super) struct Record {
 /// # Errors
 /// Unusable: the file can't be read, or has records that can't be used; the first of them are listed with file and line.
 pub(super) fn read(path: &Path, flags: &crate::task::RecordFlags) -> Result<Vec<Record>> {
-    let own = &flags.question_answering;
-    let columns = own.questions.columns().with("answers", own.answers_column.clone());
+    let (how, columns) = QuestionAnswering::reading(flags);
     let mut before: Arc<str> = "".into();
-    records::read_examples(path, &flags.reading.how(), |row| {
+    records::read_examples(path, &how, |row| {
         let question = row.text(&columns, "question")?.to_owned();
         let context = row.text(&columns, "context")?;
         if *before != *context {

@@ -137,7 +137,7 @@ impl TextClassification {
             id_below(self.labels.len(), name).filter(|_| !self.labels.iter().any(|known| is_integer(known)))
         };
         by_name.or_else(by_id).map(|id| id as u32).ok_or_else(|| {
-            unusable!("label \"{name}\" is not one of the model's labels: {}", self.labels.join(", "))
+            unusable!("label \"{name}\" is not one of the model's labels: {}", id2label::told(&self.labels))
         })
     }
 }

@@ -19,11 +19,11 @@ use super::flags::refuse_records;
 use super::id2label::{self, default_names};
 use super::scores::{argmax, short, softmax};
 use super::{
-    Answer, Asking, Dim, Encoder, Example, Form, Learning, Measured, Metric, Metrics, Objective, Output,
-    Outputs, Start, TextColumns,
+    Answer, Asking, Beside, Dim, Encoder, Example, Form, Learning, Look, Measured, Metric, Metrics,
+    Objective, Output, Outputs, Start, TextColumns,
 };
 use crate::data::batch::Encoding;
-use crate::data::records::{self, BadRow, Columns, Row};
+use crate::data::records::{self, BadRow, Columns, How, Row};
 use crate::data::tokens::Tokenizer;
 use crate::eager::{Eager, X, tensors};
 use crate::model::{Head, ModelConfig};
@@ -186,6 +186,11 @@ impl Objective for TextClassification {
         }
     }
 
+    fn reading(flags: &super::RecordFlags) -> (How, Columns) {
+        let label = flags.text_classification.label_column.clone();
+        (flags.reading.how(), flags.texts.columns().with("label", label))
+    }
+
     fn learn(start: &mut Start) -> Result<Learning<Self, Window>> {
         let tokenizer = start.tokenizer()?;
         let records = read(start.train, start.records)?;
@@ -212,10 +217,32 @@ impl Objective for TextClassification {
         self.encode(&read(path, records)?, path, tokenizer, max_length, asked.unwrap_or(self.aggregation))
     }
 
+    fn look(&self, path: &Path, flags: &super::RecordFlags) -> Result<Vec<Look>> {
+        let records = read(path, flags)?;
+        let labels: Vec<&Value> = records.iter().map(|record| &record.label).collect();
+        let targets = self.targets(&labels);
+        let look = |(record, target): (Labelled, Result<Wanted>)| {
+            let labels = match target? {
+                Wanted::Number(_) => Vec::new(),
+                wanted => self.names(&wanted),
+            };
+            Ok(Look { line: record.line, texts: vec![(record.text, record.pair)], labels })
+        };
+        records.into_iter().zip(targets).map(look).collect()
+    }
+
+    fn has_one_label(&self) -> bool {
+        self.problem == ProblemType::SingleLabelClassification
+    }
+
+    fn beside(&self, target: &Window, _: &Tokenizer) -> Beside {
+        Beside::Example(self.names(&target.wanted).join(", "))
+    }
+
     fn summary(&self) -> Option<String> {
         Some(match self.problem {
             ProblemType::Regression => "the labels are numbers: a regression".to_owned(),
-            _ => format!("labels: {}", self.labels.join(", ")),
+            _ => format!("labels: {}", id2label::told(&self.labels)),
         })
     }
 
@@ -342,8 +369,8 @@ const WRONG_LABELS: &str = "labels that can't be used";
 
 /// Reads every record of a file.
 fn read(path: &Path, flags: &super::RecordFlags) -> Result<Vec<Labelled>> {
-    let columns = flags.texts.columns().with("label", flags.text_classification.label_column.clone());
-    records::read_examples(path, &flags.reading.how(), |row| {
+    let (how, columns) = TextClassification::reading(flags);
+    records::read_examples(path, &how, |row| {
         let (text, pair) = TextColumns::read(&columns, &row)?;
         let label = match (row.value(&columns, "label")?, row.exact.get(columns.of("label"))) {
             (Value::String(name), _) if name.trim().is_empty() => {
@@ -365,6 +392,16 @@ impl TextClassification {
     /// Of texts whose beginning is read.
     pub fn new(problem: ProblemType, labels: Vec<String>) -> Self {
         Self { problem, labels, aggregation: Aggregation::First }
+    }
+
+    /// What a text is labelled with, as it is written.
+    fn names(&self, wanted: &Wanted) -> Vec<String> {
+        let name = |&id: &u32| self.labels[id as usize].clone();
+        match wanted {
+            Wanted::Class(id) => vec![name(id)],
+            Wanted::Classes(ids) => ids.iter().map(name).collect(),
+            Wanted::Number(number) => vec![number.to_string()],
+        }
     }
 
     /// Encodes records and reads their labels.

@@ -24,8 +24,8 @@ use super::flags::refuse_records;
 use super::id2label::{self, default_names};
 use super::scores::{argmax, cross_entropy};
 use super::{
-    Answer, Asking, Dim, Encoder, Example, Form, Learning, Measured, Metric, Metrics, Objective, Output,
-    Outputs, Start,
+    Answer, Asking, Beside, Dim, Encoder, Example, Form, Learning, Look, Measured, Metric, Metrics,
+    Objective, Output, Outputs, Start,
 };
 use crate::data::batch::Encoding;
 use crate::data::records::{self, BadRow, Columns, Format, How, Row, TagColumn};
@@ -160,6 +160,14 @@ impl Objective for TokenClassification {
         Ok(())
     }
 
+    fn reading(flags: &super::RecordFlags) -> (How, Columns) {
+        let own = &flags.token_classification;
+        let columns = Columns::default()
+            .with("tokens", own.tokens_column.clone())
+            .with("tags", own.tags_column.clone());
+        (How { tag_column: own.tag_column.clone(), ..flags.reading.how() }, columns)
+    }
+
     fn learn(start: &mut Start) -> Result<Learning<Self, Tags>> {
         let tokenizer = start.tokenizer()?.for_words()?;
         let sentences = read(start.train, start.records)?;
@@ -181,8 +189,21 @@ impl Objective for TokenClassification {
         self.examples_of(&read(path, records)?, path, tokenizer, max_length, all_pieces)
     }
 
+    fn look(&self, path: &Path, flags: &super::RecordFlags) -> Result<Vec<Look>> {
+        let look = |sentence: Sentence| {
+            let texts = vec![(sentence.tokens.join(" "), None)];
+            Look { line: sentence.line, texts, labels: sentence.tags }
+        };
+        Ok(read(path, flags)?.into_iter().map(look).collect())
+    }
+
+    fn beside(&self, target: &Tags, _: &Tokenizer) -> Beside {
+        let name = |id: u32| self.labels[id as usize].clone();
+        Beside::Tokens(target.wanted.iter().map(|wanted| wanted.map(name)).collect())
+    }
+
     fn summary(&self) -> Option<String> {
-        Some(format!("tags ({}): {}", self.scheme.name(), self.labels.join(", ")))
+        Some(format!("tags ({}): {}", self.scheme.name(), id2label::told(&self.labels)))
     }
 
     fn keeps(&self, base: &Self) -> bool {
@@ -298,10 +319,7 @@ impl Objective for TokenClassification {
 /// Unusable: the file can't be read, has no sentences, or has some without words or without a tag a word; the first of
 /// them are listed with file and line.
 fn read(path: &Path, flags: &super::RecordFlags) -> Result<Vec<Sentence>> {
-    let own = &flags.token_classification;
-    let columns =
-        Columns::default().with("tokens", own.tokens_column.clone()).with("tags", own.tags_column.clone());
-    let how = How { tag_column: own.tag_column.clone(), ..flags.reading.how() };
+    let (how, columns) = TokenClassification::reading(flags);
     records::read_examples(path, &how, |row| {
         let tokens = row.words(&columns, "tokens")?;
         let tags = row.labels(&columns, "tags")?;
@@ -380,7 +398,7 @@ impl TokenClassification {
         let unknown = sentences.iter().filter_map(|sentence| {
             let at = sentence.tags.iter().position(|tag| !ids.contains_key(tag))?;
             let (tag, line) = (&sentence.tags[at], sentence.tagged().line(at));
-            Some((line, format!("tag \"{tag}\" is not one of the model's: {}", self.labels.join(", "))))
+            Some((line, format!("tag \"{tag}\" is not one of the model's: {}", id2label::told(&self.labels))))
         });
         refuse_records(path, "tags that can't be used", unknown)?;
         let inside = labels::inside(&self.labels);
