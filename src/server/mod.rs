@@ -12,6 +12,7 @@ mod generator;
 mod metrics;
 mod openapi;
 mod page;
+pub mod precision;
 pub mod queue;
 pub mod refusal;
 mod reload;
