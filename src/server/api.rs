@@ -159,7 +159,8 @@ fn endpoints() -> Vec<Endpoint> {
         live("/live"),
         Endpoint::get("/info", SERVER, get(status::info), Json(of::<Info>())).says("The models").keyed(),
         Endpoint::get("/metrics", SERVER, get(status::metrics), Text(status::METRICS_TYPE))
-            .says("Counts, as Prometheus reads them"),
+            .says("Counts, as Prometheus reads them")
+            .refuses(&[(500, "They can't be written")]),
         Endpoint::get("/v1/models", OPENAI, get(status::models), Json(of::<ListedModels>()))
             .says("The models' names")
             .manner(Manner::OpenAi)

@@ -51,9 +51,13 @@ pub(super) const METRICS_TYPE: &str = "application/openmetrics-text; version=1.0
 
 pub(super) async fn metrics(State(app): State<Arc<App>>) -> Response {
     let waiting = app.models.iter().map(|current| (current.name.as_str(), current.get().waiting()));
-    match app.meter.text(waiting) {
+    counts(app.meter.text(waiting))
+}
+
+fn counts(text: Result<String, std::fmt::Error>) -> Response {
+    match text {
         Ok(text) => ([(header::CONTENT_TYPE, METRICS_TYPE)], text).into_response(),
-        Err(_) => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
+        Err(error) => Refusal::failed(format!("the counts can't be written: {error}")).response(Manner::Tei),
     }
 }
 
@@ -124,5 +128,21 @@ impl<S: Send + Sync> FromRequestParts<S> for ModelName {
             }
             Err(_) => None,
         }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_that_can_not_be_written_are_an_error_as_others() {
+        let response = counts(Err(std::fmt::Error));
+        assert_eq!(response.status(), StatusCode::INTERNAL_SERVER_ERROR);
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let body = runtime.block_on(axum::body::to_bytes(response.into_body(), 1000)).unwrap();
+        let body: serde_json::Value = serde_json::from_slice(&body).unwrap();
+        assert_eq!(body["error_type"], "Backend");
+        assert!(body["error"].as_str().unwrap().starts_with("the counts can't be written"), "{body}");
     }
 }
