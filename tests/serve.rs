@@ -92,34 +92,6 @@ fn labels_come_in_the_forms_that_clients_know() {
     let total: f64 = raw.as_array().unwrap().iter().map(|label| label["score"].as_f64().unwrap().exp()).sum();
     let best = raw[0]["score"].as_f64().unwrap().exp() / total;
     assert!((best - one[0]["score"].as_f64().unwrap()).abs() < 1e-6, "{raw}");
-    // text as a tensor of bytes
-    let input =
-        |name: &str, texts: Value| json!({"name": name, "datatype": "BYTES", "shape": [2], "data": texts});
-    let body = json!({"id": "7", "inputs": [input("text", json!(["good", "good"]))]});
-    let (status, found) = server.post("/v2/models/tiny-bert-single/infer", body);
-    assert_eq!(
-        (status, &found["id"], &found["model_name"]),
-        (200, &json!("7"), &json!("tiny-bert-single")),
-        "{found}"
-    );
-    let answer: Value = serde_json::from_str(found["outputs"][0]["data"][1].as_str().unwrap()).unwrap();
-    assert_near(&answer["scores"], &wanted[0]["scores"], "a tensor");
-    let (status, error) = server.post(
-        "/v2/models/tiny-bert-single/infer",
-        json!({"inputs": [{"name": "text", "datatype": "BYTES", "shape": [3], "data": ["a"]}]}),
-    );
-    assert_eq!(status, 422, "{error}");
-    let binary = json!({"inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "parameters": {"binary_data_size": 5}}]});
-    let (status, error) = server.post("/v2/models/tiny-bert-single/infer", binary);
-    assert!(status == 422 && error["error"].as_str().unwrap().contains("with binary_data=False"), "{error}");
-    let other = json!({"inputs": [{"name": "words", "datatype": "BYTES", "shape": [1], "data": ["a"]}]});
-    let (status, error) = server.post("/v2/models/tiny-bert-single/infer", other);
-    assert_eq!(status, 422, "{error}");
-    assert!(
-        error["error"].as_str().unwrap().contains("takes no input \"words\", but text and text_pair"),
-        "{error}"
-    );
-    assert_eq!(server.get("/v2/models/tiny-bert-single").1["inputs"][0]["name"], "text");
     assert_eq!(server.get("/info").1["task"], "text-classification");
 
     // tokens and their places, and back

@@ -14,11 +14,12 @@ use super::answers::{
     ListedModels, Live, ModelInfo, Rank, Ready, Token,
 };
 use super::completions::{Completion, CompletionsBody};
+use super::inference::InferBody;
 use super::openapi::{self, Body, list, of, one_or_all, plain};
 use super::refusal::Manner;
 use super::routes::{self, Route};
 use super::tokens::{Decode, Tokenize};
-use super::{App, asked, complete, of_tokens, page, reload, status, tokens};
+use super::{App, asked, complete, inference, of_tokens, page, reload, status, tokens};
 use crate::task::masked_lm::Fill;
 use crate::task::question_answering::Part;
 use crate::task::token_classification::decode::Found;
@@ -34,12 +35,14 @@ pub(super) enum Answers {
     Page(&'static str),
     /// JSON, or server-sent events of it.
     JsonOrEvents(Body),
+    /// JSON, alone or with binary data behind it, as the request has it, too.
+    JsonOrBinary(Body),
 }
 
 impl Answers {
     pub(super) fn body(&self) -> Option<&Body> {
         match self {
-            Self::Json(body) | Self::JsonOrEvents(body) => Some(body),
+            Self::Json(body) | Self::JsonOrEvents(body) | Self::JsonOrBinary(body) => Some(body),
             Self::Document | Self::Text(_) | Self::Page(_) => None,
         }
     }
@@ -135,7 +138,7 @@ impl Endpoint {
 
 /// Everything that the server has.
 fn endpoints() -> Vec<Endpoint> {
-    use Answers::{Document, Json, JsonOrEvents, Page, Text};
+    use Answers::{Document, Json, JsonOrBinary, JsonOrEvents, Page, Text};
     const SERVER: &str = "Server";
     const TEI: &str = "text-embeddings-inference";
     const OPENAI: &str = "OpenAI";
@@ -192,6 +195,16 @@ fn endpoints() -> Vec<Endpoint> {
         .says("Whether a model takes requests")
         .manner(Manner::Inference)
         .refuses(&[UNKNOWN, (424, "The model generates texts"), STOPPING]),
+        Endpoint::post(
+            "/v2/models/{model}/infer",
+            INFERENCE,
+            post(inference::infer),
+            of::<InferBody>(),
+            JsonOrBinary(of::<Inferred>()),
+        )
+        .says("Answers to texts; or what the model's graph gives for tokens")
+        .manner(Manner::Inference)
+        .computed(),
     ];
     let reloads =
         Endpoint::get("/models/{model}/reload", SERVER, post(reload::reload), Json(of::<ModelInfo>()));
@@ -232,15 +245,12 @@ fn endpoints() -> Vec<Endpoint> {
             Route::OpenAiEmbeddings => {
                 (OPENAI, "Embeddings of texts", of::<routes::OpenAiEmbeddings>(), of::<Embeddings>())
             }
-            Route::Infer => (INFERENCE, "Any answers", of::<routes::Infer>(), of::<Inferred>()),
         };
         Endpoint::post(path, tag, handler, body, Json(answers))
             .says(summary)
             .manner(route.manner())
             .computed()
     };
-    let path = "/v2/models/{model}/infer";
-    all.push(ask(Route::Infer, path, asked(Route::Infer, path)));
     for (route, paths) in Route::ALL {
         for &path in paths {
             all.push(ask(route, path, asked(route, path)));

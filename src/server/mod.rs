@@ -7,8 +7,10 @@
 mod answers;
 mod api;
 pub mod completions;
+mod compute;
 pub mod forms;
 mod generator;
+pub mod inference;
 mod metrics;
 mod openapi;
 mod page;
@@ -18,7 +20,9 @@ pub mod refusal;
 mod reload;
 pub mod routes;
 mod served;
+pub mod signature;
 mod status;
+pub mod tensor;
 pub mod tokens;
 
 use std::net::SocketAddr;
@@ -42,14 +46,12 @@ pub use reload::{Load, Model};
 pub use served::Served;
 
 use crate::data::tokens::Tokenizer;
-use crate::predict::Asked;
 use crate::say::Say;
 use crate::{Result, unusable};
 use completions::Completions;
-use queue::Reply;
 use refusal::{Manner, Refusal};
 use reload::Current;
-use routes::{Asks, Record, Route};
+use routes::Route;
 use status::ModelName;
 
 /// What a request may ask for.
@@ -251,7 +253,8 @@ impl App {
         request: Request,
     ) -> Response {
         let id = self.request_id(request.headers());
-        self.counted(path, route.manner(), id, self.answer(route, model, request)).await
+        let answered = async { self.answer(route, model, &self.body(request).await?).await };
+        self.counted(path, route.manner(), id, answered).await
     }
 
     /// Answers a request within its time, counts it, and tells of it with `-v`.
@@ -287,94 +290,6 @@ impl App {
         self.say
             .detail(json!({"request": id, "route": path, "status": status, "ms": millis(took)}).to_string());
         response
-    }
-
-    async fn answer(
-        &self,
-        route: Route,
-        model: Option<String>,
-        request: Request,
-    ) -> Result<Response, Refusal> {
-        let body = self.body(request).await?;
-        let Asks { records, truncate, model: named, form } = route.read(&body)?;
-        let model = self.model(model.or(named).as_deref())?;
-        if let Some(field) = route.field().filter(|field| !model.task.fields_answered().contains(field)) {
-            return Err(Refusal::backend(format!(
-                "{} is a {} model: its answers have no \"{field}\"",
-                model.name,
-                model.task.name()
-            )));
-        }
-        let fields = model.task.fields_asked();
-        let mut named = records.first().into_iter().flat_map(Record::keys);
-        if let Some(other) = named.find(|name| route == Route::Infer && !fields.contains(&name.as_str())) {
-            return Err(Refusal::invalid(format!(
-                "{} takes no input {other:?}, but {}",
-                model.name,
-                fields.join(" and ")
-            )));
-        }
-        if records.len() > self.limits.records {
-            return Err(Refusal::too_large(format!(
-                "{} records in one request, and {} are allowed",
-                records.len(),
-                self.limits.records
-            )));
-        }
-        let started = Instant::now();
-        let read = || self.read(&model, records, truncate);
-        // in a thread that may take its time, where it is much
-        let asked = if body.len() <= SMALL_BODY { read() } else { tokio::task::block_in_place(read) }?;
-        let tokens = asked.iter().map(Asked::tokens).sum();
-        let tokenized = started.elapsed();
-
-        let receivers = model.queue.submit(asked)?;
-        let mut replies = Vec::with_capacity(receivers.len());
-        for receiver in receivers {
-            replies.push(receiver.await.map_err(|_| Refusal::backend("the model broke down"))?);
-        }
-        let slowest = |of: fn(&Reply) -> Duration| replies.iter().map(of).max().unwrap_or_default();
-        let (queued, computed) = (slowest(|reply| reply.queued), slowest(|reply| reply.computed));
-        let mut answers = Vec::with_capacity(replies.len());
-        for (i, reply) in replies.into_iter().enumerate() {
-            let answer = reply.answer.map_err(Refusal::backend)?;
-            answers.push(answer.map_err(|bad| Refusal::backend(format!("record {i}: {bad}")))?);
-        }
-        let body = form.body(answers, &model.name, tokens)?;
-        let mut response = axum::Json(body).into_response();
-        let headers = response.headers_mut();
-        put(headers, "x-compute-type", model.provider.name());
-        put(headers, "x-compute-tokens", &tokens.to_string());
-        for (name, time) in
-            [("x-tokenization-time", tokenized), ("x-queue-time", queued), ("x-inference-time", computed)]
-        {
-            put(headers, name, &time.as_millis().to_string());
-        }
-        Ok(response)
-    }
-
-    /// What the records ask.
-    fn read(&self, model: &Served, records: Vec<Record>, truncate: bool) -> Result<Vec<Asked>, Refusal> {
-        let mut tokens = 0;
-        let mut all = Vec::with_capacity(records.len());
-        for (i, record) in records.into_iter().enumerate() {
-            let asked = model.asked(record).map_err(|bad| Refusal::invalid(format!("record {i}: {bad}")))?;
-            if asked.truncated() && !truncate {
-                return Err(Refusal::invalid(format!(
-                    "record {i} is longer than the {} tokens that the model takes, and \"truncate\" is false",
-                    model.max_length
-                )));
-            }
-            tokens += asked.tokens();
-            if tokens > self.limits.tokens {
-                return Err(Refusal::too_large(format!(
-                    "the request has more than {} tokens",
-                    self.limits.tokens
-                )));
-            }
-            all.push(asked);
-        }
-        Ok(all)
     }
 
     /// The body of a request that has the key.

@@ -16,7 +16,10 @@ use super::answers::{
     InferenceModel, InferenceReady, InferenceServer, Info, ListedModel, ListedModels, Live, ModelInfo,
     ModelInfos, Ready, TensorShape,
 };
+use super::inference::ANSWER;
 use super::refusal::{Manner, Refusal};
+use super::signature::{self, Signature};
+use crate::task::Output;
 
 /// The process answers.
 pub(super) async fn live() -> Response {
@@ -70,7 +73,11 @@ pub(super) async fn models(State(app): State<Arc<App>>, headers: HeaderMap) -> R
 }
 
 pub(super) async fn server() -> Response {
-    let about = InferenceServer { name: "tk", version: env!("CARGO_PKG_VERSION"), extensions: Vec::new() };
+    let about = InferenceServer {
+        name: "tk",
+        version: env!("CARGO_PKG_VERSION"),
+        extensions: vec!["binary_tensor_data"],
+    };
     axum::Json(about).into_response()
 }
 
@@ -80,16 +87,26 @@ pub(super) async fn model(
     headers: HeaderMap,
 ) -> Response {
     let found = app.check_key(&headers).and_then(|()| app.model(name.as_deref()));
-    let tensor = |name| TensorShape { name, datatype: "BYTES", shape: vec![-1] };
+    let texts = |name: &str| TensorShape { name: name.to_owned(), datatype: "BYTES", shape: vec![-1] };
+    let tokens = |name: &String| TensorShape { name: name.clone(), datatype: "INT64", shape: vec![-1, -1] };
+    let numbers = |output: &Output| TensorShape {
+        name: output.name.to_owned(),
+        datatype: "FP32",
+        shape: signature::any_shape(output),
+    };
     match found {
-        Ok(model) => axum::Json(InferenceModel {
-            name: model.name.clone(),
-            versions: vec!["1"],
-            platform: "onnxruntime_onnx",
-            inputs: model.task.fields_asked().iter().copied().map(tensor).collect(),
-            outputs: vec![tensor("answer")],
-        })
-        .into_response(),
+        Ok(model) => {
+            let Signature { inputs, outputs, .. } = &model.signature;
+            let fields = model.task.fields_asked().iter().copied();
+            axum::Json(InferenceModel {
+                name: model.name.clone(),
+                versions: vec!["1"],
+                platform: "onnxruntime_onnx",
+                inputs: fields.map(texts).chain(inputs.iter().map(tokens)).collect(),
+                outputs: [texts(ANSWER)].into_iter().chain(outputs.iter().map(numbers)).collect(),
+            })
+            .into_response()
+        }
         Err(refusal) => refusal.response(Manner::Inference),
     }
 }

@@ -43,15 +43,22 @@ impl Server {
 
     /// Sends bytes on a connection of their own and reads until it is closed: the status, the head and the body.
     pub fn send(&self, request: &[u8]) -> (u16, String, String) {
+        let (status, head, body) = self.send_for_bytes(request);
+        (status, head, String::from_utf8(body).unwrap())
+    }
+
+    /// The same where the body may be no text.
+    pub fn send_for_bytes(&self, request: &[u8]) -> (u16, String, Vec<u8>) {
         let mut stream = TcpStream::connect(&self.address).unwrap();
         // a server that refuses a body may close before it is read
         let _ = stream.write_all(request);
         let mut answer = Vec::new();
         let _ = stream.read_to_end(&mut answer);
-        let answer = String::from_utf8(answer).unwrap();
-        let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
+        let end = answer.windows(4).position(|four| four == b"\r\n\r\n").unwrap_or(answer.len());
+        let body = answer.get(end + 4..).unwrap_or_default().to_vec();
+        let head = String::from_utf8(answer[..end].to_vec()).unwrap();
         let status = head.split(' ').nth(1).and_then(|status| status.parse().ok()).unwrap_or(0);
-        (status, head.to_owned(), body.to_owned())
+        (status, head, body)
     }
 
     pub fn ask(&self, method: &str, path: &str, headers: &str, body: &str) -> (u16, String, String) {
