@@ -756,6 +756,98 @@ fn logprobs_are_those_of_transformers() {
     }
 }
 
+/// The entries of a log, each with a time, a level and a message.
+fn entries(log: &str) -> Vec<Value> {
+    let entry = |line: &str| {
+        let entry: Value = serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {line}"));
+        let time = entry["time"].as_str().unwrap();
+        assert!(time.len() == "2026-01-01T00:00:00.000000Z".len() && time.ends_with('Z'), "{line}");
+        assert!(time[..19].bytes().enumerate().all(|(i, byte)| match i {
+            4 | 7 => byte == b'-',
+            10 => byte == b'T',
+            13 | 16 => byte == b':',
+            _ => byte.is_ascii_digit(),
+        }));
+        assert!(entry["message"].is_string() && entry["level"].is_string(), "{line}");
+        entry
+    };
+    log.lines().map(entry).collect()
+}
+
+#[test]
+fn a_log_in_json_is_an_object_a_line_and_tells_of_each_request() {
+    let (_a, dir) = exported("tiny-bert-single");
+    let (_b, speaker) = exported("tiny-gpt2-lm");
+    let server = Server::start_loud(&[&dir, &speaker], &["--log-format", "json", "--max-body", "4000"]);
+    let path = "/models/tiny-bert-single/predict";
+    let ask = |path: &str, headers: &str, body: Value| {
+        let (status, head, _) = server.request("POST", path, headers, &body.to_string());
+        let id = head.lines().find_map(|line| line.strip_prefix("x-request-id: ")).unwrap().to_owned();
+        (status, id)
+    };
+    let mut asked = vec![
+        ask(path, "x-request-id: mine \"1\"\r\n", json!({"inputs": [["a good"], ["day"]]})),
+        ask(path, "", json!({"inputs": 7})),
+        ask(path, &format!("x-request-id: {}\r\n", "x".repeat(129)), json!({"inputs": "a"})),
+        ask("/v1/completions", "x-request-id: \u{e9}\r\n", json!({"prompt": "a", "max_tokens": 2})),
+        ask(
+            "/v2/models/tiny-bert-single/infer",
+            "",
+            json!({"inputs": [
+            {"name": "input_ids", "datatype": "INT64", "shape": [2, 2], "data": [2, 3, 2, 3]}]}),
+        ),
+        ask("/predict", "", json!({"inputs": "a", "model": "x".repeat(3000)})),
+        ask("/models/line%0abreak/predict", "", json!({"inputs": "a"})),
+    ];
+    let log = server.stop_for_log();
+    let all = entries(&log);
+    assert!(all.iter().any(|entry| entry["message"].as_str().unwrap().starts_with("listening on")), "{log}");
+    let told: Vec<&Value> = all.iter().filter(|entry| entry["id"].is_string()).collect();
+    let ids: Vec<(u16, String)> = (told.iter())
+        .map(|entry| (entry["status"].as_u64().unwrap() as u16, entry["id"].as_str().unwrap().to_owned()))
+        .collect();
+    assert_eq!(ids, asked, "{log}");
+    // what is too long, or no text, is not taken over; all names differ
+    assert_eq!(asked[0], (200, "mine \"1\"".to_owned()));
+    asked.sort_unstable_by(|a, b| a.1.cmp(&b.1));
+    asked.dedup_by(|a, b| a.1 == b.1);
+    assert!(asked.len() == told.len() && asked.iter().all(|(_, id)| id.len() <= 128 && id.is_ascii()));
+    for entry in &told {
+        assert_eq!(entry["method"], "POST");
+        assert!(entry["seconds"].as_f64().unwrap() > 0.0 && entry["level"] == "info", "{entry}");
+        assert_eq!(entry["error"].is_string(), entry["status"] != 200, "{entry}");
+    }
+    let work = |i: usize| ["path", "model", "texts", "tokens"].map(|name| told[i][name].clone());
+    assert_eq!(work(0)[..3], [json!(path), json!("tiny-bert-single"), json!(2)]);
+    assert!(work(0)[3].as_u64().unwrap() >= 6, "{log}");
+    assert!(told[1]["error"].as_str().unwrap().starts_with("inputs: expected a text"));
+    assert_eq!(work(3)[..3], [json!("/v1/completions"), json!("tiny-gpt2-lm"), json!(1)]);
+    assert_eq!(work(4)[1..], [json!("tiny-bert-single"), json!(2), json!(4)]);
+    assert!(told[5]["error"].as_str().unwrap().len() <= 512, "{log}");
+    assert_eq!(told[6]["path"], "/models/line%0abreak/predict");
+}
+
+#[test]
+fn what_ends_the_server_is_in_its_log_and_text_tells_of_requests_where_more_is_asked_for() {
+    let out = tk().args(["serve", "none", "--log-format", "json"]).assert().code(2);
+    let log = String::from_utf8(out.get_output().stderr.clone()).unwrap();
+    let [entry] = &entries(&log)[..] else { panic!("{log}") };
+    assert!(entry["level"] == "error" && entry["message"].as_str().unwrap().contains("none"), "{log}");
+
+    let (_guard, dir) = exported("tiny-bert-single");
+    let log = |args: &[&str]| {
+        let server = Server::start_loud(&[&dir], args);
+        assert_eq!(server.post("/predict", json!({"inputs": "a"})).0, 200);
+        server.stop_for_log()
+    };
+    assert_eq!(log(&["--log-format", "json", "--quiet"]), "");
+    let (text, verbose) = (log(&[]), log(&["--log-format", "text", "-v"]));
+    assert!(text.contains("\nlistening on http://") && !text.contains("{\"request\""), "{text}");
+    let line = verbose.lines().find(|line| line.starts_with("{\"request\"")).unwrap();
+    let line: Value = serde_json::from_str(line).unwrap();
+    assert_eq!((&line["route"], &line["status"]), (&json!("/predict"), &json!(200)));
+}
+
 #[test]
 fn a_client_that_never_ends_its_request_holds_nothing_up() {
     let (_guard, dir) = exported("tiny-bert-single");

@@ -7,13 +7,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use serde_json::Map;
 
 use crate::generate::Limits;
 use crate::onnx::Precision;
 use crate::predict::{Options, Predictor};
-use crate::runtime::{EpFlags, Providers};
+use crate::runtime::{EpFlags, Providers, log_to};
 use crate::saved::{Saved, TaskFlag};
-use crate::say::Say;
+use crate::say::{Level, LogFormat, Say};
 use crate::server::precision::{self, AskedPrecision};
 use crate::server::queue::QueueLimits;
 use crate::server::{Generator, GeneratorOptions, Load, Meter, Model, RequestLimits, Served};
@@ -81,10 +82,23 @@ pub struct Args {
     /// A file with the key that clients have to give, as `Authorization: Bearer KEY`.
     #[arg(long, value_name = "FILE")]
     api_key_file: Option<PathBuf>,
+    /// How stderr is written. Text tells of requests with -v; json, an object a line, tells of every request to a model its
+    /// id, method, path, status and seconds, and, where they are known, the model, texts, tokens and the error.
+    #[arg(long, value_name = "FORMAT", value_enum, default_value_t)]
+    log_format: LogFormat,
 }
 
 /// Loads every model, lets each answer once, and serves.
 pub fn run(args: &Args, say: Say) -> Result<()> {
+    let say = Say { log: args.log_format, ..say };
+    if say.log == LogFormat::Json {
+        log_to(say);
+        std::panic::set_hook(Box::new(move |panic| say.entry(Level::Error, &panic.to_string(), Map::new())));
+    }
+    say.logged(serve(args, say))
+}
+
+fn serve(args: &Args, say: Say) -> Result<()> {
     let time = super::seconds("--timeout", args.timeout)?;
     let limits = RequestLimits {
         body: args.max_body,

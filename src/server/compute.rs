@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use axum::response::{IntoResponse, Response};
 
+use super::log::Work;
 use super::queue::Reply;
 use super::refusal::Refusal;
 use super::routes::{Asks, Record, Route};
@@ -13,6 +14,8 @@ use super::{App, SMALL_BODY, Served, put};
 /// What a model has told, in the order in which it was asked.
 pub(super) struct Computed {
     pub told: Vec<Told>,
+    /// How many were asked, and tokens of all of them.
+    count: usize,
     pub tokens: usize,
     /// The longest of all that were asked.
     queued: Duration,
@@ -97,7 +100,7 @@ impl App {
 
     /// Asks a model, and waits until all is told.
     pub(super) async fn compute(&self, model: &Served, asked: Vec<Ask>) -> Result<Computed, Refusal> {
-        let tokens = asked.iter().map(Ask::tokens).sum();
+        let (count, tokens) = (asked.len(), asked.iter().map(Ask::tokens).sum());
         let receivers = model.queue.submit(asked)?;
         let mut replies = Vec::with_capacity(receivers.len());
         for receiver in receivers {
@@ -106,7 +109,7 @@ impl App {
         let slowest = |of: fn(&Reply) -> Duration| replies.iter().map(of).max().unwrap_or_default();
         let (queued, computed) = (slowest(|reply| reply.queued), slowest(|reply| reply.computed));
         let told = replies.into_iter().map(|reply| reply.told.map_err(Refusal::backend));
-        Ok(Computed { told: told.collect::<Result<_, _>>()?, tokens, queued, computed })
+        Ok(Computed { told: told.collect::<Result<_, _>>()?, count, tokens, queued, computed })
     }
 }
 
@@ -137,6 +140,7 @@ impl Computed {
         ] {
             put(headers, name, &time.as_millis().to_string());
         }
-        response
+        let (texts, tokens) = (Some(self.count), Some(self.tokens));
+        Work { model: model.name.clone(), texts, tokens }.of(response)
     }
 }

@@ -121,7 +121,7 @@ pub(super) async fn infer(
     ModelName(name): ModelName,
     request: Request,
 ) -> Response {
-    let id = app.request_id(request.headers());
+    let heard = app.heard(&request, "/v2/models/{model}/infer", Manner::Inference);
     let inferred = async {
         let length = json_length(request.headers());
         let body = app.body(request).await?;
@@ -133,7 +133,7 @@ pub(super) async fn infer(
             false => app.answer_texts(&model, inference, body.len()).await,
         }
     };
-    app.counted("/v2/models/{model}/infer", Manner::Inference, id, inferred).await
+    app.counted(heard, inferred).await
 }
 
 impl App {

@@ -11,6 +11,7 @@ mod compute;
 pub mod forms;
 mod generator;
 pub mod inference;
+mod log;
 mod metrics;
 mod openapi;
 mod page;
@@ -28,7 +29,7 @@ pub mod tokens;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
 use axum::body::Bytes;
@@ -49,6 +50,7 @@ use crate::data::tokens::Tokenizer;
 use crate::say::Say;
 use crate::{Result, unusable};
 use completions::Completions;
+use log::Work;
 use refusal::{Manner, Refusal};
 use reload::Current;
 use routes::Route;
@@ -81,7 +83,8 @@ struct App {
     document: String,
     /// Whether new requests are taken.
     ready: AtomicBool,
-    /// Requests so far, which names them.
+    /// What no other server has, and the requests so far: both name a request.
+    name: String,
     requests: AtomicU64,
     say: Say,
 }
@@ -108,9 +111,13 @@ pub fn serve(
         .context("starting the threads that read requests")?;
     let body = limits.body;
     let (ready, requests) = (AtomicBool::new(true), AtomicU64::new(0));
+    // containers are all process 1: the time tells them apart
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let name = format!("{:x}-{:x}", std::process::id(), now.as_micros());
     let document = api::openapi(key.is_some()).context("the OpenAPI document")?;
     let (models, reloading) = (models.into_iter().map(Current::new).collect(), Mutex::new(()));
-    let app = Arc::new(App { models, load, reloading, limits, key, meter, document, ready, requests, say });
+    let app =
+        Arc::new(App { models, load, reloading, limits, key, meter, document, ready, name, requests, say });
     let done = runtime.block_on(async {
         let listener = TcpListener::bind(listen).await.map_err(|e| unusable!("--listen {listen}: {e}"))?;
         let address = listener.local_addr().context("the address that is listened on")?;
@@ -213,13 +220,13 @@ fn asked(route: Route, path: &'static str) -> MethodRouter<Arc<App>> {
 
 /// Asks the only language model, or the one that the body names.
 async fn complete(State(app): State<Arc<App>>, request: Request) -> Response {
-    let id = app.request_id(request.headers());
+    let heard = app.heard(&request, "/v1/completions", Manner::OpenAi);
     let completed = async {
         let asks = Completions::read(&app.body(request).await?)?;
         let generator = app.generator(asks.model.as_deref())?;
         asks.answer(&generator).await
     };
-    app.counted("/v1/completions", Manner::OpenAi, id, completed).await
+    app.counted(heard, completed).await
 }
 
 /// Asks the tokenizer of the only model, or of the one that the path names.
@@ -228,14 +235,15 @@ fn of_tokens(
     answer: fn(&Tokenizer, &[u8]) -> Result<Value, Refusal>,
 ) -> MethodRouter<Arc<App>> {
     post(move |State(app): State<Arc<App>>, ModelName(model): ModelName, request: Request| async move {
-        let id = app.request_id(request.headers());
+        let heard = app.heard(&request, path, Manner::Tei);
         let answered = async {
             let body = app.body(request).await?;
             let model = app.any_model(model.as_deref())?;
             let answer = tokio::task::block_in_place(|| answer(model.tokenizer(), &body))?;
-            Ok(axum::Json(answer).into_response())
+            let work = Work { model: model.name().to_owned(), ..Work::default() };
+            Ok(work.of(axum::Json(answer).into_response()))
         };
-        app.counted(path, Manner::Tei, id, answered).await
+        app.counted(heard, answered).await
     })
 }
 
@@ -252,44 +260,9 @@ impl App {
         model: Option<String>,
         request: Request,
     ) -> Response {
-        let id = self.request_id(request.headers());
+        let heard = self.heard(&request, path, route.manner());
         let answered = async { self.answer(route, model, &self.body(request).await?).await };
-        self.counted(path, route.manner(), id, answered).await
-    }
-
-    /// Answers a request within its time, counts it, and tells of it with `-v`.
-    async fn counted(
-        &self,
-        path: &'static str,
-        manner: Manner,
-        id: String,
-        answer: impl Future<Output = Result<Response, Refusal>>,
-    ) -> Response {
-        let (started, time) = (Instant::now(), self.limits.time);
-        // what is not answered by then is taken back, as where the client goes
-        let answered = tokio::time::timeout(time, answer).await;
-        let answered = answered.unwrap_or_else(|_| Err(Refusal::late(time.as_secs_f64())));
-        self.finished(path, manner, &id, started, answered)
-    }
-
-    /// Counts what a request was answered, and tells of it with `-v`.
-    fn finished(
-        &self,
-        path: &'static str,
-        manner: Manner,
-        id: &str,
-        started: Instant,
-        answered: Result<Response, Refusal>,
-    ) -> Response {
-        let mut response = answered.unwrap_or_else(|refusal| refusal.response(manner));
-        let took = started.elapsed();
-        put(response.headers_mut(), "x-total-time", &took.as_millis().to_string());
-        put(response.headers_mut(), REQUEST_ID, id);
-        let status = response.status().as_u16();
-        self.meter.request(path, status, took);
-        self.say
-            .detail(json!({"request": id, "route": path, "status": status, "ms": millis(took)}).to_string());
-        response
+        self.counted(heard, answered).await
     }
 
     /// The body of a request that has the key.
@@ -364,30 +337,12 @@ impl App {
         let given = given.strip_prefix(b"Bearer ").unwrap_or_default();
         if same(given, key.as_bytes()) { Ok(()) } else { Err(Refusal::unauthorized()) }
     }
-
-    /// What the client calls its request, or a name that no other request of this server has.
-    fn request_id(&self, headers: &HeaderMap) -> String {
-        let given = headers.get(REQUEST_ID).and_then(|value| value.to_str().ok());
-        let given = given.filter(|id| !id.is_empty() && id.len() <= LONGEST_ID);
-        let next = || format!("{:x}-{}", std::process::id(), self.requests.fetch_add(1, Ordering::Relaxed));
-        given.map_or_else(next, str::to_owned)
-    }
 }
-
-/// The header that names a request.
-const REQUEST_ID: &str = "x-request-id";
-
-/// The longest name that is taken over.
-const LONGEST_ID: usize = 128;
 
 /// Whether two keys are the same, in a time that tells nothing of where they differ.
 fn same(given: &[u8], key: &[u8]) -> bool {
     let differ = given.iter().zip(key).fold(0, |differ, (a, b)| differ | (a ^ b));
     given.len() == key.len() && differ == 0
-}
-
-fn millis(time: Duration) -> f64 {
-    (time.as_secs_f64() * 1e5).round() / 100.0
 }
 
 fn put(headers: &mut HeaderMap, name: &'static str, value: &str) {

@@ -21,8 +21,13 @@ pub struct Server {
 impl Server {
     /// Starts one on a free port and waits until it listens.
     pub fn start(dirs: &[&Path], args: &[&str]) -> Self {
+        Self::start_loud(dirs, &[&["--quiet"], args].concat())
+    }
+
+    /// The same of one that may say something: [`Server::stop_for_log`] gives it.
+    pub fn start_loud(dirs: &[&Path], args: &[&str]) -> Self {
         let mut process = Command::new(assert_cmd::cargo::cargo_bin!("tk"))
-            .args(["serve", "--listen", "127.0.0.1:0", "--json", "--quiet"])
+            .args(["serve", "--listen", "127.0.0.1:0", "--json"])
             .args(args)
             .args(dirs)
             .stdout(Stdio::piped())
@@ -129,6 +134,15 @@ impl Server {
     pub fn post(&self, path: &str, body: Value) -> (u16, Value) {
         let (status, _, answer) = self.request("POST", path, "", &body.to_string());
         (status, serde_json::from_str(&answer).unwrap_or_else(|e| panic!("{e}: {answer}")))
+    }
+
+    /// Asks it to end, and waits; what it has written on stderr since its start.
+    pub fn stop_for_log(mut self) -> String {
+        let mut stderr = self.process.stderr.take().unwrap();
+        assert_eq!(self.stop(), Some(0));
+        let mut log = String::new();
+        stderr.read_to_string(&mut log).unwrap();
+        log
     }
 
     /// Asks it to end, and waits; the exit code.
