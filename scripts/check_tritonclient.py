@@ -49,6 +49,7 @@ def tokens(address):
 def check(client, address, wanted):
     assert client.is_server_live() and client.is_server_ready() and client.is_model_ready("model")
     assert "binary_tensor_data" in client.get_server_metadata()["extensions"]
+    assert client.is_model_ready("model", "1") and not client.is_model_ready("model", "2")
     about = client.get_model_metadata("model")
     takes = {tensor["name"]: tensor["datatype"] for tensor in about["inputs"]}
     gives = {tensor["name"]: tensor["datatype"] for tensor in about["outputs"]}
@@ -75,7 +76,9 @@ def check(client, address, wanted):
         worst = max(worst, *(np.abs(np.subtract(a["logits"], w["logits"])).max() for a, w in zip(answers, wanted)))
         for kind in (np.int64, np.int32):
             for outputs in (None, [triton.InferRequestedOutput("logits", binary_data=binary)]):
-                found = client.infer("model", list(inputs(binary, kind)), outputs=outputs).as_numpy("logits")
+                version = "1" if outputs else ""
+                result = client.infer("model", list(inputs(binary, kind)), version, outputs)
+                found = result.as_numpy("logits")
                 assert found.shape == logits.shape and found.dtype == np.float32, (found.shape, found.dtype)
                 worst = max(worst, np.abs(found - logits).max())
     assert worst < 1e-4, worst

@@ -477,14 +477,17 @@ fn the_document_the_readme_and_the_server_name_the_same_addresses() {
     let paths = server.document()["paths"].as_object().unwrap();
     for (path, item) in paths {
         for method in item.as_object().unwrap().keys() {
-            let path = path.replace("{model}", "tiny-bert-single");
+            let path = path.replace("{model}", "tiny-bert-single").replace("{version}", "1");
             let (status, _, body) = server.request(&method.to_uppercase(), &path, "", "{}");
             assert!(![404, 405].contains(&status), "{method} {path}: {status} {body}");
         }
     }
-    // those that are asked of all models stand for those of one
-    let of_all =
-        |path: &&String| !path.strip_prefix("/models/{model}").is_some_and(|rest| paths.contains_key(rest));
+    // those that are asked of all models stand for those of one, and those of a model for those of its only version
+    let of_all = |path: &&String| {
+        let of_one = path.strip_prefix("/models/{model}").is_some_and(|rest| paths.contains_key(rest));
+        let of_version = path.contains("/versions/{version}");
+        !(of_one || of_version && paths.contains_key(&path.replace("/versions/{version}", "")))
+    };
     let documented: BTreeSet<String> = paths.keys().filter(of_all).cloned().collect();
     assert_eq!(documented, paths_in_the_readme());
     let (status, head, _) = server.request("DELETE", "/predict", "", "");
@@ -508,7 +511,7 @@ fn a_key_is_asked_for_where_the_server_has_one() {
         for (method, operation) in item.as_object().unwrap() {
             let (status, ..) = server.request(
                 &method.to_uppercase(),
-                &path.replace("{model}", "tiny-bert-single"),
+                &path.replace("{model}", "tiny-bert-single").replace("{version}", "1"),
                 "",
                 "{}",
             );

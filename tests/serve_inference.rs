@@ -258,6 +258,37 @@ fn texts_are_answered_as_by_serve_batch() {
 }
 
 #[test]
+fn texts_and_tensors_of_many_clients_are_each_given_their_own() {
+    let (_guard, dir) = exported("tiny-bert-single");
+    // one session that waits for others, so that batches hold records and rows of several requests
+    let server =
+        Server::start(&[&dir], &["--threads", "1", "--max-wait-us", "100000", "--max-batch-tokens", "4096"]);
+    let name = "tiny-bert-single";
+    let encodings = encodings(&dir);
+    let text =
+        |text: &str| json!({"inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "data": [text]}]});
+    let tensor = |encoding: &Encoding| json!({"inputs": [{"name": "input_ids", "datatype": "INT64", "shape": [1, encoding.len()], "data": [encoding.ids]}]});
+    let logits = |found: &Value| found["outputs"][0]["data"].clone();
+    let of_text = |found: &Value| {
+        serde_json::from_str::<Value>(found["outputs"][0]["data"][0].as_str().unwrap()).unwrap()["logits"]
+            .clone()
+    };
+    let wanted: Vec<Value> =
+        encodings.iter().map(|encoding| logits(&infer(&server, name, &tensor(encoding)))).collect();
+    let (text, tensor, server, wanted) = (&text, &tensor, &server, &wanted);
+    std::thread::scope(|scope| {
+        for (i, encoding) in encodings.iter().enumerate() {
+            scope.spawn(move || {
+                assert_near(&logits(&infer(server, name, &tensor(encoding))), &wanted[i], "a row")
+            });
+            scope.spawn(move || {
+                assert_near(&of_text(&infer(server, name, &text(TEXTS[i]))), &wanted[i], "a text")
+            });
+        }
+    });
+}
+
+#[test]
 fn what_does_not_fit_is_refused_by_name_and_the_next_request_is_answered() {
     let (_a, dir) = exported("tiny-bert-single");
     let (_b, speaker) = exported("tiny-gpt2-lm");
@@ -368,6 +399,16 @@ fn what_does_not_fit_is_refused_by_name_and_the_next_request_is_answered() {
     let (status, error) = server.post("/v2/models/tiny-gpt2-lm/infer", json!({"inputs": [good()]}));
     assert_eq!(status, 424, "{error}");
     assert!(error["error"].as_str().unwrap().contains("tiny-gpt2-lm generates texts"), "{error}");
+
+    // a model has one version
+    let of = |version: &str| format!("/v2/models/tiny-bert-single/versions/{version}");
+    assert_eq!(server.get(&of("1")), server.get("/v2/models/tiny-bert-single"));
+    assert_eq!(server.get(&format!("{}/ready", of("1"))).0, 200);
+    assert_eq!(server.post(&format!("{}/infer", of("1")), json!({"inputs": [good()]})).0, 200);
+    let (status, error) = server.post(&format!("{}/infer", of("2")), json!({"inputs": [good()]}));
+    assert_eq!(status, 404, "{error}");
+    assert!(error["error"].as_str().unwrap().contains("no model \"tiny-bert-single, version 2\""), "{error}");
+    assert_eq!((server.get(&of("2")).0, server.get(&format!("{}/ready", of("x"))).0), (404, 404));
 
     let about = server.get("/v2").1;
     assert_eq!(about["extensions"], json!(["binary_tensor_data"]));

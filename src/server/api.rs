@@ -181,31 +181,35 @@ fn endpoints() -> Vec<Endpoint> {
             .says("The server"),
         live("/v2/health/live"),
         ready("/v2/health/ready"),
-        Endpoint::get("/v2/models/{model}", INFERENCE, get(status::model), Json(of::<InferenceModel>()))
-            .says("What a model takes and gives")
-            .manner(Manner::Inference)
-            .refuses(&[UNKNOWN, (424, "The model generates texts")])
-            .keyed(),
-        Endpoint::get(
-            "/v2/models/{model}/ready",
-            INFERENCE,
-            get(status::model_ready),
-            Json(of::<InferenceReady>()),
-        )
-        .says("Whether a model takes requests")
-        .manner(Manner::Inference)
-        .refuses(&[UNKNOWN, (424, "The model generates texts"), STOPPING]),
-        Endpoint::post(
-            "/v2/models/{model}/infer",
-            INFERENCE,
-            post(inference::infer),
-            of::<InferBody>(),
-            JsonOrBinary(of::<Inferred>()),
-        )
-        .says("Answers to texts; or what the model's graph gives for tokens")
-        .manner(Manner::Inference)
-        .computed(),
     ];
+    for place in ["/v2/models/{model}", "/v2/models/{model}/versions/{version}"] {
+        all.extend([
+            Endpoint::get(place, INFERENCE, get(status::model), Json(of::<InferenceModel>()))
+                .says("What a model takes and gives")
+                .manner(Manner::Inference)
+                .refuses(&[UNKNOWN, (424, "The model generates texts")])
+                .keyed(),
+            Endpoint::get(
+                &format!("{place}/ready"),
+                INFERENCE,
+                get(status::model_ready),
+                Json(of::<InferenceReady>()),
+            )
+            .says("Whether a model takes requests")
+            .manner(Manner::Inference)
+            .refuses(&[UNKNOWN, (424, "The model generates texts"), STOPPING]),
+            Endpoint::post(
+                &format!("{place}/infer"),
+                INFERENCE,
+                post(inference::infer),
+                of::<InferBody>(),
+                JsonOrBinary(of::<Inferred>()),
+            )
+            .says("Answers to texts; or what the model's graph gives for tokens")
+            .manner(Manner::Inference)
+            .computed(),
+        ]);
+    }
     let reloads =
         Endpoint::get("/models/{model}/reload", SERVER, post(reload::reload), Json(of::<ModelInfo>()));
     all.push(Endpoint {

@@ -118,14 +118,16 @@ const KEY: &str = "key";
 fn operation(endpoint: &Endpoint, keyed: bool) -> OperationBuilder {
     let Endpoint { path, summary, tag, body, answers, manner, refused, computed, .. } = endpoint;
     let mut operation = OperationBuilder::new().summary(Some(*summary)).tag(*tag);
-    if path.contains("{model}") {
-        let model = ParameterBuilder::new()
-            .name("model")
-            .parameter_in(ParameterIn::Path)
-            .required(Required::True)
-            .description(Some("What the model is called"))
-            .schema(Some(text()));
-        operation = operation.parameter(model);
+    for (name, says) in [("model", "What the model is called"), ("version", "1: a model has one version")] {
+        if path.contains(&format!("{{{name}}}")) {
+            let parameter = ParameterBuilder::new()
+                .name(name)
+                .parameter_in(ParameterIn::Path)
+                .required(Required::True)
+                .description(Some(says))
+                .schema(Some(text()));
+            operation = operation.parameter(parameter);
+        }
     }
     let binary = matches!(answers, Answers::JsonOrBinary(_));
     if let Some(body) = body {

@@ -4,9 +4,7 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use axum::extract::path::ErrorKind;
-use axum::extract::rejection::PathRejection;
-use axum::extract::{FromRequestParts, Path, State};
+use axum::extract::{FromRequestParts, RawPathParams, State};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -129,21 +127,21 @@ pub(super) async fn other_method() -> Response {
     Refusal::other_method().response(Manner::Tei)
 }
 
-/// The model that a path names, where it names one. What is no UTF-8 is the name of none that there is.
+/// The model that a path names, where it names one. What is no UTF-8 is the name of none that there is, and so is a version:
+/// each model has one, 1.
 pub(super) struct ModelName(pub Option<String>);
 
 impl<S: Send + Sync> FromRequestParts<S> for ModelName {
     type Rejection = Infallible;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Infallible> {
-        Ok(Self(match Path::from_request_parts(parts, state).await {
-            Ok(Path(name)) => Some(name),
-            Err(PathRejection::FailedToDeserializePathParams(failed))
-                if matches!(failed.kind(), ErrorKind::InvalidUtf8InPathParam { .. }) =>
-            {
-                Some(char::REPLACEMENT_CHARACTER.to_string())
-            }
-            Err(_) => None,
+        let Ok(params) = RawPathParams::from_request_parts(parts, state).await else {
+            return Ok(Self(Some(char::REPLACEMENT_CHARACTER.to_string())));
+        };
+        let of = |key: &str| params.iter().find(|(name, _)| *name == key).map(|(_, value)| value);
+        Ok(Self(match (of("model"), of("version")) {
+            (Some(model), Some(version)) if version != "1" => Some(format!("{model}, version {version}")),
+            (model, _) => model.map(str::to_owned),
         }))
     }
 }

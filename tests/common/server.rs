@@ -96,7 +96,8 @@ impl Server {
         let fits = |template: &str| {
             let (template, path): (Vec<_>, Vec<_>) =
                 (template.split('/').collect(), path.split('/').collect());
-            template.len() == path.len() && template.iter().zip(path).all(|(a, b)| *a == b || *a == "{model}")
+            template.len() == path.len()
+                && template.iter().zip(path).all(|(a, b)| *a == b || a.starts_with('{'))
         };
         let found = document["paths"].as_object().unwrap().iter().find(|(template, _)| fits(template));
         let Some(operation) = found.and_then(|(_, item)| item.get(method.to_lowercase())) else {
