@@ -59,6 +59,9 @@ impl InputTensor {
         if parameters.shared_memory_region.is_some() {
             return Err(wrong("there is no shared memory here: send the data".to_owned()));
         }
+        if shape.len() > MOST_DIMENSIONS {
+            return Err(wrong(format!("{} dimensions, expected {MOST_DIMENSIONS} at most", shape.len())));
+        }
         let count = shape.iter().try_fold(1usize, |count, &dim| count.checked_mul(dim));
         let count = count.ok_or_else(|| wrong(format!("the shape {shape:?} has too many elements")))?;
         let elements = match (data, parameters.binary_data_size) {
@@ -82,6 +85,9 @@ impl InputTensor {
         Ok(Input { elements: elements.map_err(wrong)?, name, shape })
     }
 }
+
+/// Dimensions of a tensor; those that are read here have two.
+const MOST_DIMENSIONS: usize = 8;
 
 /// The header that says how many bytes of a body are JSON, where binary data stands behind it.
 pub(super) const JSON_LENGTH: &str = "inference-header-content-length";
@@ -380,6 +386,7 @@ mod tests {
             (tensor("FP32", json!([1]), json!([1])), vec![], "expected BYTES, INT64 or INT32"),
             (tensor("INT64", json!([u64::MAX, 2]), json!([1])), vec![], "too many elements"),
             (tensor("INT64", json!([-1]), json!([1])), vec![], "invalid value"),
+            (tensor("INT64", json!(vec![1; 9]), json!([1])), vec![], "9 dimensions, expected 8 at most"),
             (tensor("INT64", json!([1]), json!(1)), vec![], "invalid type"),
             (json!({"name": "x", "datatype": "INT64", "shape": [1]}), vec![], "neither data nor"),
             (binary("INT64", json!([2]), 8), vec![0; 8], "8 bytes, expected 2 elements of 8"),
