@@ -1,4 +1,4 @@
-//! Models over HTTP: requests are records that wait in a model's queue, and are answered in batches.
+//! Models over HTTP: requests are records, or rows of tokens, that wait in a model's queue, and are answered in batches.
 //!
 //! ```text
 //! body ─routes─▶ records ─served─▶ what is asked ─queue─▶ batches of about one length ─a thread a session─▶ answers ─routes─▶ body
