@@ -11,7 +11,9 @@ use tk::generate::GenerationConfig;
 use tk::model::ModelConfig;
 use tk::predict::chunks::Chunks;
 use tk::server::completions::Completions;
+use tk::server::inference::Inference;
 use tk::server::routes::{Asks, Route};
+use tk::server::signature::Signature;
 use tk::server::tokens;
 use tk::task::{Start, Task};
 
@@ -142,7 +144,16 @@ fn body(dir: &Path) {
         let answers = records.iter().map(|_| Map::from_iter([("score".to_owned(), 0.5.into())])).collect();
         let _ = form.body(answers, "model", 1);
     }
-    let _ = Route::Infer.read(&body);
+    // all of it JSON, and what stands behind the last brace binary data
+    let behind = body.iter().rposition(|&byte| byte == b'}').map(|at| at + 1);
+    for length in [None, behind] {
+        let Ok(inference) = Inference::read(&body, length) else { continue };
+        let names = inference.inputs.iter().map(|input| input.name.clone()).collect();
+        let signature =
+            Signature { inputs: names, outputs: Vec::new(), vocabulary: 100, token_types: 2, max_length: 8 };
+        let Ok(rows) = signature.rows(inference.inputs) else { continue };
+        assert!(rows.sequences.iter().all(|row| (1..=8).contains(&row.len())));
+    }
     let _ = Completions::read(&body);
     if let Ok(tokenizer) = Tokenizer::open(dir) {
         let _ = (tokens::tokenize(&tokenizer, &body), tokens::decode(&tokenizer, &body));

@@ -68,7 +68,7 @@ impl Cli {
 
     /// How much is to be said.
     pub fn say(&self) -> Say {
-        Say { quiet: self.quiet, verbose: self.verbose, json: self.json }
+        Say { quiet: self.quiet, verbose: self.verbose, json: self.json, ..Say::default() }
     }
 }
 

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use tk::cli::{self, Cli};
-use tk::say::{StdoutClosed, tell};
+use tk::say::{Logged, StdoutClosed, tell};
 
 fn main() -> ExitCode {
     // SAFETY: no other thread runs yet.
@@ -19,7 +19,9 @@ fn ended(command: impl FnOnce() -> tk::Result<()> + std::panic::UnwindSafe) -> u
     if error.chain().any(|cause| cause.is::<StdoutClosed>()) {
         return 0; // as `head` wants it; another pipe's reader that goes is a failure
     }
-    tell(format!("error: {error:#}"));
+    if !error.is::<Logged>() {
+        tell(format!("error: {error:#}"));
+    }
     tk::error::exit_code(&error)
 }
 

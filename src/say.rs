@@ -2,46 +2,103 @@
 
 use std::io::Write;
 
+use chrono::{SecondsFormat, Utc};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
+use serde_json::{Map, Value, json};
 
 use crate::Result;
 
-/// How much is said.
+/// How much is said, and how.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Say {
     pub quiet: bool,
     pub verbose: bool,
     /// The command's result goes to stdout as one JSON object.
     pub json: bool,
+    /// How what goes to stderr is written.
+    pub log: LogFormat,
+}
+
+/// How messages are written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum LogFormat {
+    /// Lines for people.
+    #[default]
+    Text,
+    /// A JSON object a line: time, level, message, and what else there is to say.
+    Json,
+}
+
+/// How much a message matters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Level {
+    Debug,
+    Info,
+    Warning,
+    Error,
 }
 
 impl Say {
     /// A line about what is done, on stderr.
     pub fn line(&self, text: impl AsRef<str>) {
-        if !self.quiet {
-            tell(text);
-        }
+        self.entry(Level::Info, text.as_ref(), Map::new());
     }
 
     /// A line that only `-v` shows.
     pub fn detail(&self, text: impl AsRef<str>) {
-        if self.verbose {
-            tell(text);
-        }
+        self.entry(Level::Debug, text.as_ref(), Map::new());
     }
 
     /// Something the user should know although the work goes on.
     pub fn warn(&self, text: impl AsRef<str>) {
-        if !self.quiet {
-            tell(format!("warning: {}", text.as_ref()));
+        self.entry(Level::Warning, text.as_ref(), Map::new());
+    }
+
+    /// A message with fields, which text leaves out. What failed is told even where nothing else is.
+    pub fn entry(&self, level: Level, text: &str, fields: Map<String, Value>) {
+        let is_told = match level {
+            Level::Debug => self.verbose,
+            Level::Info | Level::Warning => !self.quiet,
+            Level::Error => true,
+        };
+        match (self.log, level) {
+            _ if !is_told => {}
+            (LogFormat::Json, _) => {
+                let time = Utc::now().to_rfc3339_opts(SecondsFormat::Micros, true);
+                let mut entry = Map::from_iter(
+                    [("time", json!(time)), ("level", json!(level)), ("message", json!(text))]
+                        .map(|(name, value)| (name.to_owned(), value)),
+                );
+                entry.extend(fields);
+                tell(Value::Object(entry).to_string());
+            }
+            (LogFormat::Text, Level::Debug | Level::Info) => tell(text),
+            (LogFormat::Text, Level::Warning) => tell(format!("warning: {text}")),
+            (LogFormat::Text, Level::Error) => tell(format!("error: {text}")),
         }
+    }
+
+    /// The result of a command whose log is JSON: an error is told there, and by nobody else.
+    ///
+    /// # Errors
+    /// The command's own.
+    pub fn logged<T>(&self, result: Result<T>) -> Result<T> {
+        result.map_err(|error| match self.log {
+            LogFormat::Text => error,
+            LogFormat::Json => {
+                self.entry(Level::Error, &format!("{error:#}"), Map::new());
+                error.context(Logged)
+            }
+        })
     }
 
     /// A progress bar of `length` steps; it hides itself where stderr is no terminal.
     /// `template` is indicatif's, e.g. `{bar:30} {pos}/{len} {msg} {eta}`.
     pub fn bar(&self, length: u64, template: &str) -> Result<ProgressBar> {
-        let target = if self.quiet { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
+        let is_hidden = self.quiet || self.log == LogFormat::Json;
+        let target = if is_hidden { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
         let style = ProgressStyle::with_template(template)?;
         Ok(ProgressBar::with_draw_target(Some(length), target).with_style(style))
     }
@@ -70,6 +127,11 @@ pub fn tell(text: impl AsRef<str>) {
     let line = format!("{}\n", text.as_ref());
     let _ = std::io::stderr().lock().write_all(line.as_bytes());
 }
+
+/// Stands around an error that the log has told.
+#[derive(Debug, thiserror::Error)]
+#[error("told in the log")]
+pub struct Logged;
 
 /// The reader of standard output has gone, as `head` does: a reason to stop, no failure.
 #[derive(Debug, thiserror::Error)]

@@ -143,6 +143,12 @@ fn seeds(target: &Target) -> Vec<Vec<u8>> {
                 "{\"inputs\": [{\"name\": \"text\", \"datatype\": \"BYTES\", \"shape\": [2], \"data\": [\"a\", \"b\"]}]}",
             ),
             lines(
+                "{\"id\": \"1\", \"inputs\": [{\"name\": \"input_ids\", \"datatype\": \"INT64\", \"shape\": [2, 2], \"data\": [[1, 2], [3, 4]]}, {\"name\": \"attention_mask\", \"datatype\": \"INT32\", \"shape\": [2, 2], \"data\": [1, 1, 1, 0]}], \"outputs\": [{\"name\": \"logits\", \"parameters\": {\"binary_data\": true}}]}",
+            ),
+            lines(
+                "{\"inputs\": [{\"name\": \"input_ids\", \"datatype\": \"INT32\", \"shape\": [1, 2], \"parameters\": {\"binary_data_size\": 8}}, {\"name\": \"text\", \"datatype\": \"BYTES\", \"shape\": [1], \"parameters\": {\"binary_data_size\": 5}}], \"parameters\": {\"binary_data_output\": true}}\u{1}\0\0\0\u{2}\0\0\0\u{1}\0\0\0a",
+            ),
+            lines(
                 "{\"inputs\": [\"a é\", \"\"], \"add_special_tokens\": false, \"ids\": [[101, 7], []], \"skip_special_tokens\": true}",
             ),
             lines("{\"prompt\": [\"a\"], \"max_tokens\": 3, \"temperature\": 0.5, \"n\": 2, \"stream\": true, \"stop\": \"x\"}"),

@@ -4,194 +4,15 @@
 mod common;
 
 use std::collections::BTreeSet;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::path::Path;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Mutex, OnceLock};
 
-use common::{copy_dir, models, tk};
+use common::server::{Server, TEXTS, assert_near, batch, exported, overwrite};
+use common::{models, tk};
 use serde_json::{Value, json};
-
-/// A server that is killed when it is dropped.
-struct Server {
-    process: Child,
-    address: String,
-    /// What it says of its answers: every one that a test gets is held against it.
-    document: OnceLock<Value>,
-}
-
-impl Server {
-    /// Starts one on a free port and waits until it listens.
-    fn start(dirs: &[&Path], args: &[&str]) -> Self {
-        let mut process = Command::new(assert_cmd::cargo::cargo_bin!("tk"))
-            .args(["serve", "--listen", "127.0.0.1:0", "--json", "--quiet"])
-            .args(args)
-            .args(dirs)
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut line = String::new();
-        BufReader::new(process.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
-        if line.is_empty() {
-            let mut said = String::new();
-            process.stderr.take().unwrap().read_to_string(&mut said).unwrap();
-            panic!("the server did not start: {said}");
-        }
-        let about: Value = serde_json::from_str(&line).unwrap();
-        let address = about["address"].as_str().unwrap().to_owned();
-        Self { process, address, document: OnceLock::new() }
-    }
-
-    /// Sends bytes on a connection of their own and reads until it is closed: the status, the head and the body.
-    fn send(&self, request: &[u8]) -> (u16, String, String) {
-        let mut stream = TcpStream::connect(&self.address).unwrap();
-        // a server that refuses a body may close before it is read
-        let _ = stream.write_all(request);
-        let mut answer = Vec::new();
-        let _ = stream.read_to_end(&mut answer);
-        let answer = String::from_utf8(answer).unwrap();
-        let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
-        let status = head.split(' ').nth(1).and_then(|status| status.parse().ok()).unwrap_or(0);
-        (status, head.to_owned(), body.to_owned())
-    }
-
-    fn ask(&self, method: &str, path: &str, headers: &str, body: &str) -> (u16, String, String) {
-        let length = body.len();
-        self.send(
-            format!(
-                "{method} {path} HTTP/1.1\r\nHost: tk\r\nConnection: close\r\nContent-Length: {length}\r\n{headers}\r\n{body}"
-            )
-            .as_bytes(),
-        )
-    }
-
-    fn request(&self, method: &str, path: &str, headers: &str, body: &str) -> (u16, String, String) {
-        let answer = self.ask(method, path, headers, body);
-        self.assert_documented(method, path, &answer);
-        answer
-    }
-
-    fn document(&self) -> &Value {
-        self.document.get_or_init(|| {
-            let (status, head, body) = self.ask("GET", "/openapi.json", "", "");
-            assert!(status == 200 && head.contains("content-type: application/json"), "{head}");
-            serde_json::from_str(&body).unwrap()
-        })
-    }
-
-    /// Holds an answer against the document: its status, its type, its body and its headers.
-    fn assert_documented(&self, method: &str, path: &str, (status, head, body): &(u16, String, String)) {
-        let document = self.document();
-        let fits = |template: &str| {
-            let (template, path): (Vec<_>, Vec<_>) =
-                (template.split('/').collect(), path.split('/').collect());
-            template.len() == path.len() && template.iter().zip(path).all(|(a, b)| *a == b || *a == "{model}")
-        };
-        let found = document["paths"].as_object().unwrap().iter().find(|(template, _)| fits(template));
-        let Some(operation) = found.and_then(|(_, item)| item.get(method.to_lowercase())) else {
-            assert!([404, 405].contains(status), "{method} {path} is not in the document: {status}");
-            return;
-        };
-        let response = &operation["responses"][status.to_string()];
-        assert!(response.is_object(), "{method} {path}: {status} is not in the document: {body}");
-        let head: Vec<(String, &str)> = (head.lines().filter_map(|line| line.split_once(": ")))
-            .map(|(name, value)| (name.to_lowercase(), value))
-            .collect();
-        for (name, _) in response["headers"].as_object().into_iter().flatten() {
-            assert!(head.iter().any(|(found, _)| found == name), "{method} {path}: {status} without {name}");
-        }
-        let ours = |name: &str| name.starts_with("x-") || ["retry-after", "www-authenticate"].contains(&name);
-        for (name, _) in head.iter().filter(|(name, _)| ours(name)) {
-            assert!(response["headers"][name].is_object(), "{method} {path}: {status} with {name}");
-        }
-        let form = head.iter().find(|(name, _)| name == "content-type").map_or("", |(_, form)| form);
-        let schema = &response["content"][form]["schema"];
-        assert!(schema.is_object(), "{method} {path}: {status} of type {form:?} is not in the document");
-        if form == "application/json" {
-            let value: Value = serde_json::from_str(body).unwrap();
-            if let Err(error) = common::schema::check(document, schema, &value, "body") {
-                panic!("{method} {path}: {status}: {error}");
-            }
-        }
-    }
-
-    fn get(&self, path: &str) -> (u16, Value) {
-        let (status, _, body) = self.request("GET", path, "", "");
-        (status, serde_json::from_str(&body).unwrap_or(Value::String(body)))
-    }
-
-    fn post(&self, path: &str, body: Value) -> (u16, Value) {
-        let (status, _, answer) = self.request("POST", path, "", &body.to_string());
-        (status, serde_json::from_str(&answer).unwrap_or_else(|e| panic!("{e}: {answer}")))
-    }
-
-    /// Asks it to end, and waits; the exit code.
-    fn stop(mut self) -> Option<i32> {
-        // SAFETY: a signal to a child that was not waited for yet, so its number is its own.
-        let sent = unsafe { libc::kill(self.process.id() as i32, libc::SIGTERM) };
-        assert_eq!(sent, 0);
-        self.process.wait().unwrap().code()
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
-}
-
-/// A copy of a tiny model, exported.
-fn exported(model: &str) -> (tempfile::TempDir, PathBuf) {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join(model);
-    copy_dir(&models(model), &path);
-    tk().args(["export", "--quiet"]).arg(&path).assert().success();
-    (dir, path)
-}
-
-/// What `tk serve-batch` answers to records, without the index.
-fn batch(dir: &Path, records: &[Value]) -> Vec<Value> {
-    let input: String = records.iter().map(|record| format!("{record}\n")).collect();
-    let out = tk().arg("serve-batch").arg(dir).args(["--input", "-"]).write_stdin(input).assert().success();
-    let text = String::from_utf8(out.get_output().stdout.clone()).unwrap();
-    let answer = |line: &str| {
-        let mut answer: Value = serde_json::from_str(line).unwrap();
-        answer.as_object_mut().unwrap().shift_remove("index");
-        answer
-    };
-    text.lines().map(answer).collect()
-}
-
-const TEXTS: [&str; 5] = [
-    "I love this film",
-    "naïve café in Ångström, 東京 and 😀",
-    "a",
-    "rain in the morning, sun at night",
-    "!?",
-];
-
-/// Numbers that are equal up to what another batch rounds.
-fn assert_near(found: &Value, wanted: &Value, place: &str) {
-    match (found, wanted) {
-        (Value::Number(a), Value::Number(b)) => {
-            let (a, b) = (a.as_f64().unwrap(), b.as_f64().unwrap());
-            assert!((a - b).abs() < 1e-6, "{place}: {a} and {b}");
-        }
-        (Value::Array(a), Value::Array(b)) => {
-            assert_eq!(a.len(), b.len(), "{place}: {found} and {wanted}");
-            a.iter().zip(b).enumerate().for_each(|(i, (a, b))| assert_near(a, b, &format!("{place}[{i}]")));
-        }
-        (Value::Object(a), Value::Object(b)) => {
-            assert_eq!(a.keys().collect::<Vec<_>>(), b.keys().collect::<Vec<_>>(), "{place}");
-            a.iter().for_each(|(key, a)| assert_near(a, &b[key], &format!("{place}.{key}")));
-        }
-        _ => assert_eq!(found, wanted, "{place}"),
-    }
-}
 
 #[test]
 fn entities_answers_and_fills_are_those_of_serve_batch() {
@@ -271,34 +92,6 @@ fn labels_come_in_the_forms_that_clients_know() {
     let total: f64 = raw.as_array().unwrap().iter().map(|label| label["score"].as_f64().unwrap().exp()).sum();
     let best = raw[0]["score"].as_f64().unwrap().exp() / total;
     assert!((best - one[0]["score"].as_f64().unwrap()).abs() < 1e-6, "{raw}");
-    // text as a tensor of bytes
-    let input =
-        |name: &str, texts: Value| json!({"name": name, "datatype": "BYTES", "shape": [2], "data": texts});
-    let body = json!({"id": "7", "inputs": [input("text", json!(["good", "good"]))]});
-    let (status, found) = server.post("/v2/models/tiny-bert-single/infer", body);
-    assert_eq!(
-        (status, &found["id"], &found["model_name"]),
-        (200, &json!("7"), &json!("tiny-bert-single")),
-        "{found}"
-    );
-    let answer: Value = serde_json::from_str(found["outputs"][0]["data"][1].as_str().unwrap()).unwrap();
-    assert_near(&answer["scores"], &wanted[0]["scores"], "a tensor");
-    let (status, error) = server.post(
-        "/v2/models/tiny-bert-single/infer",
-        json!({"inputs": [{"name": "text", "datatype": "BYTES", "shape": [3], "data": ["a"]}]}),
-    );
-    assert_eq!(status, 422, "{error}");
-    let binary = json!({"inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "parameters": {"binary_data_size": 5}}]});
-    let (status, error) = server.post("/v2/models/tiny-bert-single/infer", binary);
-    assert!(status == 422 && error["error"].as_str().unwrap().contains("with binary_data=False"), "{error}");
-    let other = json!({"inputs": [{"name": "words", "datatype": "BYTES", "shape": [1], "data": ["a"]}]});
-    let (status, error) = server.post("/v2/models/tiny-bert-single/infer", other);
-    assert_eq!(status, 422, "{error}");
-    assert!(
-        error["error"].as_str().unwrap().contains("takes no input \"words\", but text and text_pair"),
-        "{error}"
-    );
-    assert_eq!(server.get("/v2/models/tiny-bert-single").1["inputs"][0]["name"], "text");
     assert_eq!(server.get("/info").1["task"], "text-classification");
 
     // tokens and their places, and back
@@ -432,19 +225,6 @@ fn what_can_not_be_answered_is_refused_and_the_next_request_is_answered() {
     assert_eq!(server.stop(), Some(0));
 }
 
-/// Sets a parameter of a model's weights to one number.
-fn overwrite(dir: &Path, parameter: &str, number: f32) {
-    let path = dir.join("model.safetensors");
-    let mut bytes = std::fs::read(&path).unwrap();
-    let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
-    let header: Value = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
-    let place = |i: usize| 8 + length + header[parameter]["data_offsets"][i].as_u64().unwrap() as usize;
-    for chunk in bytes[place(0)..place(1)].chunks_exact_mut(4) {
-        chunk.copy_from_slice(&number.to_le_bytes());
-    }
-    std::fs::write(path, bytes).unwrap();
-}
-
 #[test]
 fn a_model_is_loaded_anew_while_requests_flow_and_one_that_can_not_be_loaded_changes_nothing() {
     let (guard, dir) = exported("tiny-bert-regression");
@@ -537,6 +317,118 @@ fn a_model_is_loaded_anew_while_requests_flow_and_one_that_can_not_be_loaded_cha
 }
 
 #[test]
+fn a_language_model_is_loaded_anew_while_texts_stream_and_none_is_dropped() {
+    let (guard, dir) = exported("tiny-gpt2-lm");
+    let file = guard.path().join("key");
+    std::fs::write(&file, "secret\n").unwrap();
+    let server = Server::start(&[&dir], &["--api-key-file", file.to_str().unwrap()]);
+    let key = "Authorization: Bearer secret\r\n";
+    let body = json!({"prompt": ["I love", "the rain", "a"], "max_tokens": 100, "temperature": 0});
+    let whole = || {
+        let (status, _, answer) = server.request("POST", "/v1/completions", key, &body.to_string());
+        assert_eq!(status, 200, "{answer}");
+        let found: Value = serde_json::from_str(&answer).unwrap();
+        let choices = found["choices"].as_array().unwrap().iter();
+        choices.map(|choice| choice["text"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    let old = whole();
+    overwrite(&dir, "transformer.h.1.mlp.c_proj.bias", 100.0);
+    tk().args(["export", "--quiet"]).arg(&dir).assert().success();
+
+    let mut streamed = body.clone();
+    streamed["stream"] = json!(true);
+    let streamed = streamed.to_string();
+    // the texts of each stream that has ended, in the order of their ends
+    let (stop, ended) = (AtomicBool::new(false), Mutex::new(Vec::new()));
+    let ask = || {
+        while !stop.load(Ordering::Relaxed) {
+            let (status, _, body) = server.request("POST", "/v1/completions", key, &streamed);
+            let mut texts = vec![String::new(); old.len()];
+            let mut over = 0;
+            for event in events(&body) {
+                let choice = &event["choices"][0];
+                texts[choice["index"].as_u64().unwrap() as usize] += choice["text"].as_str().unwrap();
+                over += usize::from(choice["finish_reason"].is_string());
+            }
+            ended.lock().unwrap().push((status, over, texts));
+        }
+    };
+    let reloads = std::thread::scope(|scope| {
+        let clients: Vec<_> = (0..3).map(|_| scope.spawn(ask)).collect();
+        let more = |count: usize| {
+            let before = ended.lock().unwrap().len();
+            let going = || clients.iter().all(|client| !client.is_finished());
+            while ended.lock().unwrap().len() < before + count && going() {
+                std::thread::yield_now();
+            }
+        };
+        let reloads: Vec<u16> = (0..3)
+            .map(|_| {
+                more(4);
+                server.request("POST", "/models/tiny-gpt2-lm/reload", key, "").0
+            })
+            .collect();
+        more(4);
+        stop.store(true, Ordering::Relaxed);
+        reloads
+    });
+    assert_eq!(reloads, [200, 200, 200]);
+    let new = whole();
+    assert_ne!(old, new);
+    // each is whole, and one model's from its first token to its last
+    for (status, over, texts) in ended.into_inner().unwrap() {
+        assert_eq!((status, over), (200, old.len()), "{texts:?}");
+        assert!(texts == old || texts == new, "{texts:?}, expected {old:?} or {new:?}");
+    }
+    assert_eq!(server.stop(), Some(0));
+}
+
+#[test]
+fn each_model_runs_the_precision_that_is_asked_of_it() {
+    let (_a, labels) = exported("tiny-bert-single");
+    let (_b, tagger) = exported("tiny-bert-tokens");
+    for dir in [&labels, &tagger] {
+        tk().args(["export", "--precision", "int8", "--quiet"]).arg(dir).assert().success();
+    }
+    let int8 = |text: &str| {
+        let input = format!("{}\n", json!({"text": text}));
+        let mut run = tk();
+        run.arg("serve-batch").arg(&labels).args(["--precision", "int8", "--input", "-"]);
+        let out = run.write_stdin(input).assert().success();
+        serde_json::from_slice::<Value>(&out.get_output().stdout).unwrap()
+    };
+    let text = TEXTS[0];
+    let (fp32, int8) = (batch(&labels, &[json!({"text": text})]).remove(0), int8(text));
+    assert_ne!(fp32["scores"], int8["scores"]);
+    for (args, types, wanted) in [
+        (&["--precision", "tiny-bert-single=int8"][..], ["int8", "fp32"], &int8),
+        (&["--precision", "int8", "--precision", "tiny-bert-single=fp32"], ["fp32", "int8"], &fp32),
+        (&["--precision", "tiny-bert-tokens=int8,fp32,tiny-bert-single=int8"], ["int8", "int8"], &int8),
+    ] {
+        let server = Server::start(&[&labels, &tagger], args);
+        let about = server.get("/info").1;
+        let found: Vec<&Value> =
+            about["models"].as_array().unwrap().iter().map(|model| &model["model_dtype"]).collect();
+        assert_eq!(found, types, "{args:?}");
+        let (status, found) = server.post("/models/tiny-bert-single/predict", json!({"inputs": text}));
+        assert_eq!(status, 200, "{found}");
+        for label in found.as_array().unwrap() {
+            assert_near(&label["score"], &wanted["scores"][label["label"].as_str().unwrap()], "a score");
+        }
+    }
+    let path = labels.to_str().unwrap();
+    for (asked, says) in [
+        ("other=int8", "there is no model other; there is tiny-bert-single"),
+        ("int9", "is no precision, expected fp32"),
+        ("tiny-bert-single=q4", "q4"),
+    ] {
+        let out = tk().args(["serve", path, "--precision", asked]).assert().code(2);
+        let text = String::from_utf8(out.get_output().stderr.clone()).unwrap();
+        assert!(text.contains(says), "{text}");
+    }
+}
+
+#[test]
 fn without_a_key_nobody_loads_a_model_anew_by_http() {
     let (_guard, dir) = exported("tiny-gpt2-lm");
     let server = Server::start(&[&dir], &[]);
@@ -585,14 +477,17 @@ fn the_document_the_readme_and_the_server_name_the_same_addresses() {
     let paths = server.document()["paths"].as_object().unwrap();
     for (path, item) in paths {
         for method in item.as_object().unwrap().keys() {
-            let path = path.replace("{model}", "tiny-bert-single");
+            let path = path.replace("{model}", "tiny-bert-single").replace("{version}", "1");
             let (status, _, body) = server.request(&method.to_uppercase(), &path, "", "{}");
             assert!(![404, 405].contains(&status), "{method} {path}: {status} {body}");
         }
     }
-    // those that are asked of all models stand for those of one
-    let of_all =
-        |path: &&String| !path.strip_prefix("/models/{model}").is_some_and(|rest| paths.contains_key(rest));
+    // those that are asked of all models stand for those of one, and those of a model for those of its only version
+    let of_all = |path: &&String| {
+        let of_one = path.strip_prefix("/models/{model}").is_some_and(|rest| paths.contains_key(rest));
+        let of_version = path.contains("/versions/{version}");
+        !(of_one || of_version && paths.contains_key(&path.replace("/versions/{version}", "")))
+    };
     let documented: BTreeSet<String> = paths.keys().filter(of_all).cloned().collect();
     assert_eq!(documented, paths_in_the_readme());
     let (status, head, _) = server.request("DELETE", "/predict", "", "");
@@ -616,7 +511,7 @@ fn a_key_is_asked_for_where_the_server_has_one() {
         for (method, operation) in item.as_object().unwrap() {
             let (status, ..) = server.request(
                 &method.to_uppercase(),
-                &path.replace("{model}", "tiny-bert-single"),
+                &path.replace("{model}", "tiny-bert-single").replace("{version}", "1"),
                 "",
                 "{}",
             );
@@ -862,6 +757,98 @@ fn logprobs_are_those_of_transformers() {
             near(&scored[i], truth[i - 1][ids[i] as usize], &format!("token {i}"));
         }
     }
+}
+
+/// The entries of a log, each with a time, a level and a message.
+fn entries(log: &str) -> Vec<Value> {
+    let entry = |line: &str| {
+        let entry: Value = serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {line}"));
+        let time = entry["time"].as_str().unwrap();
+        assert!(time.len() == "2026-01-01T00:00:00.000000Z".len() && time.ends_with('Z'), "{line}");
+        assert!(time[..19].bytes().enumerate().all(|(i, byte)| match i {
+            4 | 7 => byte == b'-',
+            10 => byte == b'T',
+            13 | 16 => byte == b':',
+            _ => byte.is_ascii_digit(),
+        }));
+        assert!(entry["message"].is_string() && entry["level"].is_string(), "{line}");
+        entry
+    };
+    log.lines().map(entry).collect()
+}
+
+#[test]
+fn a_log_in_json_is_an_object_a_line_and_tells_of_each_request() {
+    let (_a, dir) = exported("tiny-bert-single");
+    let (_b, speaker) = exported("tiny-gpt2-lm");
+    let server = Server::start_loud(&[&dir, &speaker], &["--log-format", "json", "--max-body", "4000"]);
+    let path = "/models/tiny-bert-single/predict";
+    let ask = |path: &str, headers: &str, body: Value| {
+        let (status, head, _) = server.request("POST", path, headers, &body.to_string());
+        let id = head.lines().find_map(|line| line.strip_prefix("x-request-id: ")).unwrap().to_owned();
+        (status, id)
+    };
+    let mut asked = vec![
+        ask(path, "x-request-id: mine \"1\"\r\n", json!({"inputs": [["a good"], ["day"]]})),
+        ask(path, "", json!({"inputs": 7})),
+        ask(path, &format!("x-request-id: {}\r\n", "x".repeat(129)), json!({"inputs": "a"})),
+        ask("/v1/completions", "x-request-id: \u{e9}\r\n", json!({"prompt": "a", "max_tokens": 2})),
+        ask(
+            "/v2/models/tiny-bert-single/infer",
+            "",
+            json!({"inputs": [
+            {"name": "input_ids", "datatype": "INT64", "shape": [2, 2], "data": [2, 3, 2, 3]}]}),
+        ),
+        ask("/predict", "", json!({"inputs": "a", "model": "x".repeat(3000)})),
+        ask("/models/line%0abreak/predict", "", json!({"inputs": "a"})),
+    ];
+    let log = server.stop_for_log();
+    let all = entries(&log);
+    assert!(all.iter().any(|entry| entry["message"].as_str().unwrap().starts_with("listening on")), "{log}");
+    let told: Vec<&Value> = all.iter().filter(|entry| entry["id"].is_string()).collect();
+    let ids: Vec<(u16, String)> = (told.iter())
+        .map(|entry| (entry["status"].as_u64().unwrap() as u16, entry["id"].as_str().unwrap().to_owned()))
+        .collect();
+    assert_eq!(ids, asked, "{log}");
+    // what is too long, or no text, is not taken over; all names differ
+    assert_eq!(asked[0], (200, "mine \"1\"".to_owned()));
+    asked.sort_unstable_by(|a, b| a.1.cmp(&b.1));
+    asked.dedup_by(|a, b| a.1 == b.1);
+    assert!(asked.len() == told.len() && asked.iter().all(|(_, id)| id.len() <= 128 && id.is_ascii()));
+    for entry in &told {
+        assert_eq!(entry["method"], "POST");
+        assert!(entry["seconds"].as_f64().unwrap() > 0.0 && entry["level"] == "info", "{entry}");
+        assert_eq!(entry["error"].is_string(), entry["status"] != 200, "{entry}");
+    }
+    let work = |i: usize| ["path", "model", "texts", "tokens"].map(|name| told[i][name].clone());
+    assert_eq!(work(0)[..3], [json!(path), json!("tiny-bert-single"), json!(2)]);
+    assert!(work(0)[3].as_u64().unwrap() >= 6, "{log}");
+    assert!(told[1]["error"].as_str().unwrap().starts_with("inputs: expected a text"));
+    assert_eq!(work(3)[..3], [json!("/v1/completions"), json!("tiny-gpt2-lm"), json!(1)]);
+    assert_eq!(work(4)[1..], [json!("tiny-bert-single"), json!(2), json!(4)]);
+    assert!(told[5]["error"].as_str().unwrap().len() <= 512, "{log}");
+    assert_eq!(told[6]["path"], "/models/line%0abreak/predict");
+}
+
+#[test]
+fn what_ends_the_server_is_in_its_log_and_text_tells_of_requests_where_more_is_asked_for() {
+    let out = tk().args(["serve", "none", "--log-format", "json"]).assert().code(2);
+    let log = String::from_utf8(out.get_output().stderr.clone()).unwrap();
+    let [entry] = &entries(&log)[..] else { panic!("{log}") };
+    assert!(entry["level"] == "error" && entry["message"].as_str().unwrap().contains("none"), "{log}");
+
+    let (_guard, dir) = exported("tiny-bert-single");
+    let log = |args: &[&str]| {
+        let server = Server::start_loud(&[&dir], args);
+        assert_eq!(server.post("/predict", json!({"inputs": "a"})).0, 200);
+        server.stop_for_log()
+    };
+    assert_eq!(log(&["--log-format", "json", "--quiet"]), "");
+    let (text, verbose) = (log(&[]), log(&["--log-format", "text", "-v"]));
+    assert!(text.contains("\nlistening on http://") && !text.contains("{\"request\""), "{text}");
+    let line = verbose.lines().find(|line| line.starts_with("{\"request\"")).unwrap();
+    let line: Value = serde_json::from_str(line).unwrap();
+    assert_eq!((&line["route"], &line["status"]), (&json!("/predict"), &json!(200)));
 }
 
 #[test]

@@ -7,13 +7,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use serde_json::Map;
 
 use crate::generate::Limits;
 use crate::onnx::Precision;
 use crate::predict::{Options, Predictor};
-use crate::runtime::{EpFlags, Providers};
+use crate::runtime::{EpFlags, Providers, log_to};
 use crate::saved::{Saved, TaskFlag};
-use crate::say::Say;
+use crate::say::{Level, LogFormat, Say};
+use crate::server::precision::{self, AskedPrecision};
 use crate::server::queue::QueueLimits;
 use crate::server::{Generator, GeneratorOptions, Load, Meter, Model, RequestLimits, Served};
 use crate::task::AnswerFlags;
@@ -38,9 +40,10 @@ pub struct Args {
     listen: SocketAddr,
     #[command(flatten)]
     ep: EpFlags,
-    /// Which of the exported graphs: fp32 or int8, of language models fp32, q8 or q4; with --ep openvino also bf16.
-    #[arg(long, value_enum, default_value_t)]
-    precision: Precision,
+    /// Which of the exported graphs: fp32, fp16 or int8, of language models fp32, q8 or q4; with --ep openvino also bf16.
+    /// NAME= in front asks it of one model: --precision int8,chat=q4 [default: fp32].
+    #[arg(long, value_name = "[NAME=]PRECISION", value_delimiter = ',')]
+    precision: Vec<AskedPrecision>,
     /// Threads of a model on a CPU, each of which runs batches of its own; a language model's run one together [default: the
     /// cores].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1024))]
@@ -79,10 +82,23 @@ pub struct Args {
     /// A file with the key that clients have to give, as `Authorization: Bearer KEY`.
     #[arg(long, value_name = "FILE")]
     api_key_file: Option<PathBuf>,
+    /// How stderr is written. Text tells of requests with -v; json, an object a line, tells of every request to a model its
+    /// id, method, path, status and seconds, and, where they are known, the model, texts, tokens and the error.
+    #[arg(long, value_name = "FORMAT", value_enum, default_value_t)]
+    log_format: LogFormat,
 }
 
 /// Loads every model, lets each answer once, and serves.
 pub fn run(args: &Args, say: Say) -> Result<()> {
+    let say = Say { log: args.log_format, ..say };
+    if say.log == LogFormat::Json {
+        log_to(say);
+        std::panic::set_hook(Box::new(move |panic| say.entry(Level::Error, &panic.to_string(), Map::new())));
+    }
+    say.logged(serve(args, say))
+}
+
+fn serve(args: &Args, say: Say) -> Result<()> {
     let time = super::seconds("--timeout", args.timeout)?;
     let limits = RequestLimits {
         body: args.max_body,
@@ -90,7 +106,6 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
         tokens: args.max_request_tokens as usize,
         time,
     };
-    let providers = args.ep.providers(args.precision)?;
     let key = args.api_key_file.as_deref().map(key).transpose()?;
     let meter = Arc::new(Meter::default());
     let models = args.models.iter().map(|model| named(model)).collect::<Result<Vec<_>>>()?;
@@ -98,28 +113,38 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     if let Some((name, _)) = models.iter().find(|(name, _)| !names.insert(name.clone())) {
         bail_unusable!("two models are called {name}: name them as in {name}-2=DIR");
     }
-    let load = loader(args.clone(), providers, models.clone(), meter.clone(), say);
-    let models = models.iter().map(|(name, _)| load(name)).collect::<Result<Vec<_>>>()?;
+    let names: Vec<&str> = models.iter().map(|(name, _)| name.as_str()).collect();
+    let precisions = precision::of_models(&args.precision, &names)?;
+    let place = |((name, dir), precision): (&(String, PathBuf), Precision)| {
+        // of all of them before any is loaded: they choose the build of ONNX Runtime
+        let providers = args.ep.providers(precision)?;
+        Ok(Place { name: name.clone(), dir: dir.clone(), precision, providers })
+    };
+    let places = models.iter().zip(precisions).map(place).collect::<Result<Vec<_>>>()?;
+    let load = loader(args.clone(), places, meter.clone(), say);
+    let models = names.iter().map(|name| load(name)).collect::<Result<Vec<_>>>()?;
     let answers = |model: &Model| matches!(model, Model::Answers(_));
     check_said(args, !models.iter().any(answers), models.iter().all(answers))?;
     server::serve(args.listen, (models, load), meter, limits, key, say)
 }
 
-/// What loads a model by its name, at the start and again.
-fn loader(
-    args: Args,
+/// Where a model comes from, and which of its graphs is run by what.
+struct Place {
+    name: String,
+    dir: PathBuf,
+    precision: Precision,
     providers: Providers,
-    dirs: Vec<(String, PathBuf)>,
-    meter: Arc<Meter>,
-    say: Say,
-) -> Load {
+}
+
+/// What loads a model by its name, at the start and again.
+fn loader(args: Args, places: Vec<Place>, meter: Arc<Meter>, say: Say) -> Load {
     Box::new(move |asked| {
-        let found = dirs.iter().find(|(name, _)| name == asked);
-        let (name, dir) = found.with_context(|| format!("there is no model {asked}"))?;
-        let saved = Saved::open_for(dir, &args.task)?;
+        let place = places.iter().find(|place| place.name == asked);
+        let place = place.with_context(|| format!("there is no model {asked}"))?;
+        let saved = Saved::open_for(&place.dir, &args.task)?;
         Ok(match saved.task.language_model() {
-            Some(_) => Model::Generates(Arc::new(generator(&args, name.clone(), &saved, say)?)),
-            None => Model::Answers(Arc::new(served(&args, &providers, name.clone(), &saved, &meter, say)?)),
+            Some(_) => Model::Generates(Arc::new(generator(&args, place, &saved, say)?)),
+            None => Model::Answers(Arc::new(served(&args, place, &saved, &meter, say)?)),
         })
     })
 }
@@ -166,39 +191,32 @@ fn threads(args: &Args) -> usize {
 }
 
 /// A model that generates texts.
-fn generator(args: &Args, name: String, saved: &Saved, say: Say) -> Result<Generator> {
-    generate::on_cpu(&args.ep, args.precision)?;
-    let (precision, requests) = (args.precision, args.max_queue as usize);
+fn generator(args: &Args, place: &Place, saved: &Saved, say: Say) -> Result<Generator> {
+    generate::on_cpu(&args.ep, place.precision)?;
+    let (precision, requests) = (place.precision, args.max_queue as usize);
     let limits = Limits::of(args.slots, args.cache_mb)?;
     let options = GeneratorOptions { precision, threads: threads(args), limits, requests };
-    Generator::start(name, saved, &options, say)
+    Generator::start(place.name.clone(), saved, &options, say)
 }
 
 /// A model that answers records.
-fn served(
-    args: &Args,
-    providers: &Providers,
-    name: String,
-    saved: &Saved,
-    meter: &Arc<Meter>,
-    say: Say,
-) -> Result<Served> {
+fn served(args: &Args, place: &Place, saved: &Saved, meter: &Arc<Meter>, say: Say) -> Result<Served> {
     let mut flags = AnswerFlags::default();
     flags.text_classification.logits = true; // for raw scores
     let options = Options {
-        providers,
+        providers: &place.providers,
         threads: threads(args),
         batch_tokens: args.max_batch_tokens.map(|n| n as usize),
         max_length: args.max_length,
         flags: &flags,
     };
-    let predictor = Predictor::open(saved, args.precision, &options, say)?;
+    let predictor = Predictor::open(saved, place.precision, &options, say)?;
     let limits = QueueLimits {
         records: args.max_queue as usize,
         batch_tokens: predictor.batch_tokens(),
         wait: Duration::from_micros(args.max_wait_us.unwrap_or(0)),
     };
-    Served::start(name, saved, args.precision, predictor, &providers.how, limits, meter)
+    Served::start(place.name.clone(), saved, place.precision, predictor, &place.providers.how, limits, meter)
 }
 
 /// The key in a file, without the line's end.

@@ -14,6 +14,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use anyhow::Context;
 pub use pool::Pool;
 
 use crate::data::batch::Encoding;
@@ -218,6 +219,23 @@ impl Predictor {
     /// As [`Predictor::answers`].
     pub fn outputs(&self, encodings: &[&Encoding]) -> Result<Vec<Outputs>> {
         self.pool.outputs(encodings)
+    }
+
+    /// Of each sequence those of the graph's outputs that are wanted, also of those for other programs alone, in order.
+    ///
+    /// # Errors
+    /// As [`Predictor::answers`].
+    pub fn graph_outputs(&self, asked: &[(&Encoding, &[usize])]) -> Result<Vec<Outputs>> {
+        let mut all = Vec::with_capacity(asked.len());
+        for part in self.parts(asked.iter().map(|(encoding, _)| encoding.len())) {
+            let asked = &asked[part];
+            let encodings: Vec<&Encoding> = asked.iter().map(|(encoding, _)| *encoding).collect();
+            for (mut outputs, (_, wanted)) in self.pool.graph_outputs(&encodings)?.into_iter().zip(asked) {
+                let take = |&at: &usize| outputs.get_mut(at).map(std::mem::take).context("no such output");
+                all.push(wanted.iter().map(take).collect::<Result<_>>()?);
+            }
+        }
+        Ok(all)
     }
 
     /// Cuts records of these numbers of tokens into parts whose outputs are held at once; one at least stands in each.

@@ -125,6 +125,11 @@ impl Pool {
         self.sessions[0].provider()
     }
 
+    /// The names of the graph's inputs, in its order.
+    pub fn inputs(&self) -> Vec<String> {
+        self.sessions[0].inputs()
+    }
+
     /// The most padded tokens of a batch with more than one record.
     pub fn batch_tokens(&self) -> usize {
         self.batch_tokens
@@ -133,6 +138,16 @@ impl Pool {
     /// Each example's outputs, in order. The batches, and so the last bits of the results, depend on the
     /// lengths and the budget alone, not on how many threads there are or which is faster.
     pub fn outputs(&self, encodings: &[&Encoding]) -> Result<Vec<Outputs>> {
+        self.outputs_behind(self.ahead, encodings)
+    }
+
+    /// The same of all that the graph gives, also for other programs alone.
+    pub fn graph_outputs(&self, encodings: &[&Encoding]) -> Result<Vec<Outputs>> {
+        self.outputs_behind(0, encodings)
+    }
+
+    /// The same without so many outputs ahead.
+    fn outputs_behind(&self, ahead: usize, encodings: &[&Encoding]) -> Result<Vec<Outputs>> {
         let lengths: Vec<usize> = encodings.iter().map(|encoding| encoding.len()).collect();
         let batches = self.batches(&lengths);
         let pad_id = self.pad_id;
@@ -145,7 +160,7 @@ impl Pool {
                 let Ok(n) = taken else { break };
                 let batch = &batches[n - 1];
                 let members: Vec<&Encoding> = batch.iter().map(|&i| encodings[i]).collect();
-                let found = self.run(session, &PaddedBatch::new(&members, pad_id));
+                let found = self.run(session, ahead, &PaddedBatch::new(&members, pad_id));
                 if found.is_err() {
                     failed.store(true, Ordering::Relaxed);
                 }
@@ -178,10 +193,10 @@ impl Pool {
         Ok(found_so_far.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner()))
     }
 
-    /// The outputs of each sequence of a batch, without those ahead.
-    fn run(&self, session: &OrtSession, batch: &PaddedBatch) -> Result<Vec<Outputs>> {
+    /// The outputs of each sequence of a batch, without so many ahead.
+    fn run(&self, session: &OrtSession, ahead: usize, batch: &PaddedBatch) -> Result<Vec<Outputs>> {
         let outputs = session.run(batch)?;
-        unpack(outputs.get(self.ahead..).unwrap_or_default(), batch, &self.scopes[self.ahead..])
+        unpack(outputs.get(ahead..).unwrap_or_default(), batch, &self.scopes[ahead..])
     }
 }
 

@@ -1,11 +1,14 @@
 //! Where ONNX Runtime's shared library lies → the process's one environment.
 
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use ort::environment::Environment;
+use ort::logging::{LogLevel, LoggerFunction};
+use serde_json::{Map, Value};
 
+use crate::say::{Level, Say};
 use crate::{Result, unusable};
 
 /// The oldest ONNX Runtime that is taken, 1.x: it can tell which provider runs which node.
@@ -94,8 +97,38 @@ fn load() -> Result<Loaded> {
         }
     };
     let minor = ort::util::probe(&place.path).unwrap_or_default();
-    let environment = builder.with_name("tk").with_telemetry(false).build()?;
+    let builder = builder.with_name("tk").with_telemetry(false);
+    let environment = match LOG.get() {
+        None => builder.build()?,
+        Some(&say) => {
+            let environment = builder.with_logger(logger(say)).build()?;
+            // as without one; ort lets it have all that there is, of every run
+            environment.set_log_level(LogLevel::Error);
+            environment
+        }
+    };
     Ok(Loaded { library: Library { path: place.path, minor, found: place.found }, environment })
+}
+
+/// Where ONNX Runtime's own messages go, if not to stderr as it writes them.
+static LOG: OnceLock<Say> = OnceLock::new();
+
+/// Sends ONNX Runtime's own messages, which are errors, into this log. Nothing may have loaded it before.
+pub fn log_to(say: Say) {
+    // who asks twice is told by the first
+    let _ = LOG.set(say);
+}
+
+fn logger(say: Say) -> LoggerFunction {
+    Arc::new(move |level, _, _, place, message| {
+        let level = match level {
+            LogLevel::Verbose | LogLevel::Info => return,
+            LogLevel::Warning => Level::Warning,
+            LogLevel::Error | LogLevel::Fatal => Level::Error,
+        };
+        let fields = Map::from_iter([("place".to_owned(), Value::from(place))]);
+        say.entry(level, &format!("ONNX Runtime: {message}"), fields);
+    })
 }
 
 /// An error and its causes.

@@ -13,7 +13,7 @@ pub mod slots;
 pub mod tensorrt;
 
 pub use decoder::Decoder;
-pub use library::Library;
+pub use library::{Library, log_to};
 pub use pages::gather_pages;
 pub use providers::{EpFlags, How, Order, Provider, Providers};
 pub use session::{Model, OrtSession, Threads};

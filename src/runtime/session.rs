@@ -232,6 +232,11 @@ impl OrtSession {
         self.session.metadata().ok()?.custom(key)
     }
 
+    /// The names of the inputs, in order.
+    pub fn inputs(&self) -> Vec<String> {
+        self.session.inputs().iter().map(|input| input.name().to_owned()).collect()
+    }
+
     /// The names of the outputs, in order.
     pub fn outputs(&self) -> Vec<String> {
         self.session.outputs().iter().map(|output| output.name().to_owned()).collect()

@@ -4,6 +4,8 @@ use serde::Serialize;
 use serde_json::Value;
 use utoipa::ToSchema;
 
+use super::tensor::OutputTensor;
+
 /// A label with its score. A regression's number has no label.
 #[derive(Serialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -96,7 +98,7 @@ pub struct EmbeddingUsage {
     pub total_tokens: usize,
 }
 
-/// The Open Inference Protocol's answer: a tensor of texts, each the JSON of a record's answer.
+/// The Open Inference Protocol's answer: a tensor of texts, each the JSON of a record's answer; or the graph's outputs.
 #[derive(Serialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Inferred {
@@ -106,15 +108,6 @@ pub struct Inferred {
     #[schema(nullable = false)]
     pub id: Option<String>,
     pub outputs: Vec<OutputTensor>,
-}
-
-#[derive(Serialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-pub struct OutputTensor {
-    pub name: &'static str,
-    pub datatype: &'static str,
-    pub shape: Vec<usize>,
-    pub data: Vec<String>,
 }
 
 /// A token of a text.
@@ -217,7 +210,7 @@ pub struct Ready {
 pub struct InferenceServer {
     pub name: &'static str,
     pub version: &'static str,
-    pub extensions: Vec<String>,
+    pub extensions: Vec<&'static str>,
 }
 
 /// The Open Inference Protocol's word on a model.
@@ -234,7 +227,7 @@ pub struct InferenceModel {
 #[derive(Serialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TensorShape {
-    pub name: &'static str,
+    pub name: String,
     pub datatype: &'static str,
     /// −1 is any size.
     pub shape: Vec<i64>,

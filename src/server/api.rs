@@ -14,11 +14,12 @@ use super::answers::{
     ListedModels, Live, ModelInfo, Rank, Ready, Token,
 };
 use super::completions::{Completion, CompletionsBody};
+use super::inference::InferBody;
 use super::openapi::{self, Body, list, of, one_or_all, plain};
 use super::refusal::Manner;
 use super::routes::{self, Route};
 use super::tokens::{Decode, Tokenize};
-use super::{App, asked, complete, of_tokens, page, reload, status, tokens};
+use super::{App, asked, complete, inference, of_tokens, page, reload, status, tokens};
 use crate::task::masked_lm::Fill;
 use crate::task::question_answering::Part;
 use crate::task::token_classification::decode::Found;
@@ -34,12 +35,14 @@ pub(super) enum Answers {
     Page(&'static str),
     /// JSON, or server-sent events of it.
     JsonOrEvents(Body),
+    /// JSON, alone or with binary data behind it, as the request has it, too.
+    JsonOrBinary(Body),
 }
 
 impl Answers {
     pub(super) fn body(&self) -> Option<&Body> {
         match self {
-            Self::Json(body) | Self::JsonOrEvents(body) => Some(body),
+            Self::Json(body) | Self::JsonOrEvents(body) | Self::JsonOrBinary(body) => Some(body),
             Self::Document | Self::Text(_) | Self::Page(_) => None,
         }
     }
@@ -135,7 +138,7 @@ impl Endpoint {
 
 /// Everything that the server has.
 fn endpoints() -> Vec<Endpoint> {
-    use Answers::{Document, Json, JsonOrEvents, Page, Text};
+    use Answers::{Document, Json, JsonOrBinary, JsonOrEvents, Page, Text};
     const SERVER: &str = "Server";
     const TEI: &str = "text-embeddings-inference";
     const OPENAI: &str = "OpenAI";
@@ -159,7 +162,8 @@ fn endpoints() -> Vec<Endpoint> {
         live("/live"),
         Endpoint::get("/info", SERVER, get(status::info), Json(of::<Info>())).says("The models").keyed(),
         Endpoint::get("/metrics", SERVER, get(status::metrics), Text(status::METRICS_TYPE))
-            .says("Counts, as Prometheus reads them"),
+            .says("Counts, as Prometheus reads them")
+            .refuses(&[(500, "They can't be written")]),
         Endpoint::get("/v1/models", OPENAI, get(status::models), Json(of::<ListedModels>()))
             .says("The models' names")
             .manner(Manner::OpenAi)
@@ -177,21 +181,35 @@ fn endpoints() -> Vec<Endpoint> {
             .says("The server"),
         live("/v2/health/live"),
         ready("/v2/health/ready"),
-        Endpoint::get("/v2/models/{model}", INFERENCE, get(status::model), Json(of::<InferenceModel>()))
-            .says("What a model takes and gives")
-            .manner(Manner::Inference)
-            .refuses(&[UNKNOWN, (424, "The model generates texts")])
-            .keyed(),
-        Endpoint::get(
-            "/v2/models/{model}/ready",
-            INFERENCE,
-            get(status::model_ready),
-            Json(of::<InferenceReady>()),
-        )
-        .says("Whether a model takes requests")
-        .manner(Manner::Inference)
-        .refuses(&[UNKNOWN, (424, "The model generates texts"), STOPPING]),
     ];
+    for place in ["/v2/models/{model}", "/v2/models/{model}/versions/{version}"] {
+        all.extend([
+            Endpoint::get(place, INFERENCE, get(status::model), Json(of::<InferenceModel>()))
+                .says("What a model takes and gives")
+                .manner(Manner::Inference)
+                .refuses(&[UNKNOWN, (424, "The model generates texts")])
+                .keyed(),
+            Endpoint::get(
+                &format!("{place}/ready"),
+                INFERENCE,
+                get(status::model_ready),
+                Json(of::<InferenceReady>()),
+            )
+            .says("Whether a model takes requests")
+            .manner(Manner::Inference)
+            .refuses(&[UNKNOWN, (424, "The model generates texts"), STOPPING]),
+            Endpoint::post(
+                &format!("{place}/infer"),
+                INFERENCE,
+                post(inference::infer),
+                of::<InferBody>(),
+                JsonOrBinary(of::<Inferred>()),
+            )
+            .says("Answers to texts; or what the model's graph gives for tokens")
+            .manner(Manner::Inference)
+            .computed(),
+        ]);
+    }
     let reloads =
         Endpoint::get("/models/{model}/reload", SERVER, post(reload::reload), Json(of::<ModelInfo>()));
     all.push(Endpoint {
@@ -231,15 +249,12 @@ fn endpoints() -> Vec<Endpoint> {
             Route::OpenAiEmbeddings => {
                 (OPENAI, "Embeddings of texts", of::<routes::OpenAiEmbeddings>(), of::<Embeddings>())
             }
-            Route::Infer => (INFERENCE, "Any answers", of::<routes::Infer>(), of::<Inferred>()),
         };
         Endpoint::post(path, tag, handler, body, Json(answers))
             .says(summary)
             .manner(route.manner())
             .computed()
     };
-    let path = "/v2/models/{model}/infer";
-    all.push(ask(Route::Infer, path, asked(Route::Infer, path)));
     for (route, paths) in Route::ALL {
         for &path in paths {
             all.push(ask(route, path, asked(route, path)));

@@ -14,6 +14,7 @@ use serde_json::{Map, Value, json};
 use utoipa::ToSchema;
 
 use super::generator::{Generator, TextNews, Texts};
+use super::log::Work;
 use super::refusal::{Manner, Refusal};
 use super::routes::{OneOrMany, parsed};
 use crate::data::tokens::Tokenizer;
@@ -255,8 +256,9 @@ impl Completions {
         let texts = texts.collect::<Result<Vec<(String, Texts)>, Refusal>>()?;
         let about = About::new(&generator.name);
         let of_each = settings.num_return_sequences;
+        let work = Work { model: generator.name.clone(), texts: Some(texts.len()), tokens: None };
         if stream {
-            return Ok(streamed(about, texts, of_each, echo, usage));
+            return Ok(work.of(streamed(about, texts, of_each, echo, usage)));
         }
         let (mut choices, mut tokens) = (Vec::new(), Usage::default());
         for (i, (prompt, mut texts)) in texts.into_iter().enumerate() {
@@ -287,7 +289,8 @@ impl Completions {
             }
         }
         choices.sort_by_key(|choice: &Choice| choice.index);
-        Ok(axum::Json(about.body(choices, Some(tokens))).into_response())
+        let work = Work { tokens: Some(tokens.prompt + tokens.completion), ..work };
+        Ok(work.of(axum::Json(about.body(choices, Some(tokens))).into_response()))
     }
 }
 

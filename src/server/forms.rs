@@ -1,13 +1,13 @@
 //! Answers → bodies. What a record is answered is the same as in `tk serve-batch`; here it takes the forms that clients of
-//! text-embeddings-inference, OpenAI, Cohere and the Open Inference Protocol know.
+//! text-embeddings-inference, OpenAI and Cohere know.
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
 
 use super::answers::{
-    CohereRank, CohereRanks, EmbeddingRow, EmbeddingUsage, Embeddings, Inferred, Label, OutputTensor, Rank,
-    RankedDocument, TotalTokens,
+    CohereRank, CohereRanks, EmbeddingRow, EmbeddingUsage, Embeddings, Label, Rank, RankedDocument,
+    TotalTokens,
 };
 use super::refusal::Refusal;
 use super::routes::Record;
@@ -44,10 +44,6 @@ pub enum Form {
         texts: Vec<String>,
         top: usize,
         with_texts: bool,
-    },
-    /// A tensor of answers, each as JSON.
-    Tensor {
-        id: Option<String>,
     },
 }
 
@@ -138,13 +134,6 @@ impl Form {
                         })
                     }
                 })
-            }
-            Self::Tensor { id } => {
-                let data: Vec<String> = answers.iter().map(|answer| json!(answer).to_string()).collect();
-                let output =
-                    OutputTensor { name: "answer", datatype: "BYTES", shape: vec![data.len()], data };
-                let model_name = model.to_owned();
-                Ok(json!(Inferred { model_name, model_version: "1", id, outputs: vec![output] }))
             }
         }
     }

@@ -11,7 +11,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
 
-use crate::predict::Asked;
+use super::served::Ask;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct OfRequest {
@@ -81,7 +81,7 @@ impl Meter {
     }
 
     /// Counts a batch.
-    pub fn batch(&self, model: &str, asked: &[&Asked], took: Duration) {
+    pub fn batch(&self, model: &str, asked: &[&Ask], took: Duration) {
         let of = OfModel { model: model.to_owned() };
         let windows: usize = asked.iter().map(|asked| asked.windows()).sum();
         let longest = asked.iter().map(|asked| asked.longest()).max().unwrap_or_default();

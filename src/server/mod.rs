@@ -1,4 +1,4 @@
-//! Models over HTTP: requests are records that wait in a model's queue, and are answered in batches.
+//! Models over HTTP: requests are records, or rows of tokens, that wait in a model's queue, and are answered in batches.
 //!
 //! ```text
 //! body ─routes─▶ records ─served─▶ what is asked ─queue─▶ batches of about one length ─a thread a session─▶ answers ─routes─▶ body
@@ -7,23 +7,29 @@
 mod answers;
 mod api;
 pub mod completions;
+mod compute;
 pub mod forms;
 mod generator;
+pub mod inference;
+mod log;
 mod metrics;
 mod openapi;
 mod page;
+pub mod precision;
 pub mod queue;
 pub mod refusal;
 mod reload;
 pub mod routes;
 mod served;
+pub mod signature;
 mod status;
+pub mod tensor;
 pub mod tokens;
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
 use axum::body::Bytes;
@@ -41,14 +47,13 @@ pub use reload::{Load, Model};
 pub use served::Served;
 
 use crate::data::tokens::Tokenizer;
-use crate::predict::Asked;
 use crate::say::Say;
 use crate::{Result, unusable};
 use completions::Completions;
-use queue::Reply;
+use log::Work;
 use refusal::{Manner, Refusal};
 use reload::Current;
-use routes::{Asks, Record, Route};
+use routes::Route;
 use status::ModelName;
 
 /// What a request may ask for.
@@ -78,7 +83,8 @@ struct App {
     document: String,
     /// Whether new requests are taken.
     ready: AtomicBool,
-    /// Requests so far, which names them.
+    /// What no other server has, and the requests so far: both name a request.
+    name: String,
     requests: AtomicU64,
     say: Say,
 }
@@ -105,9 +111,13 @@ pub fn serve(
         .context("starting the threads that read requests")?;
     let body = limits.body;
     let (ready, requests) = (AtomicBool::new(true), AtomicU64::new(0));
+    // containers are all process 1: the time tells them apart
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let name = format!("{:x}-{:x}", std::process::id(), now.as_micros());
     let document = api::openapi(key.is_some()).context("the OpenAPI document")?;
     let (models, reloading) = (models.into_iter().map(Current::new).collect(), Mutex::new(()));
-    let app = Arc::new(App { models, load, reloading, limits, key, meter, document, ready, requests, say });
+    let app =
+        Arc::new(App { models, load, reloading, limits, key, meter, document, ready, name, requests, say });
     let done = runtime.block_on(async {
         let listener = TcpListener::bind(listen).await.map_err(|e| unusable!("--listen {listen}: {e}"))?;
         let address = listener.local_addr().context("the address that is listened on")?;
@@ -210,13 +220,13 @@ fn asked(route: Route, path: &'static str) -> MethodRouter<Arc<App>> {
 
 /// Asks the only language model, or the one that the body names.
 async fn complete(State(app): State<Arc<App>>, request: Request) -> Response {
-    let id = app.request_id(request.headers());
+    let heard = app.heard(&request, "/v1/completions", Manner::OpenAi);
     let completed = async {
         let asks = Completions::read(&app.body(request).await?)?;
         let generator = app.generator(asks.model.as_deref())?;
         asks.answer(&generator).await
     };
-    app.counted("/v1/completions", Manner::OpenAi, id, completed).await
+    app.counted(heard, completed).await
 }
 
 /// Asks the tokenizer of the only model, or of the one that the path names.
@@ -225,14 +235,15 @@ fn of_tokens(
     answer: fn(&Tokenizer, &[u8]) -> Result<Value, Refusal>,
 ) -> MethodRouter<Arc<App>> {
     post(move |State(app): State<Arc<App>>, ModelName(model): ModelName, request: Request| async move {
-        let id = app.request_id(request.headers());
+        let heard = app.heard(&request, path, Manner::Tei);
         let answered = async {
             let body = app.body(request).await?;
             let model = app.any_model(model.as_deref())?;
             let answer = tokio::task::block_in_place(|| answer(model.tokenizer(), &body))?;
-            Ok(axum::Json(answer).into_response())
+            let work = Work { model: model.name().to_owned(), ..Work::default() };
+            Ok(work.of(axum::Json(answer).into_response()))
         };
-        app.counted(path, Manner::Tei, id, answered).await
+        app.counted(heard, answered).await
     })
 }
 
@@ -249,131 +260,9 @@ impl App {
         model: Option<String>,
         request: Request,
     ) -> Response {
-        let id = self.request_id(request.headers());
-        self.counted(path, route.manner(), id, self.answer(route, model, request)).await
-    }
-
-    /// Answers a request within its time, counts it, and tells of it with `-v`.
-    async fn counted(
-        &self,
-        path: &'static str,
-        manner: Manner,
-        id: String,
-        answer: impl Future<Output = Result<Response, Refusal>>,
-    ) -> Response {
-        let (started, time) = (Instant::now(), self.limits.time);
-        // what is not answered by then is taken back, as where the client goes
-        let answered = tokio::time::timeout(time, answer).await;
-        let answered = answered.unwrap_or_else(|_| Err(Refusal::late(time.as_secs_f64())));
-        self.finished(path, manner, &id, started, answered)
-    }
-
-    /// Counts what a request was answered, and tells of it with `-v`.
-    fn finished(
-        &self,
-        path: &'static str,
-        manner: Manner,
-        id: &str,
-        started: Instant,
-        answered: Result<Response, Refusal>,
-    ) -> Response {
-        let mut response = answered.unwrap_or_else(|refusal| refusal.response(manner));
-        let took = started.elapsed();
-        put(response.headers_mut(), "x-total-time", &took.as_millis().to_string());
-        put(response.headers_mut(), REQUEST_ID, id);
-        let status = response.status().as_u16();
-        self.meter.request(path, status, took);
-        self.say
-            .detail(json!({"request": id, "route": path, "status": status, "ms": millis(took)}).to_string());
-        response
-    }
-
-    async fn answer(
-        &self,
-        route: Route,
-        model: Option<String>,
-        request: Request,
-    ) -> Result<Response, Refusal> {
-        let body = self.body(request).await?;
-        let Asks { records, truncate, model: named, form } = route.read(&body)?;
-        let model = self.model(model.or(named).as_deref())?;
-        if let Some(field) = route.field().filter(|field| !model.task.fields_answered().contains(field)) {
-            return Err(Refusal::backend(format!(
-                "{} is a {} model: its answers have no \"{field}\"",
-                model.name,
-                model.task.name()
-            )));
-        }
-        let fields = model.task.fields_asked();
-        let mut named = records.first().into_iter().flat_map(Record::keys);
-        if let Some(other) = named.find(|name| route == Route::Infer && !fields.contains(&name.as_str())) {
-            return Err(Refusal::invalid(format!(
-                "{} takes no input {other:?}, but {}",
-                model.name,
-                fields.join(" and ")
-            )));
-        }
-        if records.len() > self.limits.records {
-            return Err(Refusal::too_large(format!(
-                "{} records in one request, and {} are allowed",
-                records.len(),
-                self.limits.records
-            )));
-        }
-        let started = Instant::now();
-        let read = || self.read(&model, records, truncate);
-        // in a thread that may take its time, where it is much
-        let asked = if body.len() <= SMALL_BODY { read() } else { tokio::task::block_in_place(read) }?;
-        let tokens = asked.iter().map(Asked::tokens).sum();
-        let tokenized = started.elapsed();
-
-        let receivers = model.queue.submit(asked)?;
-        let mut replies = Vec::with_capacity(receivers.len());
-        for receiver in receivers {
-            replies.push(receiver.await.map_err(|_| Refusal::backend("the model broke down"))?);
-        }
-        let slowest = |of: fn(&Reply) -> Duration| replies.iter().map(of).max().unwrap_or_default();
-        let (queued, computed) = (slowest(|reply| reply.queued), slowest(|reply| reply.computed));
-        let mut answers = Vec::with_capacity(replies.len());
-        for (i, reply) in replies.into_iter().enumerate() {
-            let answer = reply.answer.map_err(Refusal::backend)?;
-            answers.push(answer.map_err(|bad| Refusal::backend(format!("record {i}: {bad}")))?);
-        }
-        let body = form.body(answers, &model.name, tokens)?;
-        let mut response = axum::Json(body).into_response();
-        let headers = response.headers_mut();
-        put(headers, "x-compute-type", model.provider.name());
-        put(headers, "x-compute-tokens", &tokens.to_string());
-        for (name, time) in
-            [("x-tokenization-time", tokenized), ("x-queue-time", queued), ("x-inference-time", computed)]
-        {
-            put(headers, name, &time.as_millis().to_string());
-        }
-        Ok(response)
-    }
-
-    /// What the records ask.
-    fn read(&self, model: &Served, records: Vec<Record>, truncate: bool) -> Result<Vec<Asked>, Refusal> {
-        let mut tokens = 0;
-        let mut all = Vec::with_capacity(records.len());
-        for (i, record) in records.into_iter().enumerate() {
-            let asked = model.asked(record).map_err(|bad| Refusal::invalid(format!("record {i}: {bad}")))?;
-            if asked.truncated() && !truncate {
-                return Err(Refusal::invalid(format!(
-                    "record {i} is longer than the {} tokens that the model takes, and \"truncate\" is false",
-                    model.max_length
-                )));
-            }
-            tokens += asked.tokens();
-            if tokens > self.limits.tokens {
-                return Err(Refusal::too_large(format!(
-                    "the request has more than {} tokens",
-                    self.limits.tokens
-                )));
-            }
-            all.push(asked);
-        }
-        Ok(all)
+        let heard = self.heard(&request, path, route.manner());
+        let answered = async { self.answer(route, model, &self.body(request).await?).await };
+        self.counted(heard, answered).await
     }
 
     /// The body of a request that has the key.
@@ -448,30 +337,12 @@ impl App {
         let given = given.strip_prefix(b"Bearer ").unwrap_or_default();
         if same(given, key.as_bytes()) { Ok(()) } else { Err(Refusal::unauthorized()) }
     }
-
-    /// What the client calls its request, or a name that no other request of this server has.
-    fn request_id(&self, headers: &HeaderMap) -> String {
-        let given = headers.get(REQUEST_ID).and_then(|value| value.to_str().ok());
-        let given = given.filter(|id| !id.is_empty() && id.len() <= LONGEST_ID);
-        let next = || format!("{:x}-{}", std::process::id(), self.requests.fetch_add(1, Ordering::Relaxed));
-        given.map_or_else(next, str::to_owned)
-    }
 }
-
-/// The header that names a request.
-const REQUEST_ID: &str = "x-request-id";
-
-/// The longest name that is taken over.
-const LONGEST_ID: usize = 128;
 
 /// Whether two keys are the same, in a time that tells nothing of where they differ.
 fn same(given: &[u8], key: &[u8]) -> bool {
     let differ = given.iter().zip(key).fold(0, |differ, (a, b)| differ | (a ^ b));
     given.len() == key.len() && differ == 0
-}
-
-fn millis(time: Duration) -> f64 {
-    (time.as_secs_f64() * 1e5).round() / 100.0
 }
 
 fn put(headers: &mut HeaderMap, name: &'static str, value: &str) {

@@ -14,7 +14,9 @@ use utoipa::openapi::{
 use utoipa::{PartialSchema, ToSchema};
 
 use super::api::{Answers, Endpoint};
+use super::inference::BINARY;
 use super::refusal::{InferenceError, Manner, OpenAiErrorBody, TeiError};
+use super::tensor::JSON_LENGTH;
 
 /// A JSON body: what it looks like, and what it refers to.
 pub(super) struct Body {
@@ -116,19 +118,31 @@ const KEY: &str = "key";
 fn operation(endpoint: &Endpoint, keyed: bool) -> OperationBuilder {
     let Endpoint { path, summary, tag, body, answers, manner, refused, computed, .. } = endpoint;
     let mut operation = OperationBuilder::new().summary(Some(*summary)).tag(*tag);
-    if path.contains("{model}") {
-        let model = ParameterBuilder::new()
-            .name("model")
-            .parameter_in(ParameterIn::Path)
-            .required(Required::True)
-            .description(Some("What the model is called"))
-            .schema(Some(text()));
-        operation = operation.parameter(model);
+    for (name, says) in [("model", "What the model is called"), ("version", "1: a model has one version")] {
+        if path.contains(&format!("{{{name}}}")) {
+            let parameter = ParameterBuilder::new()
+                .name(name)
+                .parameter_in(ParameterIn::Path)
+                .required(Required::True)
+                .description(Some(says))
+                .schema(Some(text()));
+            operation = operation.parameter(parameter);
+        }
     }
+    let binary = matches!(answers, Answers::JsonOrBinary(_));
     if let Some(body) = body {
-        let content = ContentBuilder::new().schema(Some(body.schema.clone())).build();
-        let body = RequestBodyBuilder::new().required(Some(Required::True)).content(JSON, content);
-        operation = operation.request_body(Some(body.build()));
+        let mut request = RequestBodyBuilder::new().required(Some(Required::True));
+        request = request.content(JSON, content(body.schema.clone()));
+        if binary {
+            request = request.content(BINARY, content(with_binary()));
+            let length = ParameterBuilder::new()
+                .name(JSON_LENGTH)
+                .parameter_in(ParameterIn::Header)
+                .description(Some("Bytes of the JSON, where binary data stands behind it"))
+                .schema(Some(text()));
+            operation = operation.parameter(length);
+        }
+        operation = operation.request_body(Some(request.build()));
     }
     let counted = endpoint.method == HttpMethod::Post;
     let mut good = ResponseBuilder::new().description(*summary);
@@ -139,6 +153,9 @@ fn operation(endpoint: &Endpoint, keyed: bool) -> OperationBuilder {
         Answers::Page(form) => OF_PAGE.iter().fold(good.content(*form, content(text())), with_header),
         Answers::JsonOrEvents(body) => {
             good.content(JSON, content(body.schema.clone())).content("text/event-stream", content(text()))
+        }
+        Answers::JsonOrBinary(body) => {
+            good.content(JSON, content(body.schema.clone())).content(BINARY, content(with_binary()))
         }
     };
     if counted {
@@ -186,6 +203,13 @@ fn content(schema: RefOr<Schema>) -> Content {
 
 fn text() -> RefOr<Schema> {
     ObjectBuilder::new().schema_type(Type::String).into()
+}
+
+/// JSON with binary data behind it.
+fn with_binary() -> RefOr<Schema> {
+    let says = "The JSON, of as many bytes as the header `Inference-Header-Content-Length` says, and behind it the data of \
+                each tensor that has a `binary_data_size`, in their order.";
+    ObjectBuilder::new().schema_type(Type::String).description(Some(says)).into()
 }
 
 fn any_object() -> RefOr<Schema> {

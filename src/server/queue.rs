@@ -5,8 +5,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 
-use crate::predict::Asked;
-use crate::task::Answer;
+use super::served::{Ask, Told};
 
 /// What a queue may hold, and what is taken of it at once.
 #[derive(Clone, Copy, Debug)]
@@ -21,7 +20,7 @@ pub struct QueueLimits {
 
 /// A record that waits for its answer.
 pub struct Job {
-    pub asked: Asked,
+    pub asked: Ask,
     pub arrived: Instant,
     reply: oneshot::Sender<Reply>,
 }
@@ -35,8 +34,8 @@ impl Job {
 
 /// What became of a record.
 pub struct Reply {
-    /// Its answer; or why the model could give none.
-    pub answer: Result<Answer, String>,
+    /// What the model tells; or why it could tell nothing.
+    pub told: Result<Told, String>,
     /// Between its arrival and the batch that it was in.
     pub queued: Duration,
     /// What that batch took.
@@ -76,7 +75,7 @@ impl Queue {
     ///
     /// # Errors
     /// There is no room for all of them, or the queue is closed.
-    pub fn submit(&self, records: Vec<Asked>) -> Result<Vec<oneshot::Receiver<Reply>>, Refused> {
+    pub fn submit(&self, records: Vec<Ask>) -> Result<Vec<oneshot::Receiver<Reply>>, Refused> {
         let mut state = self.state();
         if state.closed {
             return Err(Refused::Closed);
@@ -181,13 +180,14 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::predict::Asked;
 
     fn limits(records: usize) -> QueueLimits {
         QueueLimits { records, batch_tokens: 8, wait: Duration::ZERO }
     }
 
-    fn asked(tokens: usize) -> Asked {
-        Asked::of_length(tokens)
+    fn asked(tokens: usize) -> Ask {
+        Ask::Record(Asked::of_length(tokens))
     }
 
     fn lengths(jobs: &[Job]) -> Vec<usize> {

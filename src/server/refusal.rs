@@ -86,7 +86,7 @@ impl Refusal {
         Self { status: StatusCode::FAILED_DEPENDENCY, kind: "Backend", message: message.into() }
     }
 
-    /// The model failed in the middle of its answer.
+    /// The model failed in the middle of its answer, or the server did.
     pub fn failed(message: impl Into<String>) -> Self {
         Self { status: StatusCode::INTERNAL_SERVER_ERROR, ..Self::backend(message) }
     }

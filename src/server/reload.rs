@@ -5,11 +5,11 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError, RwLock};
 
-use axum::extract::State;
-use axum::http::HeaderMap;
+use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 
 use super::answers::ModelInfo;
+use super::log::Work;
 use super::queue::Refused;
 use super::refusal::{Manner, Refusal};
 use super::status::ModelName;
@@ -136,11 +136,12 @@ impl App {
 pub(super) async fn reload(
     State(app): State<Arc<App>>,
     ModelName(name): ModelName,
-    headers: HeaderMap,
+    request: Request,
 ) -> Response {
-    let (id, started) = (app.request_id(&headers), std::time::Instant::now());
+    let heard = app.heard(&request, "/reload", Manner::Tei);
+    let allowed = app.check_key(request.headers());
     let reloaded = async {
-        app.check_key(&headers)?;
+        allowed?;
         if app.key.is_none() {
             return Err(Refusal::forbidden(
                 "this server has no --api-key-file, and without a key nobody may reload a model by HTTP: send the process a SIGHUP",
@@ -150,8 +151,9 @@ pub(super) async fn reload(
         // it goes on where the client goes
         let work = tokio::task::spawn_blocking(move || app.reload_now(&name));
         let about = work.await.map_err(|error| Refusal::backend(error.to_string()))??;
-        Ok(axum::Json(about).into_response())
+        let work = Work { model: about.model_id.clone(), ..Work::default() };
+        Ok(work.of(axum::Json(about).into_response()))
     };
     let reloaded = reloaded.await;
-    app.finished("/reload", Manner::Tei, &id, started, reloaded)
+    app.finished(&heard, reloaded)
 }

@@ -1,5 +1,4 @@
-//! Bodies of requests → records, by route: those of text-embeddings-inference, OpenAI, Cohere and the Open Inference
-//! Protocol.
+//! Bodies of requests → records, by route: those of text-embeddings-inference, OpenAI and Cohere.
 
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -36,11 +35,10 @@ pub enum Route {
     Rerank,
     RerankCohere,
     OpenAiEmbeddings,
-    Infer,
 }
 
 impl Route {
-    /// Each with its paths; all but OpenAI's and the Inference Protocol's also stand behind `/models/NAME`.
+    /// Each with its paths; all but OpenAI's and Cohere's also stand behind `/models/NAME`.
     pub const ALL: [(Self, &'static [&'static str]); 9] = [
         (Self::Predict, &["/predict", "/classify"]),
         (Self::Entities, &["/entities"]),
@@ -61,7 +59,6 @@ impl Route {
             Self::Answers => Some("answer"),
             Self::Fills => Some("fills"),
             Self::Embed | Self::Similarity | Self::OpenAiEmbeddings => Some("embedding"),
-            Self::Infer => None,
         }
     }
 
@@ -69,7 +66,6 @@ impl Route {
     pub fn manner(self) -> Manner {
         match self {
             Self::OpenAiEmbeddings => Manner::OpenAi,
-            Self::Infer => Manner::Inference,
             _ => Manner::Tei,
         }
     }
@@ -89,7 +85,6 @@ impl Route {
             Self::Rerank => Ok(rerank(parsed(body)?)),
             Self::RerankCohere => Ok(rerank_cohere(parsed(body)?)),
             Self::OpenAiEmbeddings => openai_embeddings(parsed(body)?),
-            Self::Infer => infer(parsed(body)?),
         }
         .and_then(|asks| match asks.records.len() {
             0 => Err(Refusal::empty("there is no text in it")),
@@ -362,50 +357,4 @@ fn openai_embeddings(body: OpenAiEmbeddings) -> Result<Asks, Refusal> {
     let form = Form::OpenAiEmbeddings { base64: encoding_format == Encoding::Base64, dimensions };
     let records = input.split().1.into_iter().map(text).collect();
     Ok(Asks { records, truncate: true, model, form })
-}
-
-/// Tensors of texts, one a field of the records.
-#[derive(Deserialize, ToSchema)]
-pub(super) struct Infer {
-    id: Option<String>,
-    inputs: Vec<Tensor>,
-}
-
-#[derive(Deserialize, ToSchema)]
-struct Tensor {
-    name: String,
-    datatype: String,
-    shape: Vec<usize>,
-    data: Option<Vec<String>>,
-}
-
-/// Texts as tensors of bytes: an input a field of the records.
-fn infer(Infer { id, inputs }: Infer) -> Result<Asks, Refusal> {
-    let count = inputs.first().and_then(|tensor| tensor.data.as_ref()).map_or(0, Vec::len);
-    let mut records = vec![Record::new(); count];
-    for Tensor { name, datatype, shape, data } in inputs {
-        if datatype != "BYTES" {
-            return Err(Refusal::invalid(format!(
-                "{name}: datatype {datatype}, expected BYTES: a text a record"
-            )));
-        }
-        let Some(data) = data else {
-            return Err(Refusal::invalid(format!(
-                "{name}: there is no data; texts stand in the JSON, as tritonclient sends them with binary_data=False"
-            )));
-        };
-        let size = shape.iter().try_fold(1usize, |size, dim| size.checked_mul(*dim));
-        if size != Some(data.len()) || data.len() != count {
-            return Err(Refusal::invalid(format!(
-                "{name}: {} texts of shape {shape:?}, expected {count} of shape [{count}]",
-                data.len()
-            )));
-        }
-        for (record, value) in records.iter_mut().zip(data) {
-            if record.insert(name.clone(), Value::String(value)).is_some() {
-                return Err(Refusal::invalid(format!("two inputs are named {name}")));
-            }
-        }
-    }
-    Ok(Asks { records, truncate: true, model: None, form: Form::Tensor { id } })
 }

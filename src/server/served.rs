@@ -1,4 +1,5 @@
-//! A model that answers requests: its queue, and a thread for each of its sessions.
+//! A model that answers requests: its queue, and a thread for each of its sessions. What waits in the queue is a record, or
+//! a row of tokens for the model's graph.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -12,14 +13,57 @@ use super::answers::ModelInfo;
 use super::metrics::Meter;
 use super::queue::{Job, Queue, QueueLimits, Reply};
 use super::routes::Record;
+use super::signature::Signature;
 use crate::Result;
+use crate::data::batch::Encoding;
 use crate::data::records::{BadRow, Row};
 use crate::data::tokens::Tokenizer;
 use crate::onnx::{Precision, write};
 use crate::predict::{Asked, Predictor};
 use crate::runtime::{How, Provider};
 use crate::saved::Saved;
-use crate::task::Task;
+use crate::task::{Answer, Outputs, Task};
+
+/// What a model is asked.
+pub enum Ask {
+    /// A record, as it is read by its task.
+    Record(Asked),
+    /// A row of tokens, of which these of the graph's outputs are wanted.
+    Tokens { row: Encoding, outputs: Arc<[usize]> },
+}
+
+impl Ask {
+    /// How many sequences it is.
+    pub fn windows(&self) -> usize {
+        match self {
+            Self::Record(asked) => asked.windows(),
+            Self::Tokens { .. } => 1,
+        }
+    }
+
+    /// Tokens of its longest sequence.
+    pub fn longest(&self) -> usize {
+        match self {
+            Self::Record(asked) => asked.longest(),
+            Self::Tokens { row, .. } => row.len(),
+        }
+    }
+
+    /// Tokens of all of them.
+    pub fn tokens(&self) -> usize {
+        match self {
+            Self::Record(asked) => asked.tokens(),
+            Self::Tokens { row, .. } => row.len(),
+        }
+    }
+}
+
+/// What a model tells of it.
+pub enum Told {
+    Answer(Answer),
+    /// The outputs that are wanted, each (1, C) or (T, C).
+    Outputs(Outputs),
+}
 
 /// Makes of a record what a model is asked with.
 type Read = Box<dyn Fn(&Row) -> Result<Asked, BadRow> + Send + Sync>;
@@ -35,6 +79,8 @@ pub struct Served {
     pub about: ModelInfo,
     /// Tokens of the longest window.
     pub max_length: usize,
+    /// What its graph takes and gives.
+    pub signature: Signature,
     pub queue: Arc<Queue>,
     read: Read,
     workers: Mutex<Vec<JoinHandle<()>>>,
@@ -58,6 +104,7 @@ impl Served {
         let (provider, max_length) = (predictor.provider(), predictor.max_length());
         let read: Read = Box::new(predictor.reader());
         let about = about(&name, saved, precision, &predictor)?;
+        let signature = signature(saved, &predictor);
         let queue = Arc::new(Queue::new(limits));
         let first = |predictor: &Predictor| {
             warm_up(saved, predictor).with_context(|| format!("{name}: the first record"))
@@ -74,7 +121,7 @@ impl Served {
             workers.push(worker.context("starting a thread")?);
         }
         let (task, tokenizer, workers) = (saved.task.clone(), saved.tokenizer.clone(), Mutex::new(workers));
-        Ok(Self { name, task, tokenizer, provider, about, max_length, queue, read, workers })
+        Ok(Self { name, task, tokenizer, provider, about, max_length, signature, queue, read, workers })
     }
 
     /// What a record asks.
@@ -128,21 +175,49 @@ fn work(queue: &Queue, predictor: &Predictor, crew: &Crew, meter: &Meter, name: 
         let alone = crew.busy.fetch_add(1, Ordering::AcqRel) == 0 && queue.is_empty();
         let predictor = crew.together.as_ref().filter(|_| alone).unwrap_or(predictor);
         let started = Instant::now();
-        let asked: Vec<&Asked> = jobs.iter().map(|job| &job.asked).collect();
-        let answers = catch_unwind(AssertUnwindSafe(|| predictor.answers(&asked)));
-        let answers =
-            answers.unwrap_or_else(|panic| Err(crate::error::of_panic("the model", panic.as_ref())));
+        let asked: Vec<&Ask> = jobs.iter().map(|job| &job.asked).collect();
+        let told = catch_unwind(AssertUnwindSafe(|| told(predictor, &asked)));
+        let told = told.unwrap_or_else(|panic| Err(crate::error::of_panic("the model", panic.as_ref())));
         crew.busy.fetch_sub(1, Ordering::AcqRel);
         let computed = started.elapsed();
         meter.batch(name, &asked, computed);
-        let reply = |job: Job, answer| {
+        let reply = |job: Job, told| {
             let queued = started.duration_since(job.arrived);
-            job.answer(Reply { answer, queued, computed });
+            job.answer(Reply { told, queued, computed });
         };
-        match answers {
-            Ok(answers) => jobs.into_iter().zip(answers).for_each(|(job, answer)| reply(job, Ok(answer))),
+        match told {
+            Ok(told) => jobs.into_iter().zip(told).for_each(|(job, told)| reply(job, Ok(told))),
             Err(error) => jobs.into_iter().for_each(|job| reply(job, Err(format!("{error:#}")))),
         }
+    }
+}
+
+/// What the model tells of each, in order. Where a batch has both, records run apart from rows of tokens.
+fn told(predictor: &Predictor, asked: &[&Ask]) -> Result<Vec<Told>> {
+    let (mut records, mut rows) = (Vec::new(), Vec::new());
+    for ask in asked {
+        match ask {
+            Ask::Record(asked) => records.push(asked),
+            Ask::Tokens { row, outputs } => rows.push((row, &**outputs)),
+        }
+    }
+    let mut answers = predictor.answers(&records)?.into_iter().map(Told::Answer);
+    let mut outputs = predictor.graph_outputs(&rows)?.into_iter().map(Told::Outputs);
+    let told = asked.iter().map(|ask| match ask {
+        Ask::Record(_) => answers.next(),
+        Ask::Tokens { .. } => outputs.next(),
+    });
+    told.collect::<Option<_>>().context("the model told of fewer than it was asked")
+}
+
+/// What the model's graph takes and gives.
+fn signature(saved: &Saved, predictor: &Predictor) -> Signature {
+    Signature {
+        inputs: predictor.pool().inputs(),
+        outputs: saved.task.outputs(saved.task.form()),
+        vocabulary: saved.config.vocab_size(),
+        token_types: saved.config.token_types().unwrap_or(1),
+        max_length: predictor.max_length(),
     }
 }
 

@@ -4,9 +4,7 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use axum::extract::path::ErrorKind;
-use axum::extract::rejection::PathRejection;
-use axum::extract::{FromRequestParts, Path, State};
+use axum::extract::{FromRequestParts, RawPathParams, State};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -16,7 +14,10 @@ use super::answers::{
     InferenceModel, InferenceReady, InferenceServer, Info, ListedModel, ListedModels, Live, ModelInfo,
     ModelInfos, Ready, TensorShape,
 };
+use super::inference::ANSWER;
 use super::refusal::{Manner, Refusal};
+use super::signature::{self, Signature};
+use crate::task::Output;
 
 /// The process answers.
 pub(super) async fn live() -> Response {
@@ -51,9 +52,13 @@ pub(super) const METRICS_TYPE: &str = "application/openmetrics-text; version=1.0
 
 pub(super) async fn metrics(State(app): State<Arc<App>>) -> Response {
     let waiting = app.models.iter().map(|current| (current.name.as_str(), current.get().waiting()));
-    match app.meter.text(waiting) {
+    counts(app.meter.text(waiting))
+}
+
+fn counts(text: Result<String, std::fmt::Error>) -> Response {
+    match text {
         Ok(text) => ([(header::CONTENT_TYPE, METRICS_TYPE)], text).into_response(),
-        Err(_) => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
+        Err(error) => Refusal::failed(format!("the counts can't be written: {error}")).response(Manner::Tei),
     }
 }
 
@@ -66,7 +71,11 @@ pub(super) async fn models(State(app): State<Arc<App>>, headers: HeaderMap) -> R
 }
 
 pub(super) async fn server() -> Response {
-    let about = InferenceServer { name: "tk", version: env!("CARGO_PKG_VERSION"), extensions: Vec::new() };
+    let about = InferenceServer {
+        name: "tk",
+        version: env!("CARGO_PKG_VERSION"),
+        extensions: vec!["binary_tensor_data"],
+    };
     axum::Json(about).into_response()
 }
 
@@ -76,16 +85,26 @@ pub(super) async fn model(
     headers: HeaderMap,
 ) -> Response {
     let found = app.check_key(&headers).and_then(|()| app.model(name.as_deref()));
-    let tensor = |name| TensorShape { name, datatype: "BYTES", shape: vec![-1] };
+    let texts = |name: &str| TensorShape { name: name.to_owned(), datatype: "BYTES", shape: vec![-1] };
+    let tokens = |name: &String| TensorShape { name: name.clone(), datatype: "INT64", shape: vec![-1, -1] };
+    let numbers = |output: &Output| TensorShape {
+        name: output.name.to_owned(),
+        datatype: "FP32",
+        shape: signature::any_shape(output),
+    };
     match found {
-        Ok(model) => axum::Json(InferenceModel {
-            name: model.name.clone(),
-            versions: vec!["1"],
-            platform: "onnxruntime_onnx",
-            inputs: model.task.fields_asked().iter().copied().map(tensor).collect(),
-            outputs: vec![tensor("answer")],
-        })
-        .into_response(),
+        Ok(model) => {
+            let Signature { inputs, outputs, .. } = &model.signature;
+            let fields = model.task.fields_asked().iter().copied();
+            axum::Json(InferenceModel {
+                name: model.name.clone(),
+                versions: vec!["1"],
+                platform: "onnxruntime_onnx",
+                inputs: fields.map(texts).chain(inputs.iter().map(tokens)).collect(),
+                outputs: [texts(ANSWER)].into_iter().chain(outputs.iter().map(numbers)).collect(),
+            })
+            .into_response()
+        }
         Err(refusal) => refusal.response(Manner::Inference),
     }
 }
@@ -108,21 +127,37 @@ pub(super) async fn other_method() -> Response {
     Refusal::other_method().response(Manner::Tei)
 }
 
-/// The model that a path names, where it names one. What is no UTF-8 is the name of none that there is.
+/// The model that a path names, where it names one. What is no UTF-8 is the name of none that there is, and so is a version:
+/// each model has one, 1.
 pub(super) struct ModelName(pub Option<String>);
 
 impl<S: Send + Sync> FromRequestParts<S> for ModelName {
     type Rejection = Infallible;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Infallible> {
-        Ok(Self(match Path::from_request_parts(parts, state).await {
-            Ok(Path(name)) => Some(name),
-            Err(PathRejection::FailedToDeserializePathParams(failed))
-                if matches!(failed.kind(), ErrorKind::InvalidUtf8InPathParam { .. }) =>
-            {
-                Some(char::REPLACEMENT_CHARACTER.to_string())
-            }
-            Err(_) => None,
+        let Ok(params) = RawPathParams::from_request_parts(parts, state).await else {
+            return Ok(Self(Some(char::REPLACEMENT_CHARACTER.to_string())));
+        };
+        let of = |key: &str| params.iter().find(|(name, _)| *name == key).map(|(_, value)| value);
+        Ok(Self(match (of("model"), of("version")) {
+            (Some(model), Some(version)) if version != "1" => Some(format!("{model}, version {version}")),
+            (model, _) => model.map(str::to_owned),
         }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_that_can_not_be_written_are_an_error_as_others() {
+        let response = counts(Err(std::fmt::Error));
+        assert_eq!(response.status(), StatusCode::INTERNAL_SERVER_ERROR);
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let body = runtime.block_on(axum::body::to_bytes(response.into_body(), 1000)).unwrap();
+        let body: serde_json::Value = serde_json::from_slice(&body).unwrap();
+        assert_eq!(body["error_type"], "Backend");
+        assert!(body["error"].as_str().unwrap().starts_with("the counts can't be written"), "{body}");
     }
 }

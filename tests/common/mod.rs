@@ -2,6 +2,7 @@
 #![allow(dead_code)] // each test file uses its own part
 
 pub mod schema;
+pub mod server;
 
 use std::path::PathBuf;
 
