@@ -38,7 +38,8 @@ pub struct Args {
     listen: SocketAddr,
     #[command(flatten)]
     ep: EpFlags,
-    /// Which of the exported graphs: fp32 or int8, of language models fp32, q8 or q4; with --ep openvino also bf16.
+    /// Which of the exported graphs: fp32, fp16 or int8, of language models fp32, fp16, q8 or q4; with --ep openvino
+    /// also bf16.
     #[arg(long, value_enum, default_value_t)]
     precision: Precision,
     /// Threads of a model on a CPU, each of which runs batches of its own; a language model's run one together [default: the
@@ -168,10 +169,11 @@ fn threads(args: &Args) -> usize {
 
 /// A model that generates texts.
 fn generator(args: &Args, name: String, saved: &Saved, say: Say) -> Result<Generator> {
-    generate::on_cpu(&args.ep, args.precision)?;
+    let providers = generate::providers(&args.ep, args.precision)?;
     let (precision, requests) = (args.precision, args.max_queue as usize);
     let limits = Limits::of(args.slots, args.cache_mb)?;
-    let options = GeneratorOptions { precision, threads: threads(args), limits, requests };
+    let options =
+        GeneratorOptions { providers: &providers, precision, threads: threads(args), limits, requests };
     Generator::start(name, saved, &options, say)
 }
 

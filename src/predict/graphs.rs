@@ -103,7 +103,8 @@ pub fn tolerance(saved: &Saved, precision: Precision) -> Result<f32> {
     let path = folder(&saved.dir).join("manifest.json");
     let manifest = std::fs::read(&path).ok();
     let manifest = manifest.and_then(|bytes| serde_json::from_slice::<serde_json::Value>(&bytes).ok());
-    let found = manifest.and_then(|manifest| manifest["precisions"][precision.name()]["max_abs"].as_f64());
+    let key = if saved.task.form() == Form::Whole { "precisions" } else { "generate" };
+    let found = manifest.and_then(|manifest| manifest[key][precision.name()]["max_abs"].as_f64());
     match found {
         Some(found) => Ok(2.0 * found as f32),
         None => bail_unusable!(
@@ -121,7 +122,7 @@ pub fn tolerance(saved: &Saved, precision: Precision) -> Result<f32> {
 pub fn check_precision(saved: &Saved, precision: Precision) -> Result<()> {
     let known: &[Precision] = match saved.task.form() {
         Form::Whole => &[Precision::Fp32, Precision::Fp16, Precision::Bf16, Precision::Int8],
-        Form::Cached | Form::InPlace => &[Precision::Fp32, Precision::Q8, Precision::Q4],
+        Form::Cached | Form::InPlace => &[Precision::Fp32, Precision::Fp16, Precision::Q8, Precision::Q4],
     };
     if !known.contains(&precision) {
         let known: Vec<&str> = known.iter().map(|precision| precision.name()).collect();
