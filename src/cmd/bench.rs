@@ -212,7 +212,7 @@ fn human(args: &Args, predictor: &Predictor, load: &Load, cells: &[Cell], whole:
 
 /// The same of a language model.
 fn texts(args: &Args, saved: &Saved, say: Say) -> Result<()> {
-    let providers = generate::providers(&args.ep, args.precision)?;
+    let providers = generate::providers(&args.ep, args.precision, say)?;
     for (flag, given) in [
         ("--input", args.input.is_some()),
         ("--soak", args.soak.is_some()),

@@ -63,7 +63,7 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     let measured = match args.runtime {
         MeasuredIn::Eager => Evaluator::open(&saved, &device::open(&args.device)?)?.measure(&examples)?,
         MeasuredIn::Onnx if saved.task.language_model().is_some() => {
-            let providers = generate::providers(&args.ep, args.precision)?;
+            let providers = generate::providers(&args.ep, args.precision, say)?;
             let graph = graphs::checked_generating(&saved, args.precision)?;
             let mut slots = Slots::open(&graph, &providers, process::cores(), say)?;
             saved.task.measure_in_place(&mut slots, &examples)?

@@ -26,9 +26,10 @@ pub struct Args {
     dir: PathBuf,
     #[command(flatten)]
     task: TaskFlag,
-    /// The numbers that the matrices are stored in: int8, as model_quantized.onnx; fp16, as model_fp16.onnx, or for language
-    /// models generate_fp16.onnx, for GPUs; for language models also q8 and q4, as generate_q8.onnx and generate_q4.onnx. With bf16 and --ep openvino no graph is written: what model.onnx loses where
-    /// OpenVINO computes it in bf16 is measured, and kept in the manifest.
+    /// The numbers that the matrices are stored in: int8, as model_quantized.onnx; fp16, for GPUs, as model_fp16.onnx, or of a
+    /// language model as generate_fp16.onnx; for language models also q8 and q4, as generate_q8.onnx and generate_q4.onnx.
+    /// With bf16 and --ep openvino no graph is written: what model.onnx loses where OpenVINO computes it in bf16 is measured,
+    /// and kept in the manifest.
     #[arg(long, value_enum, default_value_t)]
     precision: Precision,
     /// What the graph is for: cuda also writes model_optimized.onnx, with ONNX Runtime's own attention, which CUDA then runs in

@@ -37,7 +37,7 @@ pub struct Args {
 
 /// Writes the text as it arrives; several texts one after another, each when it is whole.
 pub fn run(args: &Args, say: Say) -> Result<()> {
-    let providers = generate::providers(&args.ep, args.precision)?;
+    let providers = generate::providers(&args.ep, args.precision, say)?;
     let (settings, limits) = (args.generation.settings(args.top_k)?, args.generation.limits()?);
     let saved = Saved::open(&args.dir)?;
     let lm = saved.task.generating("generate")?;

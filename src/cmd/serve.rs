@@ -169,7 +169,7 @@ fn threads(args: &Args) -> usize {
 
 /// A model that generates texts.
 fn generator(args: &Args, name: String, saved: &Saved, say: Say) -> Result<Generator> {
-    let providers = generate::providers(&args.ep, args.precision)?;
+    let providers = generate::providers(&args.ep, args.precision, say)?;
     let (precision, requests) = (args.precision, args.max_queue as usize);
     let limits = Limits::of(args.slots, args.cache_mb)?;
     let options =

@@ -6,6 +6,7 @@ use serde_json::{Map, Value, json};
 use super::{Generated, GenerationConfig, Limits};
 use crate::onnx::Precision;
 use crate::runtime::{EpFlags, Order, Provider, Providers};
+use crate::say::Say;
 use crate::{Result, bail_unusable};
 
 /// How texts are generated; a record's fields of these names go before. Without any of temperature, top-k, top-p and
@@ -73,16 +74,25 @@ pub fn fields(generated: &Generated) -> Map<String, Value> {
     ])
 }
 
-/// What texts may be generated on, with a graph in this precision: the CPU, and CUDA in fp16. Chooses the build of ONNX
-/// Runtime: nothing may have loaded it before.
+/// What texts may be generated on, with a graph in this precision: the CPU, and CUDA in fp16. Says why it is the CPU where
+/// nobody asked for one. Chooses the build of ONNX Runtime: nothing may have loaded it before.
 ///
 /// # Errors
 /// Unusable: a provider is asked for that has no kernel for it; as [`EpFlags::providers`].
-pub fn providers(flags: &EpFlags, precision: Precision) -> Result<Providers> {
+pub fn providers(flags: &EpFlags, precision: Precision, say: Say) -> Result<Providers> {
     let asked = flags.providers(precision)?;
     let fp16 = precision == Precision::Fp16;
     let Order::Listed(list) = &asked.order else {
-        return Ok(if fp16 { asked } else { Providers::only(Provider::Cpu) });
+        if fp16 {
+            return Ok(asked);
+        }
+        if Provider::Cuda.compiled_in()? {
+            say.line(format!(
+                "provider: cpu, because GroupQueryAttention has no fp32 kernel for CUDA, which --precision {precision} asks \
+                 for; fp16 has one"
+            ));
+        }
+        return Ok(Providers::only(Provider::Cpu));
     };
     for provider in list {
         match provider {

@@ -30,7 +30,7 @@ pub(super) fn run(job: &BatchRun, saved: &Saved, task: &CausalLm) -> Result<()> 
             CausalLm::NAME
         );
     }
-    let providers = generate::providers(&args.ep, args.precision)?;
+    let providers = generate::providers(&args.ep, args.precision, job.say)?;
     let (base, limits) = (flags.settings(args.flags.shared.top_k)?, flags.limits()?);
     // what training cut texts at doesn't bound what is written
     let positions = saved.checked_max_length(args.max_length.or(Some(saved.config.max_positions())))?;
