@@ -13,7 +13,7 @@ use tk::Result;
 use tk::bench::{generated, made_up, medians};
 use tk::onnx::Precision;
 use tk::predict::graphs;
-use tk::runtime::Slots;
+use tk::runtime::{Provider, Providers, Slots};
 use tk::say::Say;
 
 fn main() -> Result<()> {
@@ -42,7 +42,12 @@ fn main() -> Result<()> {
         anyhow::bail!("MODEL is missing: a directory that `tk export` has written to")
     };
     let threads = rayon::current_num_threads();
-    let mut slots = Slots::open(&graphs::generating(&model, precision), threads, Say::default())?;
+    let mut slots = Slots::open(
+        &graphs::generating(&model, precision),
+        &Providers::only(Provider::Cpu),
+        threads,
+        Say::default(),
+    )?;
     let prompts: Vec<Vec<i64>> = match prompts {
         Some(file) => serde_json::from_slice(&std::fs::read(file)?)?,
         None => made_up(batches.iter().copied().max().unwrap_or(1), prompt, slots.vocabulary()),

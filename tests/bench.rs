@@ -106,7 +106,7 @@ fn what_can_not_be_measured_is_refused_by_name() {
         (&dir, &["--soak", "-1"], "unexpected argument"),
         (&dir, &["--precision", "q4"], "a text-classification model is exported in"),
         (&lm, &["--soak", "1"], "--soak is for models that answer records"),
-        (&lm, &["--ep", "cuda"], "texts are generated on the cpu alone"),
+        (&lm, &["--ep", "cuda"], "GroupQueryAttention has no fp32 kernel for CUDA"),
     ] {
         let out = tk().arg("bench").args(args).arg(dir).assert().code(2);
         let text = String::from_utf8_lossy(&out.get_output().stderr).into_owned();

@@ -345,7 +345,7 @@ fn what_can_not_be_generated_with_is_refused_by_name() {
     let input = bench.input(&[json!({"prompt": "x"})]);
     for (more, said) in [
         (vec!["--logits"], "--logits is for text-classification"),
-        (vec!["--ep", "cuda"], "generated on the cpu alone"),
+        (vec!["--ep", "cuda"], "GroupQueryAttention has no fp32 kernel for CUDA"),
         (vec!["--top-p", "0"], "top_p is 0"),
         (vec!["--precision", "q4"], "--precision q4` first"),
     ] {

@@ -426,7 +426,9 @@ fn every_verb_gives_the_reference_in_place() {
             return;
         }
         let (_dir, path) = going_on(case, GraphKind::in_place(Precision::Fp32));
-        let mut slots = Slots::open(&path, 1, Say { quiet: true, ..Say::default() }).unwrap();
+        let mut slots =
+            Slots::open(&path, &Providers::only(Provider::Cpu), 1, Say { quiet: true, ..Say::default() })
+                .unwrap();
         slots.resize(case.batch.len(), 32).unwrap();
         let mut found = vec![Vec::new(); case.batch.len()];
         for half in 0..2 {

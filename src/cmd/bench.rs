@@ -25,7 +25,8 @@ pub struct Args {
     task: TaskFlag,
     #[command(flatten)]
     ep: EpFlags,
-    /// Which of the exported graphs: fp32, fp16 or int8, and for language models fp32, q8 or q4; with --ep openvino also bf16.
+    /// Which of the exported graphs: fp32, fp16 or int8, and for language models fp32, fp16, q8 or q4; with --ep openvino
+    /// also bf16.
     #[arg(long, value_enum, default_value_t)]
     precision: Precision,
     /// Threads that compute; but for texts that are generated, each runs batches of its own [default: the cores].
@@ -211,7 +212,7 @@ fn human(args: &Args, predictor: &Predictor, load: &Load, cells: &[Cell], whole:
 
 /// The same of a language model.
 fn texts(args: &Args, saved: &Saved, say: Say) -> Result<()> {
-    generate::on_cpu(&args.ep, args.precision)?;
+    let providers = generate::providers(&args.ep, args.precision, say)?;
     for (flag, given) in [
         ("--input", args.input.is_some()),
         ("--soak", args.soak.is_some()),
@@ -225,7 +226,7 @@ fn texts(args: &Args, saved: &Saved, say: Say) -> Result<()> {
     }
     let graph = graphs::checked_generating(saved, args.precision)?;
     let threads = args.threads.map_or_else(process::cores, |n| n as usize);
-    let mut slots = Slots::open(&graph, threads, say)?;
+    let mut slots = Slots::open(&graph, &providers, threads, say)?;
     let shapes = shapes(args, saved.max_length.saturating_sub(NEW))?;
     let bar = say.bar(shapes.len() as u64, "{bar:30} {pos}/{len} shapes, {eta} left")?;
     let mut cells = Vec::with_capacity(shapes.len());
@@ -235,8 +236,9 @@ fn texts(args: &Args, saved: &Saved, say: Say) -> Result<()> {
     }
     bar.finish_and_clear();
     let mut out = format!(
-        "{} on cpu, {threads} threads\n\nprompt  batch  prefill, ms  prefill, tokens/s  decode, tokens/s",
-        graph.display()
+        "{} on {}, {threads} threads\n\nprompt  batch  prefill, ms  prefill, tokens/s  decode, tokens/s",
+        graph.display(),
+        slots.provider().name()
     );
     for TextCell { prompt, batch, prefill_ms, prefill_tokens_per_second, decode_tokens_per_second } in &cells
     {
@@ -248,6 +250,7 @@ fn texts(args: &Args, saved: &Saved, say: Say) -> Result<()> {
     let report = json!({
         "machine": machine()?,
         "graph": graph,
+        "provider": slots.provider().name(),
         "precision": args.precision.name(),
         "threads": threads,
         "cells": cells,

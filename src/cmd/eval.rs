@@ -35,8 +35,8 @@ pub struct Args {
     device: String,
     #[command(flatten)]
     ep: EpFlags,
-    /// Which of the exported graphs ONNX Runtime runs: fp32 or int8, and of a language model fp32, q8 or q4. With --ep openvino
-    /// also bf16.
+    /// Which of the exported graphs ONNX Runtime runs: fp32, fp16 or int8, and of a language model fp32, fp16, q8
+    /// or q4. With --ep openvino also bf16.
     #[arg(long, value_enum, default_value_t)]
     precision: Precision,
     #[command(flatten)]
@@ -63,9 +63,10 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     let measured = match args.runtime {
         MeasuredIn::Eager => Evaluator::open(&saved, &device::open(&args.device)?)?.measure(&examples)?,
         MeasuredIn::Onnx if saved.task.language_model().is_some() => {
-            generate::on_cpu(&args.ep, args.precision)?;
+            let providers = generate::providers(&args.ep, args.precision, say)?;
             let graph = graphs::checked_generating(&saved, args.precision)?;
-            saved.task.measure_in_place(&mut Slots::open(&graph, process::cores(), say)?, &examples)?
+            let mut slots = Slots::open(&graph, &providers, process::cores(), say)?;
+            saved.task.measure_in_place(&mut slots, &examples)?
         }
         MeasuredIn::Onnx => {
             let flags = &AnswerFlags::default();

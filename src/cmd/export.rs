@@ -26,9 +26,10 @@ pub struct Args {
     dir: PathBuf,
     #[command(flatten)]
     task: TaskFlag,
-    /// The numbers that the matrices are stored in: int8, as model_quantized.onnx; fp16, as model_fp16.onnx, for GPUs; for
-    /// language models q8 and q4, as generate_q8.onnx and generate_q4.onnx. With bf16 and --ep openvino no graph is written: what model.onnx loses where
-    /// OpenVINO computes it in bf16 is measured, and kept in the manifest.
+    /// The numbers that the matrices are stored in: int8, as model_quantized.onnx; fp16, for GPUs, as model_fp16.onnx, or of a
+    /// language model as generate_fp16.onnx; for language models also q8 and q4, as generate_q8.onnx and generate_q4.onnx.
+    /// With bf16 and --ep openvino no graph is written: what model.onnx loses where OpenVINO computes it in bf16 is measured,
+    /// and kept in the manifest.
     #[arg(long, value_enum, default_value_t)]
     precision: Precision,
     /// What the graph is for: cuda also writes model_optimized.onnx, with ONNX Runtime's own attention, which CUDA then runs in
@@ -42,8 +43,8 @@ pub struct Args {
     /// language model, whose two graphs share them, and above 1.9 GB.
     #[arg(long)]
     external_data: bool,
-    /// What int8, q8 and q4 are measured on: records as for `tk eval` [default: for int8 whether the answers to built-in
-    /// texts are those of fp32; for q8 and q4 a few built-in pages of English].
+    /// What fewer bits are measured on: records as for `tk eval` [default: whether the answers to built-in texts are
+    /// those of fp32; for language models a few built-in pages of English].
     #[arg(long, value_name = "FILE")]
     input: Option<PathBuf>,
     /// Records as for `tk serve-batch`, on the first 512 of which int8 learns between what numbers the activations lie.
@@ -60,7 +61,8 @@ pub struct Args {
     /// ones closer to what was trained.
     #[arg(long, value_name = "N", default_value_t = DEFAULT_BLOCK)]
     block_size: usize,
-    /// By how much q8 and q4 may raise the perplexity, as a share of it; more is an error [default: 0.1].
+    /// By how much q8, q4 and fp16 may raise a language model's perplexity, as a share of it; more is an error [default:
+    /// 0.1, of fp16 0.01].
     #[arg(long, value_name = "X")]
     max_perplexity_increase: Option<f64>,
     #[command(flatten)]
@@ -74,6 +76,9 @@ const MAX_METRIC_DROP: f64 = 0.5;
 
 /// By which share a language model's perplexity may rise in fewer bits.
 const MAX_PERPLEXITY_INCREASE: f64 = 0.1;
+
+/// The same of fp16, which is to change next to nothing.
+const MAX_PERPLEXITY_INCREASE_FP16: f64 = 0.01;
 
 /// Builds, writes under a temporary name, verifies, and only then puts the graphs in place.
 pub fn run(args: &Args, say: Say) -> Result<()> {
@@ -89,6 +94,7 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
         args.input.as_ref().map(read).transpose()
     };
     let most = args.max_metric_drop.unwrap_or(MAX_METRIC_DROP);
+    let form = saved.task.form();
     let mut exported = match args.precision {
         Precision::Fp32 => {
             export.as_trained(args.opset, args.external_data, args.ep == Some(Provider::Cuda))?
@@ -101,15 +107,20 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
             let examples = examples.as_deref();
             export.in_int8(Int8 { opset, external_data, examples, max_drop: most, ranges })?
         }
-        Precision::Fp16 => export.in_fp16(args.opset, args.external_data, examples()?.as_deref(), most)?,
+        Precision::Fp16 if form == Form::Whole => {
+            export.in_fp16(args.opset, args.external_data, examples()?.as_deref(), most)?
+        }
         Precision::Bf16 => {
             let providers = openvino.context("bf16 is OpenVINO's")?;
             export.in_bf16(&providers, examples()?.as_deref(), most)?
         }
-        precision @ (Precision::Q8 | Precision::Q4) => {
+        precision @ (Precision::Fp16 | Precision::Q8 | Precision::Q4) => {
             let examples = of_language_model(args, &saved)?;
-            let most = args.max_perplexity_increase.unwrap_or(MAX_PERPLEXITY_INCREASE);
-            export.in_blocks(precision, args.block_size, most, &examples)?
+            let most = args.max_perplexity_increase.unwrap_or(match precision {
+                Precision::Fp16 => MAX_PERPLEXITY_INCREASE_FP16,
+                _ => MAX_PERPLEXITY_INCREASE,
+            });
+            export.generating_in(precision, args.block_size, most, &examples)?
         }
     };
     if let Some(place) = triton {
@@ -135,6 +146,8 @@ fn of_language_model(args: &Args, saved: &Saved) -> Result<Vec<Example>> {
 fn check_usage(args: &Args, saved: &Saved) -> Result<()> {
     graphs::check_precision(saved, args.precision)?;
     let in_blocks = matches!(args.precision, Precision::Q8 | Precision::Q4);
+    let generates = saved.task.form() != Form::Whole;
+    let fp16_generates = generates && args.precision == Precision::Fp16;
     if args.precision == Precision::Fp32 && args.input.is_some() {
         bail_unusable!(
             "--input is what fewer bits are measured on: give a --precision, or leave it out; `tk eval` measures fp32"
@@ -149,6 +162,11 @@ fn check_usage(args: &Args, saved: &Saved) -> Result<()> {
         bail_unusable!("--block-size is for q8 and q4: give --precision q8 or q4, or leave it out");
     }
     if let Some(most) = args.max_metric_drop {
+        if fp16_generates {
+            bail_unusable!(
+                "--max-metric-drop: a language model is measured by its perplexity: give --max-perplexity-increase"
+            );
+        }
         if !matches!(args.precision, Precision::Fp16 | Precision::Bf16 | Precision::Int8) {
             bail_unusable!(
                 "--max-metric-drop is for int8, fp16 and bf16: give one of them by --precision, or leave it out"
@@ -162,16 +180,19 @@ fn check_usage(args: &Args, saved: &Saved) -> Result<()> {
         bail_unusable!("--calibration is for int8: give --precision int8, or leave it out");
     }
     if let Some(most) = args.max_perplexity_increase {
-        if !in_blocks {
-            bail_unusable!("--max-perplexity-increase is for q8 and q4: give one of them, or leave it out");
+        if !in_blocks && !fp16_generates {
+            bail_unusable!(
+                "--max-perplexity-increase is for q8 and q4, and fp16 of a language model: give one of them, or leave it out"
+            );
         }
         if most.is_nan() || most < 0.0 {
             bail_unusable!("--max-perplexity-increase {most}: expected a number from 0 upwards");
         }
     }
-    if (in_blocks || args.precision == Precision::Bf16) && (args.opset != DEFAULT_OPSET || args.external_data)
+    let own_graph = in_blocks || fp16_generates;
+    if (own_graph || args.precision == Precision::Bf16) && (args.opset != DEFAULT_OPSET || args.external_data)
     {
-        let why = if in_blocks { "whose graph is tk's own" } else { "which writes no graph" };
+        let why = if own_graph { "whose graph is tk's own" } else { "which writes no graph" };
         bail_unusable!(
             "--opset and --external-data say nothing to --precision {}, {why}: leave them out",
             args.precision

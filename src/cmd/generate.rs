@@ -7,7 +7,7 @@ use serde_json::json;
 use crate::generate::{self, Ends, Engine, Prompt, Prompts};
 use crate::onnx::Precision;
 use crate::predict::graphs;
-use crate::runtime::Slots;
+use crate::runtime::{EpFlags, Slots};
 use crate::saved::Saved;
 use crate::say::{self, Say};
 use crate::{Result, bail_unusable, process};
@@ -20,9 +20,11 @@ pub struct Args {
     /// What the text goes on from.
     #[arg(default_value = "")]
     prompt: String,
-    /// Which of the exported graphs.
+    /// Which of the exported graphs: fp32, fp16, q8 or q4; on cuda fp16.
     #[arg(long, value_enum, default_value_t)]
     precision: Precision,
+    #[command(flatten)]
+    ep: EpFlags,
     /// Threads that compute [default: the cores].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     threads: Option<u32>,
@@ -35,6 +37,7 @@ pub struct Args {
 
 /// Writes the text as it arrives; several texts one after another, each when it is whole.
 pub fn run(args: &Args, say: Say) -> Result<()> {
+    let providers = generate::providers(&args.ep, args.precision, say)?;
     let (settings, limits) = (args.generation.settings(args.top_k)?, args.generation.limits()?);
     let saved = Saved::open(&args.dir)?;
     let lm = saved.task.generating("generate")?;
@@ -45,7 +48,8 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
         say.warn(format!("the prompt is cut to its last {} tokens", request.prompt.len()));
     }
     let model = graphs::checked_generating(&saved, args.precision)?;
-    let slots = Slots::open(&model, args.threads.map_or_else(process::cores, |n| n as usize), say)?;
+    let threads = args.threads.map_or_else(process::cores, |n| n as usize);
+    let slots = Slots::open(&model, &providers, threads, say)?;
     let streams = request.settings.num_return_sequences == 1 && !say.json;
     let mut engine = Engine::new(slots, saved.tokenizer.inner(), ends.ends, positions, limits);
     if !engine.fits(&request) {

@@ -40,11 +40,12 @@ pub struct Args {
     /// ort-openvino, ort-cuda, ort-tensorrt [default: all that this machine has; of bf16 eager and ort-openvino].
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     runtimes: Vec<Runtime>,
-    /// Which of the exported graphs: fp32 or int8; bf16 is the graph in fp32 as OpenVINO computes it then.
+    /// Which of the exported graphs: fp32, fp16 or int8, and for language models fp32 or fp16; bf16 is the graph in fp32 as
+    /// OpenVINO computes it then.
     #[arg(long, value_enum, default_value_t, conflicts_with = "onnx")]
     precision: Precision,
-    /// How far a logit may be from the reference's [default: 1e-4; of int8 and bf16 twice of what `tk export`
-    /// found].
+    /// How far a logit may be from the reference's [default: 1e-4; of fp16, int8 and bf16 twice of what
+    /// `tk export` found].
     #[arg(long, value_name = "X")]
     tolerance: Option<f32>,
     /// Write a page that stands on its own: the table, differences layer by layer, the records that differ most, hashes,
@@ -140,12 +141,23 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
         }
         Form::Cached | Form::InPlace => {
             let texts = if args.input.is_some() { encodings.clone() } else { decoding::few(&encodings) };
-            let mut compared = of_language_model(&saved, &model, &texts, &runtimes, tolerance)?;
-            if runtimes.contains(&Runtime::Ort(Provider::Cpu)) && args.onnx.is_none() {
-                let generating = graphs::generating(dir, Precision::Fp32);
-                let generating = graph(generating, GraphKind::in_place(Precision::Fp32))?;
-                let mut in_place = decoding::in_place(&saved, &generating, &texts, tolerance)?;
-                let measure = |examples| decoding::measure(&saved, &generating, examples);
+            if runtimes[0] != Runtime::Eager {
+                bail_unusable!("a language model is compared with eager: name it among --runtimes");
+            }
+            let mut compared = match args.precision {
+                Precision::Fp32 => of_language_model(&saved, &model, &texts, &runtimes, tolerance)?,
+                _ => Vec::new(), // model.onnx, which the ecosystem reads, is in fp32 alone
+            };
+            for provider in generating(args, &runtimes)? {
+                let generating = match args.precision {
+                    Precision::Fp32 => {
+                        let path = graphs::generating(dir, Precision::Fp32);
+                        graph(path, GraphKind::in_place(Precision::Fp32))?
+                    }
+                    _ => model.clone(),
+                };
+                let mut in_place = decoding::in_place(&saved, &generating, &texts, provider, tolerance)?;
+                let measure = |examples| decoding::measure(&saved, &generating, provider, examples);
                 in_place.metric = examples.map(measure).transpose()?;
                 compared.push(in_place);
             }
@@ -192,13 +204,13 @@ fn how(args: &Args) -> Result<How> {
 /// of what the export found and the manifest says, on the same built-in texts.
 fn tolerance(args: &Args, saved: &Saved) -> Result<f32> {
     if args.precision != Precision::Fp32 {
-        if saved.task.form() != Form::Whole {
+        graphs::check_precision(saved, args.precision)?;
+        if matches!(args.precision, Precision::Q8 | Precision::Q4) {
             bail_unusable!(
-                "--precision {}: a language model's graphs in fewer bits are measured by `tk eval --runtime onnx`",
+                "--precision {}: what a language model's graph in blocks loses is measured by `tk eval --runtime onnx`",
                 args.precision
             );
         }
-        graphs::check_precision(saved, args.precision)?;
         if args.runtimes.contains(&Runtime::CandleOnnx) {
             bail_unusable!("candle-onnx knows no products in {}: leave it out", args.precision);
         }
@@ -218,12 +230,8 @@ fn of_language_model(
     runtimes: &[Runtime],
     tolerance: f32,
 ) -> Result<Vec<Compared>> {
-    let (reference, others) = runtimes.split_first().context("no runtime to compare")?;
-    if *reference != Runtime::Eager {
-        bail_unusable!("a language model is compared with eager: name it among --runtimes");
-    }
+    let others = runtimes.iter().filter(|&&runtime| runtime != Runtime::Eager);
     others
-        .iter()
         .map(|runtime| match runtime {
             Runtime::Ort(provider) => decoding::run(saved, graph, encodings, *provider, tolerance),
             other => bail_unusable!(
@@ -232,6 +240,34 @@ fn of_language_model(
             ),
         })
         .collect()
+}
+
+/// The providers of ONNX Runtime among the runtimes that a language model's graph generates on in this precision.
+///
+/// # Errors
+/// Unusable: there is none of them, or another one was asked for, where no other graph is compared.
+fn generating(args: &Args, runtimes: &[Runtime]) -> Result<Vec<Provider>> {
+    if args.onnx.is_some() {
+        return Ok(Vec::new());
+    }
+    let on = |provider: &Provider| match provider {
+        Provider::Cpu => true,
+        Provider::Cuda => args.precision == Precision::Fp16,
+        Provider::OpenVino | Provider::TensorRt => false,
+    };
+    let providers: Vec<Provider> = Provider::ALL
+        .into_iter()
+        .filter(|provider| on(provider) && runtimes.contains(&Runtime::Ort(*provider)))
+        .collect();
+    let generates =
+        |runtime: &Runtime| matches!(runtime, Runtime::Eager | Runtime::Ort(Provider::Cpu | Provider::Cuda));
+    if args.precision != Precision::Fp32 && (providers.is_empty() || !args.runtimes.iter().all(generates)) {
+        bail_unusable!(
+            "--precision {}: texts are generated by ort-cpu and ort-cuda: name these beside eager, and no other",
+            args.precision
+        );
+    }
+    Ok(providers)
 }
 
 /// The runtimes to compare, the reference first, and what this machine lacks of the default ones.

@@ -40,8 +40,8 @@ pub struct Args {
     listen: SocketAddr,
     #[command(flatten)]
     ep: EpFlags,
-    /// Which of the exported graphs: fp32, fp16 or int8, of language models fp32, q8 or q4; with --ep openvino also bf16.
-    /// NAME= in front asks it of one model: --precision int8,chat=q4 [default: fp32].
+    /// Which of the exported graphs: fp32, fp16 or int8, of language models fp32, fp16, q8 or q4; with --ep openvino also
+    /// bf16. NAME= in front asks it of one model: --precision int8,chat=q4 [default: fp32].
     #[arg(long, value_name = "[NAME=]PRECISION", value_delimiter = ',')]
     precision: Vec<AskedPrecision>,
     /// Threads of a model on a CPU, each of which runs batches of its own; a language model's run one together [default: the
@@ -192,10 +192,11 @@ fn threads(args: &Args) -> usize {
 
 /// A model that generates texts.
 fn generator(args: &Args, place: &Place, saved: &Saved, say: Say) -> Result<Generator> {
-    generate::on_cpu(&args.ep, place.precision)?;
+    let providers = generate::providers(&args.ep, place.precision, say)?;
     let (precision, requests) = (place.precision, args.max_queue as usize);
     let limits = Limits::of(args.slots, args.cache_mb)?;
-    let options = GeneratorOptions { precision, threads: threads(args), limits, requests };
+    let options =
+        GeneratorOptions { providers: &providers, precision, threads: threads(args), limits, requests };
     Generator::start(place.name.clone(), saved, &options, say)
 }
 

@@ -41,7 +41,8 @@ pub struct Args {
     output: String,
     #[command(flatten)]
     ep: EpFlags,
-    /// Which of the exported graphs: fp32 or int8, and for language models fp32, q8 or q4; with --ep openvino also bf16.
+    /// Which of the exported graphs: fp32, fp16 or int8, and for language models fp32, fp16, q8 or q4; with --ep openvino
+    /// also bf16.
     #[arg(long, value_enum, default_value_t)]
     precision: Precision,
     /// Tokens of the longest record; longer ones are cut [default: what the model takes].

@@ -23,7 +23,7 @@ use crate::onnx::write::{self, Scratch};
 use crate::onnx::{GraphKind, Precision, model};
 use crate::parity::{self, Compared, Runtime, Subject, decoding, inputs, report};
 use crate::predict::{graphs, vouched};
-use crate::runtime::{How, Provider, Slots, library};
+use crate::runtime::{How, Provider, Providers, Slots, library};
 use crate::saved::Saved;
 use crate::say::Say;
 use crate::task::{Example, Form};
@@ -277,11 +277,13 @@ impl<'a> Export<'a> {
         Gate::new(self.saved, &fp32, examples)
     }
 
-    /// A language model's graph with its matrices in blocks of few bits, held against the trained model's perplexity.
+    /// A language model's graph in fp16, or with its matrices in blocks of few bits, held against the trained model's
+    /// perplexity on this machine's CPU.
     ///
     /// # Errors
-    /// The perplexity rises by more than `max_increase`, as a share of it: nothing is put in place then.
-    pub fn in_blocks(
+    /// Unusable: a weight is too large for fp16. The perplexity rises by more than `max_increase`, as a share of it:
+    /// nothing is put in place then.
+    pub fn generating_in(
         &self,
         precision: Precision,
         block: usize,
@@ -298,7 +300,7 @@ impl<'a> Export<'a> {
         let before =
             Evaluator::open(saved, &candle_core::Device::Cpu)?.measure(examples)?.metrics["perplexity"];
         let threads = process::cores();
-        let mut slots = Slots::open(&written, threads, self.say)?;
+        let mut slots = Slots::open(&written, &Providers::only(Provider::Cpu), threads, self.say)?;
         let after = saved.task.measure_in_place(&mut slots, examples)?.metrics["perplexity"];
         drop(slots);
         let increase = after / before - 1.0;
@@ -307,14 +309,24 @@ impl<'a> Export<'a> {
         // not a number is too much as well
         if increase.is_nan() || increase > max_increase {
             anyhow::bail!(
-                "{found}; more than --max-perplexity-increase {} allows, so no {file} is written: allow more, or try a \
-                 smaller --block-size or q8",
-                max_increase
+                "{found}; more than --max-perplexity-increase {max_increase} allows, so no {file} is written: allow more, \
+                 or {}",
+                if precision == Precision::Fp16 {
+                    "generate in fp32"
+                } else {
+                    "try a smaller --block-size or q8"
+                }
             );
         }
 
-        let about =
-            [("block_size", json!(block)), ("perplexity_fp32", json!(before)), ("perplexity", json!(after))];
+        let mut about = vec![("perplexity_fp32", json!(before)), ("perplexity", json!(after))];
+        about.push(match precision {
+            // as far from the trained model as a GPU may be, too
+            Precision::Fp16 => {
+                ("max_abs", json!(compared(saved, &written, Form::InPlace, f32::INFINITY)?.max_abs))
+            }
+            _ => ("block_size", json!(block)),
+        });
         let mut exported = self.put(GENERATING, &target, &kind, external, about, &found)?;
         exported.manifest.insert("records".to_owned(), json!(examples.len()));
         Ok(exported)
@@ -386,7 +398,10 @@ fn compared(saved: &Saved, graph: &Path, form: Form, tolerance: f32) -> Result<C
             let texts = decoding::few(&encodings);
             decoding::run(saved, graph, &texts, Provider::Cpu, tolerance)?
         }
-        Form::InPlace => decoding::in_place(saved, graph, &decoding::few(&encodings), tolerance)?,
+        Form::InPlace => {
+            let texts = decoding::few(&encodings);
+            decoding::in_place(saved, graph, &texts, Provider::Cpu, tolerance)?
+        }
     };
     if !compared.pass {
         anyhow::bail!(

@@ -223,7 +223,7 @@ impl<'t> Batch<'t> {
         // more than are needed, so that requests that come one by one don't move the cache one by one
         let count = if needed > old { needed.max(2 * old) } else { old }.min(allowed);
         if count < old {
-            self.close_gaps(model); // the active ones to the front
+            self.close_gaps(model)?; // the active ones to the front
         }
         let mut capacity = model.cache.capacity();
         if old == 0 {
@@ -244,7 +244,7 @@ impl<'t> Batch<'t> {
     pub fn step(&mut self, model: &mut Model<'t>, listener: &mut Listener) -> Result<()> {
         self.prefill(model, listener)?;
         if self.waiting.is_empty() {
-            self.close_gaps(model);
+            self.close_gaps(model)?;
         }
         match self.slots.iter().rposition(Slot::is_decode) {
             Some(last) => self.decode(last + 1, model, listener),
@@ -277,7 +277,7 @@ impl<'t> Batch<'t> {
             let sequence = model.sequence(&submitted, sequence)?;
             match sequence.scores_prompt {
                 true => self.slots[place].read.clear(),
-                false => self.take_over(place, &sequence.ids, model),
+                false => self.take_over(place, &sequence.ids, model)?,
             }
             self.slots[place].state = State::Prefill(sequence);
         }
@@ -359,28 +359,30 @@ impl<'t> Batch<'t> {
     }
 
     /// Copies what another slot has read of the same prompt. The last token is read again, for its scores.
-    fn take_over(&mut self, place: usize, prompt: &[u32], model: &mut Model) {
+    fn take_over(&mut self, place: usize, prompt: &[u32], model: &mut Model) -> Result<()> {
         let common = |i: usize| shared(&self.slots[i].read, prompt);
         let best = (0..self.slots.len()).max_by_key(|&i| (common(i), i == place)).unwrap_or(place);
         let common = common(best);
         let kept = if common < WORTH_COPYING { 0 } else { common };
         if best != place && kept > 0 {
-            model.cache.copy(&[(best, place)], 0..kept);
+            model.cache.copy(&[(best, place)], 0..kept)?;
         }
         self.slots[place].read = prompt[..kept].to_vec();
+        Ok(())
     }
 
     /// Moves the last slots' sequences to idle ones, so that no row is computed for nobody.
-    fn close_gaps(&mut self, model: &mut Model) {
+    fn close_gaps(&mut self, model: &mut Model) -> Result<()> {
         let slots = &mut self.slots;
         while let (Some(empty), Some(last)) =
             (slots.iter().position(Slot::is_idle), slots.iter().rposition(|slot| !slot.is_idle()))
             && empty < last
         {
-            model.cache.copy(&[(last, empty)], 0..slots[last].read.len());
+            model.cache.copy(&[(last, empty)], 0..slots[last].read.len())?;
             slots[empty].read = slots[last].read.clone();
             slots[empty].state = std::mem::take(&mut slots[last].state);
         }
+        Ok(())
     }
 
     /// A decode step: one token for each of the first slots that decodes. The others' rows are computed for nobody,

@@ -5,7 +5,8 @@ use serde_json::{Map, Value, json};
 
 use super::{Generated, GenerationConfig, Limits};
 use crate::onnx::Precision;
-use crate::runtime::{EpFlags, Order, Provider};
+use crate::runtime::{EpFlags, Order, Provider, Providers};
+use crate::say::Say;
 use crate::{Result, bail_unusable};
 
 /// How texts are generated; a record's fields of these names go before. Without any of temperature, top-k, top-p and
@@ -73,16 +74,42 @@ pub fn fields(generated: &Generated) -> Map<String, Value> {
     ])
 }
 
-/// Refuses a provider that does not generate.
-pub fn on_cpu(flags: &EpFlags, precision: Precision) -> Result<()> {
-    flags.providers(precision)?;
-    match &flags.ep {
-        Order::Auto => Ok(()),
-        Order::Listed(list) if list[..] == [Provider::Cpu] => Ok(()),
-        Order::Listed(_) => bail_unusable!(
-            "--ep: texts are generated on the cpu alone; ONNX Runtime's GroupQueryAttention has no fp32 kernel on a GPU"
-        ),
+/// What texts may be generated on, with a graph in this precision: the CPU, and CUDA in fp16. Says why it is the CPU where
+/// nobody asked for one. Chooses the build of ONNX Runtime: nothing may have loaded it before.
+///
+/// # Errors
+/// Unusable: a provider is asked for that has no kernel for it; as [`EpFlags::providers`].
+pub fn providers(flags: &EpFlags, precision: Precision, say: Say) -> Result<Providers> {
+    let asked = flags.providers(precision)?;
+    let fp16 = precision == Precision::Fp16;
+    let Order::Listed(list) = &asked.order else {
+        if fp16 {
+            return Ok(asked);
+        }
+        if Provider::Cuda.compiled_in()? {
+            say.line(format!(
+                "provider: cpu, because GroupQueryAttention has no fp32 kernel for CUDA, which --precision {precision} asks \
+                 for; fp16 has one"
+            ));
+        }
+        return Ok(Providers::only(Provider::Cpu));
+    };
+    for provider in list {
+        match provider {
+            Provider::Cpu => {}
+            Provider::Cuda if fp16 => {}
+            Provider::Cuda => bail_unusable!(
+                "--ep cuda: ONNX Runtime's GroupQueryAttention has no fp32 kernel for CUDA, which --precision {precision} \
+                 asks for: run `tk export DIR --precision fp16` and give --precision fp16, or leave --ep out"
+            ),
+            Provider::OpenVino | Provider::TensorRt => bail_unusable!(
+                "--ep {}: texts are generated on cpu, and with --precision fp16 on cuda; name these alone, or leave --ep \
+                 out",
+                provider.name()
+            ),
+        }
     }
+    Ok(asked)
 }
 
 impl Flags {

@@ -13,6 +13,6 @@ pub mod text;
 
 pub use config::GenerationConfig;
 pub use engine::{Engine, Finish, Generated, Limits, News, Request, RequestId};
-pub use flags::{Flags, fields, on_cpu};
+pub use flags::{Flags, fields, providers};
 pub use logprobs::TokenLogprobs;
 pub use prompt::{Ends, Prompt, Prompts};

@@ -100,7 +100,7 @@ fn prefill(prompt: &[u32], beams: &mut Beams, model: &mut Model) -> Result<BeamS
         }
     }
     let copies: Vec<(usize, usize)> = (1..model.cache.slots()).map(|to| (0, to)).collect();
-    model.cache.copy(&copies, 0..prompt.len());
+    model.cache.copy(&copies, 0..prompt.len())?;
     Ok(step)
 }
 
@@ -121,7 +121,7 @@ fn decode(
         .map(|(to, from)| (from, to))
         .filter(|(from, to)| from != to)
         .collect();
-    model.cache.copy(&moved, generated);
+    model.cache.copy(&moved, generated)?;
     model.make_room(length + 1)?;
     let ids: Vec<i64> = next.tokens.iter().map(|&id| i64::from(id)).collect();
     let lengths = vec![length; ids.len()];

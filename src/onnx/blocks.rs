@@ -20,7 +20,7 @@ pub enum Precision {
     /// As they were trained.
     #[default]
     Fp32,
-    /// 16 bits, for GPUs: half the size; sums, norms and angles stay in fp32. Not for language models.
+    /// 16 bits, for GPUs: half the size; sums, norms and angles stay in fp32. What language models generate in on CUDA.
     Fp16,
     /// The graph in fp32, whose products OpenVINO computes in bf16 where the processor can; not for language models.
     Bf16,

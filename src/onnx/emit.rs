@@ -114,7 +114,7 @@ pub fn graph<'w>(
 }
 
 /// The file format's version that came with an opset, never below 8.
-fn ir_version(opset: i64) -> i64 {
+pub(super) fn ir_version(opset: i64) -> i64 {
     match opset {
         ..=18 => 8,
         19 | 20 => 9,

@@ -1,5 +1,6 @@
 //! A graph in fp32 → the same in fp16, for GPUs: weights and activations of half the size. What would overflow or lose its
-//! meaning in eleven bits of mantissa is computed in fp32, between casts; inputs and outputs stay what they are.
+//! meaning in eleven bits of mantissa is computed in fp32, between casts; outputs stay what they are. The keys and values
+//! that come in and go out again are in fp16.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -7,7 +8,7 @@ use half::f16;
 
 use super::graph::int;
 use super::proto::tensor_proto::DataType;
-use super::proto::{GraphProto, ModelProto, NodeProto, TensorProto};
+use super::proto::{GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, type_proto};
 use crate::{Result, bail_unusable};
 
 /// Sums over a text, squares and cubes, roots, angles. Products, LayerNormalization and Softmax add up in fp32 by
@@ -43,7 +44,10 @@ fn converted(mut graph: GraphProto) -> Result<GraphProto> {
     let nodes = std::mem::take(&mut graph.node);
     let floats = floats(&nodes, &weights);
     let wide_nodes = wide(&nodes, &floats);
-    let mut wide: BTreeSet<String> = graph.output.iter().map(|output| output.name.clone()).collect();
+    let caches = graph.input.iter_mut().chain(&mut graph.output).filter(|outlet| is_cache(&outlet.name));
+    caches.for_each(into_fp16);
+    let given = graph.output.iter().map(|output| &output.name).filter(|name| !is_cache(name));
+    let mut wide: BTreeSet<String> = given.cloned().collect();
     let made = |(node, _): (&NodeProto, _)| node.output.clone();
     wide.extend(nodes.iter().zip(&wide_nodes).filter(|(_, wide)| **wide).flat_map(made));
 
@@ -62,9 +66,22 @@ fn converted(mut graph: GraphProto) -> Result<GraphProto> {
     }
     let outputs: Vec<String> = halves.graph.output.iter().map(|output| output.name.clone()).collect();
     for output in outputs {
-        halves.read(&output, true)?;
+        halves.read(&output, !is_cache(&output))?;
     }
     Ok(halves.graph)
+}
+
+/// Whether keys or values have this name, which come in as a past and go out as what is present.
+fn is_cache(name: &str) -> bool {
+    name.starts_with("past_key_values.") || name.starts_with("present.")
+}
+
+/// Declares an input or output in fp16.
+fn into_fp16(outlet: &mut ValueInfoProto) {
+    let kind = outlet.r#type.as_mut().and_then(|kind| kind.value.as_mut());
+    if let Some(type_proto::Value::TensorType(tensor)) = kind {
+        tensor.elem_type = DataType::Float16 as i32;
+    }
 }
 
 /// The values that are floating-point numbers.

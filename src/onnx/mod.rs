@@ -9,6 +9,7 @@ mod fuse;
 mod graph;
 pub mod int8;
 pub mod model;
+pub mod rows;
 pub mod write;
 
 /// The protobuf messages of ONNX, as candle-onnx generates them.

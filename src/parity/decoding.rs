@@ -57,15 +57,19 @@ pub fn run(
 ///
 /// # Errors
 /// As [`run`].
-pub fn in_place(saved: &Saved, graph: &Path, encodings: &[Encoding], tolerance: f32) -> Result<Compared> {
+pub fn in_place(
+    saved: &Saved,
+    graph: &Path,
+    encodings: &[Encoding],
+    provider: Provider,
+    tolerance: f32,
+) -> Result<Compared> {
     let evaluator = Evaluator::open(saved, &candle_core::Device::Cpu)?;
-    let threads = crate::process::cores();
-    let mut slots = Slots::open(graph, threads, Say::default())?;
+    let mut slots = open(graph, provider)?;
     slots.resize(TOGETHER, saved.config.max_positions())?;
     let new = |expected: &[Vec<f32>], found: &[Vec<f32>]| {
-        let runtime = Runtime::Ort(Provider::Cpu);
-        let compared = Compared::new(runtime, Runtime::Eager, expected, found, tolerance)?;
-        anyhow::Ok(Compared { name: IN_PLACE, ..compared })
+        let compared = Compared::new(Runtime::Ort(provider), Runtime::Eager, expected, found, tolerance)?;
+        anyhow::Ok(Compared { name: in_place_on(provider), ..compared })
     };
     compare(saved, encodings, |texts, expected| {
         let ways = read_slots_in_every_way(&mut slots, texts)?;
@@ -84,14 +88,23 @@ pub fn in_place(saved: &Saved, graph: &Path, encodings: &[Encoding], tolerance: 
 ///
 /// # Errors
 /// As [`run`].
-pub fn measure(saved: &Saved, graph: &Path, examples: &[Example]) -> Result<Measure> {
+pub fn measure(saved: &Saved, graph: &Path, provider: Provider, examples: &[Example]) -> Result<Measure> {
     let expected = Evaluator::open(saved, &candle_core::Device::Cpu)?.measure(examples)?;
-    let mut slots = Slots::open(graph, crate::process::cores(), Say::default())?;
+    let mut slots = open(graph, provider)?;
     Measure::of(&saved.task, &expected, &saved.task.measure_in_place(&mut slots, examples)?)
 }
 
+fn open(graph: &Path, provider: Provider) -> Result<Slots> {
+    Slots::open(graph, &Providers::only(provider), crate::process::cores(), Say::default())
+}
+
 /// What a graph that generates is called in a table.
-const IN_PLACE: &str = "ort-cpu-in-place";
+fn in_place_on(provider: Provider) -> &'static str {
+    match provider {
+        Provider::Cuda => "ort-cuda-in-place",
+        _ => "ort-cpu-in-place",
+    }
+}
 
 fn compare(
     saved: &Saved,

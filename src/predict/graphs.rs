@@ -101,7 +101,11 @@ pub fn checked(saved: &Saved, precision: Precision) -> Result<PathBuf> {
 /// As [`checked`], but that the file may be another one.
 pub fn fresh(saved: &Saved, precision: Precision) -> Result<PathBuf> {
     check_precision(saved, precision)?;
-    there_and_fresh(saved, in_precision(&saved.dir, precision), precision)
+    let path = match saved.task.form() {
+        Form::Whole => in_precision(&saved.dir, precision),
+        Form::Cached | Form::InPlace => generating(&saved.dir, precision),
+    };
+    there_and_fresh(saved, path, precision)
 }
 
 /// How far a graph in fewer bits may be from the trained model: twice of what its export found, for processors round
@@ -113,7 +117,8 @@ pub fn tolerance(saved: &Saved, precision: Precision) -> Result<f32> {
     let path = folder(&saved.dir).join(vouched::MANIFEST);
     let manifest = std::fs::read(&path).ok();
     let manifest = manifest.and_then(|bytes| serde_json::from_slice::<serde_json::Value>(&bytes).ok());
-    let found = manifest.and_then(|manifest| manifest["precisions"][precision.name()]["max_abs"].as_f64());
+    let key = if saved.task.form() == Form::Whole { "precisions" } else { "generate" };
+    let found = manifest.and_then(|manifest| manifest[key][precision.name()]["max_abs"].as_f64());
     match found {
         Some(found) => Ok(2.0 * found as f32),
         None => bail_unusable!(
@@ -131,7 +136,7 @@ pub fn tolerance(saved: &Saved, precision: Precision) -> Result<f32> {
 pub fn check_precision(saved: &Saved, precision: Precision) -> Result<()> {
     let known: &[Precision] = match saved.task.form() {
         Form::Whole => &[Precision::Fp32, Precision::Fp16, Precision::Bf16, Precision::Int8],
-        Form::Cached | Form::InPlace => &[Precision::Fp32, Precision::Q8, Precision::Q4],
+        Form::Cached | Form::InPlace => &[Precision::Fp32, Precision::Fp16, Precision::Q8, Precision::Q4],
     };
     if !known.contains(&precision) {
         let known: Vec<&str> = known.iter().map(|precision| precision.name()).collect();

@@ -12,17 +12,18 @@ use crate::{Result, bail_unusable};
 /// Holds a session's nodes against the provider that was asked for.
 ///
 /// # Errors
-/// Unusable: a matrix product landed on another provider.
+/// Unusable: a matrix product, or attention over a cache that lies in the provider's memory, landed on another provider.
 pub(super) fn prove(provider: Provider, session: &Session) -> Result<()> {
-    let products = |node: &Placed| node.op.contains("MatMul") || node.op.contains("Gemm");
+    let proves =
+        |node: &Placed| ["MatMul", "Gemm", "GroupQueryAttention"].iter().any(|op| node.op.contains(op));
     let elsewhere: Vec<String> = placed(session)?
         .iter()
-        .filter(|node| products(node) && node.provider != provider.id())
+        .filter(|node| proves(node) && node.provider != provider.id())
         .map(|node| format!("{} ({}) on {}", node.name, node.op, node.provider))
         .collect();
     if let Some(first) = elsewhere.first() {
         bail_unusable!(
-            "{} of the matrix products are not on {}: {first}; is the model of a type that it can't run?",
+            "{} of the matrix products and attentions are not on {}: {first}; is the model of a type that it can't run?",
             elsewhere.len(),
             provider.id()
         );

@@ -1,24 +1,24 @@
 //! A language model in ONNX Runtime whose keys and values stay where they are: slots of one cache, each with a
 //! sequence of its own length.
 //!
-//! The cache is ours. ONNX Runtime sees it through tensors that point into it, bound as a graph's past and as its
-//! present at once: a run writes the new keys and values behind the old ones, and copies nothing.
-//!
-//! This is written in ONNX Runtime's C functions: ort's `IoBinding` binds a tensor to both sides only where it is a whole
-//! allocation of ONNX Runtime's own, and a run here is over some of the slots.
+//! The cache is ours, in the memory of the provider that runs the graph. ONNX Runtime sees it through tensors that point
+//! into it, bound as a graph's past and as its present at once: a run writes the new keys and values behind the old ones,
+//! and copies nothing.
 
 use std::collections::HashMap;
-use std::ffi::{CStr, CString, c_void};
+use std::ffi::{CStr, CString};
 use std::ops::Range;
 use std::path::Path;
 use std::ptr::NonNull;
 
 use anyhow::Context;
-use ort::AsPointer;
-use ort::sys;
+use ort::value::TensorElementType;
 
+use super::binding::{Binding, Kind, Place, Tensor};
+use super::memory::Bytes;
+use super::rows::{Memory, Mover, RowMove, Rows};
 use super::session::{Model, OrtSession, Threads, Waiting};
-use super::{Providers, pages};
+use super::{Provider, Providers, pages};
 use crate::say::Say;
 use crate::{Result, bail_unusable, unusable};
 
@@ -28,13 +28,17 @@ const INPUTS: [&CStr; 5] =
 
 /// A graph of the form [`crate::task::Form::InPlace`], and its cache.
 pub struct Slots {
-    // before the buffers that it points into
+    // in the order in which they are let go: what points into the next ones first, and the session last
     bindings: HashMap<Range<usize>, Binding>,
-    session: OrtSession,
-    /// Those of [`INPUTS`] that the graph asks for.
-    inputs: Vec<&'static CStr>,
     /// Keys and values of each layer, (slots, H, capacity, D).
     caches: Vec<LayerCache>,
+    memory: Memory,
+    session: OrtSession,
+    /// Where the caches lie, and where all else does.
+    cache_place: Place,
+    host: Place,
+    /// Those of [`INPUTS`] that the graph asks for.
+    inputs: Vec<&'static CStr>,
     slots: usize,
     capacity: usize,
     vocabulary: usize,
@@ -46,50 +50,8 @@ struct LayerCache {
     past: CString,
     present: CString,
     heads: usize,
-    width: usize,
-    numbers: PinnedNumbers,
-}
-
-/// f32 numbers that bindings point into. All pointers to them come from the allocation's own, so that a look at the
-/// numbers in between takes no binding's right away.
-struct PinnedNumbers {
-    start: NonNull<f32>,
-    length: usize,
-}
-
-// SAFETY: owned as a boxed slice would be; whoever holds pointers into it is kept together with it.
-unsafe impl Send for PinnedNumbers {}
-
-impl PinnedNumbers {
-    fn zeros(length: usize) -> Self {
-        let numbers: &mut [f32] = Box::leak(vec![0.0; length].into_boxed_slice());
-        Self { start: NonNull::from(numbers).cast(), length }
-    }
-
-    fn as_slice(&self) -> &[f32] {
-        // SAFETY: so many initialised numbers, and a run, which alone writes others', borrows their owner mutably.
-        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.length) }
-    }
-
-    fn as_mut_slice(&mut self) -> &mut [f32] {
-        // SAFETY: as above.
-        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.length) }
-    }
-
-    /// The place of a range of the numbers.
-    fn part(&mut self, range: Range<usize>) -> NonNull<[f32]> {
-        assert!(range.start <= range.end && range.end <= self.length);
-        // SAFETY: inside the allocation, by the assertion.
-        NonNull::slice_from_raw_parts(unsafe { self.start.add(range.start) }, range.len())
-    }
-}
-
-impl Drop for PinnedNumbers {
-    fn drop(&mut self) {
-        let numbers = NonNull::slice_from_raw_parts(self.start, self.length);
-        // SAFETY: from `Box::leak` in `zeros`, and freed once.
-        drop(unsafe { Box::from_raw(numbers.as_ptr()) });
-    }
+    /// A row a token of a head.
+    rows: Rows,
 }
 
 /// The largest size that is taken from a graph: so many of so many numbers don't overflow.
@@ -118,12 +80,25 @@ impl Slots {
     /// Loads a graph, with no slot.
     ///
     /// # Errors
-    /// As [`OrtSession::open`]; the graph is not of the form, or the provider is not the CPU, where alone its attention
-    /// runs in fp32.
-    pub fn open(model: &Path, threads: usize, say: Say) -> Result<Self> {
-        let providers = Providers::only(super::Provider::Cpu);
+    /// As [`OrtSession::open`]; the graph is not of the form.
+    pub fn open(model: &Path, providers: &Providers, threads: usize, say: Say) -> Result<Self> {
+        Self::open_where(model, providers, threads, say, |provider| match provider {
+            Provider::Cpu => Ok(None),
+            Provider::Cuda => Ok(Some(Place::CUDA)),
+            other => bail_unusable!("texts are generated on cpu and cuda, not on {}", other.name()),
+        })
+    }
+
+    /// The same, where the cache lies in ONNX Runtime's memory of that name, or in this process's own.
+    fn open_where(
+        model: &Path,
+        providers: &Providers,
+        threads: usize,
+        say: Say,
+        place: impl FnOnce(Provider) -> Result<Option<&'static CStr>>,
+    ) -> Result<Self> {
         let threads = Threads::Together(threads);
-        let session = OrtSession::open_waiting(Model::File(model), &providers, threads, Waiting::Spins, say)?;
+        let session = OrtSession::open_waiting(Model::File(model), providers, threads, Waiting::Spins, say)?;
         let (mut inputs, mut caches) = (Vec::new(), Vec::new());
         for input in session.session.inputs() {
             let Some(layer) = input.name().strip_prefix("past_key_values.") else {
@@ -138,14 +113,20 @@ impl Slots {
                 continue;
             };
             let shape = input.dtype().tensor_shape().map(|shape| shape.to_vec()).unwrap_or_default();
-            let known = match shape[..] {
-                [_, heads, _, width] => size(heads).zip(size(width)),
+            let numbers = input.dtype().tensor_type();
+            let kind = match numbers {
+                Some(TensorElementType::Float32) => Some(Kind::F32),
+                Some(TensorElementType::Float16) => Some(Kind::F16),
                 _ => None,
             };
-            let Some((heads, width)) = known else {
+            let known = match shape[..] {
+                [_, heads, _, width] => size(heads).zip(size(width)).zip(kind),
+                _ => None,
+            };
+            let Some(((heads, width), kind)) = known else {
                 bail_unusable!(
-                    "{}: {} has the shape {shape:?}, expected (batch, heads, capacity, width) with heads and width of \
-                     1 to {LARGEST}: export it again",
+                    "{}: {} is {numbers:?} of the shape {shape:?}, expected (batch, heads, capacity, width) in fp32 or \
+                     fp16 with heads and width of 1 to {LARGEST}: export it again",
                     model.display(),
                     input.name()
                 );
@@ -154,8 +135,7 @@ impl Slots {
                 past: CString::new(input.name())?,
                 present: CString::new(format!("present.{layer}"))?,
                 heads,
-                width,
-                numbers: PinnedNumbers::zeros(0),
+                rows: Rows { bytes: Bytes::none()?, kind, width },
             });
         }
         let outputs = session.session.outputs();
@@ -171,9 +151,36 @@ impl Slots {
                 model.display()
             );
         };
+        let how = &providers.how;
+        let place_of = |name| Place::of(name, if name == Place::CPU { 0 } else { how.device });
+        let (cache_place, memory) = match place(session.provider())? {
+            None => (Place::CPU, Memory::Own),
+            Some(name) => {
+                let kind = caches.first().map_or(Kind::F16, |cache| cache.rows.kind);
+                let mover = Mover::new(&session, place_of(name)?, providers, kind)?;
+                (name, Memory::Providers(Box::new(mover)))
+            }
+        };
+        let (cache_place, host) = (place_of(cache_place)?, place_of(Place::CPU)?);
         pages::gather();
-        let (bindings, logits) = (HashMap::new(), Vec::new());
-        Ok(Self { bindings, session, inputs, caches, slots: 0, capacity: 0, vocabulary, logits })
+        Ok(Self {
+            bindings: HashMap::new(),
+            caches,
+            memory,
+            session,
+            cache_place,
+            host,
+            inputs,
+            slots: 0,
+            capacity: 0,
+            vocabulary,
+            logits: Vec::new(),
+        })
+    }
+
+    /// What runs the graph.
+    pub fn provider(&self) -> Provider {
+        self.session.provider()
     }
 
     /// Tokens that a slot has room for.
@@ -193,8 +200,7 @@ impl Slots {
 
     /// What a token of a slot takes, in bytes.
     pub fn token_bytes(&self) -> usize {
-        let bytes =
-            |cache: &LayerCache| cache.heads.saturating_mul(cache.width).saturating_mul(size_of::<f32>());
+        let bytes = |cache: &LayerCache| cache.heads.saturating_mul(cache.rows.row_bytes());
         self.caches.iter().map(bytes).fold(0, usize::saturating_add)
     }
 
@@ -202,35 +208,44 @@ impl Slots {
     /// room for it.
     ///
     /// # Errors
-    /// There is no memory for them; nothing is changed then.
+    /// There is no memory for them; nothing is changed then. The provider fails to copy what was read: there are no
+    /// slots then.
     pub fn resize(&mut self, slots: usize, capacity: usize) -> Result<()> {
         if (slots, capacity) == (self.slots, self.capacity) {
             return Ok(());
         }
-        let length = |cache: &LayerCache| {
-            [cache.heads, capacity, cache.width].into_iter().try_fold(slots, usize::checked_mul)
+        let memory = &mut self.memory;
+        let mut zeros = |cache: &LayerCache| {
+            let rows = [cache.heads, capacity].into_iter().try_fold(slots, usize::checked_mul);
+            memory.zeros(rows.context("too many rows")?, cache.rows.width, cache.rows.kind)
         };
-        // asked for before anything is changed: where it can't be had, that ends no process
-        let largest = self.caches.iter().map(length).max().flatten().unwrap_or(0);
-        let all = self.caches.iter().map(length).try_fold(0, |sum: usize, n| sum.checked_add(n?));
-        let can_be_had = all.is_some() && Vec::<f32>::new().try_reserve_exact(largest).is_ok();
-        anyhow::ensure!(can_be_had, "{slots} slots of {capacity} tokens are more than the memory holds");
+        // all that is asked for before anything is changed: where it can't be had, that ends no process
+        let made: Result<Vec<Rows>> = self.caches.iter().map(&mut zeros).collect();
+        let made = made
+            .with_context(|| format!("{slots} slots of {capacity} tokens are more than the memory holds"))?;
         self.bindings.clear(); // they point at what is freed below
-        for cache in &mut self.caches {
-            let mut numbers = PinnedNumbers::zeros(length(cache).unwrap_or(0)); // it was checked above
-            let values = numbers.as_mut_slice();
-            pages::ask_for(values);
-            let kept = self.capacity.min(capacity) * cache.width;
-            if kept > 0 {
-                let old = cache.numbers.as_slice().chunks_exact(self.capacity * cache.width);
-                for (new, old) in values.chunks_exact_mut(capacity * cache.width).zip(old) {
-                    new[..kept].copy_from_slice(&old[..kept]);
-                }
+        let kept = self.capacity.min(capacity);
+        for (cache, mut rows) in self.caches.iter_mut().zip(made) {
+            let heads = if kept > 0 { self.slots.min(slots) * cache.heads } else { 0 };
+            let head = |i| RowMove { from: i * self.capacity, to: i * capacity, count: kept };
+            let moves: Vec<RowMove> = (0..heads).map(head).collect();
+            if let Err(error) = self.memory.move_to(&mut cache.rows, &mut rows, &moves) {
+                self.forget()?;
+                return Err(error);
             }
-            cache.numbers = numbers;
+            cache.rows = rows;
         }
         (self.slots, self.capacity) = (slots, capacity);
         Ok(())
+    }
+
+    /// Lets all slots go.
+    fn forget(&mut self) -> Result<()> {
+        (self.slots, self.capacity) = (0, 0);
+        self.caches.iter_mut().try_for_each(|cache| {
+            cache.rows.bytes = Bytes::none()?;
+            Ok(())
+        })
     }
 
     /// Reads a sequence alone, in parts, from its start in the first slot, and hands on the scores behind each of its
@@ -257,24 +272,22 @@ impl Slots {
     }
 
     /// Copies the tokens of a range from slot to slot, for all pairs (from, to) at once.
-    pub fn copy(&mut self, pairs: &[(usize, usize)], tokens: Range<usize>) {
+    ///
+    /// # Errors
+    /// The provider fails.
+    pub fn copy(&mut self, pairs: &[(usize, usize)], tokens: Range<usize>) -> Result<()> {
         let capacity = self.capacity;
         assert!(tokens.end <= capacity, "tokens {tokens:?} of slots with room for {capacity}");
         for cache in &mut self.caches {
-            let place = |slot: usize, head: usize| {
-                let row = (slot * cache.heads + head) * capacity;
-                (row + tokens.start) * cache.width..(row + tokens.end) * cache.width
+            let row = |slot: usize, head: usize| (slot * cache.heads + head) * capacity + tokens.start;
+            let count = tokens.len();
+            let of_pair = |&(from, to): &(usize, usize)| {
+                (0..cache.heads).map(move |head| RowMove { from: row(from, head), to: row(to, head), count })
             };
-            let values = cache.numbers.as_mut_slice();
-            for head in 0..cache.heads {
-                // all are read before any is written
-                let read: Vec<Vec<f32>> =
-                    pairs.iter().map(|&(from, _)| values[place(from, head)].to_vec()).collect();
-                for (read, &(_, to)) in read.iter().zip(pairs) {
-                    values[place(to, head)].copy_from_slice(read);
-                }
-            }
+            let moves: Vec<RowMove> = pairs.iter().flat_map(of_pair).collect();
+            self.memory.move_within(&mut cache.rows, &moves)?;
         }
+        Ok(())
     }
 
     /// Reads tokens and gives the scores of the next one behind those that are asked, (slots, asked, V).
@@ -312,37 +325,36 @@ impl Slots {
             std::collections::hash_map::Entry::Vacant(place) => {
                 let mut binding = Binding::new(&self.session)?;
                 for cache in &mut self.caches {
-                    let shape = [rows, cache.heads, self.capacity, cache.width];
-                    let size = cache.heads * self.capacity * cache.width;
-                    let part = cache.numbers.part(slots.start * size..slots.end * size);
+                    let shape = [rows, cache.heads, self.capacity, cache.rows.width];
+                    let size = cache.heads * self.capacity * cache.rows.row_bytes();
+                    let part = cache.rows.bytes.part(slots.start * size..slots.end * size);
                     // SAFETY: the bindings are dropped before a cache is freed, which never moves, and nobody looks at
                     // it while a run is under way, for which `self` is borrowed mutably.
-                    let value = unsafe { Tensor::over(part, &shape)? };
+                    let value = unsafe { Tensor::over(&self.cache_place, part, cache.rows.kind, &shape)? };
                     binding.output(&cache.present, &value)?;
-                    binding.bind_input(&cache.past, &value)?;
+                    binding.input(&cache.past, &value)?;
                 }
                 place.insert(binding)
             }
         };
-        let shape = [rows, tokens];
+        let (shape, host) = ([rows, tokens], &self.host);
         // SAFETY: what these point at lives until the run is over. The binding keeps a share of them, which then points
         // at what may be gone; nobody follows it, because each of them is bound anew before the next run.
         unsafe {
             let small = [
-                (c"input_ids", Tensor::of(ids, &shape)?),
-                (c"position_ids", Tensor::of(&positions, &shape)?),
-                (c"seqlens_k", Tensor::of(&last, &[rows])?),
-                (c"total_sequence_length", Tensor::of(&total, &[1])?),
-                (c"logits_at", Tensor::of(asked, &[asked.len()])?),
+                (c"input_ids", Tensor::of(host, ids, &shape)?),
+                (c"position_ids", Tensor::of(host, &positions, &shape)?),
+                (c"seqlens_k", Tensor::of(host, &last, &[rows])?),
+                (c"total_sequence_length", Tensor::of(host, &total, &[1])?),
+                (c"logits_at", Tensor::of(host, asked, &[asked.len()])?),
             ];
             for (name, value) in small.iter().filter(|(name, _)| self.inputs.contains(name)) {
-                binding.bind_input(name, value)?;
+                binding.input(name, value)?;
             }
-            let logits = Tensor::over(
-                NonNull::from(self.logits.as_mut_slice()),
-                &[rows, asked.len(), self.vocabulary],
-            )?;
-            binding.output(c"logits", &logits)?;
+            let logits = NonNull::from(self.logits.as_mut_slice());
+            let logits = NonNull::slice_from_raw_parts(logits.cast::<u8>(), size_of_val(&*self.logits));
+            let shape = [rows, asked.len(), self.vocabulary];
+            binding.output(c"logits", &Tensor::over(host, logits, Kind::F32, &shape)?)?;
             binding
                 .run(&mut self.session)
                 .with_context(|| format!("{rows} slots read {tokens} tokens each"))?;
@@ -351,152 +363,82 @@ impl Slots {
     }
 }
 
-/// What a session reads and writes in a run.
-struct Binding(NonNull<sys::OrtIoBinding>);
-
-// SAFETY: ONNX Runtime ties a binding to no thread, and one at a time uses it, through `&mut Slots`.
-unsafe impl Send for Binding {}
-
-impl Binding {
-    fn new(session: &OrtSession) -> Result<Self> {
-        let mut binding = std::ptr::null_mut();
-        // SAFETY: the session is alive; a status is looked at before the result.
-        let status = unsafe { (ort::api().CreateIoBinding)(session.session.ptr().cast_mut(), &mut binding) };
-        check(status)?;
-        Ok(Self(NonNull::new(binding).context("ONNX Runtime gave no binding")?))
-    }
-
-    fn bind_input(&mut self, name: &CStr, value: &Tensor) -> Result<()> {
-        // SAFETY: all three are alive; the name is copied, and the binding takes a share of the value.
-        check(unsafe { (ort::api().BindInput)(self.0.as_ptr(), name.as_ptr(), value.0.as_ptr()) })
-    }
-
-    fn output(&mut self, name: &CStr, value: &Tensor) -> Result<()> {
-        // SAFETY: as above
-        check(unsafe { (ort::api().BindOutput)(self.0.as_ptr(), name.as_ptr(), value.0.as_ptr()) })
-    }
-
-    /// # Safety
-    /// What the bound values point at is alive, and nobody else uses it meanwhile.
-    unsafe fn run(&mut self, session: &mut OrtSession) -> Result<()> {
-        let session = session.session.ptr().cast_mut();
-        // SAFETY: both are alive; the rest is promised by the caller
-        check(unsafe { (ort::api().RunWithBinding)(session, std::ptr::null(), self.0.as_ptr()) })
-    }
-}
-
-impl Drop for Binding {
-    fn drop(&mut self) {
-        // SAFETY: made by CreateIoBinding, and released once
-        unsafe { (ort::api().ReleaseIoBinding)(self.0.as_ptr()) }
-    }
-}
-
-/// A tensor of ONNX Runtime's over memory of ours.
-struct Tensor(NonNull<sys::OrtValue>);
-
-/// The types of numbers that tensors hold here.
-trait Element {
-    const KIND: sys::ONNXTensorElementDataType;
-}
-
-impl Element for f32 {
-    const KIND: sys::ONNXTensorElementDataType =
-        sys::ONNXTensorElementDataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
-}
-
-impl Element for i32 {
-    const KIND: sys::ONNXTensorElementDataType =
-        sys::ONNXTensorElementDataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
-}
-
-impl Element for i64 {
-    const KIND: sys::ONNXTensorElementDataType =
-        sys::ONNXTensorElementDataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
-}
-
-impl Tensor {
-    /// # Safety
-    /// The values outlive every run that the tensor is bound to.
-    unsafe fn over<T: Element>(values: NonNull<[T]>, shape: &[usize]) -> Result<Self> {
-        // SAFETY: promised by the caller
-        unsafe { Self::at(values.as_ptr().cast(), values.len() * size_of::<T>(), shape, T::KIND) }
-    }
-
-    /// The same for an input that runs only read: no graph writes over what it is given, unless that is bound as an
-    /// output, too.
-    ///
-    /// # Safety
-    /// As [`Tensor::over`].
-    unsafe fn of<T: Element>(values: &[T], shape: &[usize]) -> Result<Self> {
-        // SAFETY: promised by the caller
-        unsafe { Self::at(values.as_ptr().cast_mut().cast(), size_of_val(values), shape, T::KIND) }
-    }
-
-    unsafe fn at(
-        start: *mut c_void,
-        bytes: usize,
-        shape: &[usize],
-        kind: sys::ONNXTensorElementDataType,
-    ) -> Result<Self> {
-        let (api, shape) = (ort::api(), shape.iter().map(|&n| n as i64).collect::<Vec<_>>());
-        let (mut memory, mut value) = (std::ptr::null_mut(), std::ptr::null_mut());
-        // SAFETY: statuses are looked at before results; the shape is copied, and the place of the memory too
-        unsafe {
-            let allocator = sys::OrtAllocatorType::OrtDeviceAllocator;
-            check((api.CreateCpuMemoryInfo)(allocator, sys::OrtMemType::OrtMemTypeDefault, &mut memory))?;
-            let made = (api.CreateTensorWithDataAsOrtValue)(
-                memory,
-                start,
-                bytes,
-                shape.as_ptr(),
-                shape.len(),
-                kind,
-                &mut value,
-            );
-            (api.ReleaseMemoryInfo)(memory);
-            check(made)?;
-        }
-        Ok(Self(NonNull::new(value).context("ONNX Runtime gave no tensor")?))
-    }
-}
-
-impl Drop for Tensor {
-    fn drop(&mut self) {
-        // SAFETY: made by CreateTensorWithDataAsOrtValue, and released once; a binding has a share of its own
-        unsafe { (ort::api().ReleaseValue)(self.0.as_ptr()) }
-    }
-}
-
-fn check(status: sys::OrtStatusPtr) -> Result<()> {
-    // SAFETY: the status comes from ONNX Runtime and is handed on once
-    Ok(unsafe { ort::Error::result_from_status(status) }?)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::onnx::{GraphKind, Precision, model, write};
+    use crate::saved::Saved;
 
-    /// As a run does that reads and writes through a binding, before and after we look at the numbers ourselves.
-    #[test]
-    fn pointers_into_the_numbers_outlive_our_own_looks_at_them() {
-        let mut numbers = PinnedNumbers::zeros(6);
-        let (first, second) = (numbers.part(0..4), numbers.part(2..6));
-        // SAFETY: both lie inside of the numbers, which are alive, and nobody else writes them.
-        unsafe { first.cast::<f32>().add(3).write(3.0) };
-        numbers.as_mut_slice()[0] = 1.0;
-        // SAFETY: as above.
-        unsafe { second.cast::<f32>().add(3).write(5.0) };
-        assert_eq!(numbers.as_slice(), [1.0, 0.0, 0.0, 3.0, 0.0, 5.0]);
-        // SAFETY: as above.
-        assert_eq!(unsafe { first.cast::<f32>().read() }, 1.0);
-        assert!(PinnedNumbers::zeros(0).as_slice().is_empty());
+    /// The tiny language model's graph in this precision.
+    fn graph(dir: &Path, precision: Precision) -> std::path::PathBuf {
+        let saved = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tiny-gpt2-lm");
+        let Saved { config, task, weights, tokenizer, .. } = Saved::open(&saved).unwrap();
+        let kind = GraphKind::in_place(precision);
+        let path = dir.join("generate.onnx");
+        write::save(model::build(&config, &task, &weights, tokenizer.hash(), kind).unwrap(), &path, false)
+            .unwrap();
+        path
     }
 
+    fn open(path: &Path, place: Option<&'static CStr>) -> Slots {
+        let cpu = Providers::only(Provider::Cpu);
+        Slots::open_where(path, &cpu, 1, Say::default(), |_| Ok(place)).unwrap()
+    }
+
+    /// The scores behind the last of a slot's new tokens.
+    fn last(slots: &mut Slots, slot: usize, ids: &[i64], length: usize) -> Vec<f32> {
+        let asked = [ids.len() as i64 - 1];
+        slots
+            .read(SlotRead { slots: &(slot..slot + 1), ids, lengths: &[length], asked: &asked })
+            .unwrap()
+            .to_vec()
+    }
+
+    /// As on a GPU, whose memory we never touch ourselves: here it is what ONNX Runtime allocates on the processor.
     #[test]
-    #[should_panic]
-    fn a_part_behind_the_numbers_is_refused() {
-        PinnedNumbers::zeros(6).part(4..7);
+    fn what_slots_have_read_goes_with_them_in_our_memory_and_in_a_providers_in_two_bytes_and_in_four() {
+        let dir = tempfile::tempdir().unwrap();
+        for (precision, bytes) in [(Precision::Fp32, 4), (Precision::Fp16, 2)] {
+            let path = graph(dir.path(), precision);
+            for place in [None, Some(Place::CPU)] {
+                let (mut alone, mut slots) = (open(&path, place), open(&path, place));
+                assert_eq!(slots.token_bytes(), 2 * 2 * 32 * bytes, "keys and values of two layers, 32 wide");
+                let texts: [Vec<i64>; 3] =
+                    [0, 1, 2].map(|i| (0..5 + i).map(|k| 7 * k + 31 * i + 1).collect());
+                alone.resize(1, 40).unwrap();
+                let mut expected = |i: usize| last(&mut alone, 0, &[&texts[i][..], &[9]].concat(), 0);
+                let expected: Vec<Vec<f32>> = (0..3).map(&mut expected).collect();
+                assert!(expected[0] != expected[1] && expected[1] != expected[2]);
+
+                slots.resize(3, 9).unwrap();
+                for (i, text) in texts.iter().enumerate() {
+                    last(&mut slots, i, text, 0);
+                }
+                let check = |slots: &mut Slots, slot: usize, i: usize| {
+                    let found = last(slots, slot, &[9], texts[i].len());
+                    let apart =
+                        found.iter().zip(&expected[i]).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+                    let most = if bytes == 4 { 1e-5 } else { 2e-2 };
+                    assert!(apart < most, "{precision}, {place:?}, slot {slot} of text {i}: {apart}");
+                };
+                slots.resize(4, 30).unwrap(); // more, and each larger
+                (0..3).for_each(|i| check(&mut slots, i, i));
+                slots.copy(&[(2, 3), (0, 2), (2, 0)], 0..7).unwrap(); // two of them change places
+                [(0, 2), (1, 1), (2, 0), (3, 2)].into_iter().for_each(|(slot, i)| check(&mut slots, slot, i));
+                slots.resize(2, 8).unwrap(); // fewer, and each smaller
+                [(0, 2), (1, 1)].into_iter().for_each(|(slot, i)| check(&mut slots, slot, i));
+                // what is behind a copied range stays
+                slots.copy(&[(0, 1)], 0..3).unwrap();
+                slots.copy(&[(0, 1)], 3..7).unwrap();
+                check(&mut slots, 1, 2);
+
+                let before = (slots.slots(), slots.capacity());
+                assert!(slots.resize(usize::MAX / 64, 64).is_err());
+                assert_eq!((slots.slots(), slots.capacity()), before);
+                check(&mut slots, 0, 2);
+                slots.resize(0, 0).unwrap();
+            }
+        }
     }
 
     #[test]

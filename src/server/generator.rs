@@ -19,7 +19,7 @@ use crate::generate::{
 };
 use crate::onnx::Precision;
 use crate::predict::graphs;
-use crate::runtime::Slots;
+use crate::runtime::{Providers, Slots};
 use crate::saved::Saved;
 use crate::say::Say;
 
@@ -70,7 +70,8 @@ pub struct Generator {
 }
 
 /// How a language model is served.
-pub struct GeneratorOptions {
+pub struct GeneratorOptions<'a> {
+    pub providers: &'a Providers,
     pub precision: Precision,
     pub threads: usize,
     pub limits: Limits,
@@ -83,11 +84,12 @@ impl Generator {
     ///
     /// # Errors
     /// There is no graph of these weights, or it can't be run.
-    pub fn start(name: String, saved: &Saved, options: &GeneratorOptions, say: Say) -> Result<Self> {
+    pub fn start(name: String, saved: &Saved, options: &GeneratorOptions<'_>, say: Say) -> Result<Self> {
         let lm = saved.task.generating("serve")?;
         let (ends, positions) = (Ends::of(&saved.dir, lm)?, saved.config.max_positions());
         let prompts = Prompts::new(saved, lm, &ends, positions, false)?;
         let graph = graphs::checked_generating(saved, options.precision)?;
+        let slots = Slots::open(&graph, options.providers, options.threads, say)?;
         let about = ModelInfo {
             model_id: name.clone(),
             model_sha: crate::onnx::write::metadata(&graph)?.get("weights_sha256").cloned(),
@@ -95,13 +97,12 @@ impl Generator {
             task: saved.task.name(),
             id2label: None,
             mask_token: None,
-            provider: "cpu",
+            provider: slots.provider().name(),
             max_input_length: positions - 1,
             max_batch_tokens: None,
             auto_truncate: false,
             version: env!("CARGO_PKG_VERSION"),
         };
-        let slots = Slots::open(&graph, options.threads, say)?;
         let (tokenizer, limits) = (saved.tokenizer.clone(), options.limits);
         let (submit, submitted) = channel();
         let (ready, is_ready) = channel();

@@ -137,8 +137,14 @@ pub fn exported(dir: &std::path::Path) -> tk::data::tokens::Tokenizer {
 
 /// The slots of an exported language model, on one thread.
 pub fn slots(dir: &std::path::Path) -> tk::runtime::Slots {
-    let graph = tk::predict::graphs::generating(dir, tk::onnx::Precision::Fp32);
-    tk::runtime::Slots::open(&graph, 1, tk::say::Say::default()).unwrap()
+    slots_in(dir, tk::onnx::Precision::Fp32)
+}
+
+/// The same of the graph in a precision.
+pub fn slots_in(dir: &std::path::Path, precision: tk::onnx::Precision) -> tk::runtime::Slots {
+    let graph = tk::predict::graphs::generating(dir, precision);
+    let providers = tk::runtime::Providers::only(tk::runtime::Provider::Cpu);
+    tk::runtime::Slots::open(&graph, &providers, 1, tk::say::Say::default()).unwrap()
 }
 
 /// The labelled records of a reference model, `times` over, as a JSON Lines file.

@@ -4,7 +4,7 @@ use serde_json::{Map, Value, json};
 
 use super::{BatchRun, ServeProgress, Work};
 use crate::data::records::{BadRow, Columns, Row};
-use crate::generate::{Ends, Engine, Generated, GenerationConfig, Prompt, Prompts, Request, fields, on_cpu};
+use crate::generate::{self, Ends, Engine, Generated, GenerationConfig, Prompt, Prompts, Request, fields};
 use crate::predict::graphs;
 use crate::runtime::{Provider, Slots};
 use crate::saved::Saved;
@@ -16,6 +16,7 @@ const WINDOW: u64 = 256;
 
 struct Generate<'a> {
     engine: Engine<'a>,
+    provider: Provider,
     cache_mb: usize,
 }
 
@@ -29,16 +30,18 @@ pub(super) fn run(job: &BatchRun, saved: &Saved, task: &CausalLm) -> Result<()> 
             CausalLm::NAME
         );
     }
-    on_cpu(&args.ep, args.precision)?;
+    let providers = generate::providers(&args.ep, args.precision, job.say)?;
     let (base, limits) = (flags.settings(args.flags.shared.top_k)?, flags.limits()?);
     // what training cut texts at doesn't bound what is written
     let positions = saved.checked_max_length(args.max_length.or(Some(saved.config.max_positions())))?;
     let ends = Ends::of(&saved.dir, task)?;
     let prompts = Prompts::new(saved, task, &ends, positions, flags.truncates())?;
     let model = graphs::checked_generating(saved, args.precision)?;
-    let slots = Slots::open(&model, job.threads(), job.say)?;
+    let slots = Slots::open(&model, &providers, job.threads(), job.say)?;
+    let provider = slots.provider();
     let settings = json!({
         "model_sha256": checkpoint::file_hash(&model)?,
+        "provider": provider.name(),
         "weights_sha256": crate::onnx::write::metadata(&model)?.get("weights_sha256"),
         "max_length": positions,
         "ends": ends.ends,
@@ -47,7 +50,7 @@ pub(super) fn run(job: &BatchRun, saved: &Saved, task: &CausalLm) -> Result<()> 
     let columns = saved.task.columns(&args.flags);
     let reader = Reader { prompts, columns: columns.clone(), base };
     let engine = Engine::new(slots, saved.tokenizer.inner(), ends.ends, positions, limits);
-    let work = Generate { engine, cache_mb: limits.cache_bytes >> 20 };
+    let work = Generate { engine, provider, cache_mb: limits.cache_bytes >> 20 };
     job.answer(work, Box::new(move |row| reader.prompt(row)), columns, job.window(WINDOW), settings)
 }
 
@@ -79,7 +82,7 @@ impl Work for Generate<'_> {
     type Item = Prompt;
 
     fn provider(&self) -> Provider {
-        Provider::Cpu
+        self.provider
     }
 
     fn answers(&mut self, prompts: &[&Prompt], progress: &mut ServeProgress) -> Result<Vec<Answer>> {
