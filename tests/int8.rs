@@ -301,7 +301,7 @@ fn fp32_and_int8_stand_beside_each_other_and_each_is_served_where_it_is_asked_fo
 #[test]
 fn what_has_no_int8_and_what_is_not_there_are_named() {
     let (_guard, dir) = copy("tiny-gpt2-lm");
-    let wanted = "--precision int8: a causal-lm model is exported in fp32, q8, q4";
+    let wanted = "--precision int8: a causal-lm model is exported in fp32, fp16, q8, q4";
     for command in ["export", "serve-batch", "eval", "parity"] {
         let mut args = vec![command, "--precision", "int8"];
         args.extend(match command {
