@@ -81,11 +81,14 @@ def bench(result):
 
 
 def prompts(records, count):
-    """The words of a text, so many that caches grow while others are under way; every eighth is searched with beams."""
+    """The words of a text, so many that caches grow while others are under way. Every eighth is searched with beams, and
+    every other one is drawn, which depends on the scores of all tokens."""
     for i, record in enumerate(lines(records)[: int(count)]):
         prompt = {"prompt": " ".join(record["text"].split()[: 3 + i * 13 % 90]), "max_new_tokens": 16 + i * 29 % 150}
         if i % 8 == 7:
             prompt |= {"num_beams": 4, "max_new_tokens": 24}
+        elif i % 2 == 0:
+            prompt |= {"temperature": 0.8, "seed": i}
         print(json.dumps(prompt))
     return True
 
