@@ -5,13 +5,15 @@
     gpu_check.py parity RESULT RUNTIME...         `tk parity --json`: what is said of these runtimes
     gpu_check.py answers A B SAME TOLERANCE       labels and scores of two files of `tk serve-batch`: the share of equal labels
                                                   is at least SAME, and no score further away than TOLERANCE
-    gpu_check.py texts A B SAME                   texts of two files of `tk serve-batch`: the share of equal texts at least SAME
+    gpu_check.py texts A B SAME                   texts of two files of `tk serve-batch`: what is the same from their start on, of
+                                                  those that were drawn, is SAME of them at least
     gpu_check.py bench RESULT                     `tk bench --json`: the most tokens of a second
     gpu_check.py prompts RECORDS COUNT            prompts of several lengths, beams among them, for `tk serve-batch`
     gpu_check.py url FILE                         where a server listens, by what it says
 """
 
 import json
+import os
 import re
 import sys
 
@@ -65,10 +67,15 @@ def answers(a, b, same, tolerance):
 
 def texts(a, b, same):
     a, b = lines(a), lines(b)
-    equal = [x == y and "error" not in x for x, y in zip(a, b)]
-    share = sum(equal) / max(len(equal), 1)
-    print(f"{100 * share:.1f} % of {len(equal)} texts equal")
-    return len(a) == len(b) > 0 and share >= float(same)
+    if len(a) != len(b) or not a or any("error" in answer for answer in a + b):
+        print(f"{len(a)} and {len(b)} answers, errors among them")
+        return False
+    pairs = [(x["text"], y["text"]) for x, y in zip(a, b)]
+    common = [len(os.path.commonprefix(pair)) / max(map(len, pair), default=1) if any(pair) else 1.0 for pair in pairs]
+    drawn = common[::2]
+    share, least = sum(common) / len(common), sum(drawn) / len(drawn)
+    print(f"{100 * share:.0f} % of {len(pairs)} texts are the same from their start on, of drawn ones {100 * least:.0f} %")
+    return least >= float(same)
 
 
 def bench(result):
@@ -81,11 +88,14 @@ def bench(result):
 
 
 def prompts(records, count):
-    """The words of a text, so many that caches grow while others are under way; every eighth is searched with beams."""
+    """The words of a text, so many that caches grow while others are under way. Every eighth is searched with beams, and
+    every other one is drawn, which depends on the scores of all tokens."""
     for i, record in enumerate(lines(records)[: int(count)]):
         prompt = {"prompt": " ".join(record["text"].split()[: 3 + i * 13 % 90]), "max_new_tokens": 16 + i * 29 % 150}
         if i % 8 == 7:
             prompt |= {"num_beams": 4, "max_new_tokens": 24}
+        elif i % 2 == 0:
+            prompt |= {"temperature": 0.8, "seed": i}
         print(json.dumps(prompt))
     return True
 
