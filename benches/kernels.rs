@@ -303,7 +303,7 @@ impl Bench {
                         Gradients::Slots
                     }
                 };
-                let (done, seconds) = timed(|| optimizer.step(&params, &gradients, 1e-5, 1.0));
+                let (done, seconds) = timed(|| optimizer.step(&params, &gradients, |_| 1e-5, 1.0));
                 done?;
                 Ok([seconds, 0.0])
             })

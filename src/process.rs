@@ -2,6 +2,9 @@
 
 use std::path::Path;
 
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
 /// Makes the process ready; the first thing that `main` does.
 ///
 /// # Safety
@@ -49,6 +52,19 @@ unsafe fn keep_freed_memory() {
         // with one for all, threads that tokenize wait for each other: two take three times as long as with two
         libc::mallopt(libc::M_ARENA_MAX, cores().min(MOST_ARENAS) as i32);
     }
+}
+
+/// Calls `handler`, in a thread of its own, with the number of every signal that asks the process to end. Where none can
+/// be set, such a signal ends the process as it always does.
+pub fn on_stop(mut handler: impl FnMut(i32) + Send + 'static) {
+    if let Ok(mut signals) = Signals::new([SIGINT, SIGTERM, SIGHUP]) {
+        std::thread::spawn(move || signals.forever().for_each(&mut handler));
+    }
+}
+
+/// The exit code of a process that a signal has ended.
+pub fn exit_code(signal: i32) -> i32 {
+    128 + signal
 }
 
 /// The cores that this process may use.

@@ -847,7 +847,7 @@ fn the_fused_adamw_is_its_composite_over_many_steps() {
                     slot.add_values(&given.flatten_all().unwrap().to_vec1::<f32>().unwrap());
                 }),
             }
-            optimizer.step(&params, &gradients, 1e-2, 0.7).unwrap();
+            optimizer.step(&params, &gradients, |_| 1e-2, 0.7).unwrap();
         }
         params.values().unwrap().concat()
     };
@@ -870,7 +870,7 @@ fn adamw_on_some_rows_is_adamw_with_zeros_in_the_others() {
             if !sparse {
                 slot.add_values(&[0.0; 400]);
             }
-            optimizer.step(&params, &Gradients::Slots, 1e-2, 1.0).unwrap();
+            optimizer.step(&params, &Gradients::Slots, |_| 1e-2, 1.0).unwrap();
         }
         params.values().unwrap()
     };

@@ -234,6 +234,61 @@ fn loss_and_every_gradient_are_those_of_transformers() {
     }
 }
 
+#[test]
+fn what_is_frozen_has_no_gradient_and_the_others_have_those_of_transformers() {
+    type Which = fn(usize, usize, &str) -> bool;
+    let choices: [(&str, Which); 6] = [
+        ("the lower half", |i, all, _| i < all / 2),
+        ("the upper half", |i, all, _| i >= all / 2),
+        ("every second", |i, _, _| i % 2 == 0),
+        ("every other second", |i, _, _| i % 2 == 1),
+        ("matrices and tables", |_, _, name| !name.ends_with("bias")),
+        ("all but maps to values", |_, _, name| !name.contains("value") && !name.contains("c_attn")),
+    ];
+    for name in all() {
+        for (what, is_frozen) in choices {
+            for kernels in [Kernels::Fused, Kernels::Composite] {
+                let mut r = Reference::load(name);
+                let names: Vec<String> = r.params.iter().map(|(param, _)| param.name.clone()).collect();
+                let place = |name: &str| names.iter().position(|own| own == name).unwrap();
+                r.params.freeze(|param| is_frozen(place(&param.name), names.len(), &param.name));
+                if r.params.trainable().next().is_none() {
+                    continue; // this family has no parameter of that kind
+                }
+                let examples: Vec<&Example> = r.examples.iter().collect();
+                let batch = Task::packed(&examples);
+                let eager = Eager::new(&r.params, &batch, &Device::Cpu, Mode::Training { key: 0 })
+                    .with_kernels(kernels);
+                let outputs = r.task.define(&eager, &r.config.family).unwrap();
+                let store = loss(&r, &eager, outputs, &examples, 0.0).backward().unwrap();
+                let bytes = r.file("gradients.safetensors");
+                let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+                let largest = largest(&file);
+                for (i, (param, var)) in r.params.iter().enumerate() {
+                    if r.params.is_frozen(&param.name) {
+                        let slot = r.params.gradients()[i].lock().dense();
+                        assert!(
+                            slot.is_none() && store.get(var.as_tensor()).is_none(),
+                            "{name}: {}",
+                            param.name
+                        );
+                        continue;
+                    }
+                    let expected = floats(&file, &param.name);
+                    if !is_nothing(&expected, largest) {
+                        let error = relative(&gradient(&r.params, &param.name, &store, kernels), &expected);
+                        assert!(
+                            error <= 1e-4,
+                            "{name}, {what} frozen, {kernels:?}: {} {error:e}",
+                            param.name
+                        );
+                    }
+                }
+            }
+        }
+    }
+}
+
 /// The sum of the task's losses, each a mean.
 fn loss(r: &Reference, eager: &Eager, outputs: Vec<X>, examples: &[&Example], smoothing: f64) -> Tensor {
     let counts: Vec<Vec<usize>> = examples.iter().map(|example| example.target.losses()).collect();

@@ -134,9 +134,13 @@ fn so_does_one_whose_batches_are_cut_by_tokens() {
 fn resumes_to_the_same_bits(bench: &Bench) {
     let more = ["--epochs", "6", "--save-every", "7", "--eval-every", "5"];
     bench.train("whole", &more).success();
-    for (output, signal) in [("killed", libc::SIGKILL), ("stopped", libc::SIGINT)] {
+    for (output, signal, code) in [
+        ("killed", libc::SIGKILL, None),
+        ("stopped", libc::SIGINT, Some(1)),
+        ("terminated", libc::SIGTERM, Some(143)),
+    ] {
         let status = bench.interrupt(output, &more, "step 20/", signal);
-        assert!(!status.success());
+        assert_eq!(status.code(), code);
         assert!(!bench.path(output).join("model.safetensors").exists(), "an unfinished run leaves no model");
         tk().args(["train", "--resume", "--output"]).arg(bench.path(output)).assert().success();
         assert_eq!(bench.weights(output), bench.weights("whole"), "{output}");

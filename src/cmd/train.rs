@@ -1,21 +1,23 @@
 //! `tk train`: a model, labelled records and a regime → a directory with the trained model.
 
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicI32, Ordering};
 
 use candle_core::Device;
 use indicatif::HumanCount;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
+use crate::error::Stopped;
 use crate::say::{Say, peak_rss_bytes};
 use crate::task::{Learning, Metrics, RecordFlags, Task, TrainingFlags};
 use crate::train::checkpoint::Folder;
 use crate::train::dry_run::DryRun;
 use crate::train::output::{self, EarlierRun};
 use crate::train::prepare::{Job, Prepared};
-use crate::train::{Outcome, Run, Settings};
-use crate::{Result, bail_unusable, device};
+use crate::train::verify::verify_resume;
+use crate::train::{End, Outcome, Run, Settings};
+use crate::{Result, bail_unusable, device, process};
 
 /// Fine-tune a model, or pre-train one from scratch.
 #[derive(Clone, Debug, PartialEq, clap::Args, Serialize, Deserialize)]
@@ -55,6 +57,15 @@ pub struct Args {
     #[arg(long, requires = "dry_run")]
     #[serde(skip)]
     strict: bool,
+    /// Train N steps without a break, and again with a break in the middle, in processes of their own: every number of
+    /// both checkpoints must be the same. Nothing else is trained, and --output is not written.
+    #[arg(long, value_name = "N", conflicts_with_all = ["resume", "dry_run"])]
+    #[serde(skip)]
+    verify_resume: Option<usize>,
+    /// End behind a checkpoint after so many steps, with the schedule of the whole run.
+    #[arg(long, hide = true, value_name = "N")]
+    #[serde(skip)]
+    stop_at: Option<usize>,
     /// Use only the model's config.json and tokenizer; draw all weights anew. A task that learns from texts without
     /// labels trains a tokenizer on them where the model has none.
     #[arg(long)]
@@ -85,6 +96,15 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
         (false, false) => EarlierRun::New,
     };
     let settings = toml::Table::try_from(args)?;
+    if let Some(steps) = args.verify_resume {
+        let verified = verify_resume(&settings, steps, &say)?;
+        let human = format!(
+            "{steps} steps with a break in the middle are those without one, bit for bit: {} tensors of {} numbers",
+            HumanCount(verified.tensors as u64),
+            HumanCount(verified.numbers as u64)
+        );
+        return say.result(human, &verified);
+    }
     output::check(&args.output, asked, &settings)?;
     let device = device::open(&args.device)?;
     args.settings.precision.check(&device)?;
@@ -110,15 +130,22 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
         eval,
         folder: &Folder::of(&args.output),
         say,
-        interrupted: interrupted(),
+        tokenizer: &learning.tokenizer,
+        stopped: stopped(),
+        stop_at: args.stop_at,
     };
     let outcome = run.go(args.resume)?;
-    if !outcome.finished {
-        anyhow::bail!(
-            "interrupted at step {}; `tk train --resume --output {}` goes on from there",
-            outcome.progress.step,
-            args.output.display()
-        );
+    match outcome.end {
+        End::Finished => {}
+        End::StopAt => return Ok(()),
+        End::Stopped(signal) => {
+            let message = format!(
+                "stopped at step {} behind a checkpoint; `tk train --resume --output {}` goes on from there",
+                outcome.progress.step,
+                args.output.display()
+            );
+            return Err(Stopped { signal, message }.into());
+        }
     }
     if let Some(best) = &outcome.progress.best {
         prepared.tune(&best.measured());
@@ -186,15 +213,13 @@ fn report(args: &Args, outcome: &Outcome, say: &Say) -> Result<()> {
     )
 }
 
-/// Set by Ctrl-C; the second one ends the process at once.
-fn interrupted() -> &'static AtomicBool {
-    static INTERRUPTED: AtomicBool = AtomicBool::new(false);
-    let handler = || {
-        if INTERRUPTED.swap(true, Ordering::Relaxed) {
-            std::process::exit(130);
+/// Set to the number of the signal that asks the process to end; the second one ends it at once.
+fn stopped() -> &'static AtomicI32 {
+    static STOPPED: AtomicI32 = AtomicI32::new(0);
+    process::on_stop(|signal| {
+        if STOPPED.swap(signal, Ordering::Relaxed) != 0 {
+            std::process::exit(process::exit_code(signal));
         }
-    };
-    // where no handler can be set, Ctrl-C ends the process as it always does
-    let _ = ctrlc::set_handler(handler);
-    &INTERRUPTED
+    });
+    &STOPPED
 }

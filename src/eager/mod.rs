@@ -17,7 +17,7 @@ use candle_core::{DType, Device, Tensor};
 
 pub use evaluator::{Evaluator, Forward};
 pub use kernels::{Kernels, Weight};
-pub use params::{Init, Params};
+pub use params::{Init, Params, Trainable};
 pub use x::X;
 
 use crate::Result;

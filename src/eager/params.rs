@@ -1,6 +1,7 @@
 //! A definition's parameters as candle variables, in the order of the manifest.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Context;
@@ -17,7 +18,17 @@ use crate::model::ops::{Param, Role};
 pub struct Params {
     list: Vec<(Param, Var)>,
     gradients: Vec<Arc<Gradient>>,
+    /// Those that no step changes.
+    frozen: Vec<bool>,
     index: BTreeMap<String, usize>,
+}
+
+/// A parameter that training changes.
+pub struct Trainable<'a> {
+    pub param: &'a Param,
+    pub var: &'a Var,
+    /// Where fused operations add its gradient up.
+    pub gradient: &'a Gradient,
 }
 
 impl Params {
@@ -53,7 +64,30 @@ impl Params {
     fn new(list: Vec<(Param, Var)>) -> Self {
         let index = list.iter().enumerate().map(|(i, (param, _))| (param.name.clone(), i)).collect();
         let gradients = list.iter().map(|(param, _)| Arc::new(Gradient::new(&param.shape))).collect();
-        Self { list, gradients, index }
+        let frozen = vec![false; list.len()];
+        Self { list, gradients, frozen, index }
+    }
+
+    /// Leaves parameters as they are from now on: they have no gradient, and the optimizer holds nothing for them.
+    pub fn freeze(&mut self, which: impl Fn(&Param) -> bool) {
+        for ((param, _), frozen) in self.list.iter().zip(&mut self.frozen) {
+            *frozen |= which(param);
+        }
+    }
+
+    /// Whether no step changes the parameter of this name.
+    pub fn is_frozen(&self, name: &str) -> bool {
+        self.index.get(name).is_some_and(|&at| self.frozen[at])
+    }
+
+    /// Those that training changes, in the order of the manifest.
+    pub fn trainable(&self) -> impl Iterator<Item = Trainable<'_>> {
+        let all = self.list.iter().zip(&self.gradients).zip(&self.frozen);
+        all.filter(|(_, frozen)| !**frozen).map(|(((param, var), gradient), _)| Trainable {
+            param,
+            var,
+            gradient,
+        })
     }
 
     /// The slots that fused operations add gradients up in, in the order of the manifest.
@@ -66,7 +100,7 @@ impl Params {
     pub fn weight(&self, name: &str, tracked: bool, kernels: Kernels) -> Result<Weight> {
         let at = self.at(name)?;
         let var = &self.list[at].1;
-        Ok(match (tracked, kernels) {
+        Ok(match (tracked && !self.frozen[at], kernels) {
             (false, _) => Weight { values: var.as_detached_tensor(), gradient: None },
             (true, Kernels::Composite) => Weight { values: var.as_tensor().clone(), gradient: None },
             (true, Kernels::Fused) => {
@@ -107,29 +141,40 @@ impl Params {
         self.list.iter().map(|(param, _)| param.numel()).sum()
     }
 
-    /// A copy of all values, in the order of the manifest.
+    /// A copy of the values of those that training changes, in the order of the manifest.
     pub fn values(&self) -> Result<Vec<Vec<f32>>> {
-        self.list.iter().map(|(_, var)| Ok(var.flatten_all()?.to_vec1()?)).collect()
+        self.trainable().map(|own| numbers(own.var)).collect()
     }
 
-    /// Replaces all values by such a copy.
+    /// Replaces them by such a copy.
     pub fn set_values(&self, values: &[Vec<f32>]) -> Result<()> {
-        for ((param, var), values) in self.list.iter().zip(values) {
+        for (Trainable { param, var, .. }, values) in self.trainable().zip(values) {
             var.set(&Tensor::from_slice(values, param.shape.as_slice(), var.device())?)?;
         }
         Ok(())
     }
 
-    /// Writes them as a checkpoint that transformers loads.
-    pub fn save(&self, path: &std::path::Path) -> Result<()> {
-        let values = self.values()?;
-        let tensors = self.list.iter().zip(&values);
-        checkpoint::write_safetensors(
-            path,
-            tensors
-                .map(|((param, _), values)| (param.name.as_str(), param.shape.as_slice(), values.as_slice())),
-        )
+    /// Writes all of them as a checkpoint that transformers loads.
+    pub fn save(&self, path: &Path) -> Result<()> {
+        write(path, self.iter())
     }
+
+    /// Writes those that training changes.
+    pub fn save_trainable(&self, path: &Path) -> Result<()> {
+        write(path, self.trainable().map(|own| (own.param, own.var)))
+    }
+}
+
+fn numbers(var: &Var) -> Result<Vec<f32>> {
+    Ok(var.flatten_all()?.to_vec1()?)
+}
+
+fn write<'a>(path: &Path, params: impl Iterator<Item = (&'a Param, &'a Var)>) -> Result<()> {
+    let tensors = params.map(|(param, var)| Ok((param, numbers(var)?))).collect::<Result<Vec<_>>>()?;
+    let named = tensors
+        .iter()
+        .map(|(param, values)| (param.name.as_str(), param.shape.as_slice(), values.as_slice()));
+    checkpoint::write_safetensors(path, named)
 }
 
 fn variable(values: Vec<f32>, shape: &[usize], device: &Device) -> Result<Var> {

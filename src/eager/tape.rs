@@ -16,6 +16,8 @@ use super::kernels::{Numbers, add, stored};
 pub struct TapeValue {
     pub numbers: Buffer,
     pub width: usize,
+    /// Whether its gradient is wanted: a parameter that is trained went into it.
+    pub learns: bool,
     node: usize,
 }
 
@@ -71,19 +73,21 @@ impl Tape {
         self.state.lock().unwrap_or_else(|broken| broken.into_inner())
     }
 
-    /// A value that was made of nothing on the tape.
+    /// A value that was made of nothing on the tape, and whose gradient is wanted.
     pub fn leaf(&self, numbers: Buffer, width: usize) -> Arc<TapeValue> {
-        self.place(numbers, width, None)
+        self.place(numbers, width, true, None)
     }
 
-    /// The result of an operation. `backward` is called with its gradient, if it has got one.
+    /// The result of an operation, which learns where one of its operands does: `backward` is called with its gradient
+    /// then, if it has got one, and forgotten else.
     pub fn push(
         &self,
         numbers: Buffer,
         width: usize,
+        learns: bool,
         backward: impl FnOnce(Buffer, &mut Flow) -> Result<()> + Send + 'static,
     ) -> Arc<TapeValue> {
-        self.place(numbers, width, Some(Box::new(backward)))
+        self.place(numbers, width, learns, Some(Box::new(backward)))
     }
 
     /// The same with a `backward` that looks at the result, too.
@@ -91,10 +95,11 @@ impl Tape {
         &self,
         numbers: Buffer,
         width: usize,
+        learns: bool,
         backward: impl FnOnce(Arc<TapeValue>, Buffer, &mut Flow) -> Result<()> + Send + 'static,
     ) -> Arc<TapeValue> {
-        let value = self.place(numbers, width, None);
-        if self.recording {
+        let value = self.place(numbers, width, learns, None);
+        if self.recording && learns {
             let result = value.clone();
             let backward: Backward = Box::new(move |gradient, flow| backward(result, gradient, flow));
             self.state().nodes[value.node] = Some(backward);
@@ -102,13 +107,19 @@ impl Tape {
         value
     }
 
-    fn place(&self, numbers: Buffer, width: usize, backward: Option<Backward>) -> Arc<TapeValue> {
+    fn place(
+        &self,
+        numbers: Buffer,
+        width: usize,
+        learns: bool,
+        backward: Option<Backward>,
+    ) -> Arc<TapeValue> {
         let nodes = &mut self.state().nodes;
         let node = nodes.len();
         if self.recording {
-            nodes.push(backward);
+            nodes.push(backward.filter(|_| learns));
         }
-        Arc::new(TapeValue { numbers, width, node })
+        Arc::new(TapeValue { numbers, width, learns, node })
     }
 
     /// Walks back from values with their gradients. What operations have kept is dropped on the way; the gradients
@@ -221,8 +232,12 @@ pub struct Flow {
 }
 
 impl Flow {
-    /// Lets `write` put a gradient of `of` into a buffer, or add it to what has arrived there.
+    /// Lets `write` put a gradient of `of` into a buffer, or add it to what has arrived there; where none is wanted, it
+    /// is not computed.
     pub fn add(&mut self, of: &TapeValue, write: impl FnOnce(&mut [f32], Write) -> Result<()>) -> Result<()> {
+        if !of.learns {
+            return Ok(());
+        }
         match &mut self.gradients[of.node] {
             Some(sum) => write(sum, Write::Add),
             empty => {
@@ -234,8 +249,11 @@ impl Flow {
         }
     }
 
-    /// Hands a gradient of `of` over.
+    /// Hands a gradient of `of` over, where it is wanted.
     pub fn give(&mut self, of: &TapeValue, gradient: Buffer) {
+        if !of.learns {
+            return;
+        }
         match &mut self.gradients[of.node] {
             Some(sum) => add(sum, &gradient),
             empty => *empty = Some(gradient),
@@ -257,7 +275,7 @@ mod tests {
         let mut y = Buffer::of(&x.numbers);
         y.iter_mut().for_each(|y| *y *= factor);
         let x = x.clone();
-        tape.push(y, x.width, move |mut dy, flow| {
+        tape.push(y, x.width, x.learns, move |mut dy, flow| {
             dy.iter_mut().for_each(|dy| *dy *= factor);
             flow.give(&x, dy);
             Ok(())
@@ -281,7 +299,7 @@ mod tests {
         let tape = Arc::new(Tape::new(true));
         let (seen, x) = (Arc::new(Mutex::new(Vec::new())), tape.leaf(Buffer::of(&[2.0]), 1));
         let (kept, behind) = (seen.clone(), x.clone());
-        let middle = tape.push(Buffer::of(&x.numbers), 1, move |dy, flow| {
+        let middle = tape.push(Buffer::of(&x.numbers), 1, true, move |dy, flow| {
             kept.lock().unwrap().push(dy.to_vec());
             flow.give(&behind, dy);
             Ok(())
@@ -298,7 +316,7 @@ mod tests {
         let tape = Arc::new(Tape::new(true));
         let (seen, x) = (Arc::new(Mutex::new(Vec::new())), tape.leaf(Buffer::of(&[2.0, 4.0]), 2));
         let (kept, behind) = (seen.clone(), x.clone());
-        let y = tape.push(Buffer::of(&x.numbers), 2, move |dy, flow| {
+        let y = tape.push(Buffer::of(&x.numbers), 2, true, move |dy, flow| {
             kept.lock().unwrap().push(dy.to_vec());
             flow.give(&behind, dy);
             Ok(())

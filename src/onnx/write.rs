@@ -12,7 +12,7 @@ use prost::Message;
 use super::graph::CONSTANTS;
 use super::proto::tensor_proto::DataLocation;
 use super::proto::{ModelProto, StringStringEntryProto, TensorProto};
-use crate::{Result, checkpoint, files, unusable};
+use crate::{Result, checkpoint, files, process, unusable};
 
 /// Above this many bytes of initializers they go into a file of their own: protobuf stops at 2 GiB.
 const LARGEST_SINGLE_FILE: usize = 1_900_000_000;
@@ -318,12 +318,10 @@ impl Scratch {
     pub fn new(parent: &Path) -> Result<Self> {
         static HANDLER: Once = Once::new();
         HANDLER.call_once(|| {
-            let stop = || {
+            process::on_stop(|signal| {
                 folders().iter().for_each(|folder| remove_folder(folder));
-                std::process::exit(130);
-            };
-            // where no handler can be set, Ctrl-C ends the process as it always does
-            let _ = ctrlc::set_handler(stop);
+                std::process::exit(process::exit_code(signal));
+            });
         });
         let mut list = folders(); // held, so that Ctrl-C finds the folder
         let path = tempfile::Builder::new().prefix(files::TEMPORARY).tempdir_in(parent)?.keep();

@@ -1,4 +1,4 @@
-//! A run's state on disk: parameters, optimizer and progress, whole or not at all.
+//! A run's state on disk: the parameters that it trains, optimizer and progress, whole or not at all.
 //!
 //! There is no generator to save: the order of the examples is a function of (seed, epoch) and every dropout
 //! mask one of (seed, step, place), so the number of steps says where both stand.
@@ -12,7 +12,7 @@ use serde_json::{Map, Value};
 
 use super::optimizer::AdamW;
 use crate::checkpoint::{self, Weights};
-use crate::eager::Params;
+use crate::eager::{Params, Trainable};
 use crate::task::{Measured, Metrics};
 use crate::{Result, files, unusable};
 
@@ -89,6 +89,16 @@ impl Folder {
         self.path.join("log.jsonl")
     }
 
+    /// A JSON line for each step that was audited.
+    pub fn audit(&self) -> PathBuf {
+        self.path.join("audit.jsonl")
+    }
+
+    /// The step that was not taken because its loss or a gradient was not finite.
+    pub fn not_finite(&self) -> PathBuf {
+        self.path.join("not_finite.json")
+    }
+
     /// Sha-256 of each input.
     pub fn inputs(&self) -> PathBuf {
         self.path.join("inputs.json")
@@ -113,7 +123,9 @@ impl Folder {
     /// Removes what an earlier run wrote, and nothing else; its settings, which say that the folder is one of ours, are
     /// to be replaced.
     pub fn clear(&self) -> Result<()> {
-        for path in [self.inputs(), self.log()].into_iter().chain(self.bests(&[])?) {
+        for path in
+            [self.inputs(), self.log(), self.audit(), self.not_finite()].into_iter().chain(self.bests(&[])?)
+        {
             remove_file(&path)?;
         }
         self.list()?.iter().try_for_each(|path| remove_dir(path))
@@ -121,7 +133,7 @@ impl Folder {
 
     /// Writes the weights of the evaluation behind `step`, the best one so far.
     pub fn save_best(&self, step: usize, params: &Params) -> Result<()> {
-        params.save(&self.best(step))
+        params.save_trainable(&self.best(step))
     }
 
     /// Drops the weights of best evaluations but for those of these steps.
@@ -144,7 +156,8 @@ impl Folder {
         self.path.join("checkpoints")
     }
 
-    fn checkpoint(&self, step: usize) -> PathBuf {
+    /// The folder of a checkpoint.
+    pub fn checkpoint(&self, step: usize) -> PathBuf {
         self.checkpoints().join(format!("step-{step:08}"))
     }
 
@@ -158,7 +171,7 @@ impl Folder {
         }
         let temporary = tempfile::Builder::new().prefix(files::TEMPORARY).tempdir_in(&folder)?;
         let written = temporary.path();
-        params.save(&written.join("model.safetensors"))?;
+        params.save_trainable(&written.join("model.safetensors"))?;
         save_optimizer(&written.join("optimizer.safetensors"), params, optimizer)?;
         files::write(&written.join("progress.json"), serde_json::to_string_pretty(progress)?)?;
         remove_dir(&path)?;
@@ -239,7 +252,7 @@ fn numbered(
 fn save_optimizer(path: &Path, params: &Params, optimizer: &AdamW) -> Result<()> {
     let state = optimizer.state()?;
     let mut named = Vec::new();
-    for ((param, _), (mean, square)) in params.iter().zip(&state) {
+    for (Trainable { param, .. }, (mean, square)) in params.trainable().zip(&state) {
         named.push((format!("exp_avg.{}", param.name), param.shape.as_slice(), mean.as_slice()));
         named.push((format!("exp_avg_sq.{}", param.name), param.shape.as_slice(), square.as_slice()));
     }
@@ -251,8 +264,8 @@ fn save_optimizer(path: &Path, params: &Params, optimizer: &AdamW) -> Result<()>
 
 fn read_all(weights: &Weights, params: &Params, prefix: &str) -> Result<Vec<Vec<f32>>> {
     params
-        .iter()
-        .map(|(param, _)| Ok(weights.f32(&format!("{prefix}{}", param.name))?.into_owned()))
+        .trainable()
+        .map(|Trainable { param, .. }| Ok(weights.f32(&format!("{prefix}{}", param.name))?.into_owned()))
         .collect()
 }
 

@@ -16,6 +16,7 @@ use self::twins::{Known, Twins};
 pub use self::warnings::Warning;
 use super::plan::{Budget, Plan};
 use super::prepare::{Job, Prepared};
+use super::rates::{Group, Rates};
 use super::schedule::warmup_steps;
 use crate::Result;
 use crate::eager::kernels::dropout::mix;
@@ -81,16 +82,6 @@ pub struct Planned {
     pub groups: Vec<Group>,
 }
 
-/// Parameters that are trained alike.
-#[derive(Clone, Debug, Serialize)]
-pub struct Group {
-    pub what: &'static str,
-    pub parameters: usize,
-    pub numbers: usize,
-    pub learning_rate: f64,
-    pub weight_decay: f64,
-}
-
 impl DryRun {
     /// Looks at everything. Two steps are taken: the parameters are not those of the model any more.
     ///
@@ -134,11 +125,12 @@ impl DryRun {
             .collect::<Result<Vec<_>>>()?;
         let estimate = Estimate::new(prepared, settings, device, &plan)?;
         let warnings = warnings::all(task, &train, eval.as_ref(), shared.as_ref(), &estimate);
+        let trained = prepared.params.trainable().map(|own| own.param.numel()).sum();
         let model = About {
             family: prepared.config.family.model_type().to_owned(),
             task: task.name(),
-            trained: prepared.params.numel(),
-            frozen: 0,
+            trained,
+            frozen: prepared.params.numel() - trained,
             from_scratch: job.from_scratch,
             drawn_anew: prepared.new.clone(),
             unused: prepared.unused.clone(),
@@ -150,13 +142,7 @@ impl DryRun {
 impl Planned {
     fn new(job: &Job, prepared: &Prepared, plan: &Plan) -> Self {
         let settings = job.settings;
-        let group = |what, decays: bool| {
-            let own = prepared.params.iter().filter(|(param, _)| param.role.decays() == decays);
-            let (parameters, numbers) =
-                own.fold((0, 0), |(count, numbers), (param, _)| (count + 1, numbers + param.numel()));
-            let weight_decay = if decays { settings.weight_decay } else { 0.0 };
-            Group { what, parameters, numbers, learning_rate: settings.learning_rate, weight_decay }
-        };
+        let params = &prepared.params;
         let (batch_size, batch_tokens) = match settings.budget() {
             Budget::Examples(most) => (Some(most), None),
             Budget::Tokens(most) => (None, Some(most)),
@@ -171,7 +157,7 @@ impl Planned {
             batch_tokens,
             max_length: settings.max_length,
             schedule: settings.schedule.name().to_owned(),
-            groups: vec![group("matrices and tables", true), group("biases and norms", false)],
+            groups: Rates::new(params, settings).groups(params, settings.weight_decay),
         }
     }
 }

@@ -1,17 +1,21 @@
 //! Training: encoded examples and a definition → trained parameters, reproducibly.
 
+pub mod audit;
 pub mod checkpoint;
 pub mod dry_run;
 pub mod log;
+pub mod not_finite;
 pub mod optimizer;
 pub mod output;
 pub mod plan;
 pub mod prepare;
+pub mod rates;
 mod run;
 pub mod schedule;
 pub mod settings;
 pub mod trainer;
+pub mod verify;
 
-pub use run::{Outcome, Run};
+pub use run::{End, Outcome, Run};
 pub use settings::Settings;
 pub use trainer::Trainer;

@@ -6,9 +6,9 @@ use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Tensor, Var};
 use rayon::prelude::*;
 
 use crate::Result;
-use crate::eager::Params;
 use crate::eager::kernels::gradient::{GradientRows, GradientSlot};
 use crate::eager::kernels::{CHUNK, Kernels, simd};
+use crate::eager::{Params, Trainable};
 
 /// AdamW's constants; the learning rate comes with each step.
 #[derive(Clone, Copy, Debug)]
@@ -19,7 +19,7 @@ pub struct Constants {
     pub weight_decay: f64,
 }
 
-/// AdamW's state: for each parameter the running means of its gradient and of the gradient's square.
+/// AdamW's state: for each parameter that is trained the running means of its gradient and of the gradient's square.
 ///
 /// The update is `torch.optim.AdamW`'s. Weight decay is decoupled and applies to matrices and tables, not to
 /// biases and layer norms. Every row of a table is updated at every step, with or without a gradient.
@@ -41,8 +41,8 @@ impl AdamW {
     /// A fresh state for the given parameters and form of the update.
     pub fn new(constants: Constants, params: &Params, kernels: Kernels) -> Result<Self> {
         let moments = params
-            .iter()
-            .map(|(param, var)| {
+            .trainable()
+            .map(|Trainable { param, var, .. }| {
                 Ok(match kernels {
                     Kernels::Fused => {
                         let zeros = vec![0.0; param.numel()];
@@ -55,18 +55,20 @@ impl AdamW {
         Ok(Self { constants, step: 0, moments })
     }
 
-    /// Changes every parameter by its gradient times `clip`, and forgets the gradients.
+    /// Changes every parameter that is trained by its gradient times `clip`, at the learning rate of its place among them,
+    /// and forgets the gradients.
     pub fn step(
         &mut self,
         params: &Params,
         gradients: &Gradients,
-        learning_rate: f64,
+        learning_rate: impl Fn(usize) -> f64,
         clip: f64,
     ) -> Result<()> {
         self.step += 1;
         let Constants { beta1, beta2, eps, weight_decay } = self.constants;
         let exponent = self.step as i32;
-        for (i, (param, var)) in params.iter().enumerate() {
+        for (i, Trainable { param, var, gradient }) in params.trainable().enumerate() {
+            let learning_rate = learning_rate(i);
             let decay = if param.role.decays() { weight_decay } else { 0.0 };
             let update = Update {
                 clip: clip as f32,
@@ -81,7 +83,7 @@ impl AdamW {
             };
             match (&mut self.moments[i], gradients) {
                 (Moments::Host(means), Gradients::Slots) => {
-                    let mut slot = params.gradients()[i].lock();
+                    let mut slot = gradient.lock();
                     let means = means.get_mut().unwrap_or_else(|broken| broken.into_inner());
                     var.as_tensor().inplace_op1(&Fused { update, slot: &slot, means: Mutex::new(means) })?;
                     slot.clear();
@@ -105,7 +107,7 @@ impl AdamW {
         self.step
     }
 
-    /// The running means of every parameter, in order: (of the gradient, of its square).
+    /// The running means of every parameter that is trained, in order: (of the gradient, of its square).
     pub fn state(&self) -> Result<Vec<(Vec<f32>, Vec<f32>)>> {
         let host = |moments: &Moments| match moments {
             Moments::Host(means) => Ok(means.lock().unwrap_or_else(|broken| broken.into_inner()).clone()),
@@ -235,30 +237,61 @@ simd::vectorised! {
 pub enum Gradients {
     /// In the parameters' slots, where fused operations put them.
     Slots,
-    /// In tensors, in the order of the parameters.
+    /// In tensors, in the order of the parameters that are trained.
     Tensors(Vec<Tensor>),
 }
 
 impl Gradients {
-    /// The Euclidean norm of one parameter's gradient.
-    pub fn norm(&self, params: &Params, index: usize) -> Result<f64> {
-        Ok(match self {
-            Self::Slots => params.gradients()[index].lock().squares().sqrt(),
+    /// The Euclidean norm of each trained parameter's gradient.
+    pub fn norms(&self, params: &Params) -> Result<Vec<f64>> {
+        match self {
+            Self::Slots => Ok(params.trainable().map(|own| own.gradient.lock().squares().sqrt()).collect()),
             Self::Tensors(gradients) => {
-                let squares = gradients[index].to_dtype(DType::F32)?.sqr()?.sum_all()?;
-                f64::from(squares.to_scalar::<f32>()?).sqrt()
+                let norm = |gradient: &Tensor| {
+                    let squares = gradient.to_dtype(DType::F32)?.sqr()?.sum_all()?;
+                    Ok(f64::from(squares.to_scalar::<f32>()?).sqrt())
+                };
+                gradients.iter().map(norm).collect()
             }
-        })
-    }
-
-    /// The norm of all gradients together.
-    pub fn global_norm(&self, params: &Params) -> Result<f64> {
-        let mut squares = 0.0;
-        for index in 0..params.len() {
-            squares += self.norm(params, index)?.powi(2);
         }
-        Ok(squares.sqrt())
     }
+}
+
+impl Gradients {
+    /// The share of each trained parameter's gradient that is exactly zero.
+    pub fn zeros(&self, params: &Params) -> Result<Vec<f64>> {
+        let share = |zeros: usize, of: usize| zeros as f64 / of.max(1) as f64;
+        let counted = |numbers: &[f32]| numbers.iter().filter(|&&number| number == 0.0).count();
+        match self {
+            Self::Slots => Ok(params
+                .trainable()
+                .map(|own| {
+                    let slot = own.gradient.lock();
+                    let numel = own.param.numel();
+                    match slot.rows() {
+                        GradientRows::None => 1.0,
+                        GradientRows::All => share(counted(slot.values()), numel),
+                        GradientRows::Some(rows) => {
+                            let zeros: usize = rows.iter().map(|&row| counted(slot.row(row))).sum();
+                            share(numel - rows.len() * slot.width() + zeros, numel)
+                        }
+                    }
+                })
+                .collect()),
+            Self::Tensors(gradients) => gradients
+                .iter()
+                .map(|gradient| {
+                    let numbers: Vec<f32> = gradient.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
+                    Ok(share(counted(&numbers), numbers.len()))
+                })
+                .collect(),
+        }
+    }
+}
+
+/// The norm of all gradients together, from that of each.
+pub fn global_norm(norms: &[f64]) -> f64 {
+    norms.iter().map(|norm| norm.powi(2)).sum::<f64>().sqrt()
 }
 
 /// The factor that brings a norm down to `max`, as `torch.nn.utils.clip_grad_norm_` computes it; 1 where

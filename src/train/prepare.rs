@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use candle_core::Device;
 use indicatif::HumanCount;
 
-use super::Settings;
+use super::{Settings, rates};
 use crate::checkpoint::{self, Weights, file_hash};
 use crate::data::{hub, tokens};
 use crate::eager::{Init, Params};
@@ -104,7 +104,7 @@ impl Prepared {
 
         let manifest = task.params(&config.family)?;
         let init = Init { seed: settings.seed, std: config.initializer_range() };
-        let (params, fit) = if from_scratch {
+        let (mut params, fit) = if from_scratch {
             (Params::from_scratch(&manifest, init, device)?, Default::default())
         } else {
             let mut weights = Weights::open(model, config.family.names())?;
@@ -118,6 +118,9 @@ impl Prepared {
             }
             Params::load(&manifest, &weights, init, device)?
         };
+        if !settings.freeze.is_empty() {
+            rates::freeze(&mut params, &settings.freeze, &fit.new)?;
+        }
         task.write_config(&mut config);
         for key in ["torch_dtype", "dtype"] {
             if config.raw.contains_key(key) {
@@ -142,6 +145,15 @@ impl Prepared {
                 format!("{} drawn anew", self.new.join(", "))
             }
         ));
+        let frozen: usize = self
+            .params
+            .iter()
+            .filter(|(param, _)| self.params.is_frozen(&param.name))
+            .map(|(param, _)| param.numel())
+            .sum();
+        if frozen > 0 {
+            say.line(format!("{} of them are frozen", grouped(frozen)));
+        }
         if !self.unused.is_empty() {
             let shown = self.unused.len().min(8);
             say.line(format!(

@@ -1,22 +1,24 @@
 //! The training loop: epochs, evaluations, checkpoints, the best model kept, early stopping, resuming.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::Instant;
 
 use candle_core::Device;
 use indicatif::ProgressBar;
 use serde_json::{Map, Value, json};
 
-use super::Settings;
 use super::checkpoint::{Best, Folder, Progress};
 use super::log::Log;
+use super::not_finite::NotFinite;
 use super::plan::Plan;
 use super::trainer::{StepReport, Trainer};
-use crate::Result;
+use super::{Settings, audit};
+use crate::data::tokens::Tokenizer;
 use crate::eager::{Forward, Params};
 use crate::model::Family;
 use crate::say::Say;
 use crate::task::{Example, Metric, Task};
+use crate::{Result, bail_unusable, files};
 
 /// All that a run needs.
 pub struct Run<'a> {
@@ -28,17 +30,30 @@ pub struct Run<'a> {
     pub train: &'a [Example],
     pub eval: &'a [Example],
     pub folder: &'a Folder,
+    pub tokenizer: &'a Tokenizer,
     pub say: Say,
-    /// Set from outside, it ends the run at the next step, behind a checkpoint.
-    pub interrupted: &'a AtomicBool,
+    /// Set from outside to a signal's number, it ends the run at the next step, behind a checkpoint.
+    pub stopped: &'a AtomicI32,
+    /// Ends the run after so many steps, behind a checkpoint.
+    pub stop_at: Option<usize>,
 }
 
 /// How a run ended; the parameters are those of the best evaluation, or the last where none was made.
 #[derive(Clone, Debug)]
 pub struct Outcome {
     pub progress: Progress,
-    /// False where the run was interrupted.
-    pub finished: bool,
+    pub end: End,
+}
+
+/// Why a run has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// There was no more to do.
+    Finished,
+    /// A signal asked for it.
+    Stopped(i32),
+    /// It has come to [`Run::stop_at`].
+    StopAt,
 }
 
 impl Run<'_> {
@@ -55,6 +70,9 @@ impl Run<'_> {
         let lengths = self.train.iter().map(Example::tokens).collect();
         let mut plan = Plan::new(self.settings, lengths);
         let total = plan.total_steps();
+        if let Some(step) = self.stop_at.filter(|&step| step > total) {
+            bail_unusable!("the whole run has {total} steps, fewer than {step}");
+        }
         let mut trainer =
             Trainer::new(self.settings, self.family, self.task, self.params, self.device, total)?;
         let restored = if resume { self.folder.restore(self.params, &mut trainer.optimizer)? } else { None };
@@ -63,6 +81,8 @@ impl Run<'_> {
         // of the newest checkpoint: a run that goes on from it asks for these weights
         let mut saved_best = best_step(&progress);
         let mut log = Log::open(&self.folder.log(), progress.step)?;
+        let audits = self.settings.audit.map(|_| Log::open(&self.folder.audit(), progress.step));
+        let mut audits = audits.transpose()?;
         let bar = self.say.bar(total as u64, "{bar:24} {pos}/{len} steps  {msg}  {eta} left")?;
         bar.set_position(progress.step as u64);
         let (started, seconds_before) = (Instant::now(), progress.seconds);
@@ -73,13 +93,17 @@ impl Run<'_> {
                 .map(|batch| batch.iter().map(|&i| &self.train[i]).collect())
                 .collect();
             let before = Instant::now();
-            let step = trainer.step(&micro_batches)?;
+            let step = trainer.step(&micro_batches).map_err(|error| self.not_finite(error))?;
             progress.step += 1;
             progress.tokens += step.tokens as u64;
             progress.loss_sum += step.loss;
             progress.seconds = seconds_before + started.elapsed().as_secs_f64();
             let speed = step.tokens as f64 / before.elapsed().as_secs_f64();
             self.report(&mut log, &bar, &progress, &plan, &step, speed)?;
+            if let (Some(audits), Some(rows)) = (&mut audits, &step.audit) {
+                audits.write(&json!({"step": progress.step, "parameters": rows}))?;
+                bar.suspend(|| self.say.line(audit::told(progress.step, rows)));
+            }
 
             let last = progress.step == total;
             if plan.is_due(self.settings.eval_every, progress.step) && !self.eval.is_empty() {
@@ -88,8 +112,13 @@ impl Run<'_> {
                     &[saved_best, best_step(&progress)].into_iter().flatten().collect::<Vec<_>>(),
                 )?;
             }
-            let interrupted = self.interrupted.load(Ordering::Relaxed);
-            if plan.is_due(self.settings.save_every, progress.step) || interrupted {
+            let signal = self.stopped.load(Ordering::Relaxed);
+            let end = match self.stop_at {
+                _ if signal != 0 => Some(End::Stopped(signal)),
+                Some(step) if step == progress.step => Some(End::StopAt),
+                _ => None,
+            };
+            if plan.is_due(self.settings.save_every, progress.step) || end.is_some() {
                 self.folder.save(
                     &progress,
                     self.params,
@@ -98,9 +127,9 @@ impl Run<'_> {
                 )?;
                 saved_best = best_step(&progress);
             }
-            if interrupted && !last {
+            if let Some(end) = end.filter(|end| *end == End::StopAt || !last) {
                 bar.abandon();
-                return Ok(Outcome { progress, finished: false });
+                return Ok(Outcome { progress, end });
             }
         }
         bar.finish_and_clear();
@@ -115,7 +144,21 @@ impl Run<'_> {
                 ));
             }
         }
-        Ok(Outcome { progress, finished: true })
+        Ok(Outcome { progress, end: End::Finished })
+    }
+
+    /// Of a step that was not taken because something is not finite: writes its batch down, and says what to do.
+    fn not_finite(&self, error: anyhow::Error) -> anyhow::Error {
+        let Some(stop) = error.downcast_ref::<NotFinite>() else { return error };
+        let path = self.folder.not_finite();
+        let advice = stop.advice(self.tokenizer);
+        let told = stop.told(self.task, self.tokenizer);
+        match files::write(&path, format!("{told:#}\n")) {
+            Ok(()) => anyhow::anyhow!("{error}; {advice}; the examples stand in {}", path.display()),
+            Err(unwritten) => {
+                anyhow::anyhow!("{error}; {advice}; their file can't be written: {unwritten:#}")
+            }
+        }
     }
 
     fn is_patience_gone(&self, progress: &Progress) -> bool {

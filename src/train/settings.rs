@@ -58,6 +58,19 @@ pub struct Settings {
     /// The learning rate at its peak.
     #[arg(long, default_value_t = 5e-5, value_name = "X", help_heading = "Regime")]
     pub learning_rate: f64,
+    /// The peak of the learning rate of the head, which is drawn anew, instead of --learning-rate.
+    #[arg(long, value_name = "X", help_heading = "Regime")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub head_learning_rate: Option<f64>,
+    /// Every layer learns at this share of the rate of the layer above it, the embeddings slowest of all.
+    #[arg(long, value_name = "X", help_heading = "Regime")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub layer_decay: Option<f64>,
+    /// Leave the parameters as they are in whose names this regular expression is found: `embeddings`,
+    /// `layer\.[0-5]\.`, `^bert`. They cost no gradient and no optimizer state. Can be given several times.
+    #[arg(long, value_name = "PATTERN", value_delimiter = ',', help_heading = "Regime")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub freeze: Vec<String>,
     /// What the learning rate does after the warm-up.
     #[arg(long, value_enum, default_value_t = Schedule::Linear, alias = "lr-scheduler-type", help_heading = "Regime")]
     pub schedule: Schedule,
@@ -117,6 +130,17 @@ pub struct Settings {
     #[arg(long, value_name = "N", alias = "save-steps", help_heading = "Evaluation and checkpoints")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub save_every: Option<usize>,
+    /// Look at every parameter at the first, every N-th and the last step: its gradient's norm, the size of its update
+    /// beside its own, and the share of its gradient that is zero. Rows go to training/audit.jsonl. [N: 100]
+    #[arg(
+        long,
+        value_name = "N",
+        num_args = 0..=1,
+        default_missing_value = "100",
+        help_heading = "Evaluation and checkpoints"
+    )]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub audit: Option<usize>,
     /// How many checkpoints are kept, the newest.
     #[arg(
         long,
@@ -166,6 +190,7 @@ impl Settings {
             ("max-steps", self.max_steps.unwrap_or(1)),
             ("eval-every", self.eval_every.unwrap_or(1)),
             ("save-every", self.save_every.unwrap_or(1)),
+            ("audit", self.audit.unwrap_or(1)),
             ("early-stopping-patience", self.early_stopping_patience.unwrap_or(1)),
         ] {
             if value == 0 {
@@ -186,6 +211,8 @@ impl Settings {
             ("warmup-ratio", self.warmup_ratio, 0.0..=1.0),
             ("label-smoothing", self.label_smoothing, 0.0..=1.0),
             ("learning-rate", self.learning_rate, 0.0..=10.0),
+            ("head-learning-rate", self.head_learning_rate.unwrap_or(0.0), 0.0..=10.0),
+            ("layer-decay", self.layer_decay.unwrap_or(1.0), 0.0..=1.0),
             ("weight-decay", self.weight_decay, 0.0..=10.0),
             ("adam-beta1", self.adam_beta1, 0.0..=0.9999),
             ("adam-beta2", self.adam_beta2, 0.0..=0.99999),
@@ -263,6 +290,9 @@ mod tests {
             ("--max-grad-norm is inf", |s| s.max_grad_norm = f64::INFINITY),
             ("--max-grad-norm is -1", |s| s.max_grad_norm = -1.0),
             ("--label-smoothing is 1.1", |s| s.label_smoothing = 1.1),
+            ("--head-learning-rate is inf", |s| s.head_learning_rate = Some(f64::INFINITY)),
+            ("--layer-decay is 1.5", |s| s.layer_decay = Some(1.5)),
+            ("--layer-decay is NaN", |s| s.layer_decay = Some(f64::NAN)),
             ("--dropout is 1", |s| s.dropout = Some(1.0)),
             ("--dropout is -0.1", |s| s.dropout = Some(-0.1)),
             ("--dropout is NaN", |s| s.dropout = Some(f32::NAN)),
@@ -273,6 +303,7 @@ mod tests {
             ("--gradient-accumulation is 0", |s| s.gradient_accumulation = 0),
             ("--keep-checkpoints is 0", |s| s.keep_checkpoints = 0),
             ("--eval-every is 0", |s| s.eval_every = Some(0)),
+            ("--audit is 0", |s| s.audit = Some(0)),
             ("--save-every is 0", |s| s.save_every = Some(0)),
             ("--early-stopping-patience is 0", |s| s.early_stopping_patience = Some(0)),
         ];

@@ -7,7 +7,10 @@ use candle_core::backprop::GradStore;
 use candle_core::{Device, Tensor, Var};
 
 use super::Settings;
-use super::optimizer::{AdamW, Constants, Gradients, clip_factor};
+use super::audit::{Audit, Row};
+use super::not_finite::{Alone, NotFinite, Tensors, is_finite};
+use super::optimizer::{AdamW, Constants, Gradients, clip_factor, global_norm};
+use super::rates::Rates;
 use super::schedule::warmup_steps;
 use crate::Result;
 use crate::data::batch::PackedBatch;
@@ -26,6 +29,7 @@ pub struct Trainer<'a> {
     pub device: &'a Device,
     kernels: Kernels,
     pub optimizer: AdamW,
+    rates: Rates,
     /// Optimizer steps that the schedule is planned for.
     pub total_steps: usize,
 }
@@ -42,6 +46,8 @@ pub struct StepReport {
     pub grad_norm: f64,
     /// Tokens that were computed; none of them is padding.
     pub tokens: usize,
+    /// What the step did to each parameter, where `--audit` asks for it.
+    pub audit: Option<Vec<Row>>,
 }
 
 impl<'a> Trainer<'a> {
@@ -62,7 +68,8 @@ impl<'a> Trainer<'a> {
         };
         let kernels = Kernels::of(device, settings.precision.dtype());
         let optimizer = AdamW::new(constants, params, kernels)?;
-        Ok(Self { settings, family, task, params, device, kernels, optimizer, total_steps })
+        let rates = Rates::new(params, settings);
+        Ok(Self { settings, family, task, params, device, kernels, optimizer, rates, total_steps })
     }
 
     /// The same with the given form of the operations; only before the first step.
@@ -74,16 +81,12 @@ impl<'a> Trainer<'a> {
     /// Takes one step with the mean gradient over the examples of all micro-batches.
     ///
     /// # Errors
-    /// The loss or a gradient is not finite, or a parameter gets no gradient (which shows at the first step):
-    /// nothing has been changed then.
+    /// The loss or a gradient is not finite ([`NotFinite`]), or a parameter gets no gradient (which shows at the first
+    /// step): nothing has been changed then.
     pub fn step(&mut self, micro_batches: &[Vec<&Example>]) -> Result<StepReport> {
         let number = self.optimizer.steps();
         let mut tokens = 0;
-        self.params.gradients().iter().for_each(|gradient| gradient.lock().clear());
-        let mut gradients = match self.kernels {
-            Kernels::Fused => Gradients::Slots,
-            Kernels::Composite => Gradients::Tensors(Vec::new()),
-        };
+        let mut gradients = self.no_gradients();
         let key = |part: usize| mix(mix(self.settings.seed ^ mix(number as u64)) ^ part as u64);
         let drawn = micro_batches.iter().enumerate();
         let drawn = drawn
@@ -102,21 +105,39 @@ impl<'a> Trainer<'a> {
             tokens += examples.iter().map(|example| example.tokens()).sum::<usize>();
         }
         let loss: f64 = losses.iter().sum();
-        let grad_norm = gradients.global_norm(self.params)?;
+        let norms = gradients.norms(self.params)?;
+        let grad_norm = global_norm(&norms);
         if !loss.is_finite() || !grad_norm.is_finite() {
-            anyhow::bail!(
-                "step {}: the loss is {loss} and the gradients' norm {grad_norm}{}; a lower --learning-rate, a \
-                 longer --warmup-ratio or a look at the data may help",
-                number + 1,
-                self.not_finite(&gradients)?
-            );
+            let first = self.first_not_finite(&drawn, &counts, key, &norms)?;
+            let micro_batches =
+                drawn.iter().enumerate().map(|(part, examples)| self.alone(examples, key(part))).collect();
+            let step = number + 1;
+            return Err(NotFinite { step, loss, grad_norm, first, micro_batches }.into());
         }
+        let audit = self.audits(number + 1).then(|| Audit::before(self.params, &gradients)).transpose()?;
         let warmup = warmup_steps(self.settings.warmup_ratio, self.total_steps);
         let factor = self.settings.schedule.factor(number, warmup, self.total_steps);
         let learning_rate = self.settings.learning_rate * factor;
         let clip = clip_factor(grad_norm, self.settings.max_grad_norm);
-        self.optimizer.step(self.params, &gradients, learning_rate, clip)?;
-        Ok(StepReport { loss, losses, learning_rate, grad_norm, tokens })
+        let rate = |index| self.rates.peak(index) * factor;
+        self.optimizer.step(self.params, &gradients, rate, clip)?;
+        let audit = audit.map(|audit| audit.after(self.params)).transpose()?;
+        Ok(StepReport { loss, losses, learning_rate, grad_norm, tokens, audit })
+    }
+
+    /// Whether this step, counted from 1, is looked at parameter by parameter.
+    fn audits(&self, step: usize) -> bool {
+        let is_end = step == 1 || step == self.total_steps;
+        self.settings.audit.is_some_and(|every| is_end || step.is_multiple_of(every))
+    }
+
+    /// Where the gradients of a step are added up, empty.
+    fn no_gradients(&self) -> Gradients {
+        self.params.trainable().for_each(|own| own.gradient.lock().clear());
+        match self.kernels {
+            Kernels::Fused => Gradients::Slots,
+            Kernels::Composite => Gradients::Tensors(Vec::new()),
+        }
     }
 
     /// The examples as they are learnt in a micro-batch with this key.
@@ -129,6 +150,18 @@ impl<'a> Trainer<'a> {
         examples.iter().enumerate().map(drawn).collect()
     }
 
+    /// The examples of each forward pass of a micro-batch, with the key of what it drops: all of them, where the task does
+    /// not ask for chunks.
+    fn passes<'e>(&self, examples: &'e [&'e Example], key: u64) -> Vec<(&'e [&'e Example], u64)> {
+        match self.task.chunk().filter(|&chunk| chunk < examples.len()) {
+            None => vec![(examples, key)],
+            Some(chunk) => {
+                let keyed = |(place, chunk)| (chunk, mix(key ^ mix(place as u64)));
+                examples.chunks(chunk).enumerate().map(keyed).collect()
+            }
+        }
+    }
+
     /// Adds a micro-batch's gradients up; returns its shares of the means of `of` losses.
     fn backward(
         &self,
@@ -137,8 +170,9 @@ impl<'a> Trainer<'a> {
         key: u64,
         gradients: &mut Gradients,
     ) -> Result<Vec<f64>> {
-        if let Some(chunk) = self.task.chunk().filter(|&chunk| chunk < examples.len()) {
-            return self.backward_in_chunks(examples, chunk, of, key, gradients);
+        let passes = self.passes(examples, key);
+        if passes.len() > 1 {
+            return self.backward_in_chunks(examples, &passes, of, key, gradients);
         }
         let batch = Task::packed(examples);
         let eager = self.eager(&batch, key);
@@ -155,18 +189,16 @@ impl<'a> Trainer<'a> {
     fn backward_in_chunks(
         &self,
         examples: &[&Example],
-        size: usize,
+        chunks: &[(&[&Example], u64)],
         of: &[usize],
         key: u64,
         gradients: &mut Gradients,
     ) -> Result<Vec<f64>> {
-        let chunks: Vec<&[&Example]> = examples.chunks(size).collect();
-        let key_of = |place: usize| mix(key ^ mix(place as u64));
         let ahead = self.task.ahead();
         let mut of_chunks: Vec<Vec<Tensor>> = Vec::with_capacity(chunks.len());
-        for (place, chunk) in chunks.iter().enumerate() {
+        for &(chunk, key) in chunks {
             let batch = Task::packed(chunk);
-            let outputs = self.task.define(&self.eager(&batch, key_of(place)), self.family)?;
+            let outputs = self.task.define(&self.eager(&batch, key), self.family)?;
             let outputs = tensors(outputs.into_iter().skip(ahead).collect())?;
             of_chunks.push(outputs.iter().map(Tensor::detach).collect());
         }
@@ -185,9 +217,9 @@ impl<'a> Trainer<'a> {
         let stored: Vec<Option<Tensor>> =
             wholes.iter().map(|whole| store.remove(whole.as_tensor())).collect();
         let mut starts = vec![0; stored.len()];
-        for (place, chunk) in chunks.iter().enumerate() {
+        for &(chunk, key) in chunks {
             let batch = Task::packed(chunk);
-            let outputs = self.task.define(&self.eager(&batch, key_of(place)), self.family)?;
+            let outputs = self.task.define(&self.eager(&batch, key), self.family)?;
             // those ahead lead nowhere back
             let outputs = tensors(outputs.into_iter().skip(ahead).collect())?;
             let mut leading = Vec::new();
@@ -220,17 +252,17 @@ impl<'a> Trainer<'a> {
         let mut missing = Vec::new();
         match gradients {
             Gradients::Slots => {
-                for ((param, _), gradient) in self.params.iter().zip(self.params.gradients()) {
-                    if *gradient.lock().rows() == GradientRows::None {
-                        missing.push(param.name.as_str());
+                for own in self.params.trainable() {
+                    if *own.gradient.lock().rows() == GradientRows::None {
+                        missing.push(own.param.name.as_str());
                     }
                 }
             }
             Gradients::Tensors(sums) => {
                 let first = sums.is_empty();
-                for (i, (param, var)) in self.params.iter().enumerate() {
-                    match store.remove(var.as_tensor()) {
-                        None => missing.push(param.name.as_str()),
+                for (i, own) in self.params.trainable().enumerate() {
+                    match store.remove(own.var.as_tensor()) {
+                        None => missing.push(own.param.name.as_str()),
                         Some(gradient) if first => sums.push(gradient),
                         Some(gradient) => sums[i] = (&sums[i] + gradient)?,
                     }
@@ -242,25 +274,76 @@ impl<'a> Trainer<'a> {
                 "step {}: no gradient reaches {} of {} parameters, so they would never learn: {}",
                 self.optimizer.steps() + 1,
                 missing.len(),
-                self.params.len(),
+                self.params.trainable().count(),
                 missing.join(", ")
             );
         }
         Ok(())
     }
 
-    /// Names the parameters whose gradients are not finite.
-    fn not_finite(&self, gradients: &Gradients) -> Result<String> {
-        let mut names = Vec::new();
-        for (i, (param, _)) in self.params.iter().enumerate() {
-            if !gradients.norm(self.params, i)?.is_finite() {
-                names.push(param.name.as_str());
+    /// What a step whose loss or gradients' norm is not finite has met first that is not, in the order of the
+    /// computation.
+    fn first_not_finite(
+        &self,
+        drawn: &[Vec<Cow<Example>>],
+        of: &[usize],
+        key: impl Fn(usize) -> u64,
+        norms: &[f64],
+    ) -> Result<Tensors> {
+        let mut weights = Vec::new();
+        for (param, var) in self.params.iter() {
+            if !is_finite(var.as_tensor())? {
+                weights.push(param.name.clone());
             }
         }
-        Ok(match names.as_slice() {
-            [] => String::new(),
-            [first, rest @ ..] => format!(" (not finite: {first} and {} more)", rest.len()),
-        })
+        if !weights.is_empty() {
+            return Ok(Tensors::Weights(weights));
+        }
+        for (part, examples) in drawn.iter().enumerate() {
+            let examples: Vec<&Example> = examples.iter().map(Cow::as_ref).collect();
+            for (chunk, key) in self.passes(&examples, key(part)) {
+                let batch = Task::packed(chunk);
+                let eager = self.eager(&batch, key).with_taps();
+                let outputs = self.task.define(&eager, self.family)?;
+                let outputs = tensors(outputs)?;
+                let mut taps = eager.into_taps();
+                taps.extend(outputs.into_iter().map(|output| ("of the head".to_owned(), output)));
+                for (name, tap) in taps {
+                    if !is_finite(&tap)? {
+                        return Ok(Tensors::Activation(name));
+                    }
+                }
+            }
+        }
+        let losses_are_finite = drawn.iter().enumerate().try_fold(true, |all, (part, examples)| {
+            let examples: Vec<&Example> = examples.iter().map(Cow::as_ref).collect();
+            let losses = self.backward(&examples, of, key(part), &mut self.no_gradients())?;
+            Ok::<_, anyhow::Error>(all && losses.iter().all(|loss| loss.is_finite()))
+        })?;
+        if !losses_are_finite {
+            return Ok(Tensors::Loss);
+        }
+        // the backward pass comes to the last parameters first
+        let names = self.params.trainable().zip(norms).filter(|(_, norm)| !norm.is_finite());
+        let mut names: Vec<String> = names.map(|(own, _)| own.param.name.clone()).collect();
+        names.reverse();
+        Ok(if names.is_empty() { Tensors::Norm } else { Tensors::Gradients(names) })
+    }
+
+    /// Each example of a micro-batch with the loss that it has when it is computed alone.
+    fn alone(&self, examples: &[Cow<Example>], key: u64) -> Vec<Alone> {
+        let alone = |example: &Cow<Example>| {
+            let mut gradients = self.no_gradients();
+            let loss = self
+                .backward(&[example.as_ref()], &example.target.losses(), key, &mut gradients)
+                .and_then(|losses| {
+                    let norm = global_norm(&gradients.norms(self.params)?);
+                    Ok(if norm.is_finite() { losses.iter().sum() } else { f64::NAN })
+                });
+            // one that can't be computed alone, as a contrast needs others, is no suspect
+            Alone { example: example.clone().into_owned(), loss: loss.unwrap_or(0.0) }
+        };
+        examples.iter().map(alone).collect()
     }
 }
 

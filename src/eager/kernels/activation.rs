@@ -38,7 +38,7 @@ pub fn activate(tape: &Tape, x: &Arc<TapeValue>, how: Activation) -> Arc<TapeVal
     let mut y = Buffer::any(x.numbers.len());
     y.par_chunks_mut(CHUNK).zip(x.numbers.par_chunks(CHUNK)).for_each(|(y, x)| forward(how, y, x));
     let x = x.clone();
-    tape.push(y, x.width, move |mut dy, flow| {
+    tape.push(y, x.width, x.learns, move |mut dy, flow| {
         backward(how, &mut dy, &x.numbers);
         flow.give(&x, dy);
         Ok(())
@@ -64,7 +64,7 @@ pub fn gated(tape: &Tape, x: &Arc<TapeValue>, how: Activation) -> Result<Arc<Tap
         .zip(x.numbers.par_chunks(rows * x.width))
         .for_each(|(y, x)| gate(how, y, x, width));
     let x = x.clone();
-    Ok(tape.push(y, width, move |dy, flow| {
+    Ok(tape.push(y, width, x.learns, move |dy, flow| {
         let mut dx = Buffer::any(x.numbers.len());
         gate_backward(how, &mut dx, &dy, &x.numbers, width);
         flow.give(&x, dx);

@@ -54,8 +54,9 @@ pub fn attention(
     };
     let y = how.forward(columns, width, &mut log_sums, relative)?;
     let kept = turned.filter(|_| tape.keeps());
+    let learns = [q, k, v].iter().any(|x| x.learns) || relative.learns();
     let (how, inputs, relative) = (how.clone(), [q, k, v].map(Arc::clone), relative.clone());
-    Ok(tape.push_with_result(y, width, move |y, dy, flow| {
+    Ok(tape.push_with_result(y, width, learns, move |y, dy, flow| {
         let [q, k, v] = inputs.each_ref().map(|x| &x.numbers[..]);
         let turned = kept.or_else(|| how.turned([q, k], width, turns.as_ref()));
         let numbers = match &turned {
@@ -96,8 +97,9 @@ pub fn attention_of_parts(
     let mut log_sums = Buffer::any(x.rows() * how.heads);
     let columns = Columns::parts(copy.as_deref().unwrap_or(&x.numbers), width);
     let y = how.forward(columns, width, &mut log_sums, relative)?;
+    let learns = x.learns || relative.learns();
     let (how, x, relative) = (how.clone(), x.clone(), relative.clone());
-    Ok(tape.push_with_result(y, width, move |y, dy, flow| {
+    Ok(tape.push_with_result(y, width, learns, move |y, dy, flow| {
         let mut dx = Buffer::any(x.numbers.len());
         let places = ColumnsMut::parts(&mut dx, width);
         let columns = Columns::parts(copy.as_deref().unwrap_or(&x.numbers), width);
@@ -124,8 +126,9 @@ pub fn self_attention_of_parts(
     let mut log_sums = Buffer::any(rows * how.heads);
     let y = how.forward(Columns::parts(&mapped, width), width, &mut log_sums, relative)?;
     let kept = tape.keeps().then_some(mapped);
+    let learns = x.learns || map.learns() || relative.learns();
     let (how, x, map, relative) = (how.clone(), x.clone(), map.clone(), relative.clone());
-    Ok(tape.push_with_result(y, width, move |y, dy, flow| {
+    Ok(tape.push_with_result(y, width, learns, move |y, dy, flow| {
         let mapped = match kept {
             Some(mapped) => mapped,
             None => how.mapped_parts(&x.numbers, &map, turns.as_ref())?,
@@ -159,8 +162,9 @@ pub fn self_attention(
     let mut log_sums = Buffer::any(rows * how.heads);
     let y = how.forward(mapped.each_ref().map(|x| Columns::all(x, width)), width, &mut log_sums, relative)?;
     let kept = tape.keeps().then_some(mapped);
+    let learns = x.learns || maps.iter().any(|map| map.learns()) || relative.learns();
     let (how, x, maps, relative) = (how.clone(), x.clone(), maps.map(LinearMap::clone), relative.clone());
-    Ok(tape.push_with_result(y, width, move |y, dy, flow| {
+    Ok(tape.push_with_result(y, width, learns, move |y, dy, flow| {
         let mapped = match kept {
             Some(mapped) => mapped,
             None => how.mapped(&x.numbers, maps.each_ref(), turns.as_ref())?,

@@ -107,7 +107,7 @@ pub fn dropout(tape: &Tape, x: &Arc<TapeValue>, mask: Mask) -> Arc<TapeValue> {
     let mut y = Buffer::of(&x.numbers);
     apply(&mut y, mask);
     let x = x.clone();
-    tape.push(y, x.width, move |mut dy, flow| {
+    tape.push(y, x.width, x.learns, move |mut dy, flow| {
         apply(&mut dy, mask);
         flow.give(&x, dy);
         Ok(())

@@ -27,7 +27,7 @@ pub fn embedding(tape: &Tape, table: &Weight, ids: &Arc<[u32]>) -> Result<Arc<Ta
     check(rows, ids)?;
     let y = gather(&Numbers::of(&table.values)?, width, ids);
     let (gradient, ids) = (table.gradient.clone(), ids.clone());
-    Ok(tape.push(y, width, move |dy, _| {
+    Ok(tape.push(y, width, gradient.is_some(), move |dy, _| {
         if let Some(gradient) = gradient {
             gradient.add_rows(&ids, &dy);
         }
@@ -43,7 +43,7 @@ pub fn pick(tape: &Tape, x: &Arc<TapeValue>, ids: &Arc<[u32]>) -> Result<Arc<Tap
     check(x.rows(), ids)?;
     let (x, ids) = (x.clone(), ids.clone());
     let width = x.width;
-    Ok(tape.push(gather(&x.numbers, width, &ids), width, move |dy, flow| {
+    Ok(tape.push(gather(&x.numbers, width, &ids), width, x.learns, move |dy, flow| {
         flow.add(&x, |dx, write| {
             if write == Write::Replace {
                 dx.fill(0.0);

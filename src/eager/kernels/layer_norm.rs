@@ -41,7 +41,8 @@ pub fn layer_norm(tape: &Tape, x: &Arc<TapeValue>, norm: &NormWeights) -> Result
 /// Puts x's norm, which has been computed, on the tape.
 pub(super) fn push(tape: &Tape, x: &Arc<TapeValue>, y: Buffer, norm: &NormWeights) -> Arc<TapeValue> {
     let (x, norm) = (x.clone(), norm.clone());
-    tape.push(y, x.width, move |dy, flow| {
+    let learns = x.learns || norm.weight.learns() || norm.bias.as_ref().is_some_and(Weight::learns);
+    tape.push(y, x.width, learns, move |dy, flow| {
         let dx = norm.backward(&x.numbers, dy)?;
         flow.give(&x, dx);
         Ok(())

@@ -31,7 +31,8 @@ pub fn linear(tape: &Tape, x: &Arc<TapeValue>, map: &LinearMap) -> Result<Arc<Ta
     let mut y = Buffer::any(x.rows() * map.output);
     map.forward(&x.numbers, &mut y)?;
     let (x, map) = (x.clone(), map.clone());
-    Ok(tape.push(y, map.output, move |dy, flow| {
+    let learns = x.learns || map.learns();
+    Ok(tape.push(y, map.output, learns, move |dy, flow| {
         map.backward_weights(&Input::new(&x.numbers), &dy);
         flow.add(&x, |dx, write| map.backward_input(dx, write, &dy))
     }))
@@ -47,7 +48,8 @@ pub fn linear_activation(
     map.check(x.width)?;
     let [z, y] = inner_values(x, map, how, false)?;
     let (x, map) = (x.clone(), map.clone());
-    Ok(tape.push(y, map.output, move |mut dy, flow| {
+    let learns = x.learns || map.learns();
+    Ok(tape.push(y, map.output, learns, move |mut dy, flow| {
         activation::backward(how, &mut dy, &z);
         drop(z);
         map.backward_weights(&Input::new(&x.numbers), &dy);
@@ -65,7 +67,8 @@ pub fn linear_gated(
     map.check(x.width)?;
     let [z, y] = inner_values(x, map, how, true)?;
     let (x, map, width) = (x.clone(), map.clone(), inner_width(map, true)?);
-    Ok(tape.push(y, width, move |dy, flow| {
+    let learns = x.learns || map.learns();
+    Ok(tape.push(y, width, learns, move |dy, flow| {
         let mut dz = Buffer::any(z.len());
         activation::gate_backward(how, &mut dz, &dy, &z, width);
         drop(z);
@@ -164,6 +167,11 @@ impl LinearMap {
             candle_core::bail!("a map from {} channels is applied to {channels}", self.input);
         }
         Ok(())
+    }
+
+    /// Whether weight or bias wants its gradient.
+    pub(super) fn learns(&self) -> bool {
+        self.weight.learns() || self.bias.as_ref().is_some_and(Weight::learns)
     }
 
     /// Rows that the map is applied to, as a matrix.

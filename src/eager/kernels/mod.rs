@@ -49,8 +49,16 @@ impl Kernels {
 pub struct Weight {
     /// In f32.
     pub values: Tensor,
-    /// Where a fused operation adds the gradient up; none in evaluation, and where candle's own tape keeps it.
+    /// Where a fused operation adds the gradient up; none in evaluation, of what is frozen, and where candle's own tape
+    /// keeps it.
     pub gradient: Option<Arc<Gradient>>,
+}
+
+impl Weight {
+    /// Whether a fused operation has to compute its gradient.
+    pub fn learns(&self) -> bool {
+        self.gradient.is_some()
+    }
 }
 
 /// A composite's operand in f32: sums, statistics and non-linearities need more digits than bf16 has.

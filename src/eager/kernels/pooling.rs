@@ -75,7 +75,7 @@ pub fn pool(tape: &Tape, x: &Arc<TapeValue>, spans: &Arc<Spans>, how: Pooling) -
             }
         }
     });
-    Ok(tape.push(y, width, move |dy, flow| {
+    Ok(tape.push(y, width, x.learns, move |dy, flow| {
         flow.add(&x, |dx, write| {
             let mut rest = dx;
             let mut tasks = Vec::with_capacity(spans.len());
@@ -116,7 +116,7 @@ fn largest(tape: &Tape, x: Arc<TapeValue>, spans: &Spans, mut y: Buffer) -> Arc<
             *y = x.numbers[*place];
         }
     });
-    tape.push(y, width, move |dy, flow| {
+    tape.push(y, width, x.learns, move |dy, flow| {
         flow.add(&x, |dx, write| {
             if write == Write::Replace {
                 dx.fill(0.0);
@@ -144,7 +144,7 @@ pub fn normalize(tape: &Tape, x: &Arc<TapeValue>) -> Arc<TapeValue> {
     for (y, norm) in y.chunks_exact_mut(width).zip(&norms) {
         y.iter_mut().for_each(|y| *y /= norm);
     }
-    tape.push_with_result(y, width, move |y, mut dy, flow| {
+    tape.push_with_result(y, width, x.learns, move |y, mut dy, flow| {
         for ((dy, y), &norm) in dy.chunks_exact_mut(width).zip(y.numbers.chunks_exact(width)).zip(&norms) {
             // along the row itself nothing changes, unless it is too short to be made longer
             let along = if norm > SMALLEST_NORM { dot(dy, y) } else { 0.0 };

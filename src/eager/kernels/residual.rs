@@ -52,6 +52,17 @@ pub enum Branch {
     },
 }
 
+impl Branch {
+    /// Whether something of it wants its gradient.
+    fn learns(&self) -> bool {
+        match self {
+            Self::Ready(value) => value.learns,
+            Self::Linear { x, map } => x.learns || map.learns(),
+            Self::FeedForward { x, first, second, .. } => x.learns || first.learns() || second.learns(),
+        }
+    }
+}
+
 /// `x + dropout(branch)`, (R, C).
 pub fn residual(
     tape: &Tape,
@@ -86,7 +97,8 @@ fn compute(
     let width = x.width;
     let mut sum = Buffer::any(x.numbers.len());
     let mut normed = Buffer::any(if norm.is_some() { sum.len() } else { 0 });
-    let work = Work::new(branch, x, tape.keeps())?;
+    let learns = x.learns || branch.learns();
+    let work = Work::new(branch, x, tape.keeps() && learns)?;
     {
         let norm = norm.map(NormWeights::numbers).transpose()?;
         let (start, behind) = (Shared::new(&mut sum), Shared::new(&mut normed));
@@ -107,7 +119,8 @@ fn compute(
     }
     let kept = work.kept;
     let (branch, stream) = (branch.clone(), x.clone());
-    let sum = tape.push(sum, width, move |dsum, flow| backward(&branch, mask, &stream, kept, dsum, flow));
+    let sum =
+        tape.push(sum, width, learns, move |dsum, flow| backward(&branch, mask, &stream, kept, dsum, flow));
     Ok((sum, normed))
 }
 
@@ -196,6 +209,10 @@ fn backward(
     dsum: Buffer,
     flow: &mut Flow,
 ) -> Result<()> {
+    if !branch.learns() {
+        flow.give(stream, dsum);
+        return Ok(());
+    }
     let mut dbranch = Buffer::any(dsum.len());
     dbranch.par_chunks_mut(CHUNK).zip(dsum.par_chunks(CHUNK)).enumerate().for_each(|(i, (to, from))| {
         to.copy_from_slice(from);
@@ -218,7 +235,7 @@ fn backward(
             let weights = [first.packed_backward()?, second.packed_backward()?];
             let (inner, outer) = (first.output, second.output);
             let mut dz = Buffer::any(z.len());
-            flow.add(x, |dx, write| {
+            let mut inner_backward = |dx: &mut [f32], write| {
                 let (dx, dz) = (Shared::new(dx), Shared::new(&mut dz));
                 row_blocks(x.rows(), |rows| {
                     let (m, at) = (rows.len(), rows.start * inner);
@@ -247,7 +264,13 @@ fn backward(
                     weights[0].product(dst, write, 1.0, None, Matrix::new(dz, m, inner, inner));
                 });
                 Ok(())
-            })?;
+            };
+            if x.learns {
+                flow.add(x, inner_backward)?;
+            } else if first.learns() {
+                // it needs dz alone
+                inner_backward(&mut Buffer::any(x.numbers.len()), Write::Replace)?;
+            }
             second.backward_weights(&Input::new(&y), &dbranch);
             first.backward_weights(&Input::new(&x.numbers), &dz);
         }

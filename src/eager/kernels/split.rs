@@ -23,7 +23,7 @@ pub fn split(tape: &Tape, x: &Arc<TapeValue>, index: usize, parts: usize) -> Res
     for (to, from) in y.chunks_exact_mut(width).zip(x.numbers.chunks_exact(x.width)) {
         to.copy_from_slice(&from[at..at + width]);
     }
-    Ok(tape.push(y, width, move |dy, flow| {
+    Ok(tape.push(y, width, x.learns, move |dy, flow| {
         flow.add(&x, |dx, write| {
             if write == Write::Replace {
                 dx.fill(0.0);

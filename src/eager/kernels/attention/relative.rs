@@ -339,6 +339,15 @@ fn part<'a>(
 }
 
 impl Relative<Arc<TapeValue>> {
+    /// Whether one of the tables wants its gradient.
+    pub(super) fn learns(&self) -> bool {
+        match self {
+            Self::Nothing | Self::Rotary { .. } => false,
+            Self::Bias { table, .. } => table.learns(),
+            Self::Products { keys, queries, .. } => [keys, queries].into_iter().flatten().any(|x| x.learns),
+        }
+    }
+
     /// Hands the tables' gradients over.
     pub(super) fn give(&self, sums: Sums, heads: usize, flow: &mut Flow) {
         match (self, sums) {
