@@ -137,7 +137,7 @@ impl Products {
         let is_map = |param: &&Param| match param.role {
             Role::Matrix => param.part == Part::Body,
             Role::Table => !classifies && param.name.ends_with("wte.weight"), // which is the head, too
-            Role::Bias | Role::Scale => false,
+            _ => false,
         };
         let maps: Vec<&Param> = manifest.iter().filter(is_map).collect();
         let layer = |param: &Param| param.name.split('.').find_map(|part| part.parse::<usize>().ok());

@@ -3,6 +3,8 @@
 //! Names are made canonical here and nowhere else, by what the family says of them: its prefix is put where it
 //! lacks, `gamma` and `beta` become `weight` and `bias`, buffers are dropped.
 
+pub mod adapter;
+
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -25,14 +27,21 @@ pub const INDEX: &str = "model.safetensors.index.json";
 pub struct Weights {
     files: Vec<(PathBuf, Mmap)>,
     entries: BTreeMap<String, Entry>,
+    /// What the files say of themselves.
+    about: BTreeMap<String, String>,
 }
 
 struct Entry {
-    file: usize,
-    /// Byte range in the file.
-    bytes: std::ops::Range<usize>,
+    values: Stored,
     dtype: Dtype,
     shape: Vec<usize>,
+}
+
+enum Stored {
+    /// A range of a file's bytes.
+    Mapped { file: usize, bytes: std::ops::Range<usize> },
+    /// Computed of what files hold, in f32.
+    Own(Vec<f32>),
 }
 
 /// The types that weights are read from. Others stand in checkpoints too, in buffers that no definition uses.
@@ -48,28 +57,42 @@ pub struct Fit {
 }
 
 impl Weights {
-    /// Maps `model.safetensors`, or the shards that `model.safetensors.index.json` lists.
+    /// Maps `model.safetensors`, or the shards that `model.safetensors.index.json` lists; of a folder with an adapter those
+    /// of its base, into which it is merged.
     ///
     /// # Errors
-    /// No such file, or one that is truncated or corrupt.
+    /// No such file, or one that is truncated or corrupt; as [`adapter::Adapter::merged`].
     pub fn open(dir: &Path, names: Names) -> Result<Self> {
-        let mut weights = Self { files: Vec::new(), entries: BTreeMap::new() };
+        if adapter::is_in(dir) {
+            return adapter::Adapter::open(dir, names)?.merged(names);
+        }
+        let mut weights = Self::none();
         for path in weight_files(dir)? {
             weights.map(&path)?;
         }
         let prefixed = weights.entries.keys().any(|name| name.starts_with(names.prefix));
-        let entries = std::mem::take(&mut weights.entries).into_iter();
-        let is_buffer = |name: &str| names.buffers.iter().any(|buffer| name.ends_with(buffer));
-        weights.entries = entries
-            .filter(|(name, _)| !is_buffer(name))
-            .map(|(name, entry)| (canonical_name(&name, names, prefixed), entry))
-            .collect();
+        weights.entries.retain(|name, _| !names.buffers.iter().any(|buffer| name.ends_with(buffer)));
+        weights.rename(|name| canonical_name(name, names, prefixed));
         Ok(weights)
+    }
+
+    fn none() -> Self {
+        Self { files: Vec::new(), entries: BTreeMap::new(), about: BTreeMap::new() }
+    }
+
+    fn rename(&mut self, name: impl Fn(&str) -> String) {
+        let entries = std::mem::take(&mut self.entries);
+        self.entries = entries.into_iter().map(|(old, entry)| (name(&old), entry)).collect();
+    }
+
+    /// Puts a weight in place of the one of this name, if there is one.
+    fn put(&mut self, name: &str, shape: Vec<usize>, values: Vec<f32>) {
+        self.entries.insert(name.to_owned(), Entry { values: Stored::Own(values), dtype: Dtype::F32, shape });
     }
 
     /// Maps one file, its names as they are.
     pub fn open_file(path: &Path) -> Result<Self> {
-        let mut weights = Self { files: Vec::new(), entries: BTreeMap::new() };
+        let mut weights = Self::none();
         weights.map(path)?;
         Ok(weights)
     }
@@ -90,14 +113,16 @@ impl Weights {
         let (header_len, header) = SafeTensors::read_metadata(&map).map_err(|e| broken(&e))?;
         let data = 8 + header_len; // the file starts with the header's length as a u64
         for (name, info) in header.tensors() {
+            let bytes = data + info.data_offsets.0..data + info.data_offsets.1;
             let entry = Entry {
-                file: self.files.len(),
-                bytes: data + info.data_offsets.0..data + info.data_offsets.1,
+                values: Stored::Mapped { file: self.files.len(), bytes },
                 dtype: info.dtype,
                 shape: info.shape.clone(),
             };
             self.entries.insert(name, entry);
         }
+        self.about
+            .extend(header.metadata().iter().flatten().map(|(key, value)| (key.clone(), value.clone())));
         self.files.push((path.to_owned(), map));
         Ok(())
     }
@@ -112,12 +137,16 @@ impl Weights {
         self.entries.get(name).map(|entry| entry.shape.as_slice())
     }
 
-    /// A weight's values as f32, borrowed from the file where they are stored so.
+    /// A weight's values as f32, borrowed where they are stored so.
     pub fn f32(&self, name: &str) -> Result<Cow<'_, [f32]>> {
         let entry = self.entries.get(name).with_context(|| format!("the checkpoint has no {name}"))?;
-        let bytes = &self.files[entry.file].1[entry.bytes.clone()];
-        let view = TensorView::new(entry.dtype, entry.shape.clone(), bytes)?;
-        Ok(as_f32(&view))
+        match &entry.values {
+            Stored::Own(values) => Ok(values.into()),
+            Stored::Mapped { file, bytes } => {
+                let bytes = &self.files[*file].1[bytes.clone()];
+                Ok(as_f32(&TensorView::new(entry.dtype, entry.shape.clone(), bytes)?))
+            }
+        }
     }
 
     /// Holds the parameters of a definition against the weights.
@@ -129,7 +158,7 @@ impl Weights {
         let mut wrong = Vec::new();
         for param in params {
             match (self.entries.get(&param.name), param.part) {
-                (None, Part::Head | Part::Labels) => fit.new.push(param.name.clone()),
+                (None, Part::Head | Part::Labels | Part::Adapter) => fit.new.push(param.name.clone()),
                 (None, Part::Body) => wrong.push(self.missing(param)),
                 (Some(entry), _) if entry.shape != param.shape => wrong.push(format!(
                     "{} has shape {:?}, config.json asks for {:?}",
@@ -227,6 +256,15 @@ pub fn write_safetensors<'a>(
     path: &Path,
     tensors: impl IntoIterator<Item = (&'a str, &'a [usize], &'a [f32])>,
 ) -> Result<()> {
+    write_safetensors_about(path, tensors, &[])
+}
+
+/// The same with what the file says of itself.
+fn write_safetensors_about<'a>(
+    path: &Path,
+    tensors: impl IntoIterator<Item = (&'a str, &'a [usize], &'a [f32])>,
+    about: &[(&str, &str)],
+) -> Result<()> {
     let tensors: Vec<_> = tensors.into_iter().collect();
     let bytes: Vec<Cow<[u8]>> = tensors.iter().map(|(_, _, values)| f32_bytes(values)).collect();
     let views = tensors
@@ -235,7 +273,8 @@ pub fn write_safetensors<'a>(
         .map(|((name, shape, _), bytes)| Ok((*name, TensorView::new(Dtype::F32, shape.to_vec(), bytes)?)))
         .collect::<Result<Vec<_>>>()?;
     // transformers refuses a file without this entry
-    let about = [("format".to_owned(), "pt".to_owned())].into();
+    let about = [("format", "pt")].iter().chain(about);
+    let about = about.map(|&(key, value)| (key.to_owned(), value.to_owned())).collect();
     crate::files::write_through_rename(path, |temporary| {
         // the library's own temporary file is readable by its owner alone
         let permissions = File::create(temporary)?.metadata()?.permissions();
@@ -244,7 +283,7 @@ pub fn write_safetensors<'a>(
     })
 }
 
-/// The files that [`Weights::open`] maps: `model.safetensors`, or the shards that the index lists.
+/// The files that [`Weights::open`] maps: `model.safetensors`, or the shards that the index lists; or an adapter's own.
 ///
 /// # Errors
 /// There are none, or the index can't be read.
@@ -252,6 +291,9 @@ pub fn weight_files(dir: &Path) -> Result<Vec<PathBuf>> {
     let single = dir.join("model.safetensors");
     if single.is_file() {
         return Ok(vec![single]);
+    }
+    if adapter::is_in(dir) {
+        return Ok(vec![dir.join(adapter::WEIGHTS)]);
     }
     let index_path = dir.join(INDEX);
     if index_path.is_file() {

@@ -11,6 +11,7 @@ use tk::Result;
 use tk::checkpoint::Weights;
 use tk::data::batch::{Encoding, PackedBatch, PaddedBatch};
 use tk::eager::{Eager, Init, Kernels, Mode, Params};
+use tk::model::lora::{Adapted, Lora, LowRank};
 use tk::model::manifest::manifest;
 use tk::model::ops::{Activation, At, Attend, Buckets, Distances, Ids, Ops, Param, Pick, Pooling, Sees};
 use tk::onnx::proto::ModelProto;
@@ -28,7 +29,7 @@ const TOLERANCE: f32 = 3e-6;
 /// The same for gradients, relative to the gradient's norm.
 const GRADIENT_TOLERANCE: f64 = 3e-6;
 
-const CASES: [&str; 42] = [
+const CASES: [&str; 44] = [
     "embed_tokens",
     "embed_types",
     "embed_positions",
@@ -71,6 +72,8 @@ const CASES: [&str; 42] = [
     "pool_max",
     "normalize",
     "pool_mean_normalize",
+    "scale",
+    "low_rank",
 ];
 
 /// A case's definition: `x` is looked up in a table of its own, so that its gradient is the table's.
@@ -155,6 +158,13 @@ fn define<O: Ops>(o: &O, case: &Case) -> Result<O::X> {
         "pool_weighted_mean" => o.pool(&x()?, Pooling::WeightedMean),
         "pool_max" => o.pool(&x()?, Pooling::Max),
         "normalize" => o.normalize(&x()?),
+        "scale" => o.scale(&x()?, 2.5),
+        "low_rank" => {
+            let shape = case.shape("f.weight");
+            let rank = case.shape("f.lora_A.weight")[0];
+            let lora = Lora { maps: [("f".to_owned(), LowRank { rank, scale: 2.5 })].into(), dropout: 0.0 };
+            Adapted { inner: o, lora: &lora }.linear(At::body("f").linear(shape[1], shape[0]), &x()?)
+        }
         "pool_mean_normalize" => o.normalize(&o.pool(&x()?, Pooling::Mean)?),
         other => anyhow::bail!("no case {other}"),
     }

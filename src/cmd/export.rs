@@ -6,7 +6,7 @@ use anyhow::Context;
 use serde_json::json;
 
 use crate::export::triton::TritonFlags;
-use crate::export::{Export, Int8};
+use crate::export::{Export, Int8, merged};
 use crate::onnx::{DEFAULT_BLOCK, DEFAULT_OPSET, LARGEST_BLOCK, LEAST_BLOCK, Precision, checked_opset};
 use crate::predict::graphs;
 use crate::runtime::{Provider, Providers};
@@ -65,6 +65,9 @@ pub struct Args {
     /// 0.1, of fp16 0.01].
     #[arg(long, value_name = "X")]
     max_perplexity_increase: Option<f64>,
+    /// Write no graph, but the model of a LoRA adapter as one of its own, merged into its base, in this new directory.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["precision", "ep", "opset", "external_data", "input", "calibration"])]
+    merged: Option<PathBuf>,
     #[command(flatten)]
     records: RecordFlags,
     #[command(flatten)]
@@ -85,6 +88,12 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     checked_opset(args.opset)?;
     let saved = Saved::open_for(&args.dir, &args.task)?;
     check_usage(args, &saved)?;
+    if let Some(to) = &args.merged {
+        let worst = merged::write(&saved, to)?;
+        let human =
+            format!("{}: the merged model, its outputs within {worst:.1e} of the adapter's", to.display());
+        return say.result(human, &json!({"path": to, "lora_max_abs": worst}));
+    }
     // before the library is loaded
     let openvino = (args.precision == Precision::Bf16).then(Providers::openvino_in_bf16).transpose()?;
     let triton = args.triton.place(&saved, args.precision)?;

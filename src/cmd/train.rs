@@ -150,7 +150,7 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     if let Some(best) = &outcome.progress.best {
         prepared.tune(&best.measured());
     }
-    output::write_model(&args.output, &prepared, args.settings.max_length)?;
+    output::write_model(&args.output, &prepared, &args.settings)?;
     report(args, &outcome, &say)
 }
 

@@ -8,6 +8,8 @@ use ndarray::Array2;
 
 use super::{Eager, Init, Mode, Params, tensors};
 use crate::Result;
+use crate::checkpoint::Weights;
+use crate::checkpoint::adapter::Adapter;
 use crate::data::batch::{Encoding, PackedBatch};
 use crate::model::Family;
 use crate::saved::Saved;
@@ -140,8 +142,23 @@ impl Evaluator {
     /// # Errors
     /// A weight is missing or has another shape than the configuration says, the head's included.
     pub fn open(saved: &Saved, device: &Device) -> Result<Self> {
-        let params = saved.task.params(&saved.config.family)?;
-        let (params, fit) = Params::load(&params, &saved.weights, Init { seed: 0, std: 0.0 }, device)?;
+        Self::of(saved, saved.config.family.clone(), &saved.weights, device)
+    }
+
+    /// Loads the base of an adapter with the adapter beside it, as both were trained.
+    ///
+    /// # Errors
+    /// As [`Adapter::open`] and [`Evaluator::open`].
+    pub fn apart(saved: &Saved, device: &Device) -> Result<Self> {
+        let names = saved.config.family.names();
+        let adapter = Adapter::open(&saved.dir, names)?;
+        let family = saved.config.family.clone().adapted(Some(adapter.lora()?));
+        Self::of(saved, family, &adapter.apart(names)?, device)
+    }
+
+    fn of(saved: &Saved, family: Family, weights: &Weights, device: &Device) -> Result<Self> {
+        let params = saved.task.params(&family)?;
+        let (params, fit) = Params::load(&params, weights, Init { seed: 0, std: 0.0 }, device)?;
         if !fit.new.is_empty() {
             crate::bail_unusable!(
                 "{} lacks {}: it is no model trained for {}; fine-tune it with `tk train`",
@@ -150,8 +167,7 @@ impl Evaluator {
                 saved.task.name()
             );
         }
-        let (family, task) = (saved.config.family.clone(), saved.task.clone());
-        Ok(Self { family, task, params, device: device.clone() })
+        Ok(Self { family, task: saved.task.clone(), params, device: device.clone() })
     }
 
     fn forward(&self) -> Forward<'_> {

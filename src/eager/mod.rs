@@ -27,7 +27,7 @@ use kernels::attention::{Attention, ByDistance, Queries, Relative};
 use kernels::dropout::{Mask, mix};
 use kernels::linear::LinearMap;
 use kernels::residual::{Branch, residual_norm};
-use kernels::{activation, attention, dropout, embedding, layer_norm, linear, pooling, split, wide};
+use kernels::{activation, attention, dropout, embedding, layer_norm, linear, pooling, scale, split, wide};
 use tape::{Tape, TapeValue};
 use x::{Fused, Pending};
 
@@ -321,6 +321,13 @@ impl Ops for Eager<'_> {
             _ => (a.branch()?, None, b.value()?),
         };
         Ok(self.fused(Pending::Sum { branch, mask, x }))
+    }
+
+    fn scale(&self, x: &X, factor: f64) -> Result<X> {
+        Ok(match x {
+            X::Tensor(x) => X::Tensor((x * factor)?),
+            X::Fused(x) => self.ready(scale::scale(&self.tape, &x.value()?, factor)),
+        })
     }
 
     fn dropout(&self, x: &X, p: f32) -> Result<X> {

@@ -183,7 +183,8 @@ fn variable(values: Vec<f32>, shape: &[usize], device: &Device) -> Result<Var> {
 }
 
 /// How new parameters are drawn: as transformers' models do, matrices and tables from N(0, std²), biases 0,
-/// layer norms' scales 1; GPT-2's maps into the residual stream with less. Each parameter has a stream of its own, so one more changes no other.
+/// layer norms' scales 1; GPT-2's maps into the residual
+/// stream with less; LoRA's as PEFT's, A from U(±1/√in) and B 0. Each parameter has a stream of its own, so one more changes no other.
 #[derive(Clone, Copy, Debug)]
 pub struct Init {
     pub seed: u64,
@@ -192,17 +193,25 @@ pub struct Init {
 }
 
 impl Init {
+    /// A parameter's own stream of random numbers.
+    fn stream(&self, param: &Param) -> ChaCha8Rng {
+        let mixed = |hash, byte| super::kernels::dropout::mix(hash ^ u64::from(byte));
+        ChaCha8Rng::seed_from_u64(param.name.bytes().fold(self.seed, mixed))
+    }
+
     fn draw(&self, param: &Param) -> Vec<f32> {
         let n = param.numel();
         match param.role {
             Role::Bias => vec![0.0; n],
             Role::Scale => vec![1.0; n],
+            Role::LoraB => vec![0.0; n],
+            Role::LoraA => {
+                let bound = 1.0 / (param.shape[1] as f64).sqrt();
+                let mut rng = self.stream(param);
+                (0..n).map(|_| ((2.0 * uniform(&mut rng) - 1.0) * bound) as f32).collect()
+            }
             Role::Matrix | Role::Table => {
-                let stream = param
-                    .name
-                    .bytes()
-                    .fold(self.seed, |hash, byte| super::kernels::dropout::mix(hash ^ u64::from(byte)));
-                let mut rng = ChaCha8Rng::seed_from_u64(stream);
+                let mut rng = self.stream(param);
                 let std = self.std / (param.summands as f64).sqrt();
                 (0..n).map(|_| (normal(&mut rng) * std) as f32).collect()
             }
@@ -210,10 +219,14 @@ impl Init {
     }
 }
 
+/// A number between 0 and 1.
+fn uniform(rng: &mut ChaCha8Rng) -> f64 {
+    ((rng.next_u64() >> 11) as f64 + 0.5) / (1u64 << 53) as f64
+}
+
 /// A standard normal number, by Box and Muller's transform.
 fn normal(rng: &mut ChaCha8Rng) -> f64 {
-    let uniform = |bits: u64| ((bits >> 11) as f64 + 0.5) / (1u64 << 53) as f64;
-    let (a, b) = (uniform(rng.next_u64()), uniform(rng.next_u64()));
+    let (a, b) = (uniform(rng), uniform(rng));
     (-2.0 * a.ln()).sqrt() * (std::f64::consts::TAU * b).cos()
 }
 

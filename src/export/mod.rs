@@ -6,6 +6,7 @@ mod calibrate;
 mod fp16;
 mod gate;
 mod int8;
+pub mod merged;
 pub mod triton;
 
 use gate::Gate;
@@ -53,6 +54,8 @@ pub struct Export<'a> {
     folder: PathBuf,
     /// Where files lie until they are verified.
     scratch: Scratch,
+    /// Of a folder with an adapter: how far the merged model is from base and adapter.
+    merged: Option<f32>,
     say: Say,
 }
 
@@ -80,7 +83,8 @@ impl<'a> Export<'a> {
         // on the file system of the folder, which may be another one than DIR's, so that a rename puts a file in place
         let home = folder.ancestors().find(|folder| folder.is_dir()).unwrap_or(&saved.dir);
         let scratch = Scratch::new(home).map_err(|e| unusable!("{}: can't write: {e:#}", home.display()))?;
-        let export = Self { saved, folder, scratch, say };
+        let merged = merged::prove(saved)?;
+        let export = Self { saved, folder, scratch, merged, say };
         export.read_manifest()?; // one that can't be read is told before the work
         Ok(export)
     }
@@ -102,6 +106,9 @@ impl<'a> Export<'a> {
             "tk_version": env!("CARGO_PKG_VERSION"),
         });
         let Value::Object(mut entry) = entry else { anyhow::bail!("an entry is an object") };
+        if let Some(worst) = self.merged {
+            entry.insert("lora_max_abs".to_owned(), json!(worst));
+        }
         if let Some(data_file) = data_file {
             entry.insert("data_file".to_owned(), json!(data_file));
             let hash = checkpoint::file_hash(&self.folder.join(data_file))?;

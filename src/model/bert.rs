@@ -37,6 +37,7 @@ pub struct Bert {
 
 impl Architecture for Bert {
     const MODEL_TYPES: &'static [&'static str] = &["bert"];
+    const LORA_TARGETS: &'static [&'static str] = &["query", "value"];
     const DROPOUTS: &'static [&'static str] =
         &["hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"];
     const VOCABULARY: Vocabulary = Vocabulary::WordPiece;

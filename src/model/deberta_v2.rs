@@ -98,6 +98,7 @@ fn kinds<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::E
 
 impl Architecture for DebertaV2 {
     const MODEL_TYPES: &'static [&'static str] = &["deberta-v2"];
+    const LORA_TARGETS: &'static [&'static str] = &["query_proj", "value_proj"];
     const DROPOUTS: &'static [&'static str] =
         &["hidden_dropout_prob", "attention_probs_dropout_prob", "pooler_dropout", "cls_dropout"];
     const VOCABULARY: Vocabulary = Vocabulary::WordPiece;

@@ -42,6 +42,7 @@ const EPS: f64 = 1e-12;
 
 impl Architecture for DistilBert {
     const MODEL_TYPES: &'static [&'static str] = &["distilbert"];
+    const LORA_TARGETS: &'static [&'static str] = &["q_lin", "v_lin"];
     const DROPOUTS: &'static [&'static str] =
         &["dropout", "attention_dropout", "seq_classif_dropout", "qa_dropout"];
     const VOCABULARY: Vocabulary = Vocabulary::WordPiece;

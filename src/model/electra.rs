@@ -26,6 +26,7 @@ fn narrow() -> usize {
 
 impl Architecture for Electra {
     const MODEL_TYPES: &'static [&'static str] = &["electra"];
+    const LORA_TARGETS: &'static [&'static str] = &["query", "value"];
     const DROPOUTS: &'static [&'static str] = Bert::DROPOUTS;
     const VOCABULARY: Vocabulary = Vocabulary::WordPiece;
 

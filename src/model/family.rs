@@ -1,6 +1,8 @@
 //! What a family is: all that is particular to one `model_type` stands in one file, which implements
 //! [`Architecture`]; [`Family`] is the one list of them. Nothing else names a family.
 
+use std::sync::Arc;
+
 use serde_json::{Map, Value};
 
 use crate::data::tokens::Vocabulary;
@@ -9,6 +11,7 @@ use crate::model::deberta_v2::DebertaV2;
 use crate::model::distilbert::DistilBert;
 use crate::model::electra::Electra;
 use crate::model::gpt2::Gpt2;
+use crate::model::lora::{Adapted, Lora};
 use crate::model::modernbert::ModernBert;
 use crate::model::mpnet::MpNet;
 use crate::model::ops::{Ops, Pick};
@@ -51,6 +54,18 @@ impl Head {
             Self::PreTraining => "masked-lm,next-sentence",
             Self::Embedding { .. } => "embedding",
             Self::CausalLm { .. } => "causal-lm",
+        }
+    }
+
+    /// What PEFT calls the task that it is for, as `task_type`.
+    pub fn peft_task(self) -> Option<&'static str> {
+        match self {
+            Self::SequenceClassification { .. } => Some("SEQ_CLS"),
+            Self::TokenClassification { .. } => Some("TOKEN_CLS"),
+            Self::QuestionAnswering => Some("QUESTION_ANS"),
+            Self::Embedding { .. } => Some("FEATURE_EXTRACTION"),
+            Self::CausalLm { .. } => Some("CAUSAL_LM"),
+            Self::MaskedLm | Self::NextSentence | Self::PreTraining => None,
         }
     }
 
@@ -117,6 +132,8 @@ pub struct Limits {
 pub trait Architecture: Sized {
     /// The `model_type`s of `config.json` that it reads.
     const MODEL_TYPES: &'static [&'static str];
+    /// What the modules are called that LoRA adapts where nobody says otherwise: PEFT's choice, where it has one.
+    const LORA_TARGETS: &'static [&'static str];
     /// The keys of `config.json` that hold a dropout probability.
     const DROPOUTS: &'static [&'static str];
 
@@ -162,9 +179,15 @@ pub trait Architecture: Sized {
 /// Makes the list of families: an enum over what their files define, each call handed to the one that is meant.
 macro_rules! families {
     ($($family:ident),+) => {
-        /// A model's architecture with its configuration: one of all that tk defines.
+        /// A model's architecture with its configuration: one of all that tk defines; and what stands beside its maps.
         #[derive(Clone, Debug)]
-        pub enum Family {
+        pub struct Family {
+            network: Network,
+            lora: Option<Arc<Lora>>,
+        }
+
+        #[derive(Clone, Debug)]
+        enum Network {
             $($family($family)),+
         }
 
@@ -182,7 +205,7 @@ macro_rules! families {
                 let known = || Self::model_types().join(", ");
                 match raw.get("model_type") {
                     $(Some(Value::String(name)) if $family::MODEL_TYPES.contains(&name.as_str()) => {
-                        Ok(Self::$family($family::read(raw)?))
+                        Ok(Self { network: Network::$family($family::read(raw)?), lora: None })
                     })+
                     Some(other) => bail_unusable!("model_type is {other}; tk runs {}", known()),
                     None => bail_unusable!("model_type is missing; tk runs {}", known()),
@@ -191,37 +214,37 @@ macro_rules! families {
 
             /// The keys of `config.json` that hold a dropout probability.
             pub fn dropouts(&self) -> &'static [&'static str] {
-                match self { $(Self::$family(_) => $family::DROPOUTS),+ }
+                match &self.network { $(Network::$family(_) => $family::DROPOUTS),+ }
             }
 
             /// See [`Architecture::VOCABULARY`].
             pub fn vocabulary(&self) -> Vocabulary {
-                match self { $(Self::$family(_) => $family::VOCABULARY),+ }
+                match &self.network { $(Network::$family(_) => $family::VOCABULARY),+ }
             }
 
             /// See [`Architecture::names`].
             pub fn names(&self) -> Names {
-                match self { $(Self::$family(family) => family.names()),+ }
+                match &self.network { $(Network::$family(family) => family.names()),+ }
             }
 
             /// See [`Architecture::limits`].
             pub fn limits(&self) -> Limits {
-                match self { $(Self::$family(family) => family.limits()),+ }
+                match &self.network { $(Network::$family(family) => family.limits()),+ }
             }
 
             /// See [`Architecture::initializer_range`].
             pub fn initializer_range(&self) -> f64 {
-                match self { $(Self::$family(family) => family.initializer_range()),+ }
+                match &self.network { $(Network::$family(family) => family.initializer_range()),+ }
             }
 
             /// See [`Architecture::model_type`].
             pub fn model_type(&self) -> &str {
-                match self { $(Self::$family(family) => family.model_type()),+ }
+                match &self.network { $(Network::$family(family) => family.model_type()),+ }
             }
 
             /// See [`Architecture::class`].
             pub fn class(&self, head: Head) -> Option<String> {
-                match self { $(Self::$family(_) => $family::class(self.model_type(), head)),+ }
+                match &self.network { $(Network::$family(_) => $family::class(self.model_type(), head)),+ }
             }
 
             /// The same of any model of a type.
@@ -232,14 +255,32 @@ macro_rules! families {
                 None
             }
 
+            /// See [`Architecture::LORA_TARGETS`].
+            pub fn lora_targets(&self) -> &'static [&'static str] {
+                match &self.network { $(Network::$family(_) => $family::LORA_TARGETS),+ }
+            }
+
+            /// The same with something beside its maps, or nothing.
+            pub fn adapted(self, lora: Option<Lora>) -> Self {
+                Self { lora: lora.map(Arc::new), ..self }
+            }
+
+            /// What stands beside its maps.
+            pub fn lora(&self) -> Option<&Lora> {
+                self.lora.as_deref()
+            }
+
             /// See [`Architecture::define`].
             pub fn define<O: Ops>(&self, o: &O, head: Head) -> Result<Vec<O::X>> {
-                match self { $(Self::$family(family) => family.define(o, head)),+ }
+                match (&self.network, &self.lora) {
+                    $((Network::$family(family), None) => family.define(o, head),
+                    (Network::$family(family), Some(lora)) => family.define(&Adapted { inner: o, lora }, head)),+
+                }
             }
 
             /// See [`Architecture::pads_with_the_end`].
             pub fn pads_with_the_end(&self) -> bool {
-                match self { $(Self::$family(family) => family.pads_with_the_end()),+ }
+                match &self.network { $(Network::$family(family) => family.pads_with_the_end()),+ }
             }
         }
     };

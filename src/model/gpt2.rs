@@ -41,6 +41,7 @@ pub struct Gpt2 {
 
 impl Architecture for Gpt2 {
     const MODEL_TYPES: &'static [&'static str] = &["gpt2"];
+    const LORA_TARGETS: &'static [&'static str] = &["c_attn"];
     const DROPOUTS: &'static [&'static str] =
         &["resid_pdrop", "embd_pdrop", "attn_pdrop", "classifier_dropout"];
     const VOCABULARY: Vocabulary = Vocabulary::Gpt2;

@@ -30,10 +30,27 @@ pub fn verbs(define: impl FnOnce(&Manifest) -> Result<()>) -> Result<String> {
     Ok(list.verbs.into_inner())
 }
 
+/// The linear maps of a definition, in the order of first use.
+///
+/// # Errors
+/// As [`manifest`].
+pub fn maps(define: impl FnOnce(&Manifest) -> Result<()>) -> Result<Vec<Linear>> {
+    let list = Manifest::default();
+    define(&list)?;
+    let mut maps: Vec<Linear> = Vec::new();
+    for map in list.maps.into_inner() {
+        if maps.iter().all(|known| known.weight.name != map.weight.name) {
+            maps.push(map);
+        }
+    }
+    Ok(maps)
+}
+
 /// Collects what the verbs name.
 #[derive(Default)]
 pub struct Manifest {
     params: RefCell<Vec<Param>>,
+    maps: RefCell<Vec<Linear>>,
     /// Where each name stands in the list.
     places: RefCell<HashMap<String, usize>>,
     verbs: RefCell<String>,
@@ -81,6 +98,7 @@ impl Ops for Manifest {
 
     fn linear(&self, map: Linear, _: &()) -> Result<()> {
         self.verb(format_args!("linear {map:?}"))?;
+        self.maps.borrow_mut().push(map.clone());
         self.note([map.weight].into_iter().chain(map.bias))
     }
 
@@ -119,6 +137,10 @@ impl Ops for Manifest {
 
     fn add(&self, _: &(), _: &()) -> Result<()> {
         self.verb(format_args!("add"))
+    }
+
+    fn scale(&self, _: &(), factor: f64) -> Result<()> {
+        self.verb(format_args!("scale {factor}"))
     }
 
     fn dropout(&self, _: &(), _: f32) -> Result<()> {

@@ -8,6 +8,7 @@ pub mod distilbert;
 pub mod electra;
 pub mod family;
 pub mod gpt2;
+pub mod lora;
 pub mod manifest;
 pub mod modernbert;
 pub mod mpnet;

@@ -125,6 +125,7 @@ fn near() -> Option<f64> {
 
 impl Architecture for ModernBert {
     const MODEL_TYPES: &'static [&'static str] = &["modernbert"];
+    const LORA_TARGETS: &'static [&'static str] = &["Wqkv"];
     const DROPOUTS: &'static [&'static str] =
         &["embedding_dropout", "attention_dropout", "mlp_dropout", "classifier_dropout"];
     const VOCABULARY: Vocabulary = Vocabulary::Roberta;

@@ -30,6 +30,7 @@ const BUCKETS: usize = 32;
 
 impl Architecture for MpNet {
     const MODEL_TYPES: &'static [&'static str] = &["mpnet"];
+    const LORA_TARGETS: &'static [&'static str] = &["attn.q", "attn.v"];
     const DROPOUTS: &'static [&'static str] = &["hidden_dropout_prob", "attention_probs_dropout_prob"];
     const VOCABULARY: Vocabulary = Vocabulary::Roberta;
 

@@ -32,6 +32,8 @@ pub enum Part {
     Head,
     /// The last map of a head, whose rows are labels: it is never taken from a model of other labels.
     Labels,
+    /// What stands beside the pre-trained network to change it: see [`super::lora`].
+    Adapter,
 }
 
 /// What a parameter is to its verb. Decides how it is initialised and whether weight decay applies.
@@ -45,12 +47,16 @@ pub enum Role {
     Bias,
     /// A layer norm's scale: starts at 1, never decays.
     Scale,
+    /// The first matrix of a low-rank map: starts as a linear layer of PyTorch's does.
+    LoraA,
+    /// The second one: starts at 0, so that the map changes nothing at first.
+    LoraB,
 }
 
 impl Role {
     /// Whether AdamW's weight decay applies; biases and layer norms are left out, as `transformers` does.
     pub fn decays(self) -> bool {
-        matches!(self, Role::Table | Role::Matrix)
+        !matches!(self, Role::Bias | Role::Scale)
     }
 }
 
@@ -106,6 +112,14 @@ pub struct Linear {
 }
 
 impl Linear {
+    /// The channels that go in.
+    pub fn input(&self) -> usize {
+        match self.layout {
+            Layout::OutIn => self.weight.shape[1],
+            Layout::InOut => self.weight.shape[0],
+        }
+    }
+
     /// The channels that come out.
     pub fn output(&self) -> usize {
         match self.layout {
@@ -424,6 +438,9 @@ pub trait Ops {
 
     /// The sum of two activations of one shape.
     fn add(&self, a: &Self::X, b: &Self::X) -> Result<Self::X>;
+
+    /// Multiplies every element with a number.
+    fn scale(&self, x: &Self::X, factor: f64) -> Result<Self::X>;
 
     /// Drops elements with probability `p` in training and scales the rest by 1 / (1 − p).
     fn dropout(&self, x: &Self::X, p: f32) -> Result<Self::X>;

@@ -28,6 +28,7 @@ fn one() -> u32 {
 
 impl Architecture for Roberta {
     const MODEL_TYPES: &'static [&'static str] = &["roberta", "xlm-roberta", "camembert"];
+    const LORA_TARGETS: &'static [&'static str] = &["query", "value"];
     const DROPOUTS: &'static [&'static str] = Bert::DROPOUTS;
     const VOCABULARY: Vocabulary = Vocabulary::Roberta;
 

@@ -595,6 +595,12 @@ impl Ops for Emit {
         Ok(X { value, every: false, ..x.clone() })
     }
 
+    fn scale(&self, x: &X, factor: f64) -> Result<X> {
+        let factor = self.f32(factor as f32);
+        let value = self.plain(&x.scope, "Mul", &[x.value, factor]);
+        Ok(X { value, ..x.clone() })
+    }
+
     fn normalize(&self, x: &X) -> Result<X> {
         let value = self.normalized(x);
         Ok(X { value, ..x.clone() })

@@ -380,6 +380,11 @@ macro_rules! tasks {
                 match self { $(Self::$task(_) => $task::NAME),+ }
             }
 
+            /// See [`Objective::head`].
+            pub fn head(&self) -> Head {
+                match self { $(Self::$task(task) => task.head()),+ }
+            }
+
             /// See [`Objective::FIELDS_ASKED`].
             pub fn fields_asked(&self) -> &'static [&'static str] {
                 match self { $(Self::$task(_) => $task::FIELDS_ASKED),+ }

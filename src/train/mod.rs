@@ -4,6 +4,7 @@ pub mod audit;
 pub mod checkpoint;
 pub mod dry_run;
 pub mod log;
+pub mod lora;
 pub mod not_finite;
 pub mod optimizer;
 pub mod output;

@@ -8,6 +8,8 @@ use serde::{Deserialize, Serialize};
 
 use super::checkpoint::Folder;
 use super::prepare::Prepared;
+use super::{Settings, lora};
+use crate::checkpoint::adapter;
 use crate::model::token_ids;
 use crate::predict::graphs;
 use crate::task::Task;
@@ -133,18 +135,21 @@ pub fn start(
 ///
 /// # Errors
 /// A file can't be written.
-pub fn write_model(output: &Path, prepared: &Prepared, max_length: usize) -> Result<()> {
+pub fn write_model(output: &Path, prepared: &Prepared, settings: &Settings) -> Result<()> {
     let weights = output.join("model.safetensors");
-    let temporary = files::temporary_beside(&weights)?;
-    prepared.params.save(&temporary)?;
+    let is_adapter = prepared.config.family.lora().is_some();
+    let temporary = if is_adapter { None } else { Some(files::temporary_beside(&weights)?) };
+    temporary.as_ref().map_or(Ok(()), |temporary| prepared.params.save(temporary))?;
     // an earlier run's graphs and weights would not be this model's; without weights the directory is no model, and says
     // so, until all of it is there
     graphs::remove(output)?;
-    match std::fs::remove_file(&weights) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-            return Err(e).with_context(|| weights.display().to_string());
+    for path in [&weights, &output.join(adapter::WEIGHTS), &output.join(adapter::CONFIG)] {
+        match std::fs::remove_file(path) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                return Err(e).with_context(|| path.display().to_string());
+            }
+            _ => {}
         }
-        _ => {}
     }
     prepared.learning.tokenizer.save(&prepared.model, output)?;
     let pads = match prepared.config.family.pads_with_the_end() {
@@ -153,7 +158,7 @@ pub fn write_model(output: &Path, prepared: &Prepared, max_length: usize) -> Res
     };
     let pads = pads.and_then(|ends| ends.first().copied());
     let pad_token = pads.and_then(|id| prepared.learning.tokenizer.inner().id_to_token(id));
-    saved::finish_tokenizer_config(output, max_length, pad_token.as_deref())?;
+    saved::finish_tokenizer_config(output, settings.max_length, pad_token.as_deref())?;
     files::write(&output.join("config.json"), serde_json::to_string_pretty(&prepared.config.raw)? + "\n")?;
     for name in Task::files() {
         let path = output.join(name);
@@ -175,5 +180,8 @@ pub fn write_model(output: &Path, prepared: &Prepared, max_length: usize) -> Res
             None => {}
         }
     }
-    files::put(temporary, &weights).with_context(|| weights.display().to_string())
+    match temporary {
+        Some(temporary) => files::put(temporary, &weights).with_context(|| weights.display().to_string()),
+        None => lora::write(output, prepared, &settings.lora),
+    }
 }

@@ -2,11 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
+use anyhow::Context;
 use candle_core::Device;
 use indicatif::HumanCount;
 
 use super::{Settings, rates};
-use crate::checkpoint::{self, Weights, file_hash};
+use crate::checkpoint::{self, Weights, adapter, file_hash};
 use crate::data::{hub, tokens};
 use crate::eager::{Init, Params};
 use crate::model::ModelConfig;
@@ -52,10 +53,15 @@ impl Job<'_> {
     }
 }
 
+/// Below it a whole model is trained.
+const SLOW_FOR_LORA: f64 = 1e-4;
+
 /// Everything that is read and checked before the first file is written.
 pub struct Prepared {
     /// The directory of the model that training starts from.
     pub model: PathBuf,
+    /// As it was asked for.
+    asked: String,
     /// What the trained model's directory will say.
     pub config: ModelConfig,
     pub learning: Learning<Task, Target>,
@@ -102,6 +108,17 @@ impl Prepared {
         let encoder = Encoder { records, training, tokenizer: &learning.tokenizer, max_length };
         let eval = job.eval.map(|path| task.examples(path, &encoder)).transpose()?;
 
+        let lora = settings.lora.chosen(&config.family, task.head())?;
+        if let Some(lora) = &lora
+            && adapter::is_in(model)
+        {
+            bail_unusable!(
+                "{} is an adapter, and --lora-rank would put {} maps beside it: merge it first (`tk export --merged`)",
+                model.display(),
+                lora.maps.len()
+            );
+        }
+        config.family = config.family.adapted(lora);
         let manifest = task.params(&config.family)?;
         let init = Init { seed: settings.seed, std: config.initializer_range() };
         let (mut params, fit) = if from_scratch {
@@ -118,8 +135,18 @@ impl Prepared {
             }
             Params::load(&manifest, &weights, init, device)?
         };
+        let mut new = fit.new;
+        if config.family.lora().is_some() {
+            let is_trained = |param: &Param| {
+                matches!(param.part, Part::Adapter | Part::Labels) || new.contains(&param.name)
+            };
+            params.freeze(|param| !is_trained(param));
+            new.retain(|name| {
+                !manifest.iter().any(|param| param.part == Part::Adapter && param.name == *name)
+            });
+        }
         if !settings.freeze.is_empty() {
-            rates::freeze(&mut params, &settings.freeze, &fit.new)?;
+            rates::freeze(&mut params, &settings.freeze, &new)?;
         }
         task.write_config(&mut config);
         for key in ["torch_dtype", "dtype"] {
@@ -127,8 +154,25 @@ impl Prepared {
                 config.raw.insert(key.to_owned(), "float32".into()); // what is saved
             }
         }
-        let (new, unused, eval) = (fit.new, fit.unused, eval.unwrap_or_default());
-        Ok(Self { model: model.to_owned(), config, learning, params, new, unused, eval })
+        let (unused, eval) = (fit.unused, eval.unwrap_or_default());
+        let (model, asked) = (model.to_owned(), job.model.to_owned());
+        Ok(Self { model, asked, config, learning, params, new, unused, eval })
+    }
+
+    /// What an adapter's base is called: the place of a directory, or a hub id and its revision.
+    ///
+    /// # Errors
+    /// The directory's place can't be told.
+    pub fn base(&self) -> Result<(String, Option<String>)> {
+        let asked = Path::new(&self.asked);
+        if asked.is_dir() {
+            let place = asked.canonicalize().with_context(|| self.asked.clone())?;
+            return Ok((place.display().to_string(), None));
+        }
+        Ok(match self.asked.split_once('@') {
+            Some((id, revision)) => (id.to_owned(), Some(revision.to_owned())),
+            None => (self.asked.clone(), None),
+        })
     }
 
     /// Tells what was found.
@@ -145,6 +189,21 @@ impl Prepared {
                 format!("{} drawn anew", self.new.join(", "))
             }
         ));
+        if let Some(lora) = self.config.family.lora() {
+            let beside: usize = self
+                .params
+                .trainable()
+                .filter(|own| own.param.part == Part::Adapter)
+                .map(|own| own.param.numel())
+                .sum();
+            say.line(format!("LoRA: {} numbers beside {} maps", grouped(beside), lora.maps.len()));
+            if job.settings.learning_rate < SLOW_FOR_LORA {
+                say.line(format!(
+                    "LoRA is usually trained at ten times the learning rate of a whole model; --learning-rate is {:e}",
+                    job.settings.learning_rate
+                ));
+            }
+        }
         let frozen: usize = self
             .params
             .iter()
@@ -196,6 +255,9 @@ impl Prepared {
             inputs.push(("eval".to_owned(), file_hash(path)?));
         }
         let of_tasks = Task::files();
+        if adapter::is_in(&self.model) {
+            inputs.push((adapter::CONFIG.to_owned(), file_hash(&self.model.join(adapter::CONFIG))?));
+        }
         let mut names: Vec<PathBuf> =
             ["config.json"].iter().chain(&of_tasks).chain(&tokens::FILES).map(PathBuf::from).collect();
         if !job.from_scratch {

@@ -40,7 +40,7 @@ impl Rates {
         let mut all = Vec::new();
         // those that are frozen say where the others stand
         for (param, _) in params.iter() {
-            if param.part != Part::Body {
+            if matches!(param.part, Part::Head | Part::Labels) {
                 all.push((settings.head_learning_rate.unwrap_or(settings.learning_rate), "head".to_owned()));
                 continue;
             }

@@ -3,6 +3,7 @@
 use clap::builder::ArgPredicate;
 use serde::{Deserialize, Serialize};
 
+use super::lora::LoraFlags;
 use super::plan::Budget;
 use super::schedule::Schedule;
 use crate::device::TrainingPrecision;
@@ -71,6 +72,9 @@ pub struct Settings {
     #[arg(long, value_name = "PATTERN", value_delimiter = ',', help_heading = "Regime")]
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub freeze: Vec<String>,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub lora: LoraFlags,
     /// What the learning rate does after the warm-up.
     #[arg(long, value_enum, default_value_t = Schedule::Linear, alias = "lr-scheduler-type", help_heading = "Regime")]
     pub schedule: Schedule,
@@ -222,6 +226,7 @@ impl Settings {
                 wrong.push(format!("--{name} is {value}, expected {} to {}", range.start(), range.end()));
             }
         }
+        wrong.extend(self.lora.wrong());
         if let Some(p) = self.dropout.filter(|p| !(0.0..1.0).contains(p)) {
             wrong.push(format!("--dropout is {p}, expected at least 0 and less than 1"));
         }
@@ -303,6 +308,9 @@ mod tests {
             ("--gradient-accumulation is 0", |s| s.gradient_accumulation = 0),
             ("--keep-checkpoints is 0", |s| s.keep_checkpoints = 0),
             ("--eval-every is 0", |s| s.eval_every = Some(0)),
+            ("--lora-rank is 0", |s| s.lora.lora_rank = Some(0)),
+            ("--lora-alpha is NaN", |s| s.lora.lora_alpha = Some(f64::NAN)),
+            ("--lora-dropout is 1", |s| s.lora.lora_dropout = Some(1.0)),
             ("--audit is 0", |s| s.audit = Some(0)),
             ("--save-every is 0", |s| s.save_every = Some(0)),
             ("--early-stopping-patience is 0", |s| s.early_stopping_patience = Some(0)),

@@ -19,6 +19,7 @@ pub mod linear;
 mod loops;
 pub mod pooling;
 pub mod residual;
+pub mod scale;
 pub mod simd;
 pub mod split;
 
