@@ -2,14 +2,15 @@
 
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::checkpoint::Weights;
+use crate::checkpoint::adapter::{self, Adapter};
 use crate::data::tokens::{Tokenizer, settings};
 use crate::model::ModelConfig;
 use crate::say::Say;
 use crate::task::{Encoder, Example, RecordFlags, Task, TrainingFlags};
-use crate::{Result, bail_unusable, files};
+use crate::{Result, bail_unusable, files, unusable};
 
 /// The fewest tokens that a text may be cut to: one between two special ones, as in training.
 pub const SHORTEST: usize = 3;
@@ -55,14 +56,18 @@ impl Saved {
                 dir.display()
             );
         }
-        let config = ModelConfig::read(dir)?;
+        // PEFT's own folders have the adapter alone
+        let is_bare = adapter::is_in(dir) && !dir.join("config.json").is_file();
+        let config = if is_bare { config_of_adapter(dir)? } else { ModelConfig::read(dir)? };
         let task = match &asked.task {
             Some(name) => Task::open_as(name, dir, &config)?,
             None => Task::open(dir, &config)?,
         };
         let longest = [model_max_length(dir)?, task.max_length()].into_iter().flatten();
         let max_length = longest.fold(config.max_positions(), usize::min);
-        let mut tokenizer = Tokenizer::open(dir)?;
+        let has_tokenizer = !is_bare || Tokenizer::is_in(dir);
+        let mut tokenizer =
+            if has_tokenizer { Tokenizer::open(dir)? } else { Tokenizer::open(&adapter::base_of(dir)?)? };
         tokenizer.check_fits(config.vocab_size(), config.token_types())?;
         let weights = Weights::open(dir, config.family.names())?;
         let task_was_asked = asked.task.is_some();
@@ -114,6 +119,35 @@ impl Saved {
         }
         Ok(examples)
     }
+}
+
+/// What the model of an adapter's folder without a `config.json` is: its base's configuration, for PEFT's `task_type`, with as
+/// many labels as the trained head has rows.
+///
+/// # Errors
+/// Unusable: a task that tk has not, or as of reading base and adapter.
+fn config_of_adapter(dir: &Path) -> Result<ModelConfig> {
+    let mut config = ModelConfig::read(&adapter::base_of(dir)?)?;
+    let read = Adapter::open(dir, config.family.names())?;
+    let Some(asked) = read.config.task_type.as_deref() else { return Ok(config) };
+    let head = Task::HEADS.iter().find(|head| head.peft_task() == Some(asked));
+    let class = head.and_then(|head| config.family.class(*head)).ok_or_else(|| {
+        unusable!(
+            "{}: task_type is {asked}, which is no task of a {} in tk",
+            dir.join(adapter::CONFIG).display(),
+            config.family.model_type()
+        )
+    })?;
+    config.raw.insert("architectures".to_owned(), json!([class]));
+    let labels = read.rows();
+    let known = config.raw.get("id2label").and_then(Value::as_object).map(serde_json::Map::len);
+    if let Some(labels) = labels.filter(|labels| Some(*labels) != known) {
+        for key in ["id2label", "label2id"] {
+            config.raw.remove(key);
+        }
+        config.raw.insert("num_labels".to_owned(), json!(labels));
+    }
+    Ok(config)
 }
 
 /// How many examples something was cut off.

@@ -222,7 +222,7 @@ fn a_trained_adapter_is_evaluated_exported_and_served_as_the_model_that_it_makes
     assert!(!path("out/model.safetensors").exists());
     let config = json(path("out/adapter_config.json"));
     assert_eq!(config["target_modules"], serde_json::json!(["query", "value"]));
-    assert_eq!(config["modules_to_save"], serde_json::json!(["classifier"]));
+    assert_eq!(config["modules_to_save"], serde_json::json!(["classifier", "score"]));
     assert_eq!((&config["r"], &config["lora_alpha"]), (&serde_json::json!(4), &serde_json::json!(8.0)));
     let weights = Weights::open_file(&path("out/adapter_model.safetensors")).unwrap();
     assert!(weights.names().all(|name| name.starts_with("base_model.model.")));
@@ -264,6 +264,42 @@ fn a_trained_adapter_is_evaluated_exported_and_served_as_the_model_that_it_makes
     std::fs::remove_dir_all(path("base")).unwrap();
     let said = tk().arg("eval").arg(path("out")).arg("--input").arg(path("train.jsonl")).assert().code(2);
     assert!(String::from_utf8_lossy(&said.get_output().stderr).contains("base_model_name_or_path"));
+}
+
+/// PEFT's own folders have no `config.json` and no tokenizer: these are the base's.
+#[test]
+fn a_folder_of_pefts_is_opened_as_it_is() {
+    for name in ADAPTERS {
+        let (r, saved) = (Reference::load(name), Saved::open(&models(name)).unwrap());
+        assert_eq!((saved.task.name(), saved.task.head()), (r.task.name(), r.task.head()), "{name}");
+        let encodings: Vec<Encoding> = r.examples.iter().map(|example| example.encoding.clone()).collect();
+        let outputs = Evaluator::open(&saved, &Device::Cpu).unwrap().outputs(&encodings).unwrap();
+        for (i, logits) in r.numbers["logits"].as_array().into_iter().flatten().enumerate() {
+            let wanted: Vec<f32> = serde_json::from_value(logits.clone()).unwrap();
+            let found: Vec<f32> = outputs[i][0].iter().copied().collect();
+            assert!(max_abs(&found, &wanted).0 <= 1e-5, "{name}, record {i}");
+        }
+    }
+    // a head of other labels than the base's
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = json(models("lora-bert").join("adapter_config.json"));
+    config["base_model_name_or_path"] = models("tiny-bert-single").display().to_string().into();
+    std::fs::write(dir.path().join("adapter_config.json"), config.to_string()).unwrap();
+    let weights = Weights::open_file(&models("lora-bert").join(adapter::WEIGHTS)).unwrap();
+    let more = |name: &str, shape: &[usize]| match name.contains("classifier") {
+        true => (name.to_owned(), [&[5], &shape[1..]].concat(), 5 * shape[1..].iter().product::<usize>()),
+        false => (name.to_owned(), shape.to_vec(), shape.iter().product()),
+    };
+    let tensors: Vec<(String, Vec<usize>, Vec<f32>)> = weights
+        .names()
+        .map(|name| more(name, weights.shape(name).unwrap()))
+        .map(|(name, shape, count)| (name, shape, vec![0.5; count]))
+        .collect();
+    let views = tensors.iter().map(|(name, shape, values)| (name.as_str(), &shape[..], &values[..]));
+    tk::checkpoint::write_safetensors(&dir.path().join(adapter::WEIGHTS), views).unwrap();
+    let saved = Saved::open(dir.path()).unwrap();
+    let Task::TextClassification(task) = &saved.task else { panic!("another task") };
+    assert_eq!(task.labels, ["LABEL_0", "LABEL_1", "LABEL_2", "LABEL_3", "LABEL_4"]);
 }
 
 #[test]

@@ -298,6 +298,12 @@ impl Adapter {
         self.own.names().filter(|name| !name.contains(".lora_A.") && !name.contains(".lora_B."))
     }
 
+    /// The rows of the head's last matrix, which are labels: none has fewer.
+    pub fn rows(&self) -> Option<usize> {
+        let shapes = self.head().filter_map(|name| self.own.shape(name));
+        shapes.filter(|shape| shape.len() == 2).map(|shape| shape[0]).min()
+    }
+
     /// The base's weights with the trained head's, and the low-rank matrices beside them under names of their own.
     ///
     /// # Errors

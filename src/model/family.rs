@@ -69,6 +69,17 @@ impl Head {
         }
     }
 
+    /// What the names of the modules end with that PEFT always trains and saves as they are.
+    pub fn peft_modules(self) -> &'static [&'static str] {
+        match self {
+            Self::SequenceClassification { .. } | Self::TokenClassification { .. } => {
+                &["classifier", "score"]
+            }
+            Self::QuestionAnswering => &["qa_outputs"],
+            _ => &[],
+        }
+    }
+
     /// What the name of its class in `transformers` ends with, for most families.
     pub fn suffix(self) -> &'static str {
         match self {

@@ -120,6 +120,12 @@ fn name_of(map: &Linear) -> &str {
     module(&map.weight.name)
 }
 
+/// Whether a parameter stands in a module that PEFT always trains as it is.
+pub fn is_head(name: &str, head: Head) -> bool {
+    let modules = name.match_indices('.').map(|(end, _)| &name[..end]);
+    modules.into_iter().any(|module| head.peft_modules().iter().any(|end| module.ends_with(end)))
+}
+
 /// What `--lora-targets` names, by PEFT's rules.
 enum Target {
     All,
@@ -169,10 +175,11 @@ pub fn write(output: &Path, prepared: &Prepared, flags: &LoraFlags) -> Result<()
     let bare = |name: &str| name.strip_prefix(strip).unwrap_or(name).to_owned();
     let mut modules: Vec<String> = params
         .trainable()
-        .filter(|own| own.param.part != Part::Adapter)
+        .filter(|own| own.param.part != Part::Adapter && !is_head(&own.param.name, head))
         .filter_map(|own| Some(bare(own.param.name.rsplit_once('.')?.0)))
         .collect();
     modules.dedup();
+    modules.splice(0..0, head.peft_modules().iter().map(|&name| name.to_owned()));
     let maps = maps_of(family, head)?;
     let targets = flags.targets(family);
     let read = targets.iter().map(|target| Target::read(target)).collect::<Result<Vec<_>>>()?;

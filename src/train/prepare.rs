@@ -6,7 +6,7 @@ use anyhow::Context;
 use candle_core::Device;
 use indicatif::HumanCount;
 
-use super::{Settings, rates};
+use super::{Settings, lora, rates};
 use crate::checkpoint::{self, Weights, adapter, file_hash};
 use crate::data::{hub, tokens};
 use crate::eager::{Init, Params};
@@ -108,8 +108,8 @@ impl Prepared {
         let encoder = Encoder { records, training, tokenizer: &learning.tokenizer, max_length };
         let eval = job.eval.map(|path| task.examples(path, &encoder)).transpose()?;
 
-        let lora = settings.lora.chosen(&config.family, task.head())?;
-        if let Some(lora) = &lora
+        let adapted = settings.lora.chosen(&config.family, task.head())?;
+        if let Some(lora) = &adapted
             && adapter::is_in(model)
         {
             bail_unusable!(
@@ -118,7 +118,7 @@ impl Prepared {
                 lora.maps.len()
             );
         }
-        config.family = config.family.adapted(lora);
+        config.family = config.family.adapted(adapted);
         let manifest = task.params(&config.family)?;
         let init = Init { seed: settings.seed, std: config.initializer_range() };
         let (mut params, fit) = if from_scratch {
@@ -138,7 +138,9 @@ impl Prepared {
         let mut new = fit.new;
         if config.family.lora().is_some() {
             let is_trained = |param: &Param| {
-                matches!(param.part, Part::Adapter | Part::Labels) || new.contains(&param.name)
+                matches!(param.part, Part::Adapter | Part::Labels)
+                    || lora::is_head(&param.name, task.head())
+                    || new.contains(&param.name)
             };
             params.freeze(|param| !is_trained(param));
             new.retain(|name| {
