@@ -1,7 +1,8 @@
 //! One optimizer step on full-length batches of random tokens, beside the matrix products that it cannot do
 //! without.
 //!
-//!     cargo bench --bench step -- [--model minilm|base|distilbert|roberta|gpt2] [--repeat N] [--json] [BATCHxLENGTH …]
+//!     cargo bench --bench step -- [--model minilm|base|distilbert|roberta|gpt2] [--lora RANK] [--repeat N] [--json]
+//!                                 [BATCHxLENGTH …]
 
 use std::time::Instant;
 
@@ -18,6 +19,7 @@ use tk::task::causal_lm::NextTokens;
 use tk::task::text_classification::{ProblemType, Wanted, Window};
 use tk::task::{CausalLm, Example, Objective, Target, Task, TextClassification};
 use tk::train::Settings;
+use tk::train::lora::LoraFlags;
 use tk::train::trainer::Trainer;
 
 fn main() -> Result<()> {
@@ -25,12 +27,14 @@ fn main() -> Result<()> {
     unsafe { tk::process::prepare() };
     let mut model = "minilm".to_owned();
     let (mut repeat, mut as_json, mut shapes) = (5, false, Vec::new());
+    let mut lora = LoraFlags::default();
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
         match argument.as_str() {
             "--bench" => {} // cargo's own
             "--json" => as_json = true,
             "--model" => model = arguments.next().unwrap_or_default(),
+            "--lora" => lora.lora_rank = Some(arguments.next().unwrap_or_default().parse()?),
             "--repeat" => repeat = arguments.next().unwrap_or_default().parse()?,
             shape => match shape.split_once('x') {
                 Some((batch, length)) => shapes.push((batch.parse()?, length.parse()?)),
@@ -46,11 +50,17 @@ fn main() -> Result<()> {
         });
     }
     // the thread that waits for the pool would take a core of it
-    rayon::scope(|_| shapes.iter().try_for_each(|&shape| report(&model, shape, repeat, as_json)))
+    rayon::scope(|_| shapes.iter().try_for_each(|&shape| report(&model, &lora, shape, repeat, as_json)))
 }
 
-fn report(model: &str, (batch, length): (usize, usize), repeat: usize, as_json: bool) -> Result<()> {
-    let (step, products, peak) = measure(model, batch, length, repeat)?;
+fn report(
+    model: &str,
+    lora: &LoraFlags,
+    (batch, length): (usize, usize),
+    repeat: usize,
+    as_json: bool,
+) -> Result<()> {
+    let (step, products, peak) = measure(model, lora, batch, length, repeat)?;
     let tokens = (batch * length) as f64;
     if as_json {
         let line = json!({
@@ -70,9 +80,15 @@ fn report(model: &str, (batch, length): (usize, usize), repeat: usize, as_json: 
     Ok(())
 }
 
-/// The median seconds of a step, and of its bare products; the process's peak memory after two steps.
-fn measure(model: &str, batch: usize, length: usize, repeat: usize) -> Result<(f64, f64, u64)> {
-    let config = ModelConfig::parse(&config(model)?)?;
+/// The median seconds of a step, and of the bare products of one that trains the whole model; the process's peak memory after two steps.
+fn measure(
+    model: &str,
+    lora: &LoraFlags,
+    batch: usize,
+    length: usize,
+    repeat: usize,
+) -> Result<(f64, f64, u64)> {
+    let mut config = ModelConfig::parse(&config(model)?)?;
     let generates = config.family.class(CausalLm::HEAD).is_some();
     let task = match generates {
         true => Task::from(CausalLm::from_config(&config)?),
@@ -82,8 +98,12 @@ fn measure(model: &str, batch: usize, length: usize, repeat: usize) -> Result<(f
             aggregation: Default::default(),
         }),
     };
+    config.family = config.family.clone().adapted(lora.chosen(&config.family, task.head())?);
     let manifest = task.params(&config.family)?;
-    let params = Params::from_scratch(&manifest, Init { seed: 1, std: 0.02 }, &Device::Cpu)?;
+    let mut params = Params::from_scratch(&manifest, Init { seed: 1, std: 0.02 }, &Device::Cpu)?;
+    if lora.lora_rank.is_some() {
+        params.freeze(|param| !matches!(param.part, Part::Adapter | Part::Labels));
+    }
     let settings = Settings::default();
     let examples: Vec<Example> = (0..batch)
         .map(|i| {
