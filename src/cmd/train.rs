@@ -36,7 +36,7 @@ pub struct Args {
     #[arg(long, value_name = "FILE", alias = "validation-file")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     eval: Option<PathBuf>,
-    /// The directory to write.
+    /// The directory to write. In its training/ the log grows: log.jsonl, and the same numbers for `tensorboard --logdir DIR`.
     #[arg(long, value_name = "DIR", alias = "output-dir")]
     #[serde(skip)]
     output: PathBuf,

@@ -10,6 +10,7 @@ use anyhow::Context;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use super::events;
 use super::optimizer::AdamW;
 use crate::checkpoint::{self, Weights};
 use crate::eager::{Params, Trainable};
@@ -128,6 +129,7 @@ impl Folder {
         {
             remove_file(&path)?;
         }
+        events::written(&self.path)?.iter().try_for_each(|path| remove_file(path))?;
         self.list()?.iter().try_for_each(|path| remove_dir(path))
     }
 

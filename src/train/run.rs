@@ -5,10 +5,10 @@ use std::time::Instant;
 
 use candle_core::Device;
 use indicatif::ProgressBar;
-use serde_json::{Map, Value, json};
+use serde_json::json;
 
 use super::checkpoint::{Best, Folder, Progress};
-use super::log::Log;
+use super::log::{Entry, Log, Phase, RunLog};
 use super::not_finite::NotFinite;
 use super::plan::Plan;
 use super::trainer::{StepReport, Trainer};
@@ -80,7 +80,7 @@ impl Run<'_> {
         let best_step = |progress: &Progress| progress.best.as_ref().map(|best| best.step);
         // of the newest checkpoint: a run that goes on from it asks for these weights
         let mut saved_best = best_step(&progress);
-        let mut log = Log::open(&self.folder.log(), progress.step)?;
+        let mut log = RunLog::open(self.folder, progress.step)?;
         let audits = self.settings.audit.map(|_| Log::open(&self.folder.audit(), progress.step));
         let mut audits = audits.transpose()?;
         let bar = self.say.bar(total as u64, "{bar:24} {pos}/{len} steps  {msg}  {eta} left")?;
@@ -167,7 +167,7 @@ impl Run<'_> {
 
     fn report(
         &self,
-        log: &mut Log,
+        log: &mut RunLog,
         bar: &ProgressBar,
         progress: &Progress,
         plan: &Plan,
@@ -175,20 +175,23 @@ impl Run<'_> {
         tokens_per_second: f64,
     ) -> Result<()> {
         let total = plan.total_steps();
-        let mut line = json!({
-            "step": progress.step,
-            "epoch": plan.epochs(progress.step),
-            "loss": step.loss,
-            "learning_rate": step.learning_rate,
-            "grad_norm": step.grad_norm,
-            "tokens": step.tokens,
-            "tokens_per_second": tokens_per_second.round(),
-        });
+        let mut numbers = vec![
+            ("loss", step.loss),
+            ("learning_rate", step.learning_rate),
+            ("grad_norm", step.grad_norm),
+            ("tokens_per_second", tokens_per_second.round()),
+        ];
         let names = self.task.loss_names();
-        for (name, loss) in names.iter().zip(&step.losses).filter(|_| names.len() > 1) {
-            line[*name] = json!(loss);
-        }
-        log.write(&line)?;
+        numbers.extend(names.iter().copied().zip(step.losses.iter().copied()).filter(|_| names.len() > 1));
+        let numbers = numbers.into_iter().map(|(name, number)| (name.to_owned(), number)).collect();
+        let epoch = plan.epochs(progress.step);
+        log.write(&Entry {
+            step: progress.step,
+            epoch,
+            phase: Phase::Train,
+            tokens: Some(step.tokens),
+            numbers,
+        })?;
         let mean_speed = progress.tokens as f64 / progress.seconds;
         bar.set_position(progress.step as u64);
         bar.set_message(format!("loss {:.4}  {mean_speed:.0} tokens/s", step.loss));
@@ -204,7 +207,13 @@ impl Run<'_> {
         Ok(())
     }
 
-    fn evaluate(&self, log: &mut Log, bar: &ProgressBar, progress: &mut Progress, plan: &Plan) -> Result<()> {
+    fn evaluate(
+        &self,
+        log: &mut RunLog,
+        bar: &ProgressBar,
+        progress: &mut Progress,
+        plan: &Plan,
+    ) -> Result<()> {
         let Self { params, family, task, device, .. } = *self;
         let measured = task.measure(&Forward { params, family, task, device }, self.eval)?;
         let Metric { name, more_is_better, .. } = self.deciding_metric()?;
@@ -214,12 +223,9 @@ impl Run<'_> {
             progress.best.as_ref().and_then(|best| best.number(name)),
             more_is_better,
         );
-        let mut line = Map::from_iter([
-            ("step".to_owned(), json!(progress.step)),
-            ("epoch".to_owned(), json!(plan.epochs(progress.step))),
-        ]);
-        line.extend(new.metrics.iter().map(|(name, value)| (format!("eval_{name}"), json!(value))));
-        log.write(&Value::Object(line))?;
+        let numbers = new.metrics.iter().map(|(name, value)| (name.clone(), *value)).collect();
+        let epoch = plan.epochs(progress.step);
+        log.write(&Entry { step: progress.step, epoch, phase: Phase::Eval, tokens: None, numbers })?;
         let shown: Vec<String> =
             new.metrics.iter().map(|(name, value)| format!("{name} {value:.4}")).collect();
         let text = format!("step {}  evaluation: {}", progress.step, shown.join("  "));
