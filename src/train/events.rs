@@ -95,11 +95,7 @@ impl Events {
     ///
     /// # Errors
     /// They can't be written.
-    pub fn scalars<'a>(
-        &mut self,
-        step: usize,
-        scalars: impl IntoIterator<Item = (String, f64)>,
-    ) -> Result<()> {
+    pub fn scalars(&mut self, step: usize, scalars: impl IntoIterator<Item = (String, f64)>) -> Result<()> {
         let values =
             scalars.into_iter().map(|(tag, value)| Scalar { tag, value: Some(value as f32) }).collect();
         self.write(step, What::Summary(Summary { values }))
