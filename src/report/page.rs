@@ -21,6 +21,8 @@ const WHOLE: usize = 20;
 const PAIRS: usize = 30;
 /// Labels whose rows are shown: those that are found worst.
 const ROWS: usize = 60;
+/// Curves that are drawn, of a log that may have any.
+const CURVES: usize = 60;
 /// Labels of a model that are listed.
 const LABELS: usize = 12;
 
@@ -176,7 +178,7 @@ fn curves(report: &Report) -> Result<String> {
     let (of_training, of_evaluations): (Vec<_>, Vec<_>) = (of_training.collect(), of_evaluations.collect());
     // the losses first, then what the run is judged by
     let order = of_training[..1].iter().chain(&of_evaluations).chain(&of_training[1..]);
-    for (title, points, line) in order {
+    for (title, points, line) in order.take(CURVES) {
         if let Some(svg) = chart::curve(points, *line, report.history.steps(), &told(title, points))? {
             cards += &card(title, &svg, &unusual(points));
         }
