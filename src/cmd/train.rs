@@ -8,8 +8,8 @@ use indicatif::HumanCount;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::error::Stopped;
-use crate::say::{Say, peak_rss_bytes};
+use crate::error::{self, Stopped};
+use crate::say::{Say, peak_rss_bytes, tell};
 use crate::task::{Learning, Metrics, RecordFlags, Task, TrainingFlags};
 use crate::train::checkpoint::Folder;
 use crate::train::dry_run::DryRun;
@@ -17,6 +17,7 @@ use crate::train::output::{self, EarlierRun};
 use crate::train::prepare::{Job, Prepared};
 use crate::train::verify::verify_resume;
 use crate::train::{End, Outcome, Run, Settings};
+use crate::world::{self, World};
 use crate::{Result, bail_unusable, device, process};
 
 /// Fine-tune a model, or pre-train one from scratch.
@@ -85,8 +86,22 @@ pub struct Args {
     settings: Settings,
 }
 
-/// Trains and writes the model.
+/// Trains and writes the model, as one of several processes where several were started.
 pub fn run(args: &Args, say: Say) -> Result<()> {
+    let world = world::world()?;
+    let done = train(args, world, say);
+    if world.size() > 1 {
+        if let Err(error) = &done {
+            tell(format!("error: process {} of {}: {error:#}", world.rank(), world.size()));
+            world.abort(error::exit_code(error).into());
+        }
+        world.end();
+    }
+    done
+}
+
+fn train(args: &Args, world: &dyn World, say: Say) -> Result<()> {
+    let say = Say { quiet: say.quiet || !world.leads(), ..say };
     args.settings.check()?;
     let job = args.job();
     job.check()?;
@@ -96,6 +111,9 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
         (false, false) => EarlierRun::New,
     };
     let settings = toml::Table::try_from(args)?;
+    if world.size() > 1 && (args.dry_run || args.verify_resume.is_some()) {
+        bail_unusable!("--dry-run and --verify-resume are for one process: leave out mpirun");
+    }
     if let Some(steps) = args.verify_resume {
         let verified = verify_resume(&settings, steps, &say)?;
         let human = format!(
@@ -105,7 +123,9 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
         );
         return say.result(human, &verified);
     }
-    output::check(&args.output, asked, &settings)?;
+    if world.leads() {
+        output::check(&args.output, asked, &settings)?;
+    }
     let device = device::open(&args.device)?;
     args.settings.precision.check(&device)?;
     if args.settings.checkpoint_activations && !device.is_cpu() {
@@ -116,7 +136,11 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
         return dry_run(args, &job, &prepared, &device, &say);
     }
     prepared.describe(&job, &say);
-    let _held = output::start(&args.output, asked, &settings, prepared.inputs(&job)?)?;
+    let _held = match world.leads() {
+        true => output::start(&args.output, asked, &settings, prepared.inputs(&job, world)?)?,
+        false => None,
+    };
+    world.meet()?; // what a killed run has left is gone now
 
     let Prepared { config, learning, params, eval, .. } = &prepared;
     let Learning { task, examples: train, .. } = learning;
@@ -131,6 +155,7 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
         folder: &Folder::of(&args.output),
         say,
         tokenizer: &learning.tokenizer,
+        world,
         stopped: stopped(),
         stop_at: args.stop_at,
     };
@@ -146,6 +171,9 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
             );
             return Err(Stopped { signal, message }.into());
         }
+    }
+    if !world.leads() {
+        return Ok(());
     }
     if let Some(best) = &outcome.progress.best {
         prepared.tune(&best.measured());

@@ -11,7 +11,8 @@ use crate::{Result, bail_unusable, files};
 
 /// The open log.
 pub struct Log {
-    file: File,
+    /// None takes what is written for nothing.
+    file: Option<File>,
 }
 
 impl Log {
@@ -37,12 +38,18 @@ impl Log {
         }
         files::write(path, kept)?;
         let file = OpenOptions::new().append(true).open(path).with_context(place)?;
-        Ok(Self { file })
+        Ok(Self { file: Some(file) })
+    }
+
+    /// One that keeps nothing: of a process that does not write.
+    pub fn none() -> Self {
+        Self { file: None }
     }
 
     /// Appends one line.
     pub fn write(&mut self, line: &Value) -> Result<()> {
-        writeln!(self.file, "{line}").context("writing the training log")
+        let Some(file) = &mut self.file else { return Ok(()) };
+        writeln!(file, "{line}").context("writing the training log")
     }
 }
 

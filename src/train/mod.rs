@@ -3,6 +3,7 @@
 pub mod audit;
 pub mod checkpoint;
 pub mod dry_run;
+mod exchange;
 pub mod log;
 pub mod lora;
 pub mod not_finite;

@@ -14,6 +14,7 @@ use crate::model::ModelConfig;
 use crate::model::ops::{Param, Part};
 use crate::say::Say;
 use crate::task::{Encoder, Example, Learning, Measured, RecordFlags, Start, Target, Task, TrainingFlags};
+use crate::world::World;
 use crate::{Result, bail_unusable};
 
 /// What is to be learnt, from what.
@@ -250,11 +251,14 @@ impl Prepared {
         }
     }
 
-    /// The hash of each file that a run's result depends on.
-    pub fn inputs(&self, job: &Job) -> Result<Vec<(String, String)>> {
+    /// What a run's result depends on beside its settings: the hash of each file, and how many processes there are.
+    pub fn inputs(&self, job: &Job, world: &dyn World) -> Result<Vec<(String, String)>> {
         let mut inputs = vec![("train".to_owned(), file_hash(job.train)?)];
         if let Some(path) = job.eval {
             inputs.push(("eval".to_owned(), file_hash(path)?));
+        }
+        if world.size() > 1 {
+            inputs.push(("the number of processes".to_owned(), world.size().to_string()));
         }
         let of_tasks = Task::files();
         if adapter::is_in(&self.model) {

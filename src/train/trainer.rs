@@ -8,6 +8,7 @@ use candle_core::{Device, Tensor, Var};
 
 use super::Settings;
 use super::audit::{Audit, Row};
+use super::exchange;
 use super::not_finite::{Alone, NotFinite, Tensors, is_finite};
 use super::optimizer::{AdamW, Constants, Gradients, clip_factor, global_norm};
 use super::rates::Rates;
@@ -19,6 +20,7 @@ use crate::eager::kernels::gradient::GradientRows;
 use crate::eager::{Eager, Kernels, Mode, Params, X, tensors};
 use crate::model::Family;
 use crate::task::{Example, Task};
+use crate::world::{self, World};
 
 /// A model in training: its definition, its parameters and the optimizer's state.
 pub struct Trainer<'a> {
@@ -32,6 +34,8 @@ pub struct Trainer<'a> {
     rates: Rates,
     /// Optimizer steps that the schedule is planned for.
     pub total_steps: usize,
+    /// Those that train the same model.
+    world: &'a dyn World,
 }
 
 /// What a step did.
@@ -69,13 +73,29 @@ impl<'a> Trainer<'a> {
         let kernels = Kernels::of(device, settings.precision.dtype());
         let optimizer = AdamW::new(constants, params, kernels)?;
         let rates = Rates::new(params, settings);
-        Ok(Self { settings, family, task, params, device, kernels, optimizer, rates, total_steps })
+        Ok(Self {
+            settings,
+            family,
+            task,
+            params,
+            device,
+            kernels,
+            optimizer,
+            rates,
+            total_steps,
+            world: &world::Alone,
+        })
     }
 
     /// The same with the given form of the operations; only before the first step.
     pub fn with_kernels(self, kernels: Kernels) -> Result<Self> {
         let optimizer = AdamW::new(self.optimizer.constants(), self.params, kernels)?;
         Ok(Self { kernels, optimizer, ..self })
+    }
+
+    /// The same as one of several processes: each takes its share of a step's micro-batches.
+    pub fn in_world(self, world: &'a dyn World) -> Self {
+        Self { world, ..self }
     }
 
     /// Takes one step with the mean gradient over the examples of all micro-batches.
@@ -88,30 +108,41 @@ impl<'a> Trainer<'a> {
         let mut tokens = 0;
         let mut gradients = self.no_gradients();
         let key = |part: usize| mix(mix(self.settings.seed ^ mix(number as u64)) ^ part as u64);
-        let drawn = micro_batches.iter().enumerate();
-        let drawn = drawn
-            .map(|(part, examples)| self.drawn(examples, key(part)))
-            .collect::<Result<Vec<Vec<Cow<Example>>>>>()?;
-        let mut counts = vec![0; self.task.loss_names().len()];
-        for example in drawn.iter().flatten() {
+        // micro-batches of others have numbers, too
+        let ahead = self.world.rank() * self.settings.gradient_accumulation;
+        let own = micro_batches.iter().enumerate().skip(ahead);
+        let own =
+            own.take(if self.world.size() > 1 { self.settings.gradient_accumulation } else { usize::MAX });
+        let drawn = own
+            .map(|(part, examples)| Ok((key(part), self.drawn(examples, key(part))?)))
+            .collect::<Result<Vec<(u64, Vec<Cow<Example>>)>>>()?;
+        let mut counts = vec![0.0; self.task.loss_names().len()];
+        for example in drawn.iter().flat_map(|(_, examples)| examples) {
             let own = example.target.losses();
-            counts.iter_mut().zip(own).for_each(|(count, own)| *count += own);
+            counts.iter_mut().zip(own).for_each(|(count, own)| *count += own as f64);
         }
+        self.world.sums(&mut counts)?;
+        let counts: Vec<usize> = counts.into_iter().map(|count| count as usize).collect();
         let mut losses = vec![0.0; counts.len()];
-        for (part, examples) in drawn.iter().enumerate() {
+        for (key, examples) in &drawn {
             let examples: Vec<&Example> = examples.iter().map(Cow::as_ref).collect();
-            let own = self.backward(&examples, &counts, key(part), &mut gradients)?;
+            let own = self.backward(&examples, &counts, *key, &mut gradients)?;
             losses.iter_mut().zip(own).for_each(|(loss, own)| *loss += own);
             tokens += examples.iter().map(|example| example.tokens()).sum::<usize>();
         }
+        losses.push(tokens as f64);
+        self.world.sums(&mut losses)?;
+        let tokens = losses.pop().unwrap_or_default() as usize;
+        exchange::sum_gradients(self.world, self.params, &mut gradients)?;
         let loss: f64 = losses.iter().sum();
         let norms = gradients.norms(self.params)?;
         let grad_norm = global_norm(&norms);
         if !loss.is_finite() || !grad_norm.is_finite() {
-            let first = self.first_not_finite(&drawn, &counts, key, &norms)?;
-            let micro_batches =
-                drawn.iter().enumerate().map(|(part, examples)| self.alone(examples, key(part))).collect();
+            let first = self.first_not_finite(&drawn, &counts, &norms)?;
+            let micro_batches: Vec<Vec<Alone>> =
+                drawn.iter().map(|(key, examples)| self.alone(examples, *key)).collect();
             let step = number + 1;
+            self.only_one(!matches!(first, Tensors::Norm))?;
             return Err(NotFinite { step, loss, grad_norm, first, micro_batches }.into());
         }
         let audit = self.audits(number + 1).then(|| Audit::before(self.params, &gradients)).transpose()?;
@@ -285,9 +316,8 @@ impl<'a> Trainer<'a> {
     /// computation.
     fn first_not_finite(
         &self,
-        drawn: &[Vec<Cow<Example>>],
+        drawn: &[(u64, Vec<Cow<Example>>)],
         of: &[usize],
-        key: impl Fn(usize) -> u64,
         norms: &[f64],
     ) -> Result<Tensors> {
         let mut weights = Vec::new();
@@ -299,9 +329,9 @@ impl<'a> Trainer<'a> {
         if !weights.is_empty() {
             return Ok(Tensors::Weights(weights));
         }
-        for (part, examples) in drawn.iter().enumerate() {
+        for (key, examples) in drawn {
             let examples: Vec<&Example> = examples.iter().map(Cow::as_ref).collect();
-            for (chunk, key) in self.passes(&examples, key(part)) {
+            for (chunk, key) in self.passes(&examples, *key) {
                 let batch = Task::packed(chunk);
                 let eager = self.eager(&batch, key).with_taps();
                 let outputs = self.task.define(&eager, self.family)?;
@@ -315,9 +345,9 @@ impl<'a> Trainer<'a> {
                 }
             }
         }
-        let losses_are_finite = drawn.iter().enumerate().try_fold(true, |all, (part, examples)| {
+        let losses_are_finite = drawn.iter().try_fold(true, |all, (key, examples)| {
             let examples: Vec<&Example> = examples.iter().map(Cow::as_ref).collect();
-            let losses = self.backward(&examples, of, key(part), &mut self.no_gradients())?;
+            let losses = self.backward(&examples, of, *key, &mut self.no_gradients())?;
             Ok::<_, anyhow::Error>(all && losses.iter().all(|loss| loss.is_finite()))
         })?;
         if !losses_are_finite {
@@ -328,6 +358,15 @@ impl<'a> Trainer<'a> {
         let mut names: Vec<String> = names.map(|(own, _)| own.param.name.clone()).collect();
         names.reverse();
         Ok(if names.is_empty() { Tensors::Norm } else { Tensors::Gradients(names) })
+    }
+
+    /// Of processes that fail together lets one go on, which tells of it and ends the others: the first that has found
+    /// something.
+    fn only_one(&self, has_found: bool) -> Result<()> {
+        let found = self.world.gather(&[u8::from(has_found)])?;
+        let chosen = found.iter().position(|found| found == &[1]).unwrap_or(0);
+        // one of them does not come to meet the others
+        if chosen == self.world.rank() { Ok(()) } else { self.world.meet() }
     }
 
     /// Each example of a micro-batch with the loss that it has when it is computed alone.
