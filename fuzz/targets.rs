@@ -33,12 +33,24 @@ const TINY: &[&str] = &[
     "tiny-bert-single/tokenizer_config.json",
 ];
 
-pub const TARGETS: [Target; 15] = [
+pub const TARGETS: [Target; 17] = [
     Target { file: "records.jsonl", seeds: &[], beside: &[], read: |dir| rows(&dir.join("records.jsonl")) },
     Target { file: "records.json", seeds: &[], beside: &[], read: |dir| rows(&dir.join("records.json")) },
     Target { file: "records.csv", seeds: &[], beside: &[], read: |dir| rows(&dir.join("records.csv")) },
     Target { file: "records.tsv", seeds: &[], beside: &[], read: |dir| rows(&dir.join("records.tsv")) },
     Target { file: "records.txt", seeds: &[], beside: &[], read: |dir| rows(&dir.join("records.txt")) },
+    Target {
+        file: "records.jsonl.gz",
+        seeds: &[],
+        beside: &[],
+        read: |dir| rows(&dir.join("records.jsonl.gz")),
+    },
+    Target {
+        file: "records.csv.zst",
+        seeds: &[],
+        beside: &[],
+        read: |dir| rows(&dir.join("records.csv.zst")),
+    },
     Target {
         file: "records.parquet",
         seeds: &[],

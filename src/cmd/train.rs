@@ -28,6 +28,7 @@ pub struct Args {
     #[arg(long, value_name = "DIR|ID", alias = "model-name-or-path")]
     model: String,
     /// Records to learn from: .jsonl, .json, .csv, .tsv, .parquet; or .txt, a text a line (--text-unit asks for longer ones).
+    /// Each may be packed: .jsonl.gz, .csv.zst.
     #[arg(long, value_name = "FILE", alias = "train-file")]
     train: PathBuf,
     /// Records to measure on; the best evaluation's weights are kept.

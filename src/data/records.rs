@@ -1,4 +1,4 @@
-//! Files → rows of named fields, each with its place.
+//! Files → rows of named fields, each with its place. What is packed by gzip or Zstandard is unpacked on the way.
 //!
 //! A row that can't be read is a [`BadRow`], an item like any other, and reading goes on: the caller
 //! answers it in its place (serving) or lists it (training). Only what ends the reading is an error.
@@ -7,6 +7,7 @@ mod columns;
 mod conll;
 mod encoding;
 mod exact;
+mod packed;
 mod parquet;
 mod readers;
 mod squad;
@@ -135,9 +136,9 @@ const FORMATS: [(&str, Format); 7] = [
 ];
 
 impl Format {
-    /// The format that a path's extension names.
+    /// The format that a path's extension names: the one before `.gz` or `.zst`, where it ends in that.
     pub fn of(path: &Path) -> Result<Self> {
-        match path.extension() {
+        match packed::without_packing(path).extension() {
             Some(extension) => extension.to_string_lossy().parse::<Self>(),
             None => Err(unusable!("no extension; the known ones are {}", known())),
         }
@@ -201,24 +202,26 @@ impl Rows {
 /// Unusable: a file that isn't there, an unknown extension, a header or a whole document that can't be read.
 pub fn read(source: &Source, how: &How) -> Result<Rows> {
     let name = source.to_string();
-    let (rows, format) = match source {
-        Source::Path(path) => (open(path)?, how.format.map_or_else(|| Format::of(path), Ok)?),
+    let (opened, path, format) = match source {
+        Source::Path(path) => {
+            (open(path)?, Some(path.as_path()), how.format.map_or_else(|| Format::of(path), Ok)?)
+        }
         Source::Stdin => {
             let stdin: Input = Box::new(BufReader::new(std::io::stdin()));
-            (Opened::Stream(stdin), how.format.unwrap_or(Format::Jsonl))
+            (Opened::Stream(stdin), None, how.format.unwrap_or(Format::Jsonl))
         }
     };
-    let rows = match (rows, format) {
-        (Opened::File(file), Format::Parquet) => {
+    let rows = match (packed::unpacked(opened, path, &name)?, format) {
+        ((_, Some(packing)), Format::Parquet) => bail_unusable!(
+            "{name} is packed by {packing}: a Parquet file is read from its end, and its columns are packed already; unpack it"
+        ),
+        ((Opened::File(file), _), Format::Parquet) => {
             readers::Reader::Records(guarded(|| parquet::rows(file, how.encoding, &name))?)
         }
-        (Opened::Stream(_), Format::Parquet) => {
+        ((Opened::Stream(_), _), Format::Parquet) => {
             bail_unusable!("{name}: a Parquet file is read from its end, so it can't come through a pipe")
         }
-        (Opened::File(file), _) => {
-            readers::rows(Box::new(BufReader::with_capacity(1 << 17, file)), format, how, &name)?
-        }
-        (Opened::Stream(input), _) => readers::rows(input, format, how, &name)?,
+        ((opened, _), _) => readers::rows(opened.buffered(), format, how, &name)?,
     };
     Ok(Rows { name, rows: Some(rows) })
 }
@@ -230,7 +233,7 @@ pub fn read(source: &Source, how: &How) -> Result<Rows> {
 pub fn count(path: &Path, how: &How) -> Result<usize> {
     let source = Source::Path(path.into());
     if how.format.map_or_else(|| Format::of(path), Ok)? == Format::Parquet
-        && let Opened::File(file) = open(path)?
+        && let (Opened::File(file), None) = packed::unpacked(open(path)?, Some(path), &source.to_string())?
     {
         return guarded(|| parquet::count(file, &source.to_string()));
     }
@@ -254,10 +257,23 @@ fn guarded<T>(read: impl FnOnce() -> Result<T>) -> Result<T> {
 
 type Input = Box<dyn BufRead + Send>;
 
+/// A source's bytes.
 enum Opened {
     File(File),
     Stream(Input),
 }
+
+impl Opened {
+    fn buffered(self) -> Input {
+        match self {
+            Self::File(file) => Box::new(BufReader::with_capacity(BUFFER, file)),
+            Self::Stream(input) => input,
+        }
+    }
+}
+
+/// Bytes that are read ahead.
+const BUFFER: usize = 1 << 17;
 
 fn open(path: &Path) -> Result<Opened> {
     match File::open(path) {
@@ -265,7 +281,7 @@ fn open(path: &Path) -> Result<Opened> {
             bail_unusable!("{} is a directory; a file of records was expected", path.display())
         }
         Ok(file) if file.metadata().is_ok_and(|about| about.is_file()) => Ok(Opened::File(file)),
-        Ok(pipe) => Ok(Opened::Stream(Box::new(BufReader::with_capacity(1 << 17, pipe)))),
+        Ok(pipe) => Ok(Opened::Stream(Box::new(BufReader::with_capacity(BUFFER, pipe)))),
         Err(error) => bail_unusable!("{} can't be opened: {error}", path.display()),
     }
 }
