@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde_json::Map;
 use tk::checkpoint::Weights;
-use tk::data::records::{self, Columns, How, Source};
+use tk::data::records::{self, Columns, Files, How, Source};
 use tk::data::tokens::Tokenizer;
 use tk::generate::GenerationConfig;
 use tk::model::ModelConfig;
@@ -135,7 +135,7 @@ fn rows(path: &Path) {
 fn examples(dir: &Path, task: &str, file: &str) {
     let Ok(config) = ModelConfig::read(dir) else { return };
     let (records, training, say) = Default::default();
-    let (train, max_length) = (&dir.join(file), 24);
+    let (train, max_length) = (&Files::from(&dir.join(file)), 24);
     let (records, training, say) = (&records, &training, &say);
     let mut start =
         Start { model: dir, config, from_scratch: false, train, records, training, max_length, say };

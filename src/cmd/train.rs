@@ -8,6 +8,7 @@ use indicatif::HumanCount;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
+use crate::data::records::Files;
 use crate::say::{Say, peak_rss_bytes};
 use crate::task::{Learning, Metrics, RecordFlags, Task, TrainingFlags};
 use crate::train::checkpoint::Folder;
@@ -29,12 +30,14 @@ pub struct Args {
     model: String,
     /// Records to learn from: .jsonl, .json, .csv, .tsv, .parquet; or .txt, a text a line (--text-unit asks for longer ones).
     /// Each may be packed: .jsonl.gz, .csv.zst.
-    #[arg(long, value_name = "FILE", alias = "train-file")]
-    train: PathBuf,
-    /// Records to measure on; the best evaluation's weights are kept.
-    #[arg(long, value_name = "FILE", alias = "validation-file")]
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    eval: Option<PathBuf>,
+    /// Several files are read as one: name them, a folder (all files of these kinds below it) or a pattern ('data/*.jsonl').
+    #[arg(long, value_name = "FILE", alias = "train-file", required = true, num_args = 1..)]
+    #[serde(with = "names")]
+    train: Vec<PathBuf>,
+    /// Records to measure on, named in the same ways; the best evaluation's weights are kept.
+    #[arg(long, value_name = "FILE", alias = "validation-file", num_args = 1..)]
+    #[serde(with = "names", default, skip_serializing_if = "Vec::is_empty")]
+    eval: Vec<PathBuf>,
     /// The directory to write.
     #[arg(long, value_name = "DIR", alias = "output-dir")]
     #[serde(skip)]
@@ -75,10 +78,41 @@ pub struct Args {
     settings: Settings,
 }
 
+/// Names as a file of settings has them: one as it is, several as a list.
+mod names {
+    use std::path::PathBuf;
+
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Names {
+        One(PathBuf),
+        Several(Vec<PathBuf>),
+    }
+
+    pub fn serialize<S: Serializer>(names: &[PathBuf], serializer: S) -> Result<S::Ok, S::Error> {
+        match names {
+            [name] => name.serialize(serializer),
+            names => names.serialize(serializer),
+        }
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<PathBuf>, D::Error> {
+        Ok(match Names::deserialize(deserializer)? {
+            Names::One(name) => vec![name],
+            Names::Several(names) => names,
+        })
+    }
+}
+
 /// Trains and writes the model.
 pub fn run(args: &Args, say: Say) -> Result<()> {
     args.settings.check()?;
-    let job = args.job();
+    let named = |names| Files::named(names, args.records.reading.format);
+    let train = named(&args.train)?;
+    let eval = if args.eval.is_empty() { None } else { Some(named(&args.eval)?) };
+    let job = args.job(&train, eval.as_ref());
     job.check()?;
     let asked = match (args.resume, args.overwrite) {
         (true, _) => EarlierRun::Resume,
@@ -129,12 +163,12 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
 }
 
 impl Args {
-    fn job(&self) -> Job<'_> {
+    fn job<'a>(&'a self, train: &'a Files, eval: Option<&'a Files>) -> Job<'a> {
         Job {
             task: &self.task,
             model: &self.model,
-            train: &self.train,
-            eval: self.eval.as_deref(),
+            train,
+            eval,
             from_scratch: self.from_scratch,
             records: &self.records,
             training: &self.training,

@@ -7,6 +7,7 @@ mod columns;
 mod conll;
 mod encoding;
 mod exact;
+mod files;
 mod packed;
 mod parquet;
 mod readers;
@@ -24,6 +25,7 @@ use serde_json::{Map, Value};
 pub use columns::{Columns, describe};
 pub use conll::TagColumn;
 pub use encoding::TextEncoding;
+pub use files::{Files, Place};
 
 use crate::{Result, bail_unusable, unusable};
 
@@ -32,6 +34,8 @@ use crate::{Result, bail_unusable, unusable};
 pub struct Row {
     /// Where the record begins: the 1-based line, or the record's number in Parquet files and JSON arrays.
     pub line: usize,
+    /// Of several files that are read as one, which it stands in, from 0.
+    pub file: usize,
     pub fields: Map<String, Value>,
     /// Fields of JSON with numbers that `fields` can't hold, as they are written.
     pub exact: BTreeMap<String, String>,
@@ -42,7 +46,12 @@ pub struct Row {
 impl Row {
     /// A record whose fields hold all that was written.
     pub fn new(line: usize, fields: Map<String, Value>) -> Self {
-        Self { line, fields, exact: BTreeMap::new(), lines: Vec::new() }
+        Self { line, file: 0, fields, exact: BTreeMap::new(), lines: Vec::new() }
+    }
+
+    /// Where it stands.
+    pub fn place(&self) -> Place {
+        Place { file: self.file, line: self.line }
     }
 }
 
@@ -292,36 +301,38 @@ const EMPTY_LINE: &str = "empty line";
 /// How many bad records an error lists.
 const LISTED: usize = 10;
 
-/// Reads a whole file, each row made into an example at once: all of them or, as one error, what is wrong.
-/// Empty lines at its end are none of them.
+/// Reads whole files, each row made into an example at once: all of them or, as one error, what is wrong.
+/// Empty lines at a file's end are none of them.
 ///
 /// # Errors
-/// Unusable: as [`read`]; a file without records; records that can't be read or that `example` refuses, the first
+/// Unusable: as [`read`]; no records at all; records that can't be read or that `example` refuses, the first
 /// ten with file and line.
 pub fn read_examples<T>(
-    path: &Path,
+    files: &Files,
     how: &How,
     mut example: impl FnMut(Row) -> Result<T, BadRow>,
 ) -> Result<Vec<T>> {
     let (mut examples, mut listed, mut bad) = (Vec::new(), Vec::new(), 0);
-    let mut empty: Vec<BadRow> = Vec::new();
-    for row in read(&Source::Path(path.into()), how)? {
-        let row = match row? {
-            Err(line) if line.message == EMPTY_LINE => {
-                empty.push(line);
-                continue;
-            }
-            row => row.and_then(&mut example),
-        };
-        // something stands behind them
-        let before = empty.drain(..).map(Err);
-        for row in before.chain([row]) {
-            match row {
-                Ok(example) => examples.push(example),
-                Err(BadRow { line, message }) => {
-                    bad += 1;
-                    if bad <= LISTED {
-                        listed.push(format!("  {}:{line}: {message}", path.display()));
+    for (file, path) in files.paths().iter().enumerate() {
+        let mut empty: Vec<BadRow> = Vec::new();
+        for row in read(&Source::Path(path.clone()), how)? {
+            let row = match row? {
+                Err(line) if line.message == EMPTY_LINE => {
+                    empty.push(line);
+                    continue;
+                }
+                row => row.and_then(|row| example(Row { file, ..row })),
+            };
+            // something stands behind them
+            let before = empty.drain(..).map(Err);
+            for row in before.chain([row]) {
+                match row {
+                    Ok(example) => examples.push(example),
+                    Err(BadRow { line, message }) => {
+                        bad += 1;
+                        if bad <= LISTED {
+                            listed.push(format!("  {}: {message}", files.at(Place { file, line })));
+                        }
                     }
                 }
             }
@@ -331,14 +342,11 @@ pub fn read_examples<T>(
         listed.push(format!("  and {} more", bad - LISTED));
     }
     match (bad, examples.len()) {
-        (0, 0) => Err(unusable!("{} has no records", path.display())),
+        (0, 0) => Err(unusable!("{files} has no records")),
         (0, _) => Ok(examples),
-        (_, good) => Err(unusable!(
-            "{}: {bad} of {} records can't be used:\n{}",
-            path.display(),
-            bad + good,
-            listed.join("\n")
-        )),
+        (_, good) => {
+            Err(unusable!("{files}: {bad} of {} records can't be used:\n{}", bad + good, listed.join("\n")))
+        }
     }
 }
 

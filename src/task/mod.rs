@@ -29,7 +29,7 @@ use serde_json::{Map, Value};
 
 use crate::checkpoint::Weights;
 use crate::data::batch::{Encoding, PackedBatch};
-use crate::data::records::{BadRow, Columns, How, Row};
+use crate::data::records::{BadRow, Columns, Files, How, Row};
 use crate::data::tokens::Tokenizer;
 use crate::eager::{Eager, Forward, X};
 use crate::model::ops::{Ops, Param};
@@ -396,9 +396,9 @@ macro_rules! tasks {
             }
 
             /// See [`Objective::examples`].
-            pub fn examples(&self, path: &Path, encoder: &Encoder) -> Result<Vec<Example>> {
+            pub fn examples(&self, files: &Files, encoder: &Encoder) -> Result<Vec<Example>> {
                 match self {
-                    $(Self::$task(task) => Ok(listed(task.examples(path, encoder)?, Target::$task)),)+
+                    $(Self::$task(task) => Ok(listed(task.examples(files, encoder)?, Target::$task)),)+
                 }
             }
 
@@ -408,8 +408,8 @@ macro_rules! tasks {
             }
 
             /// See [`Objective::look`].
-            pub fn look(&self, path: &Path, flags: &RecordFlags) -> Result<Vec<Look>> {
-                match self { $(Self::$task(task) => task.look(path, flags)),+ }
+            pub fn look(&self, files: &Files, flags: &RecordFlags) -> Result<Vec<Look>> {
+                match self { $(Self::$task(task) => task.look(files, flags)),+ }
             }
 
             /// See [`Objective::has_one_label`].

@@ -18,7 +18,7 @@ use super::{
     Task, TrainingFlags, scores,
 };
 use crate::data::batch::Encoding;
-use crate::data::records::{BadRow, Columns, How, Row};
+use crate::data::records::{BadRow, Columns, Files, How, Row};
 use crate::data::tokens::Tokenizer;
 use crate::eager::{Eager, Forward, X};
 use crate::model::ops::Ops;
@@ -52,7 +52,7 @@ pub struct Start<'a> {
     /// Whether all weights are drawn anew.
     pub from_scratch: bool,
     /// The records to learn from.
-    pub train: &'a Path,
+    pub train: &'a Files,
     pub records: &'a RecordFlags,
     pub training: &'a TrainingFlags,
     pub max_length: usize,
@@ -198,13 +198,13 @@ pub trait Objective: Clone + Into<Task> {
     ///
     /// # Errors
     /// Unusable: records that the model can't be measured on, with file and line.
-    fn examples(&self, path: &Path, encoder: &Encoder) -> Result<Vec<Example<Self::Target>>>;
+    fn examples(&self, files: &Files, encoder: &Encoder) -> Result<Vec<Example<Self::Target>>>;
 
     /// Reads records to learn from, or to measure on, as they are.
     ///
     /// # Errors
     /// Unusable: as [`Objective::learn`], as far as records are read.
-    fn look(&self, path: &Path, flags: &RecordFlags) -> Result<Vec<Look>>;
+    fn look(&self, files: &Files, flags: &RecordFlags) -> Result<Vec<Look>>;
 
     /// Whether every record has one of the labels.
     fn has_one_label(&self) -> bool {

@@ -7,6 +7,7 @@ use indicatif::HumanCount;
 
 use super::Settings;
 use crate::checkpoint::{self, Weights, file_hash};
+use crate::data::records::Files;
 use crate::data::{hub, tokens};
 use crate::eager::{Init, Params};
 use crate::model::ModelConfig;
@@ -22,8 +23,8 @@ pub struct Job<'a> {
     pub task: &'a str,
     /// A directory, or a hub id.
     pub model: &'a str,
-    pub train: &'a Path,
-    pub eval: Option<&'a Path>,
+    pub train: &'a Files,
+    pub eval: Option<&'a Files>,
     /// Whether all weights are drawn anew.
     pub from_scratch: bool,
     pub records: &'a RecordFlags,
@@ -37,7 +38,7 @@ impl Job<'_> {
     /// # Errors
     /// Unusable: names the file or the flag.
     pub fn check(&self) -> Result<()> {
-        let files: Vec<&Path> = [self.train].into_iter().chain(self.eval).collect();
+        let files = self.files();
         for file in &files {
             // a second look at a pipe would wait for ever
             if file.metadata().is_ok_and(|about| !about.is_file() && !about.is_dir()) {
@@ -49,6 +50,11 @@ impl Job<'_> {
         }
         self.training.check(self.task)?;
         self.records.check(self.task, &files)
+    }
+
+    /// All files of records.
+    fn files(&self) -> Vec<&Path> {
+        [self.train].into_iter().chain(self.eval).flat_map(Files::all).collect()
     }
 }
 
@@ -100,7 +106,7 @@ impl Prepared {
         let (task, mut config) = (&learning.task, start.config);
         settings.check_task(task)?;
         let encoder = Encoder { records, training, tokenizer: &learning.tokenizer, max_length };
-        let eval = job.eval.map(|path| task.examples(path, &encoder)).transpose()?;
+        let eval = job.eval.map(|files| task.examples(files, &encoder)).transpose()?;
 
         let manifest = task.params(&config.family)?;
         let init = Init { seed: settings.seed, std: config.initializer_range() };
@@ -179,9 +185,17 @@ impl Prepared {
 
     /// The hash of each file that a run's result depends on.
     pub fn inputs(&self, job: &Job) -> Result<Vec<(String, String)>> {
-        let mut inputs = vec![("train".to_owned(), file_hash(job.train)?)];
-        if let Some(path) = job.eval {
-            inputs.push(("eval".to_owned(), file_hash(path)?));
+        let mut inputs = Vec::new();
+        for (name, files) in [("train", Some(job.train)), ("eval", job.eval)] {
+            match files.map(Files::paths) {
+                None => {}
+                Some([path]) => inputs.push((name.to_owned(), file_hash(path)?)),
+                Some(paths) => {
+                    for path in paths {
+                        inputs.push((format!("{name} {}", path.display()), file_hash(path)?));
+                    }
+                }
+            }
         }
         let of_tasks = Task::files();
         let mut names: Vec<PathBuf> =

@@ -215,7 +215,7 @@ mod tests {
 
         fn refused(&self, name: &str, bytes: &[u8]) -> String {
             let path = self.file(name, bytes);
-            let error = read_examples(&path, &How::default(), Ok).unwrap_err();
+            let error = read_examples(&(&path).into(), &How::default(), Ok).unwrap_err();
             assert_eq!(crate::error::exit_code(&error), 2, "{error:#}");
             format!("{error:#}").replace(&format!("{}/", self.0.path().display()), "")
         }

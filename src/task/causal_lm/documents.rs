@@ -1,10 +1,8 @@
 //! Texts, prompts and completions → examples of a length that a model takes.
 
-use std::path::Path;
-
 use super::{CausalLm, NextTokens};
 use crate::data::batch::Encoding;
-use crate::data::records;
+use crate::data::records::{self, Files, Place};
 use crate::data::tokens::{Body, Tokenizer};
 use crate::task::{Example, Objective, RecordFlags, Target, listed};
 use crate::{Result, bail_unusable};
@@ -90,8 +88,8 @@ impl Whole {
 /// What is learnt from: a text, or what follows a prompt.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Document {
-    /// The line of the file.
-    pub line: usize,
+    /// Where it begins.
+    pub place: Place,
     pub prompt: Option<String>,
     pub text: String,
 }
@@ -99,22 +97,26 @@ pub struct Document {
 impl Document {
     /// Texts without prompts.
     pub fn of_texts<'t>(texts: impl IntoIterator<Item = &'t str>) -> Vec<Self> {
-        let document = |(i, text): (usize, &str)| Self { line: i + 1, prompt: None, text: text.to_owned() };
+        let document = |(i, text): (usize, &str)| Self {
+            place: Place { file: 0, line: i + 1 },
+            prompt: None,
+            text: text.to_owned(),
+        };
         texts.into_iter().enumerate().map(document).collect()
     }
 }
 
-/// Reads every text, or every prompt with its completion, of a file.
+/// Reads every text, or every prompt with its completion.
 ///
 /// # Errors
 /// Unusable: the file can't be read, has no records, or has records without text; the first of them are listed with
 /// file and line.
-pub(super) fn read(path: &Path, flags: &RecordFlags) -> Result<Vec<Document>> {
+pub(super) fn read(files: &Files, flags: &RecordFlags) -> Result<Vec<Document>> {
     let (how, columns) = CausalLm::reading(flags);
-    records::read_examples(path, &how, |row| {
+    records::read_examples(files, &how, |row| {
         let prompt = row.optional_text(&columns, "prompt")?.map(str::to_owned);
         let name = if prompt.is_some() { "completion" } else { "text" };
-        Ok(Document { line: row.line, prompt, text: row.text(&columns, name)?.to_owned() })
+        Ok(Document { place: row.place(), prompt, text: row.text(&columns, name)?.to_owned() })
     })
 }
 
@@ -129,21 +131,21 @@ impl CausalLm {
         Ok(listed(examples, Target::CausalLm))
     }
 
-    /// Documents that were read from `path` as examples.
+    /// Documents that were read from `files` as examples.
     ///
     /// # Errors
     /// Unusable: none has a token that could be predicted; as [`CausalLm::examples_of`].
     pub(super) fn examples_of_file(
         &self,
         documents: &[Document],
-        path: &Path,
+        files: &Files,
         tokenizer: &Tokenizer,
         max_length: usize,
         cutting: Cutting,
     ) -> Result<Vec<Example<NextTokens>>> {
         let examples = self.examples_of(documents, tokenizer, max_length, cutting)?;
         if examples.is_empty() {
-            bail_unusable!("{}: no text has a token that could be predicted", path.display());
+            bail_unusable!("{files}: no text has a token that could be predicted");
         }
         Ok(examples)
     }

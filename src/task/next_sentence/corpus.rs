@@ -7,7 +7,6 @@
 
 use std::fmt;
 use std::ops::Range;
-use std::path::Path;
 use std::sync::Arc;
 
 use rand_chacha::ChaCha8Rng;
@@ -16,6 +15,7 @@ use rayon::prelude::*;
 use unicode_segmentation::UnicodeSegmentation;
 
 use crate::data::batch::Encoding;
+use crate::data::records::Files;
 use crate::data::tokens::Tokenizer;
 use crate::task::masked_lm::below;
 use crate::{Result, bail_unusable};
@@ -87,20 +87,19 @@ impl Corpus {
     ///
     /// # Errors
     /// Unusable: fewer than two documents, or none of two tokens: no second text could be another's.
-    pub fn new(texts: &[String], path: &Path, tokenizer: &Tokenizer) -> Result<Self> {
+    pub fn new(texts: &[String], files: &Files, tokenizer: &Tokenizer) -> Result<Self> {
         let documents = texts.par_iter().map(|text| Document::new(text, tokenizer));
         let mut documents = documents.collect::<Result<Vec<_>>>()?;
         documents.retain(|document| !document.ids.is_empty());
         if documents.len() < 2 {
             bail_unusable!(
-                "{}: {} documents with text, two at least are needed: a second text is often another document's. In a \
+                "{files}: {} documents with text, two at least are needed: a second text is often another document's. In a \
                  .txt file a blank line stands between documents (--text-unit)",
-                path.display(),
                 documents.len()
             );
         }
         if documents.iter().all(|document| document.ids.len() < 2) {
-            bail_unusable!("{}: no document has two tokens, one for each text of a pair", path.display());
+            bail_unusable!("{files}: no document has two tokens, one for each text of a pair");
         }
         Ok(Self { documents, tokenizer: tokenizer.clone() })
     }

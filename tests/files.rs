@@ -1,0 +1,280 @@
+//! Records in many files, the real binary: several names, folders and patterns, what is told of them, and what a resumed
+//! run finds changed.
+
+mod common;
+
+use std::path::PathBuf;
+
+use common::{copy_dir, json, models, tk};
+use serde_json::{Value, json};
+
+/// A model in a folder with room for inputs and outputs.
+struct Bench(tempfile::TempDir);
+
+impl Bench {
+    fn new(model: &str) -> Self {
+        let bench = Self(tempfile::tempdir().unwrap());
+        copy_dir(&models(model), &bench.path("model"));
+        bench
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn write(&self, name: &str, bytes: impl AsRef<[u8]>) {
+        std::fs::create_dir_all(self.path(name).parent().unwrap()).unwrap();
+        std::fs::write(self.path(name), bytes).unwrap();
+    }
+
+    fn tk(&self, args: &[&str]) -> assert_cmd::assert::Assert {
+        tk().current_dir(self.0.path()).args(args).assert()
+    }
+
+    fn train(&self, task: &str, output: &str, args: &[&str]) -> assert_cmd::assert::Assert {
+        let fixed = ["train", "--task", task, "--model", "model", "--output", output, "--max-length", "32"];
+        self.tk(&[&fixed, args].concat())
+    }
+
+    /// The weights that two steps of training give.
+    fn weights(&self, task: &str, output: &str, args: &[&str]) -> Vec<u8> {
+        self.train(task, output, &[&["--max-steps", "2"], args].concat()).success();
+        std::fs::read(self.path(output).join("model.safetensors")).unwrap()
+    }
+
+    fn metrics(&self, args: &[&str]) -> Value {
+        let assert = self.tk(&[&["eval", "model", "--json"], args].concat()).success();
+        serde_json::from_slice(&assert.get_output().stdout).unwrap()
+    }
+}
+
+fn stderr(assert: &assert_cmd::assert::Assert) -> String {
+    String::from_utf8_lossy(&assert.get_output().stderr).into_owned()
+}
+
+/// Records of a tiny classifier, some of each label.
+fn records(from: usize, to: usize) -> Vec<(String, &'static str)> {
+    let texts = ["good film", "bad film", "the film"];
+    (from..to)
+        .map(|i| (format!("{} {i}", texts[i % 3]), ["positive", "negative", "neutral"][i % 3]))
+        .collect()
+}
+
+fn jsonl(records: &[(String, &str)]) -> String {
+    records.iter().map(|(text, label)| json!({"text": text, "label": label}).to_string() + "\n").collect()
+}
+
+fn csv(records: &[(String, &str)]) -> String {
+    "text,label\r\n".to_owned()
+        + &records.iter().map(|(text, label)| format!("\"{text}\",{label}\r\n")).collect::<String>()
+}
+
+/// Twelve records in one file, and in three of `data/` among what is none.
+fn classifier() -> Bench {
+    let bench = Bench::new("tiny-bert-single");
+    bench.write("all.jsonl", jsonl(&records(0, 12)));
+    bench.write("data/a.jsonl", jsonl(&records(0, 5)));
+    bench.write("data/b/part.csv.zst", zstd::encode_all(csv(&records(5, 9)).as_bytes(), 1).unwrap());
+    bench.write("data/c.jsonl", jsonl(&records(9, 12)));
+    bench.write("data/README.md", "# Not records");
+    bench.write("data/_notes.jsonl", "no records");
+    bench
+}
+
+#[test]
+fn several_files_are_learnt_and_measured_as_one() {
+    let bench = classifier();
+    let task = "text-classification";
+    let one = bench.weights(task, "one", &["--train", "all.jsonl", "--eval", "all.jsonl"]);
+    let names = ["data/a.jsonl", "data/b/part.csv.zst", "data/c.jsonl"];
+    let ways = [
+        &["--train", names[0], names[1], names[2], "--eval", "data"][..],
+        &["--train", names[0], "--train", names[1], "--train", names[2], "--eval", "all.json*"],
+        &["--train", "data", "--eval", "all.jsonl"],
+        &[
+            "--train",
+            "data/a.jsonl",
+            "--train",
+            "data/b",
+            "--train",
+            "data/c*",
+            "--eval",
+            "data/**/[a-z]*.*[lt]",
+        ],
+    ];
+    for (i, args) in ways.into_iter().enumerate() {
+        assert!(bench.weights(task, &format!("out{i}"), args) == one, "{args:?}");
+    }
+    let metrics = |args: &[&str]| bench.metrics(args)["metrics"].clone();
+    let wanted = metrics(&["--input", "all.jsonl"]);
+    assert_eq!(metrics(&["--input", "data"]), wanted);
+    assert_eq!(metrics(&["--input", names[0], "--input", "data/b/*", "--input", names[2]]), wanted);
+    bench.tk(&["parity", "model", "--input", "data", "--runtimes", "eager,candle-onnx"]).success();
+}
+
+#[test]
+fn what_is_wrong_is_told_with_its_file_and_line() {
+    let bench = classifier();
+    let refused = |args: &[&str]| stderr(&bench.train("text-classification", "out", args).code(2));
+    bench.write("data/d.jsonl", "{\"text\": \"a\", \"label\": \"positive\"}\n{\"text\": 1}\n");
+    let said = refused(&["--train", "data"]);
+    assert!(said.contains("data/a.jsonl and 3 other files: 1 of 14 records can't be used:"), "{said}");
+    assert!(said.contains("\n  data/d.jsonl:2: field \"text\" is a number (1)"), "{said}");
+    bench.write("data/d.jsonl", "{\"text\": \"a\", \"label\": 0.5}\n");
+    let said = refused(&["--train", "data"]);
+    assert!(said.contains("\n  data/d.jsonl:1: label is 0.5"), "{said}");
+    bench.write("data/d.jsonl", "{\"text\": \"a\", \"label\": \"furious\"}\n");
+    let said = refused(&["--train", "data/a.jsonl", "--eval", "data"]);
+    assert!(said.contains("\n  data/d.jsonl:1: label \"furious\" is not one of"), "{said}");
+    for (args, said) in [
+        (&["--train", "none/*.jsonl"][..], "none/*.jsonl matches no file"),
+        (&["--train", "model/none.jsonl"], "model/none.jsonl can't be opened"),
+        (&["--train", "data/c.jsonl", "data"], "data/c.jsonl is named twice"),
+        (&["--train", "data/README.md"], "data/README.md: the format is not known: \"md\" is none of jsonl"),
+        (&["--train", "data/a.jsonl", "--eval", "none*"], "none* matches no file"),
+        (&["--train", "all.jsonl", "--text-unit", "file"], "--text-unit is for "),
+    ] {
+        let found = refused(args);
+        assert!(found.contains(said), "{found}");
+    }
+    assert!(!bench.path("out").exists());
+}
+
+#[test]
+fn an_empty_file_among_others_changes_nothing() {
+    let bench = classifier();
+    let task = "text-classification";
+    let one = bench.weights(task, "one", &["--train", "all.jsonl"]);
+    bench.write("data/aa.jsonl", "");
+    bench.write("data/bb.csv", "text,label\n");
+    assert!(bench.weights(task, "out", &["--train", "data"]) == one);
+}
+
+#[test]
+fn a_resumed_run_notices_files_that_came_or_went() {
+    let bench = classifier();
+    let train = |args: &[&str]| bench.train("text-classification", "out", args);
+    train(&["--train", "data", "--epochs", "1"]).success();
+    let settings = std::fs::read_to_string(bench.path("out/training/settings.toml")).unwrap();
+    assert!(settings.contains("train = \"data\""), "{settings}");
+    let inputs = json(bench.path("out/training/inputs.json"));
+    let names: Vec<&str> =
+        inputs["inputs"].as_array().unwrap().iter().map(|input| input[0].as_str().unwrap()).collect();
+    assert_eq!(names[..3], ["train data/a.jsonl", "train data/b/part.csv.zst", "train data/c.jsonl"]);
+    let resume = || bench.tk(&["train", "--resume", "--output", "out"]);
+    resume().success();
+    bench.write("data/d.jsonl", jsonl(&records(12, 15)));
+    let said = stderr(&resume().code(2));
+    assert!(said.contains("its inputs have changed since it was started (train data/d.jsonl)"), "{said}");
+    std::fs::remove_file(bench.path("data/d.jsonl")).unwrap();
+    resume().success();
+    std::fs::rename(bench.path("data/c.jsonl"), bench.path("c.jsonl")).unwrap();
+    let said = stderr(&resume().code(2));
+    assert!(said.contains("(train data/c.jsonl)"), "{said}");
+    std::fs::rename(bench.path("c.jsonl"), bench.path("data/c.jsonl")).unwrap();
+    let said = stderr(&bench.tk(&["train", "--resume", "--output", "out", "--train", "all.jsonl"]).code(2));
+    assert!(said.contains("train (\"all.jsonl\", was \"data\")"), "{said}");
+}
+
+#[test]
+fn a_file_of_settings_takes_a_name_or_a_list_of_names() {
+    let bench = classifier();
+    let task = "text-classification";
+    let one = bench.weights(task, "one", &["--train", "all.jsonl"]);
+    bench.write("list.toml", "train = [\"data/a.jsonl\", \"data/b\", \"data/c.jsonl\"]\nmax-steps = 2\n");
+    bench.write("one.toml", "train = \"data\"\nmax-steps = 2\n");
+    for config in ["list.toml", "one.toml"] {
+        let output = format!("out-{config}");
+        assert!(bench.weights(task, &output, &["--config", config]) == one, "{config}");
+        bench.tk(&["train", "--resume", "--output", &output]).success();
+    }
+    let settings = std::fs::read_to_string(bench.path("out-list.toml/training/settings.toml")).unwrap();
+    assert!(settings.contains("train = [\"data/a.jsonl\", \"data/b\", \"data/c.jsonl\"]"), "{settings}");
+    // the command line wins, and a comma is a letter of a name
+    bench.write("a,b.jsonl", jsonl(&records(0, 12)));
+    let args = ["--config", "list.toml", "--train", "a,b.jsonl"];
+    assert!(bench.weights(task, "comma", &args) == one);
+    bench.write("comma.toml", "train = [\"a,b.jsonl\"]\nmax-steps = 2\n");
+    assert!(bench.weights(task, "listed", &["--config", "comma.toml"]) == one);
+}
+
+#[test]
+fn a_dry_run_tells_the_files_and_where_twins_stand() {
+    let bench = classifier();
+    bench.write("data/b/twin.jsonl", jsonl(&records(1, 2)));
+    bench.write("data/e.jsonl", jsonl(&records(20, 21)));
+    bench.write("eval.jsonl", jsonl(&records(20, 24)));
+    let args = ["--train", "data", "--eval", "eval.jsonl", "--dry-run"];
+    let told = bench.train("text-classification", "out", &args).success();
+    let told = String::from_utf8_lossy(&told.get_output().stdout).into_owned();
+    for part in [
+        "training    5 files (data/a.jsonl, data/b/part.csv.zst, data/b/twin.jsonl, data/c.jsonl",
+        "evaluation  eval.jsonl: 4 records",
+        "(line 1 of data/b/twin.jsonl as line 2 of data/a.jsonl)",
+        "(line 1 in training line 1 of data/e.jsonl)",
+    ] {
+        assert!(told.contains(part), "{part:?} is not in:\n{told}");
+    }
+    let told = bench.train("text-classification", "out", &[&args[..], &["--json"]].concat()).success();
+    let told: Value = serde_json::from_slice(&told.get_output().stdout).unwrap();
+    assert_eq!(told["train"]["files"].as_array().unwrap().len(), 5);
+    assert_eq!(told["train"]["files"][1], "data/b/part.csv.zst");
+    assert_eq!(told["train"]["duplicates"]["first"], json!([1, 2]));
+}
+
+#[test]
+fn sentences_of_several_files_are_those_of_one() {
+    let bench = Bench::new("tiny-bert-tokens");
+    let (first, second) = ("good\tB-PER\nfilm\tI-PER\n\nbad\tO\n", "the\tO\nfilm\tB-LOC\n");
+    bench.write("all.conll", format!("{first}\n{second}"));
+    bench.write("data/1.conll", first);
+    bench.write("data/2.conll", second);
+    let weights =
+        |output: &str, train: &str| bench.weights("token-classification", output, &["--train", train]);
+    assert!(weights("one", "all.conll") == weights("two", "data"));
+    bench.write("data/3.conll", "the\tO\nfilm\tNOUN\n");
+    let said = stderr(&bench.train("token-classification", "out", &["--train", "data"]).code(2));
+    assert!(said.contains("\"NOUN\" (line 2 of data/3.conll)"), "{said}");
+    assert!(said.contains("\"B-PER\" (line 1 of data/1.conll)"), "{said}");
+}
+
+#[test]
+fn a_document_ends_with_its_file() {
+    let bench = Bench::new("tiny-bert-pairs");
+    let document = |words: [&str; 2]| format!("{}. {}.\nThe {}.\n", words[0], words[1], words[0]);
+    let (first, second) = (document(["Good film", "Bad"]), document(["Bad film", "Good"]));
+    bench.write("all.txt", format!("{first}\n{second}"));
+    bench.write("data/1.txt", &first);
+    bench.write("data/2.txt", &second);
+    let weights = |task: &str, output: &str, args: &[&str]| bench.weights(task, output, args);
+    assert!(
+        weights("next-sentence", "one", &["--train", "all.txt"])
+            == weights("next-sentence", "two", &["--train", "data"])
+    );
+
+    let bench = Bench::new("tiny-gpt2-lm");
+    let verse = "the cat sat\non the mat\n";
+    bench.write("data/1.txt", verse);
+    bench.write("data/2.txt", "the dog ran\n\nhome\n");
+    let records = |unit| bench.metrics(&["--input", "data", "--text-unit", unit])["records"].clone();
+    assert_eq!((records("file"), records("document"), records("line")), (json!(2), json!(3), json!(4)));
+}
+
+#[test]
+fn questions_of_several_files_are_those_of_one() {
+    let bench = Bench::new("tiny-bert-answers");
+    let paragraph = |context: &str, question: &str, start: usize| {
+        let answer = &context[start..start + 4];
+        json!({"context": context, "qas": [{"id": question, "question": question, "answers": [{"text": answer, "answer_start": start}]}]})
+    };
+    let (first, second) = (paragraph("the good film", "what", 4), paragraph("a bad film", "which", 6));
+    let file = |paragraphs: &[&Value]| {
+        json!({"version": "1.1", "data": [{"title": "t", "paragraphs": paragraphs}]}).to_string()
+    };
+    bench.write("all.json", file(&[&first, &second]));
+    bench.write("data/1.json", file(&[&first]));
+    bench.write("data/2.json", file(&[&second]));
+    let weights =
+        |output: &str, train: &str| bench.weights("question-answering", output, &["--train", train]);
+    assert!(weights("one", "all.json") == weights("two", "data"));
+}
