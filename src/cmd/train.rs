@@ -15,6 +15,7 @@ use crate::train::checkpoint::Folder;
 use crate::train::dry_run::DryRun;
 use crate::train::output::{self, EarlierRun};
 use crate::train::prepare::{Job, Prepared};
+use crate::train::split::SplitFlags;
 use crate::train::{Outcome, Run, Settings};
 use crate::{Result, bail_unusable, device};
 
@@ -72,6 +73,9 @@ pub struct Args {
     training: TrainingFlags,
     #[command(flatten)]
     #[serde(flatten)]
+    split: SplitFlags,
+    #[command(flatten)]
+    #[serde(flatten)]
     records: RecordFlags,
     #[command(flatten)]
     #[serde(flatten)]
@@ -114,6 +118,7 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     let eval = if args.eval.is_empty() { None } else { Some(named(&args.eval)?) };
     let job = args.job(&train, eval.as_ref());
     job.check()?;
+    args.split.check()?;
     let asked = match (args.resume, args.overwrite) {
         (true, _) => EarlierRun::Resume,
         (false, true) => EarlierRun::Overwrite,
@@ -126,6 +131,12 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     if args.settings.checkpoint_activations && !device.is_cpu() {
         bail_unusable!("--checkpoint-activations works with --device cpu; here, try a smaller --batch-size");
     }
+    let divided = args.split.divide(&job)?;
+    let job = match &divided {
+        Some(divided) => Job { train: &divided.train, eval: divided.eval.as_ref().or(job.eval), ..job },
+        None => job,
+    };
+    divided.iter().flat_map(|divided| &divided.told).for_each(|text| say.line(text));
     let mut prepared = Prepared::new(&job, &device, &say)?;
     if args.dry_run {
         return dry_run(args, &job, &prepared, &device, &say);

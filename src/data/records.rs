@@ -25,7 +25,7 @@ use serde_json::{Map, Value};
 pub use columns::{Columns, describe};
 pub use conll::TagColumn;
 pub use encoding::TextEncoding;
-pub use files::{Files, Place};
+pub use files::{Files, Numbered, Place};
 
 use crate::{Result, bail_unusable, unusable};
 
@@ -313,27 +313,14 @@ pub fn read_examples<T>(
     mut example: impl FnMut(Row) -> Result<T, BadRow>,
 ) -> Result<Vec<T>> {
     let (mut examples, mut listed, mut bad) = (Vec::new(), Vec::new(), 0);
-    for (file, path) in files.paths().iter().enumerate() {
-        let mut empty: Vec<BadRow> = Vec::new();
-        for row in read(&Source::Path(path.clone()), how)? {
-            let row = match row? {
-                Err(line) if line.message == EMPTY_LINE => {
-                    empty.push(line);
-                    continue;
-                }
-                row => row.and_then(|row| example(Row { file, ..row })),
-            };
-            // something stands behind them
-            let before = empty.drain(..).map(Err);
-            for row in before.chain([row]) {
-                match row {
-                    Ok(example) => examples.push(example),
-                    Err(BadRow { line, message }) => {
-                        bad += 1;
-                        if bad <= LISTED {
-                            listed.push(format!("  {}: {message}", files.at(Place { file, line })));
-                        }
-                    }
+    for numbered in files.read(how) {
+        let Numbered { file, row, .. } = numbered?;
+        match row.and_then(&mut example) {
+            Ok(example) => examples.push(example),
+            Err(BadRow { line, message }) => {
+                bad += 1;
+                if bad <= LISTED {
+                    listed.push(format!("  {}: {message}", files.at(Place { file, line })));
                 }
             }
         }

@@ -185,7 +185,7 @@ pub(super) fn refuse_shared(flags: &impl Serialize, takers: &[(&str, &[&str])], 
 ///
 /// # Errors
 /// Unusable: there are some.
-pub(super) fn refuse_records(
+pub(crate) fn refuse_records(
     files: &Files,
     what: &str,
     wrong: impl IntoIterator<Item = (Place, String)>,

@@ -407,6 +407,33 @@ macro_rules! tasks {
                 match self { $(Self::$task(_) => $task::reading(flags)),+ }
             }
 
+            /// The same of the task of this name.
+            ///
+            /// # Errors
+            /// There is no such task.
+            pub fn reading_of(name: &str, flags: &RecordFlags) -> Result<(How, Columns)> {
+                match name {
+                    $($task::NAME => Ok($task::reading(flags)),)+
+                    other => bail_unusable!("{other} is no task; tk has {}", Self::NAMES.join(", ")),
+                }
+            }
+
+            /// See [`Objective::CLASS`].
+            pub fn class_field(name: &str) -> Option<&'static str> {
+                match name {
+                    $($task::NAME => $task::CLASS,)+
+                    _ => None,
+                }
+            }
+
+            /// See [`Objective::classes`].
+            pub fn classes(name: &str, labels: &[&Value], flags: &TrainingFlags) -> Option<Vec<String>> {
+                match name {
+                    $($task::NAME => $task::classes(labels, flags),)+
+                    _ => None,
+                }
+            }
+
             /// See [`Objective::look`].
             pub fn look(&self, files: &Files, flags: &RecordFlags) -> Result<Vec<Look>> {
                 match self { $(Self::$task(task) => task.look(files, flags)),+ }

@@ -12,6 +12,7 @@ use std::path::Path;
 
 use anyhow::Context;
 use candle_core::Tensor;
+use serde_json::Value;
 
 use super::{
     Answer, AnswerFlags, Beside, CausalLm, Example, Look, Measured, Metric, Output, Outputs, RecordFlags,
@@ -205,6 +206,15 @@ pub trait Objective: Clone + Into<Task> {
     /// # Errors
     /// Unusable: as [`Objective::learn`], as far as records are read.
     fn look(&self, files: &Files, flags: &RecordFlags) -> Result<Vec<Look>>;
+
+    /// The field of a record that may be its class. See [`Objective::classes`].
+    const CLASS: Option<&'static str> = None;
+
+    /// The class of each record, of what stands in [`Objective::CLASS`], where every record has one: a part that is drawn
+    /// of them keeps the classes' shares.
+    fn classes(_labels: &[&Value], _flags: &TrainingFlags) -> Option<Vec<String>> {
+        None
+    }
 
     /// Whether every record has one of the labels.
     fn has_one_label(&self) -> bool {

@@ -10,6 +10,7 @@ pub mod prepare;
 mod run;
 pub mod schedule;
 pub mod settings;
+pub mod split;
 pub mod trainer;
 
 pub use run::{Outcome, Run};

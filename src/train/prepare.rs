@@ -186,7 +186,9 @@ impl Prepared {
     /// The hash of each file that a run's result depends on.
     pub fn inputs(&self, job: &Job) -> Result<Vec<(String, String)>> {
         let mut inputs = Vec::new();
-        for (name, files) in [("train", Some(job.train)), ("eval", job.eval)] {
+        // what was drawn to be measured on stands in the files to learn from
+        let eval = job.eval.filter(|files| files.drawn_from().is_none());
+        for (name, files) in [("train", Some(job.train)), ("eval", eval)] {
             match files.map(Files::paths) {
                 None => {}
                 Some([path]) => inputs.push((name.to_owned(), file_hash(path)?)),

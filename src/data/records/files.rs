@@ -1,17 +1,30 @@
 //! What a command line names (files, patterns, folders) → files that are read one behind the other, as one.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use walkdir::{DirEntry, WalkDir};
 
-use super::Format;
+use super::{BadRow, EMPTY_LINE, Format, How, Row, Rows, Source};
 use crate::{Result, bail_unusable, unusable};
 
 /// Files of records, in the order in which they are read. There is one at least.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Files {
     paths: Vec<PathBuf>,
+    /// Whether each record is read, by its number; all are where there is nothing.
+    kept: Option<Arc<[bool]>>,
+}
+
+/// What stands in the place of a record.
+#[derive(Clone, Debug)]
+pub struct Numbered {
+    /// Its number among all of the files', read or not, from 0.
+    pub number: usize,
+    /// Which of the files it stands in.
+    pub file: usize,
+    pub row: Result<Row, BadRow>,
 }
 
 /// Where a record stands.
@@ -25,7 +38,7 @@ pub struct Place {
 
 impl From<&Path> for Files {
     fn from(path: &Path) -> Self {
-        Self { paths: vec![path.to_owned()] }
+        Self { paths: vec![path.to_owned()], kept: None }
     }
 }
 
@@ -78,7 +91,7 @@ impl Files {
         if paths.is_empty() {
             bail_unusable!("no file of records is named");
         }
-        Ok(Self { paths })
+        Ok(Self { paths, kept: None })
     }
 
     /// Each file.
@@ -89,6 +102,29 @@ impl Files {
     /// The same, as they are.
     pub fn all(&self) -> Vec<&Path> {
         self.paths.iter().map(PathBuf::as_path).collect()
+    }
+
+    /// The same files, of which these records alone are read, by their numbers.
+    pub fn keeping(&self, records: Vec<bool>) -> Self {
+        Self { paths: self.paths.clone(), kept: Some(records.into()) }
+    }
+
+    /// How many records there are, where some of them are not read.
+    pub fn drawn_from(&self) -> Option<usize> {
+        self.kept.as_ref().map(|kept| kept.len())
+    }
+
+    /// The records, in order. After an error nothing follows.
+    pub fn read<'a>(&'a self, how: &'a How) -> impl Iterator<Item = Result<Numbered>> + 'a {
+        Reading {
+            files: self,
+            how,
+            file: 0,
+            rows: None,
+            number: 0,
+            empty: Vec::new(),
+            ready: VecDeque::new(),
+        }
     }
 
     /// A record's file and line, as `data/a.jsonl:7`.
@@ -102,6 +138,73 @@ impl Files {
             1 => format!("line {}", place.line),
             _ => format!("line {} of {}", place.line, self.paths[place.file].display()),
         }
+    }
+}
+
+/// The records of files, from one to the next. Empty lines at a file's end are none.
+struct Reading<'a> {
+    files: &'a Files,
+    how: &'a How,
+    file: usize,
+    /// Of the file, once it is open.
+    rows: Option<Rows>,
+    number: usize,
+    /// Empty lines that nothing stands behind yet.
+    empty: Vec<Numbered>,
+    /// What was read and not yet given.
+    ready: VecDeque<Numbered>,
+}
+
+impl Reading<'_> {
+    fn step(&mut self) -> Result<Option<Numbered>> {
+        while self.ready.is_empty() && self.file < self.files.paths.len() {
+            self.read()?;
+        }
+        Ok(self.ready.pop_front())
+    }
+
+    /// Reads a record, or passes over one, or goes on to the next file.
+    fn read(&mut self) -> Result<()> {
+        let rows = match &mut self.rows {
+            Some(rows) => rows,
+            none => none.insert(super::read(&Source::Path(self.files.paths[self.file].clone()), self.how)?),
+        };
+        let (number, file) = (self.number, self.file);
+        let is_kept = self.files.kept.as_ref().is_none_or(|kept| kept.get(number) == Some(&true));
+        let row = if is_kept {
+            rows.next().transpose()?.map(Some)
+        } else {
+            rows.pass_over().transpose()?.map(|()| None)
+        };
+        match row {
+            Some(Some(Err(bad))) if bad.message == EMPTY_LINE => {
+                self.empty.push(Numbered { number, file, row: Err(bad) });
+            }
+            Some(row) => {
+                self.ready.extend(self.empty.drain(..));
+                let row = row.map(|row| row.map(|row| Row { file, ..row }));
+                self.ready.extend(row.map(|row| Numbered { number, file, row }));
+            }
+            None => {
+                self.empty.clear();
+                (self.file, self.rows) = (file + 1, None);
+                return Ok(());
+            }
+        }
+        self.number += 1;
+        Ok(())
+    }
+}
+
+impl Iterator for Reading<'_> {
+    type Item = Result<Numbered>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let step = self.step().transpose();
+        if matches!(step, Some(Err(_))) {
+            self.file = self.files.paths.len(); // nothing follows
+        }
+        step
     }
 }
 
@@ -276,7 +379,7 @@ mod tests {
 
     #[test]
     fn a_place_is_told_with_its_file() {
-        let of = |names: &[&str]| Files { paths: names.iter().map(PathBuf::from).collect() };
+        let of = |names: &[&str]| Files { paths: names.iter().map(PathBuf::from).collect(), kept: None };
         let place = Place { file: 0, line: 7 };
         assert_eq!(of(&["a.txt"]).to_string(), "a.txt");
         assert_eq!(

@@ -228,6 +228,12 @@ impl Objective for TextClassification {
         records.into_iter().zip(targets).map(look).collect()
     }
 
+    const CLASS: Option<&'static str> = Some("label");
+
+    fn classes(labels: &[&Value], flags: &super::TrainingFlags) -> Option<Vec<String>> {
+        Self::classes_of(labels, flags.text_classification.problem_type)
+    }
+
     fn has_one_label(&self) -> bool {
         self.problem == ProblemType::SingleLabelClassification
     }

@@ -31,6 +31,9 @@ pub struct Split {
     pub path: String,
     pub files: Vec<PathBuf>,
     pub records: usize,
+    /// How many the files have, where some were drawn of them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub drawn_from: Option<usize>,
     /// Each column of the first record, and what it is read as, where it is read.
     pub columns: Vec<(String, Option<&'static str>)>,
     /// Each label and how many there are of it, from the most frequent.
@@ -94,6 +97,7 @@ impl Split {
             path: files.to_string(),
             files: files.paths().to_vec(),
             records: looks.len(),
+            drawn_from: files.drawn_from(),
             columns: columns(files, reader)?,
             labels,
             short_texts: looks.iter().filter(|look| letters(look) < LEAST_LETTERS).count(),

@@ -114,7 +114,8 @@ impl Split {
                 format!("{} files ({})", files.len(), listed(names.iter().map(String::as_str), FILES))
             }
         };
-        writeln!(out, "{:12}{place}: {} records", self.name, grouped(self.records))?;
+        let drawn = self.drawn_from.map(|all| format!(", drawn from {}", grouped(all))).unwrap_or_default();
+        writeln!(out, "{:12}{place}: {} records{drawn}", self.name, grouped(self.records))?;
         let (mut read, mut not) = (Vec::new(), Vec::new());
         for (column, read_as) in &self.columns {
             match read_as {

@@ -1,9 +1,11 @@
-//! Records in many files, the real binary: several names, folders and patterns, what is told of them, and what a resumed
-//! run finds changed.
+//! Training and evaluation data, the real binary: several names, folders and patterns, what is told of them, what a resumed
+//! run finds changed, and parts that are drawn.
 
 mod common;
 
+use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
+use std::process::{Command, Stdio};
 
 use common::{copy_dir, json, models, tk};
 use serde_json::{Value, json};
@@ -40,6 +42,12 @@ impl Bench {
     fn weights(&self, task: &str, output: &str, args: &[&str]) -> Vec<u8> {
         self.train(task, output, &[&["--max-steps", "2"], args].concat()).success();
         std::fs::read(self.path(output).join("model.safetensors")).unwrap()
+    }
+
+    /// What a dry run finds.
+    fn dry_run(&self, task: &str, args: &[&str]) -> Value {
+        let assert = self.train(task, "none", &[&["--dry-run", "--json"], args].concat()).success();
+        serde_json::from_slice(&assert.get_output().stdout).unwrap()
     }
 
     fn metrics(&self, args: &[&str]) -> Value {
@@ -277,4 +285,202 @@ fn questions_of_several_files_are_those_of_one() {
     let weights =
         |output: &str, train: &str| bench.weights("question-answering", output, &["--train", train]);
     assert!(weights("one", "all.json") == weights("two", "data"));
+}
+
+/// How many records of each label a part has.
+fn labels(split: &Value) -> Vec<(String, u64)> {
+    let count = |pair: &Value| (pair[0].as_str().unwrap().to_owned(), pair[1].as_u64().unwrap());
+    let mut labels: Vec<_> = split["labels"].as_array().unwrap().iter().map(count).collect();
+    labels.sort();
+    labels
+}
+
+/// Records of three labels: 29, 13 and 1.
+fn uneven() -> Bench {
+    let bench = Bench::new("tiny-bert-single");
+    let label = |i| {
+        if i == 20 {
+            "neutral"
+        } else if i % 7 < 2 {
+            "negative"
+        } else {
+            "positive"
+        }
+    };
+    let records: Vec<(String, &str)> = (0..43).map(|i| (format!("good film {i}"), label(i))).collect();
+    bench.write("all.jsonl", jsonl(&records));
+    bench.write("data/a.jsonl", jsonl(&records[..11]));
+    bench.write("data/b.csv", csv(&records[11..30]));
+    bench.write("data/c.jsonl", jsonl(&records[30..]));
+    bench
+}
+
+#[test]
+fn a_part_that_is_drawn_keeps_the_labels_shares() {
+    let bench = uneven();
+    let task = "text-classification";
+    let found = bench.dry_run(task, &["--train", "all.jsonl", "--validation-split", "0.25"]);
+    let of = |label: &str, count| (label.to_owned(), count);
+    assert_eq!(labels(&found["eval"]), [of("negative", 4), of("positive", 7)]);
+    assert_eq!(labels(&found["train"]), [of("negative", 9), of("neutral", 1), of("positive", 22)]);
+    assert_eq!((&found["train"]["records"], &found["train"]["drawn_from"]), (&json!(32), &json!(43)));
+    assert_eq!(found["shared"]["exact"], 0, "a record is learnt from and measured on");
+    let more = ["--train", "all.jsonl", "--validation-split", "0.25", "--train-fraction", "0.5"];
+    let found = bench.dry_run(task, &more);
+    assert_eq!(labels(&found["eval"]), [of("negative", 4), of("positive", 7)]);
+    let learnt = labels(&found["train"]);
+    assert!(learnt[0].1 == 4 || learnt[0].1 == 5, "{learnt:?}");
+    assert_eq!((learnt[1].1, learnt[2].1), (1, 11));
+    let told = bench.train(task, "none", &[&more[..], &["--dry-run"]].concat()).success();
+    let said = stderr(&told);
+    for part in [
+        "labels with a single record, which stays in training: neutral",
+        "--validation-split 0.25: 11 of 43 records are measured on",
+        "--train-fraction 0.5: 16 of 32 records are learnt from",
+    ] {
+        assert!(said.contains(part), "{part:?} is not in:\n{said}");
+    }
+    let told = String::from_utf8_lossy(&told.get_output().stdout).into_owned();
+    assert!(told.contains("training    all.jsonl: 16 records, drawn from 43"), "{told}");
+    assert!(told.contains("evaluation  all.jsonl: 11 records, drawn from 43"), "{told}");
+}
+
+#[test]
+fn what_is_drawn_depends_on_the_seed_and_the_records_alone() {
+    let bench = uneven();
+    let task = "text-classification";
+    let split = ["--validation-split", "0.2", "--train-fraction", "0.6"];
+    let train = |output: &str, args: &[&str]| {
+        bench.train(task, output, &[&split[..], args].concat()).success();
+        let log = std::fs::read_to_string(bench.path(output).join("training/log.jsonl")).unwrap();
+        let lines = log.lines().map(|line| {
+            let mut line: Value = serde_json::from_str(line).unwrap();
+            line.as_object_mut().unwrap().remove("tokens_per_second");
+            line
+        });
+        lines.collect::<Vec<_>>()
+    };
+    let one = train("one", &["--train", "all.jsonl"]);
+    assert!(one.iter().any(|line| line["eval_accuracy"].is_number()), "nothing was measured");
+    assert_eq!(train("again", &["--train", "all.jsonl"]), one);
+    assert_eq!(train("files", &["--train", "data"]), one, "cut into files");
+    // the same records as files of their own
+    let measured = bench.dry_run(task, &[&split[..], &["--train", "all.jsonl"]].concat());
+    assert_eq!((&measured["eval"]["records"], &measured["train"]["records"]), (&json!(9), &json!(20)));
+    assert_ne!(train("other", &["--train", "all.jsonl", "--seed", "7"]), one);
+}
+
+#[test]
+#[cfg(unix)]
+fn a_resumed_run_draws_the_same() {
+    let bench = uneven();
+    let args = ["--train", "data", "--validation-split", "0.2", "--epochs", "12", "--batch-size", "2"];
+    let fixed = ["train", "--task", "text-classification", "--model", "model", "--max-length", "32"];
+    bench.train("text-classification", "whole", &args).success();
+    let mut run = Command::new(assert_cmd::cargo::cargo_bin!("tk"))
+        .current_dir(bench.0.path())
+        .args([&fixed[..], &["--output", "killed"], &args].concat())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(run.stderr.take().unwrap()).lines();
+    lines
+        .by_ref()
+        .map(Result::unwrap)
+        .find(|line| line.starts_with("step 55/"))
+        .expect("the run tells of the step");
+    run.kill().unwrap();
+    run.wait().unwrap();
+    assert!(!bench.path("killed/model.safetensors").exists());
+    bench.tk(&["train", "--resume", "--output", "killed"]).success();
+    let weights = |output: &str| std::fs::read(bench.path(output).join("model.safetensors")).unwrap();
+    assert!(weights("killed") == weights("whole"));
+}
+
+#[test]
+fn a_group_stays_together() {
+    let bench = Bench::new("tiny-bert-single");
+    // eight writers, who say the same every time
+    let texts = ["good", "bad", "the film", "good film", "bad film", "the", "film", "good bad"];
+    let record = |i: usize| {
+        let writer = i % 8;
+        let name = if writer == 3 { json!(writer) } else { json!(writer.to_string()) };
+        json!({"text": texts[writer], "label": (["a", "b"][writer % 2]), "writer": name}).to_string() + "\n"
+    };
+    bench.write("data/a.jsonl", (0..31).map(record).collect::<String>());
+    bench.write("data/b.jsonl", (31..64).map(record).collect::<String>());
+    let split = ["--train", "data", "--validation-split", "0.3"];
+    let found = bench.dry_run("text-classification", &split);
+    assert!(found["shared"]["exact"].as_u64().unwrap() > 0);
+    let grouped = [&split[..], &["--group-column", "writer"]].concat();
+    let found = bench.dry_run("text-classification", &grouped);
+    assert_eq!(found["shared"]["exact"], 0);
+    assert_eq!((&found["eval"]["records"], &found["train"]["records"]), (&json!(16), &json!(48)));
+    let both = [&grouped[..], &["--train-fraction", "0.5"]].concat();
+    let found = bench.dry_run("text-classification", &both);
+    assert_eq!((&found["eval"]["records"], &found["train"]["records"]), (&json!(16), &json!(24)));
+
+    let refused = |args: &[&str]| stderr(&bench.train("text-classification", "out", args).code(2));
+    let said = refused(&["--train", "data", "--validation-split", "0.1", "--group-column", "writer"]);
+    assert!(
+        said.contains(
+            "a part of 6 records is to be drawn, and the smallest of the 8 groups of \"writer\" has 8"
+        ),
+        "{said}"
+    );
+    bench.write("data/c.jsonl", "{\"text\": \"a\", \"label\": \"a\"}\n");
+    let said = refused(&grouped);
+    assert!(
+        said.contains("data/c.jsonl:1: no field \"writer\"") && said.contains("--group-column"),
+        "{said}"
+    );
+}
+
+#[test]
+fn shares_that_are_none_are_refused() {
+    let bench = uneven();
+    let refused = |args: &[&str]| {
+        let args = [&["--train", "all.jsonl"], args].concat();
+        stderr(&bench.train("text-classification", "out", &args).code(2))
+    };
+    for (args, part) in [
+        (&["--validation-split", "0"][..], "--validation-split 0: expected a share between 0 and 1"),
+        (&["--validation-split", "10"], "--validation-split 10: expected a share"),
+        (&["--validation-split", "NaN"], "--validation-split NaN: expected a share"),
+        (&["--train-fraction", "1.5"], "--train-fraction 1.5: expected a share above 0 and up to 1"),
+        (&["--validation-split", "0.001"], "--validation-split 0.001 parts 43 records into 0 and 43"),
+        (&["--group-column", "text"], "--group-column is for --validation-split and --train-fraction"),
+        (&["--validation-split", "0.1", "--eval", "all.jsonl"], "cannot be used with"),
+    ] {
+        let said = refused(args);
+        assert!(said.contains(part), "{said}");
+    }
+    // a record that can't be used is told, wherever it would have been drawn to
+    let text = std::fs::read_to_string(bench.path("all.jsonl")).unwrap();
+    bench.write("all.jsonl", text + "[]\n\n{\"text\": \"a\", \"label\": \"positive\"}\n");
+    let said = refused(&["--validation-split", "0.5", "--train-fraction", "0.1"]);
+    assert!(said.contains("all.jsonl:44: a list") && said.contains("all.jsonl:45: empty line"), "{said}");
+    assert!(!bench.path("out").exists());
+}
+
+#[test]
+fn every_task_takes_a_split() {
+    let bench = Bench::new("tiny-bert-tokens");
+    let sentences: String = (0..10).map(|_| "good\tB-PER\nfilm\tI-PER\n\nbad\tO\nfilm\tB-LOC\n\n").collect();
+    bench.write("all.conll", sentences);
+    let found = bench.dry_run("token-classification", &["--train", "all.conll", "--validation-split", "0.3"]);
+    assert_eq!((&found["train"]["records"], &found["eval"]["records"]), (&json!(14), &json!(6)));
+    let bench = Bench::new("tiny-gpt2-lm");
+    bench.write("all.txt", (0..20).map(|i| format!("the cat {i}\nsat\n\n")).collect::<String>());
+    let documents = ["--train", "all.txt", "--validation-split", "0.1", "--text-unit", "document"];
+    let found = bench.dry_run("causal-lm", &documents);
+    assert_eq!((&found["train"]["records"], &found["eval"]["records"]), (&json!(18), &json!(2)));
+    // numbers are no classes
+    let bench = Bench::new("tiny-bert-regression");
+    bench.write(
+        "all.csv",
+        "text,label\n".to_owned() + &(0..20).map(|i| format!("film,{i}.5\n")).collect::<String>(),
+    );
+    let found = bench.dry_run("text-classification", &["--train", "all.csv", "--validation-split", "0.25"]);
+    assert_eq!((&found["train"]["records"], &found["eval"]["records"]), (&json!(15), &json!(5)));
 }
