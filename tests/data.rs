@@ -9,6 +9,9 @@ use std::process::{Command, Stdio};
 
 use common::{copy_dir, json, models, tk};
 use serde_json::{Value, json};
+use tk::data::records::Files;
+use tk::model::ModelConfig;
+use tk::task::{Encoder, Start, Task};
 
 /// A model in a folder with room for inputs and outputs.
 struct Bench(tempfile::TempDir);
@@ -483,4 +486,65 @@ fn every_task_takes_a_split() {
     );
     let found = bench.dry_run("text-classification", &["--train", "all.csv", "--validation-split", "0.25"]);
     assert_eq!((&found["train"]["records"], &found["eval"]["records"]), (&json!(15), &json!(5)));
+}
+
+/// What each task learns from a file, in as many threads.
+fn examples(task: &str, model: &str, name: &str, text: &str, threads: usize) -> String {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join(name);
+    std::fs::write(&path, text).unwrap();
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+    let learn = || {
+        let mut start = Start {
+            model: &models(model),
+            config: ModelConfig::read(&models(model)).unwrap(),
+            from_scratch: false,
+            train: &Files::from(&path),
+            records: &Default::default(),
+            training: &Default::default(),
+            max_length: 16,
+            say: &Default::default(),
+        };
+        let learning = Task::learn(task, &mut start).unwrap();
+        let encoder = Encoder {
+            records: &Default::default(),
+            training: &Default::default(),
+            tokenizer: &learning.tokenizer,
+            max_length: 16,
+        };
+        let measured = learning.task.examples(&Files::from(&path), &encoder).unwrap();
+        assert!(learning.examples.len() > 9000 && measured.len() > 9000, "{task}: more than two blocks");
+        format!("{:?}\n{measured:?}", learning.examples)
+    };
+    pool.install(learn)
+}
+
+#[test]
+fn examples_are_the_same_in_the_same_order_whatever_the_number_of_threads() {
+    let words = |i: usize| format!("{} film {}", ["good", "bad", "the"][i % 3], "good ".repeat(i % 7));
+    let lines = |line: fn(usize, String) -> Value| -> String {
+        (0..10_000).map(|i| line(i, words(i)).to_string() + "\n").collect()
+    };
+    let labelled = lines(|i, text| json!({"text": text, "label": (["positive", "negative"][i % 2])}));
+    let texts = lines(|_, text| json!({"text": text}));
+    let tagged = lines(|i, text| {
+        let tokens: Vec<&str> = text.split(' ').filter(|word| !word.is_empty()).collect();
+        let tags = vec![["O", "B-PER"][i % 2]; tokens.len()];
+        json!({"tokens": tokens, "tags": tags})
+    });
+    let asked = lines(
+        |_, text| json!({"question": "what", "context": text, "answers": {"text": [text[..3]], "answer_start": [0]}}),
+    );
+    let related = lines(|_, text| json!({"anchor": text, "positive": "good film"}));
+    for (task, model, text) in [
+        ("text-classification", "tiny-bert-single", &labelled),
+        ("token-classification", "tiny-bert-tokens", &tagged),
+        ("question-answering", "tiny-bert-answers", &asked),
+        ("masked-lm", "tiny-bert-masked", &texts),
+        ("causal-lm", "tiny-gpt2-lm", &texts),
+        ("embedding", "tiny-bert-embedding", &related),
+    ] {
+        let of = |threads| examples(task, model, "records.jsonl", text, threads);
+        assert!(of(1) == of(3), "{task}");
+    }
 }

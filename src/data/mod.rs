@@ -2,10 +2,13 @@
 
 pub mod batch;
 pub mod hub;
+mod in_order;
 pub mod offsets;
 pub mod records;
 pub mod tokens;
 pub mod windows;
+
+pub use in_order::in_order;
 
 /// A few pages of English, out of books whose authors are long dead: what a model is measured on where nothing else is
 /// given.

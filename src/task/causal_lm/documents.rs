@@ -2,6 +2,7 @@
 
 use super::{CausalLm, NextTokens};
 use crate::data::batch::Encoding;
+use crate::data::in_order;
 use crate::data::records::{self, Files, Place};
 use crate::data::tokens::{Body, Tokenizer};
 use crate::task::{Example, Objective, RecordFlags, Target, listed};
@@ -170,20 +171,25 @@ impl CausalLm {
                 "a maximum length of {max_length} has no room for a token that could be predicted: {least} at least"
             );
         }
-        let prompts: Vec<&str> =
-            documents.iter().map(|document| document.prompt.as_deref().unwrap_or("")).collect();
-        let texts: Vec<&str> = documents.iter().map(|document| document.text.as_str()).collect();
-        let (prompts, texts) = (tokenizer.bodies(&prompts)?, tokenizer.bodies(&texts)?);
-        let wholes = documents
-            .iter()
-            .zip(prompts.into_iter().zip(texts))
-            .map(|(document, (prompt, text))| self.whole(document, &prompt, text, &around));
+        let whole = |document: &Document| {
+            let prompt = tokenizer.body(document.prompt.as_deref().unwrap_or(""))?;
+            anyhow::Ok(self.whole(document, &prompt, tokenizer.body(&document.text)?, &around))
+        };
         let mut examples = Vec::new();
         if cutting == Cutting::Concatenated {
-            self.join(wholes).cut(max_length, false, &mut examples);
+            let mut all = Whole::default();
+            in_order(documents, whole, |_, whole| {
+                self.join(&mut all, whole?);
+                Ok(())
+            })?;
+            all.cut(max_length, false, &mut examples);
             return Ok(examples);
         }
-        for mut whole in wholes.filter(|whole| !whole.empty) {
+        in_order(documents, whole, |_, whole| {
+            let mut whole = whole?;
+            if whole.empty {
+                return Ok(());
+            }
             let mut truncated = false;
             if whole.prompted && whole.ids.len() > max_length {
                 let completion = whole.ids.len() - whole.first;
@@ -202,7 +208,8 @@ impl CausalLm {
                 }
             }
             whole.cut(max_length, truncated, &mut examples);
-        }
+            Ok(())
+        })?;
         Ok(examples)
     }
 
@@ -232,20 +239,16 @@ impl CausalLm {
         whole
     }
 
-    /// Documents one after another: tokens then see those of the document before theirs. Where one begins with the end
+    /// Puts a document behind all others: its tokens then see those of the document before. Where it begins with the end
     /// token, that of the one before is it.
-    fn join(&self, wholes: impl Iterator<Item = Whole>) -> Whole {
-        let mut all = Whole::default();
-        for mut whole in wholes {
-            if !whole.prompted {
-                whole.predicted.fill(true);
-            }
-            let starts = whole.kept > 0 && whole.ids.first() == all.ids.last();
-            let skipped = usize::from(starts && whole.ids.first().is_some_and(|id| self.ends.contains(id)));
-            all.ids.extend(&whole.ids[skipped..]);
-            all.bytes.extend(&whole.bytes[skipped..]);
-            all.predicted.extend(&whole.predicted[skipped..]);
+    fn join(&self, all: &mut Whole, mut whole: Whole) {
+        if !whole.prompted {
+            whole.predicted.fill(true);
         }
-        all
+        let starts = whole.kept > 0 && whole.ids.first() == all.ids.last();
+        let skipped = usize::from(starts && whole.ids.first().is_some_and(|id| self.ends.contains(id)));
+        all.ids.extend(&whole.ids[skipped..]);
+        all.bytes.extend(&whole.bytes[skipped..]);
+        all.predicted.extend(&whole.predicted[skipped..]);
     }
 }

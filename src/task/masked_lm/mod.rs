@@ -21,6 +21,7 @@ use super::{
     Objective, Output, Outputs, SharedTrainingFlags, Start,
 };
 use crate::data::batch::Encoding;
+use crate::data::in_order;
 use crate::data::records::{self, BadRow, Columns, Files, How, Row, TextUnit};
 use crate::data::tokens::Tokenizer;
 use crate::data::windows::windows;
@@ -350,7 +351,11 @@ fn framed(
         };
         windows(&lengths, room, 0)?.into_iter().map(part).collect::<Result<Vec<_>>>()
     };
-    let framed = texts.par_iter().map(parts).collect::<Result<Vec<_>>>()?.concat();
+    let mut framed = Vec::new();
+    in_order(texts, parts, |_, parts| {
+        framed.append(&mut parts?);
+        Ok(())
+    })?;
     if framed.is_empty() {
         bail_unusable!("{files}: no text has a token that could be masked");
     }

@@ -7,6 +7,7 @@ use serde_json::Value;
 
 use super::{QuestionAnswering, QuestionFlags, Wanted};
 use crate::Result;
+use crate::data::in_order;
 use crate::data::records::{self, BadRow, Columns, Files, Place, Row};
 use crate::data::tokens::{PairWindow, SecondText, Tokenizer};
 use crate::task::flags::refuse_records;
@@ -123,12 +124,15 @@ pub(super) fn examples_of(
 ) -> Result<Vec<Example<Wanted>>> {
     let stride = flags.stride(max_length);
     let (mut examples, mut wrong) = (Vec::new(), Vec::new());
-    for (question, record) in records.iter().enumerate() {
-        let windows = match tokenizer.pair_windows(&record.question, &record.context, max_length, stride) {
+    let windows =
+        |record: &Record| tokenizer.pair_windows(&record.question, &record.context, max_length, stride);
+    in_order(records, windows, |question, windows| {
+        let record = &records[question];
+        let windows = match windows {
             Ok(windows) => windows,
             Err(error) => {
                 wrong.push((record.at, format!("{error:#}")));
-                continue;
+                return Ok(());
             }
         };
         let right: Arc<[String]> = record.answers.clone().into();
@@ -140,7 +144,8 @@ pub(super) fn examples_of(
             let target = Wanted { question, tokens, context, right, text, limits: flags.limits() };
             examples.push(Example { encoding, target });
         }
-    }
+        Ok(())
+    })?;
     refuse_records(files, "questions that can't be used", wrong)?;
     Ok(examples)
 }

@@ -8,7 +8,6 @@ mod windows;
 
 use anyhow::Context;
 use candle_core::{DType, Device, Tensor};
-use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -21,6 +20,7 @@ use super::{
     Objective, Output, Outputs, Start, TextColumns,
 };
 use crate::data::batch::Encoding;
+use crate::data::in_order;
 use crate::data::records::{self, BadRow, Columns, Files, How, Place, Row};
 use crate::data::tokens::Tokenizer;
 use crate::eager::{Eager, X, tensors};
@@ -428,25 +428,23 @@ impl TextClassification {
             }
         }
         refuse_records(files, WRONG_LABELS, wrong)?;
-        let texts: Vec<(&str, Option<&str>)> =
-            records.iter().map(|record| (record.text.as_str(), record.pair.as_deref())).collect();
-        let windows =
-            |(text, pair): &(&str, Option<&str>)| aggregation.windows(tokenizer, text, *pair, max_length);
-        let windows: Vec<Result<Vec<Encoding>>> = texts.par_iter().map(windows).collect();
-        let of_records = windows
-            .into_iter()
-            .zip(records)
-            .map(|(windows, record)| windows.with_context(|| files.at(record.place)));
-        let windows = of_records.collect::<Result<Vec<_>>>()?;
-        let is_empty = |windows: &[Encoding]| windows.iter().any(Encoding::is_empty);
-        let empty = records.iter().zip(&windows).filter(|(_, windows)| is_empty(windows));
-        let empty = empty.map(|(record, _)| (record.place, "the text is empty".to_owned()));
-        refuse_records(files, "texts without tokens", empty)?;
-        let of_text = |(text, (windows, wanted)): (usize, (Vec<Encoding>, Wanted))| {
-            let target = Window { wanted, text, aggregation };
-            windows.into_iter().map(move |encoding| Example { encoding, target: target.clone() })
+        let windows = |record: &Labelled| {
+            aggregation.windows(tokenizer, &record.text, record.pair.as_deref(), max_length)
         };
-        Ok(windows.into_iter().zip(targets).enumerate().flat_map(of_text).collect())
+        let (mut examples, mut empty, mut targets) = (Vec::new(), Vec::new(), targets.into_iter());
+        in_order(records, windows, |text, windows| {
+            let windows = windows.with_context(|| files.at(records[text].place))?;
+            if windows.iter().any(Encoding::is_empty) {
+                empty.push((records[text].place, "the text is empty".to_owned()));
+            }
+            let wanted = targets.next().context("a record has no target")?;
+            let target = Window { wanted, text, aggregation };
+            let example = |encoding| Example { encoding, target: target.clone() };
+            examples.extend(windows.into_iter().map(example));
+            Ok(())
+        })?;
+        refuse_records(files, "texts without tokens", empty)?;
+        Ok(examples)
     }
 
     /// The sum over the examples. A mean over the labels of an example with several, as in

@@ -28,6 +28,7 @@ use super::{
     Objective, Output, Outputs, Start,
 };
 use crate::data::batch::Encoding;
+use crate::data::in_order;
 use crate::data::records::{self, BadRow, Columns, Files, Format, How, Place, Row, TagColumn};
 use crate::data::tokens::Tokenizer;
 use crate::eager::{Eager, X};
@@ -404,12 +405,17 @@ impl TokenClassification {
         });
         refuse_records(files, "tags that can't be used", unknown)?;
         let inside = labels::inside(&self.labels);
-        let mut examples = Vec::new();
-        for (i, sentence) in sentences.iter().enumerate() {
-            let gold: Arc<[u32]> = sentence.tags.iter().map(|tag| ids[tag]).collect();
+        let windows = |sentence: &Sentence| {
             let pieces =
                 tokenizer.pieces_of_words(&sentence.tokens).with_context(|| files.at(sentence.place))?;
-            for window in Windowed::of(&pieces, |at| pieces.words[at], tokenizer, max_length)? {
+            let windows = Windowed::of(&pieces, |at| pieces.words[at], tokenizer, max_length)?;
+            anyhow::Ok((pieces, windows))
+        };
+        let mut examples = Vec::new();
+        in_order(sentences, windows, |i, windowed| {
+            let (pieces, windows) = windowed?;
+            let gold: Arc<[u32]> = sentences[i].tags.iter().map(|tag| ids[tag]).collect();
+            for window in windows {
                 let (mut wanted, mut words) = (vec![None; window.encoding.len()], Vec::new());
                 for (token, at) in window.predicts() {
                     let word = pieces.words[at];
@@ -423,7 +429,8 @@ impl TokenClassification {
                 let target = Tags { sentence: i, gold: gold.clone(), wanted, words };
                 examples.push(Example { encoding: window.encoding, target });
             }
-        }
+            Ok(())
+        })?;
         Ok(examples)
     }
 }
