@@ -137,8 +137,17 @@ fn examples(dir: &Path, task: &str, file: &str) {
     let (records, training, say) = Default::default();
     let (train, max_length) = (&Files::from(&dir.join(file)), 24);
     let (records, training, say) = (&records, &training, &say);
-    let mut start =
-        Start { model: dir, config, from_scratch: false, train, records, training, max_length, say };
+    let mut start = Start {
+        model: dir,
+        config,
+        from_scratch: false,
+        train,
+        records,
+        training,
+        max_length,
+        cache: None,
+        say,
+    };
     let Ok(learning) = Task::learn(task, &mut start) else { return };
     for example in learning.examples {
         let length = example.encoding.len();

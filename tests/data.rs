@@ -9,6 +9,7 @@ use std::process::{Command, Stdio};
 
 use common::{copy_dir, json, models, tk};
 use serde_json::{Value, json};
+use tk::data::cache::Cache;
 use tk::data::records::Files;
 use tk::model::ModelConfig;
 use tk::task::{Encoder, Start, Task};
@@ -489,9 +490,9 @@ fn every_task_takes_a_split() {
 }
 
 /// What each task learns from a file, in as many threads.
-fn examples(task: &str, model: &str, name: &str, text: &str, threads: usize) -> String {
+fn examples(task: &str, model: &str, text: &str, threads: usize, cache: Option<&Cache>) -> String {
     let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join(name);
+    let path = dir.path().join("records.jsonl");
     std::fs::write(&path, text).unwrap();
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
     let learn = || {
@@ -503,6 +504,7 @@ fn examples(task: &str, model: &str, name: &str, text: &str, threads: usize) -> 
             records: &Default::default(),
             training: &Default::default(),
             max_length: 16,
+            cache,
             say: &Default::default(),
         };
         let learning = Task::learn(task, &mut start).unwrap();
@@ -513,17 +515,17 @@ fn examples(task: &str, model: &str, name: &str, text: &str, threads: usize) -> 
             max_length: 16,
         };
         let measured = learning.task.examples(&Files::from(&path), &encoder).unwrap();
-        assert!(learning.examples.len() > 9000 && measured.len() > 9000, "{task}: more than two blocks");
+        assert!(learning.examples.len() > 4100 && measured.len() > 4100, "{task}: more than a block");
         format!("{:?}\n{measured:?}", learning.examples)
     };
     pool.install(learn)
 }
 
 #[test]
-fn examples_are_the_same_in_the_same_order_whatever_the_number_of_threads() {
+fn examples_are_the_same_whatever_the_number_of_threads_and_out_of_the_cache() {
     let words = |i: usize| format!("{} film {}", ["good", "bad", "the"][i % 3], "good ".repeat(i % 7));
     let lines = |line: fn(usize, String) -> Value| -> String {
-        (0..10_000).map(|i| line(i, words(i)).to_string() + "\n").collect()
+        (0..4_200).map(|i| line(i, words(i)).to_string() + "\n").collect()
     };
     let labelled = lines(|i, text| json!({"text": text, "label": (["positive", "negative"][i % 2])}));
     let texts = lines(|_, text| json!({"text": text}));
@@ -536,15 +538,70 @@ fn examples_are_the_same_in_the_same_order_whatever_the_number_of_threads() {
         |_, text| json!({"question": "what", "context": text, "answers": {"text": [text[..3]], "answer_start": [0]}}),
     );
     let related = lines(|_, text| json!({"anchor": text, "positive": "good film"}));
-    for (task, model, text) in [
+    let folder = tempfile::tempdir().unwrap();
+    let cache = Cache::in_folder(folder.path().to_owned(), 1, Default::default());
+    let kept = || folder.path().read_dir().unwrap().count();
+    for (i, (task, model, text)) in [
         ("text-classification", "tiny-bert-single", &labelled),
         ("token-classification", "tiny-bert-tokens", &tagged),
         ("question-answering", "tiny-bert-answers", &asked),
         ("masked-lm", "tiny-bert-masked", &texts),
+        ("masked-lm", "tiny-roberta-masked", &texts),
         ("causal-lm", "tiny-gpt2-lm", &texts),
         ("embedding", "tiny-bert-embedding", &related),
-    ] {
-        let of = |threads| examples(task, model, "records.jsonl", text, threads);
-        assert!(of(1) == of(3), "{task}");
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let one = examples(task, model, text, 1, None);
+        assert!(examples(task, model, text, 3, None) == one, "{task}");
+        assert!(examples(task, model, text, 3, Some(&cache)) == one, "{task}: kept");
+        // of what is learnt and what is measured alike
+        assert_eq!(kept(), i + 1, "{task}");
+        assert!(examples(task, model, text, 2, Some(&cache)) == one, "{task}: of the cache");
+        assert_eq!(kept(), i + 1, "{task}");
     }
+}
+
+#[test]
+fn tokens_of_large_data_are_kept_and_change_no_bit() {
+    let bench = Bench::new("tiny-bert-single");
+    let text = |i: usize| format!("{} {}", ["good", "bad"][i % 2], "the film ".repeat(10_000));
+    let records: Vec<(String, &str)> = (0..13).map(|i| (text(i), ["positive", "negative"][i % 2])).collect();
+    bench.write("all.jsonl", jsonl(&records));
+    let train = |output: &str, variable: &str, folder: &str, args: &[&str]| {
+        let mut tk = tk();
+        tk.current_dir(bench.0.path()).env_remove("TK_CACHE").env_remove("XDG_CACHE_HOME");
+        tk.env(variable, bench.path(folder));
+        tk.args(["train", "-v", "--task", "text-classification", "--model", "model", "--max-length", "16"]);
+        tk.args(["--train", "all.jsonl", "--max-steps", "2", "--output", output]).args(args);
+        stderr(&tk.assert().success())
+    };
+    let weights = |output: &str| std::fs::read(bench.path(output).join("model.safetensors")).unwrap();
+    let files = |folder: &str| -> Vec<PathBuf> {
+        let entries = bench.path(folder).read_dir().into_iter().flatten();
+        entries.map(|entry| entry.unwrap().path()).collect()
+    };
+    let hit = "13 of 13 records' tokens were in";
+    assert!(!train("none", "TK_CACHE", "tokens", &["--no-cache"]).contains(hit));
+    assert!(!train("dry", "TK_CACHE", "tokens", &["--dry-run"]).contains(hit));
+    assert!(!bench.path("tokens").exists() && !bench.path("dry").exists());
+    assert!(!train("kept", "TK_CACHE", "tokens", &[]).contains(hit));
+    assert_eq!(files("tokens").len(), 1);
+    assert!(train("read", "TK_CACHE", "tokens", &[]).contains(hit));
+    assert!(!train("shorter", "TK_CACHE", "tokens", &["--max-length", "8"]).contains(hit));
+    assert!(weights("none") == weights("kept") && weights("kept") == weights("read"));
+    for file in files("tokens") {
+        let bytes = std::fs::read(&file).unwrap();
+        std::fs::write(&file, &bytes[..bytes.len() - 1]).unwrap();
+    }
+    let said = train("damaged", "TK_CACHE", "tokens", &[]);
+    assert!(said.contains("it is damaged: it is made anew"), "{said}");
+    assert!(weights("damaged") == weights("kept"));
+    train("elsewhere", "XDG_CACHE_HOME", "xdg", &[]);
+    assert_eq!(files("xdg/tk").len(), 1);
+    // a folder that can't be written is told, and no more
+    let said = train("file", "TK_CACHE", "all.jsonl", &[]);
+    assert!(said.contains("tokens can't be kept in"), "{said}");
+    assert!(weights("file") == weights("kept"));
 }

@@ -8,6 +8,7 @@ use indicatif::HumanCount;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
+use crate::data::cache::Cache;
 use crate::data::records::Files;
 use crate::say::{Say, peak_rss_bytes};
 use crate::task::{Learning, Metrics, RecordFlags, Task, TrainingFlags};
@@ -65,6 +66,11 @@ pub struct Args {
     #[arg(long)]
     #[serde(default)]
     from_scratch: bool,
+    /// Tokenize everything anew, and keep none of it. Else the tokens of large data are kept in TK_CACHE (or tk in XDG_CACHE_HOME,
+    /// or in ~/.cache), 8 GiB at most: what was used the longest ago goes first.
+    #[arg(long)]
+    #[serde(skip)]
+    no_cache: bool,
     /// Where to compute: cpu, cuda or cuda:N.
     #[arg(long, default_value = "cpu")]
     device: String,
@@ -132,6 +138,9 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
         bail_unusable!("--checkpoint-activations works with --device cpu; here, try a smaller --batch-size");
     }
     let divided = args.split.divide(&job)?;
+    // a dry run writes nothing
+    let cache = (!args.no_cache && !args.dry_run).then(|| Cache::of_user(say)).flatten();
+    let job = Job { cache: cache.as_ref(), ..job };
     let job = match &divided {
         Some(divided) => Job { train: &divided.train, eval: divided.eval.as_ref().or(job.eval), ..job },
         None => job,
@@ -184,6 +193,7 @@ impl Args {
             records: &self.records,
             training: &self.training,
             settings: &self.settings,
+            cache: None,
         }
     }
 }

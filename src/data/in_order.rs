@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use crate::Result;
 
 /// Items that are under way together: enough to keep all threads at work, few enough to be held.
-const BLOCK: usize = 4096;
+pub(super) const BLOCK: usize = 4096;
 
 /// Makes something of each item, and hands it over with the item's index, one after the other: it is as if one thread did
 /// all. What is made and not yet taken is that of a block, however many items there are.
@@ -17,13 +17,23 @@ pub fn in_order<I: Sync, O: Send>(
     make: impl Fn(&I) -> O + Sync,
     mut take: impl FnMut(usize, O) -> Result<()>,
 ) -> Result<()> {
-    for (block, items) in items.chunks(BLOCK).enumerate() {
-        let made: Vec<O> = items.par_iter().map(&make).collect();
-        for (i, made) in made.into_iter().enumerate() {
-            take(block * BLOCK + i, made)?;
+    let mut taken = 0;
+    blocks(items, make, |made| {
+        for made in made {
+            take(taken, made)?;
+            taken += 1;
         }
-    }
-    Ok(())
+        Ok(())
+    })
+}
+
+/// The same, where what is made is taken a block at a time.
+pub(super) fn blocks<I: Sync, O: Send>(
+    items: &[I],
+    make: impl Fn(&I) -> O + Sync,
+    mut take: impl FnMut(Vec<O>) -> Result<()>,
+) -> Result<()> {
+    items.chunks(BLOCK).try_for_each(|items| take(items.par_iter().map(&make).collect()))
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! Files → records → tokens → batches.
 
 pub mod batch;
+pub mod cache;
 pub mod hub;
 mod in_order;
 pub mod offsets;

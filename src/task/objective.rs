@@ -19,6 +19,7 @@ use super::{
     Task, TrainingFlags, scores,
 };
 use crate::data::batch::Encoding;
+use crate::data::cache::Cache;
 use crate::data::records::{BadRow, Columns, Files, How, Row};
 use crate::data::tokens::Tokenizer;
 use crate::eager::{Eager, Forward, X};
@@ -57,6 +58,8 @@ pub struct Start<'a> {
     pub records: &'a RecordFlags,
     pub training: &'a TrainingFlags,
     pub max_length: usize,
+    /// Where tokens are kept for other runs.
+    pub cache: Option<&'a Cache>,
     pub say: &'a Say,
 }
 
@@ -77,7 +80,7 @@ impl Start<'_> {
         tokenizer.check_fits(self.config.vocab_size(), self.config.token_types())?;
         token_ids::check(&self.config.raw, self.config.vocab_size())
             .map_err(|error| self.in_config(error))?;
-        Ok(tokenizer)
+        Ok(tokenizer.cached_in(self.cache))
     }
 
     /// The model's tokenizer; of a model that is drawn anew and has none, one that learns its vocabulary from the texts,

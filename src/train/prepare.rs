@@ -7,6 +7,7 @@ use indicatif::HumanCount;
 
 use super::Settings;
 use crate::checkpoint::{self, Weights, file_hash};
+use crate::data::cache::Cache;
 use crate::data::records::Files;
 use crate::data::{hub, tokens};
 use crate::eager::{Init, Params};
@@ -30,6 +31,8 @@ pub struct Job<'a> {
     pub records: &'a RecordFlags,
     pub training: &'a TrainingFlags,
     pub settings: &'a Settings,
+    /// Where tokens are kept for other runs.
+    pub cache: Option<&'a Cache>,
 }
 
 impl Job<'_> {
@@ -87,7 +90,7 @@ impl Prepared {
     /// # Errors
     /// Unusable: a model that can't be trained for the task, or records that can't be learnt from.
     pub fn new(job: &Job, device: &Device, say: &Say) -> Result<Self> {
-        let Job { settings, records, training, from_scratch, train, .. } = *job;
+        let Job { settings, records, training, from_scratch, train, cache, .. } = *job;
         let max_length = settings.max_length;
         let model = hub::model_dir(job.model, say.quiet)?;
         let mut config = ModelConfig::read(&model)?;
@@ -101,7 +104,8 @@ impl Prepared {
             );
         }
         let model = model.as_path();
-        let mut start = Start { model, config, from_scratch, train, records, training, max_length, say };
+        let mut start =
+            Start { model, config, from_scratch, train, records, training, max_length, cache, say };
         let learning = Task::learn(job.task, &mut start)?;
         let (task, mut config) = (&learning.task, start.config);
         settings.check_task(task)?;

@@ -1,8 +1,10 @@
 //! Texts, prompts and completions → examples of a length that a model takes.
 
+use serde::{Deserialize, Serialize};
+
 use super::{CausalLm, NextTokens};
 use crate::data::batch::Encoding;
-use crate::data::in_order;
+use crate::data::cache::Key;
 use crate::data::records::{self, Files, Place};
 use crate::data::tokens::{Body, Tokenizer};
 use crate::task::{Example, Objective, RecordFlags, Target, listed};
@@ -22,7 +24,7 @@ pub enum Cutting {
 }
 
 /// A document's tokens, or those of several, before they are cut.
-#[derive(Default)]
+#[derive(Default, Serialize, Deserialize)]
 struct Whole {
     /// (T)
     ids: Vec<u32>,
@@ -175,17 +177,22 @@ impl CausalLm {
             let prompt = tokenizer.body(document.prompt.as_deref().unwrap_or(""))?;
             anyhow::Ok(self.whole(document, &prompt, tokenizer.body(&document.text)?, &around))
         };
+        let of = format!("{} {:?} {:?}", Self::NAME, self.start, self.ends);
+        let own = |document: &Document, key: &mut Key| {
+            key.add(document.prompt.as_deref());
+            key.add(Some(&document.text));
+        };
         let mut examples = Vec::new();
         if cutting == Cutting::Concatenated {
             let mut all = Whole::default();
-            in_order(documents, whole, |_, whole| {
+            tokenizer.in_order(&of, documents, own, whole, |_, whole| {
                 self.join(&mut all, whole?);
                 Ok(())
             })?;
             all.cut(max_length, false, &mut examples);
             return Ok(examples);
         }
-        in_order(documents, whole, |_, whole| {
+        tokenizer.in_order(&of, documents, own, whole, |_, whole| {
             let mut whole = whole?;
             if whole.empty {
                 return Ok(());

@@ -27,7 +27,8 @@ use super::{
     Outputs, Start, TextColumns,
 };
 use crate::data::batch::Encoding;
-use crate::data::records::{BadRow, Columns, Files, How, Place, Row};
+use crate::data::cache::Key;
+use crate::data::records::{BadRow, Columns, Files, How, Row};
 use crate::data::tokens::Tokenizer;
 use crate::eager::{Eager, Forward, X};
 use crate::model::ops::Ops;
@@ -500,19 +501,21 @@ impl Embedding {
             )?;
         }
         let document = if kind == Some(Kind::Scored) { prompts.0 } else { prompts.1 };
-        let mut texts: Vec<(String, Option<String>)> = Vec::with_capacity(2 * records.len());
+        let mut texts: Vec<String> = Vec::with_capacity(2 * records.len());
         let mut places = Vec::with_capacity(texts.capacity());
         for record in &records {
             for (i, text) in record.texts.iter().enumerate() {
-                texts.push((self.text(text, if i == 0 { prompts.0 } else { document }), None));
+                texts.push(self.text(text, if i == 0 { prompts.0 } else { document }));
                 places.push(record.place);
             }
         }
-        let encodings = encoder.tokenizer.encode_all(&texts, encoder.max_length).map_err(|error| {
-            let bad =
-                |(text, _): &(String, _)| encoder.tokenizer.encode(text, None, encoder.max_length).is_err();
-            let first = texts.iter().position(bad).map_or(Place::default(), |i| places[i]);
-            error.context(files.at(first))
+        let (tokenizer, max_length) = (encoder.tokenizer, encoder.max_length);
+        let mut encodings = Vec::with_capacity(texts.len());
+        let own = |text: &String, key: &mut Key| key.add(Some(text));
+        let encode = |text: &String| tokenizer.encode(text, None, max_length);
+        tokenizer.in_order(&format!("{} {max_length}", Self::NAME), &texts, own, encode, |i, encoding| {
+            encodings.push(encoding.with_context(|| files.at(places[i]))?);
+            Ok(())
         })?;
         let empty = encodings.iter().zip(&places).filter(|(encoding, _)| encoding.is_empty());
         refuse_records(

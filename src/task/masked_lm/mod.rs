@@ -21,7 +21,7 @@ use super::{
     Objective, Output, Outputs, SharedTrainingFlags, Start,
 };
 use crate::data::batch::Encoding;
-use crate::data::in_order;
+use crate::data::cache::Key;
 use crate::data::records::{self, BadRow, Columns, Files, How, Row, TextUnit};
 use crate::data::tokens::Tokenizer;
 use crate::data::windows::windows;
@@ -352,7 +352,9 @@ fn framed(
         windows(&lengths, room, 0)?.into_iter().map(part).collect::<Result<Vec<_>>>()
     };
     let mut framed = Vec::new();
-    in_order(texts, parts, |_, parts| {
+    let of = format!("{} {max_length}", MaskedLm::NAME);
+    let own = |text: &String, key: &mut Key| key.add(Some(text));
+    tokenizer.in_order(&of, texts, own, parts, |_, parts| {
         framed.append(&mut parts?);
         Ok(())
     })?;

@@ -11,10 +11,11 @@ use std::sync::Arc;
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
-use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
 use unicode_segmentation::UnicodeSegmentation;
 
 use crate::data::batch::Encoding;
+use crate::data::cache::Key;
 use crate::data::records::Files;
 use crate::data::tokens::Tokenizer;
 use crate::task::masked_lm::below;
@@ -27,6 +28,7 @@ pub struct Corpus {
 }
 
 /// One document.
+#[derive(Serialize, Deserialize)]
 struct Document {
     /// (T)
     ids: Vec<u32>,
@@ -88,9 +90,13 @@ impl Corpus {
     /// # Errors
     /// Unusable: fewer than two documents, or none of two tokens: no second text could be another's.
     pub fn new(texts: &[String], files: &Files, tokenizer: &Tokenizer) -> Result<Self> {
-        let documents = texts.par_iter().map(|text| Document::new(text, tokenizer));
-        let mut documents = documents.collect::<Result<Vec<_>>>()?;
-        documents.retain(|document| !document.ids.is_empty());
+        let mut documents: Vec<Document> = Vec::new();
+        let own = |text: &String, key: &mut Key| key.add(Some(text));
+        let document = |text: &String| Document::new(text, tokenizer);
+        tokenizer.in_order("sentences", texts, own, document, |_, document| {
+            documents.extend(Some(document?).filter(|document| !document.ids.is_empty()));
+            Ok(())
+        })?;
         if documents.len() < 2 {
             bail_unusable!(
                 "{files}: {} documents with text, two at least are needed: a second text is often another document's. In a \

@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::{QuestionAnswering, QuestionFlags, Wanted};
 use crate::Result;
-use crate::data::in_order;
+use crate::data::cache::Key;
 use crate::data::records::{self, BadRow, Columns, Files, Place, Row};
 use crate::data::tokens::{PairWindow, SecondText, Tokenizer};
 use crate::task::flags::refuse_records;
@@ -126,7 +126,12 @@ pub(super) fn examples_of(
     let (mut examples, mut wrong) = (Vec::new(), Vec::new());
     let windows =
         |record: &Record| tokenizer.pair_windows(&record.question, &record.context, max_length, stride);
-    in_order(records, windows, |question, windows| {
+    let of = format!("{} {max_length} {stride}", QuestionAnswering::NAME);
+    let own = |record: &Record, key: &mut Key| {
+        key.add(Some(&record.question));
+        key.add(Some(&record.context));
+    };
+    tokenizer.in_order(&of, records, own, windows, |question, windows| {
         let record = &records[question];
         let windows = match windows {
             Ok(windows) => windows,

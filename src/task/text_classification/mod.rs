@@ -20,7 +20,7 @@ use super::{
     Objective, Output, Outputs, Start, TextColumns,
 };
 use crate::data::batch::Encoding;
-use crate::data::in_order;
+use crate::data::cache::Key;
 use crate::data::records::{self, BadRow, Columns, Files, How, Place, Row};
 use crate::data::tokens::Tokenizer;
 use crate::eager::{Eager, X, tensors};
@@ -432,7 +432,12 @@ impl TextClassification {
             aggregation.windows(tokenizer, &record.text, record.pair.as_deref(), max_length)
         };
         let (mut examples, mut empty, mut targets) = (Vec::new(), Vec::new(), targets.into_iter());
-        in_order(records, windows, |text, windows| {
+        let of = format!("{} {aggregation:?} {max_length}", Self::NAME);
+        let own = |record: &Labelled, key: &mut Key| {
+            key.add(Some(&record.text));
+            key.add(record.pair.as_deref());
+        };
+        tokenizer.in_order(&of, records, own, windows, |text, windows| {
             let windows = windows.with_context(|| files.at(records[text].place))?;
             if windows.iter().any(Encoding::is_empty) {
                 empty.push((records[text].place, "the text is empty".to_owned()));

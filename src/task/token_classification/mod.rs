@@ -28,7 +28,7 @@ use super::{
     Objective, Output, Outputs, Start,
 };
 use crate::data::batch::Encoding;
-use crate::data::in_order;
+use crate::data::cache::Key;
 use crate::data::records::{self, BadRow, Columns, Files, Format, How, Place, Row, TagColumn};
 use crate::data::tokens::Tokenizer;
 use crate::eager::{Eager, X};
@@ -412,7 +412,12 @@ impl TokenClassification {
             anyhow::Ok((pieces, windows))
         };
         let mut examples = Vec::new();
-        in_order(sentences, windows, |i, windowed| {
+        let of = format!("{} {max_length}", Self::NAME);
+        let own = |sentence: &Sentence, key: &mut Key| {
+            sentence.tokens.iter().for_each(|token| key.add(Some(token)));
+            key.add(None);
+        };
+        tokenizer.in_order(&of, sentences, own, windows, |i, windowed| {
             let (pieces, windows) = windowed?;
             let gold: Arc<[u32]> = sentences[i].tags.iter().map(|tag| ids[tag]).collect();
             for window in windows {
