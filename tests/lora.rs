@@ -73,7 +73,7 @@ fn examples(base: &Path, task: &Task) -> Vec<Example> {
         let tokenizer = tk::data::tokens::Tokenizer::open(base).unwrap();
         let encoder =
             Encoder { records: &records, training: &training, tokenizer: &tokenizer, max_length: 64 };
-        return task.examples(file.path(), &encoder).unwrap();
+        return task.examples(&(&file.path().to_path_buf()).into(), &encoder).unwrap();
     }
     let of = |key: &str, i: usize| serde_json::from_value::<Vec<u32>>(reference[key][i].clone()).unwrap();
     let example = |(i, record): (usize, &Value)| {

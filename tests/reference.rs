@@ -156,7 +156,7 @@ fn answered(task: &Task, name: &str, record: &Value, max_length: usize, stride: 
     let tokenizer = Tokenizer::open(&models(name)).unwrap();
     let encoder =
         Encoder { records: &records, training: &Default::default(), tokenizer: &tokenizer, max_length };
-    task.examples(&file, &encoder).unwrap()
+    task.examples(&(&file).into(), &encoder).unwrap()
 }
 
 /// The tokens that an answer begins and ends with.
@@ -573,7 +573,7 @@ fn the_labels_of_all_pieces_and_their_loss_are_those_of_transformers() {
         let max_length = r.json["max_length"].as_u64().unwrap() as usize;
         let encoder =
             Encoder { records: &records, training: &Default::default(), tokenizer: &tokenizer, max_length };
-        let ours = r.task.examples(&file, &encoder).unwrap();
+        let ours = r.task.examples(&(&file).into(), &encoder).unwrap();
         let mut compared = 0;
         for (i, example) in r.examples.iter_mut().enumerate() {
             let all_pieces = tags(&r.json["targets_of_all_pieces"][i]);

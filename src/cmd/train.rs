@@ -8,6 +8,8 @@ use indicatif::HumanCount;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
+use crate::data::cache::Cache;
+use crate::data::records::Files;
 use crate::error::{self, Stopped};
 use crate::say::{Say, peak_rss_bytes, tell};
 use crate::task::{Learning, Metrics, RecordFlags, Task, TrainingFlags};
@@ -15,6 +17,7 @@ use crate::train::checkpoint::Folder;
 use crate::train::dry_run::DryRun;
 use crate::train::output::{self, EarlierRun};
 use crate::train::prepare::{Job, Prepared};
+use crate::train::split::SplitFlags;
 use crate::train::verify::verify_resume;
 use crate::train::{End, Outcome, Run, Settings};
 use crate::world::{self, World};
@@ -31,12 +34,15 @@ pub struct Args {
     #[arg(long, value_name = "DIR|ID", alias = "model-name-or-path")]
     model: String,
     /// Records to learn from: .jsonl, .json, .csv, .tsv, .parquet; or .txt, a text a line (--text-unit asks for longer ones).
-    #[arg(long, value_name = "FILE", alias = "train-file")]
-    train: PathBuf,
-    /// Records to measure on; the best evaluation's weights are kept.
-    #[arg(long, value_name = "FILE", alias = "validation-file")]
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    eval: Option<PathBuf>,
+    /// Each may be packed: .jsonl.gz, .csv.zst.
+    /// Several files are read as one: name them, a folder (all files of these kinds below it) or a pattern ('data/*.jsonl').
+    #[arg(long, value_name = "FILE", alias = "train-file", required = true, num_args = 1..)]
+    #[serde(with = "names")]
+    train: Vec<PathBuf>,
+    /// Records to measure on, named in the same ways; the best evaluation's weights are kept.
+    #[arg(long, value_name = "FILE", alias = "validation-file", num_args = 1..)]
+    #[serde(with = "names", default, skip_serializing_if = "Vec::is_empty")]
+    eval: Vec<PathBuf>,
     /// The directory to write.
     #[arg(long, value_name = "DIR", alias = "output-dir")]
     #[serde(skip)]
@@ -72,6 +78,11 @@ pub struct Args {
     #[arg(long)]
     #[serde(default)]
     from_scratch: bool,
+    /// Tokenize everything anew, and keep none of it. Else the tokens of large data are kept in TK_CACHE (or tk in XDG_CACHE_HOME,
+    /// or in ~/.cache), 8 GiB at most: what was used the longest ago goes first.
+    #[arg(long)]
+    #[serde(skip)]
+    no_cache: bool,
     /// Where to compute: cpu, cuda or cuda:N.
     #[arg(long, default_value = "cpu")]
     device: String,
@@ -80,10 +91,41 @@ pub struct Args {
     training: TrainingFlags,
     #[command(flatten)]
     #[serde(flatten)]
+    split: SplitFlags,
+    #[command(flatten)]
+    #[serde(flatten)]
     records: RecordFlags,
     #[command(flatten)]
     #[serde(flatten)]
     settings: Settings,
+}
+
+/// Names as a file of settings has them: one as it is, several as a list.
+mod names {
+    use std::path::PathBuf;
+
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Names {
+        One(PathBuf),
+        Several(Vec<PathBuf>),
+    }
+
+    pub fn serialize<S: Serializer>(names: &[PathBuf], serializer: S) -> Result<S::Ok, S::Error> {
+        match names {
+            [name] => name.serialize(serializer),
+            names => names.serialize(serializer),
+        }
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<PathBuf>, D::Error> {
+        Ok(match Names::deserialize(deserializer)? {
+            Names::One(name) => vec![name],
+            Names::Several(names) => names,
+        })
+    }
 }
 
 /// Trains and writes the model, as one of several processes where several were started.
@@ -103,8 +145,12 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
 fn train(args: &Args, world: &dyn World, say: Say) -> Result<()> {
     let say = Say { quiet: say.quiet || !world.leads(), ..say };
     args.settings.check()?;
-    let job = args.job();
+    let named = |names| Files::named(names, args.records.reading.format);
+    let train = named(&args.train)?;
+    let eval = if args.eval.is_empty() { None } else { Some(named(&args.eval)?) };
+    let job = args.job(&train, eval.as_ref());
     job.check()?;
+    args.split.check()?;
     let asked = match (args.resume, args.overwrite) {
         (true, _) => EarlierRun::Resume,
         (false, true) => EarlierRun::Overwrite,
@@ -131,6 +177,15 @@ fn train(args: &Args, world: &dyn World, say: Say) -> Result<()> {
     if args.settings.checkpoint_activations && !device.is_cpu() {
         bail_unusable!("--checkpoint-activations works with --device cpu; here, try a smaller --batch-size");
     }
+    let divided = args.split.divide(&job)?;
+    // a dry run writes nothing
+    let cache = (!args.no_cache && !args.dry_run).then(|| Cache::of_user(say)).flatten();
+    let job = Job { cache: cache.as_ref(), ..job };
+    let job = match &divided {
+        Some(divided) => Job { train: &divided.train, eval: divided.eval.as_ref().or(job.eval), ..job },
+        None => job,
+    };
+    divided.iter().flat_map(|divided| &divided.told).for_each(|text| say.line(text));
     let mut prepared = Prepared::new(&job, &device, &say)?;
     if args.dry_run {
         return dry_run(args, &job, &prepared, &device, &say);
@@ -183,16 +238,17 @@ fn train(args: &Args, world: &dyn World, say: Say) -> Result<()> {
 }
 
 impl Args {
-    fn job(&self) -> Job<'_> {
+    fn job<'a>(&'a self, train: &'a Files, eval: Option<&'a Files>) -> Job<'a> {
         Job {
             task: &self.task,
             model: &self.model,
-            train: &self.train,
-            eval: self.eval.as_deref(),
+            train,
+            eval,
             from_scratch: self.from_scratch,
             records: &self.records,
             training: &self.training,
             settings: &self.settings,
+            cache: None,
         }
     }
 }

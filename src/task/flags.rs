@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::data::offsets::OffsetUnit;
-use crate::data::records::{BadRow, Columns, Format, How, Row, TextEncoding, TextUnit};
+use crate::data::records::{BadRow, Columns, Files, Format, How, Place, Row, TextEncoding, TextUnit};
 use crate::{Result, bail_unusable};
 
 /// How records stand in files.
@@ -185,13 +185,13 @@ pub(super) fn refuse_shared(flags: &impl Serialize, takers: &[(&str, &[&str])], 
 ///
 /// # Errors
 /// Unusable: there are some.
-pub(super) fn refuse_records(
-    path: &Path,
+pub(crate) fn refuse_records(
+    files: &Files,
     what: &str,
-    wrong: impl IntoIterator<Item = (usize, String)>,
+    wrong: impl IntoIterator<Item = (Place, String)>,
 ) -> Result<()> {
     let mut lines: Vec<String> =
-        wrong.into_iter().map(|(line, why)| format!("  {}:{line}: {why}", path.display())).collect();
+        wrong.into_iter().map(|(place, why)| format!("  {}: {why}", files.at(place))).collect();
     if lines.is_empty() {
         return Ok(());
     }
@@ -200,5 +200,5 @@ pub(super) fn refuse_records(
     if more > 0 {
         lines.push(format!("  and {more} more"));
     }
-    bail_unusable!("{}: {what}:\n{}", path.display(), lines.join("\n"));
+    bail_unusable!("{files}: {what}:\n{}", lines.join("\n"));
 }

@@ -29,7 +29,7 @@ use serde_json::{Map, Value};
 
 use crate::checkpoint::Weights;
 use crate::data::batch::{Encoding, PackedBatch};
-use crate::data::records::{BadRow, Columns, How, Row};
+use crate::data::records::{BadRow, Columns, Files, How, Row};
 use crate::data::tokens::Tokenizer;
 use crate::eager::{Eager, Forward, X};
 use crate::model::ops::{Ops, Param};
@@ -401,9 +401,9 @@ macro_rules! tasks {
             }
 
             /// See [`Objective::examples`].
-            pub fn examples(&self, path: &Path, encoder: &Encoder) -> Result<Vec<Example>> {
+            pub fn examples(&self, files: &Files, encoder: &Encoder) -> Result<Vec<Example>> {
                 match self {
-                    $(Self::$task(task) => Ok(listed(task.examples(path, encoder)?, Target::$task)),)+
+                    $(Self::$task(task) => Ok(listed(task.examples(files, encoder)?, Target::$task)),)+
                 }
             }
 
@@ -412,9 +412,36 @@ macro_rules! tasks {
                 match self { $(Self::$task(_) => $task::reading(flags)),+ }
             }
 
+            /// The same of the task of this name.
+            ///
+            /// # Errors
+            /// There is no such task.
+            pub fn reading_of(name: &str, flags: &RecordFlags) -> Result<(How, Columns)> {
+                match name {
+                    $($task::NAME => Ok($task::reading(flags)),)+
+                    other => bail_unusable!("{other} is no task; tk has {}", Self::NAMES.join(", ")),
+                }
+            }
+
+            /// See [`Objective::CLASS`].
+            pub fn class_field(name: &str) -> Option<&'static str> {
+                match name {
+                    $($task::NAME => $task::CLASS,)+
+                    _ => None,
+                }
+            }
+
+            /// See [`Objective::classes`].
+            pub fn classes(name: &str, labels: &[&Value], flags: &TrainingFlags) -> Option<Vec<String>> {
+                match name {
+                    $($task::NAME => $task::classes(labels, flags),)+
+                    _ => None,
+                }
+            }
+
             /// See [`Objective::look`].
-            pub fn look(&self, path: &Path, flags: &RecordFlags) -> Result<Vec<Look>> {
-                match self { $(Self::$task(task) => task.look(path, flags)),+ }
+            pub fn look(&self, files: &Files, flags: &RecordFlags) -> Result<Vec<Look>> {
+                match self { $(Self::$task(task) => task.look(files, flags)),+ }
             }
 
             /// See [`Objective::has_one_label`].

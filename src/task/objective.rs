@@ -12,13 +12,15 @@ use std::path::Path;
 
 use anyhow::Context;
 use candle_core::Tensor;
+use serde_json::Value;
 
 use super::{
     Answer, AnswerFlags, Beside, CausalLm, Example, Look, Measured, Metric, Output, Outputs, RecordFlags,
     Task, TrainingFlags, scores,
 };
 use crate::data::batch::Encoding;
-use crate::data::records::{BadRow, Columns, How, Row};
+use crate::data::cache::Cache;
+use crate::data::records::{BadRow, Columns, Files, How, Row};
 use crate::data::tokens::Tokenizer;
 use crate::eager::{Eager, Forward, X};
 use crate::model::ops::Ops;
@@ -52,10 +54,12 @@ pub struct Start<'a> {
     /// Whether all weights are drawn anew.
     pub from_scratch: bool,
     /// The records to learn from.
-    pub train: &'a Path,
+    pub train: &'a Files,
     pub records: &'a RecordFlags,
     pub training: &'a TrainingFlags,
     pub max_length: usize,
+    /// Where tokens are kept for other runs.
+    pub cache: Option<&'a Cache>,
     pub say: &'a Say,
 }
 
@@ -76,7 +80,7 @@ impl Start<'_> {
         tokenizer.check_fits(self.config.vocab_size(), self.config.token_types())?;
         token_ids::check(&self.config.raw, self.config.vocab_size())
             .map_err(|error| self.in_config(error))?;
-        Ok(tokenizer)
+        Ok(tokenizer.cached_in(self.cache))
     }
 
     /// The model's tokenizer; of a model that is drawn anew and has none, one that learns its vocabulary from the texts,
@@ -198,13 +202,22 @@ pub trait Objective: Clone + Into<Task> {
     ///
     /// # Errors
     /// Unusable: records that the model can't be measured on, with file and line.
-    fn examples(&self, path: &Path, encoder: &Encoder) -> Result<Vec<Example<Self::Target>>>;
+    fn examples(&self, files: &Files, encoder: &Encoder) -> Result<Vec<Example<Self::Target>>>;
 
     /// Reads records to learn from, or to measure on, as they are.
     ///
     /// # Errors
     /// Unusable: as [`Objective::learn`], as far as records are read.
-    fn look(&self, path: &Path, flags: &RecordFlags) -> Result<Vec<Look>>;
+    fn look(&self, files: &Files, flags: &RecordFlags) -> Result<Vec<Look>>;
+
+    /// The field of a record that may be its class. See [`Objective::classes`].
+    const CLASS: Option<&'static str> = None;
+
+    /// The class of each record, of what stands in [`Objective::CLASS`], where every record has one: a part that is drawn
+    /// of them keeps the classes' shares.
+    fn classes(_labels: &[&Value], _flags: &TrainingFlags) -> Option<Vec<String>> {
+        None
+    }
 
     /// Whether every record has one of the labels.
     fn has_one_label(&self) -> bool {

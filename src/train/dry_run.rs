@@ -106,10 +106,10 @@ impl DryRun {
         let (known, duplicates) = Known::of(&train_looks);
         let train = Split::new("training", job.train, &train_looks, &learning.examples, duplicates, &reader)?;
         let (mut eval, mut shared) = (None, None);
-        if let Some(path) = job.eval {
-            let looks = task.look(path, job.records)?;
+        if let Some(files) = job.eval {
+            let looks = task.look(files, job.records)?;
             let duplicates = Known::of(&looks).1;
-            eval = Some(Split::new("evaluation", path, &looks, &prepared.eval, duplicates, &reader)?);
+            eval = Some(Split::new("evaluation", files, &looks, &prepared.eval, duplicates, &reader)?);
             shared = Some(known.shared_with(&looks));
         }
 

@@ -15,6 +15,7 @@ pub mod rates;
 mod run;
 pub mod schedule;
 pub mod settings;
+pub mod split;
 pub mod trainer;
 pub mod verify;
 

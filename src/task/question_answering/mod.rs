@@ -5,7 +5,6 @@ mod records;
 pub mod squad;
 
 use std::ops::Range;
-use std::path::Path;
 use std::sync::Arc;
 
 use candle_core::{D, DType, Tensor};
@@ -24,7 +23,7 @@ use super::{
 };
 use crate::data::batch::Encoding;
 use crate::data::offsets::OffsetUnit;
-use crate::data::records::{BadRow, Columns, How, Row};
+use crate::data::records::{BadRow, Columns, Files, How, Row};
 use crate::data::tokens::{SecondText, Tokenizer};
 use crate::eager::{Eager, X, tensors};
 use crate::model::ops::Ops;
@@ -190,7 +189,7 @@ impl Objective for QuestionAnswering {
         refuse_records(
             start.train,
             "answers without a place",
-            unplaced.map(|record| (record.line, why.clone())),
+            unplaced.map(|record| (record.at, why.clone())),
         )?;
         let some_have_none = records.iter().any(|record| record.answers.is_empty());
         let task = Self { null_threshold: some_have_none.then_some(0.0) };
@@ -199,12 +198,12 @@ impl Objective for QuestionAnswering {
         Ok(Learning { task, tokenizer, examples, files: Vec::new() })
     }
 
-    fn look(&self, path: &Path, flags: &super::RecordFlags) -> Result<Vec<Look>> {
+    fn look(&self, files: &Files, flags: &super::RecordFlags) -> Result<Vec<Look>> {
         let look = |record: records::Record| {
             let texts = vec![(record.question, Some(record.context.to_string()))];
-            Look { line: record.line, texts, labels: Vec::new() }
+            Look { place: record.at, texts, labels: Vec::new() }
         };
-        Ok(records::read(path, flags)?.into_iter().map(look).collect())
+        Ok(records::read(files, flags)?.into_iter().map(look).collect())
     }
 
     fn beside(&self, target: &Wanted, _: &Tokenizer) -> Beside {
@@ -215,9 +214,15 @@ impl Objective for QuestionAnswering {
         })
     }
 
-    fn examples(&self, path: &Path, encoder: &Encoder) -> Result<Vec<Example<Wanted>>> {
+    fn examples(&self, files: &Files, encoder: &Encoder) -> Result<Vec<Example<Wanted>>> {
         let Encoder { records, tokenizer, max_length, .. } = *encoder;
-        examples_of(&read(path, records)?, path, tokenizer, max_length, &records.question_answering.questions)
+        examples_of(
+            &read(files, records)?,
+            files,
+            tokenizer,
+            max_length,
+            &records.question_answering.questions,
+        )
     }
 
     fn summary(&self) -> Option<String> {

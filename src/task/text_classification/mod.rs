@@ -6,11 +6,8 @@ pub(super) mod metrics;
 mod tests;
 mod windows;
 
-use std::path::Path;
-
 use anyhow::Context;
 use candle_core::{DType, Device, Tensor};
-use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -23,7 +20,8 @@ use super::{
     Objective, Output, Outputs, Start, TextColumns,
 };
 use crate::data::batch::Encoding;
-use crate::data::records::{self, BadRow, Columns, How, Row};
+use crate::data::cache::Key;
+use crate::data::records::{self, BadRow, Columns, Files, How, Place, Row};
 use crate::data::tokens::Tokenizer;
 use crate::eager::{Eager, X, tensors};
 use crate::model::{Head, ModelConfig};
@@ -91,7 +89,7 @@ pub struct AnswerFlags {
 
 /// A record before the labels are known: its place, its texts, its label.
 struct Labelled {
-    line: usize,
+    place: Place,
     text: String,
     pair: Option<String>,
     label: Value,
@@ -201,24 +199,23 @@ impl Objective for TextClassification {
         refuse_records(
             start.train,
             WRONG_LABELS,
-            wrong.map(|(i, error)| (records[i].line, error.to_string())),
+            wrong.map(|(i, error)| (records[i].place, error.to_string())),
         )?;
-        let task =
-            Self::from_labels(&labels, problem, known).with_context(|| start.train.display().to_string())?;
+        let task = Self::from_labels(&labels, problem, known).with_context(|| start.train.to_string())?;
         let asked = start.records.text_classification.windows.window_aggregation;
         let task = Self { aggregation: asked.unwrap_or_default(), ..task };
         let examples = task.encode(&records, start.train, &tokenizer, start.max_length, task.aggregation)?;
         Ok(Learning { task, tokenizer, examples, files: Vec::new() })
     }
 
-    fn examples(&self, path: &Path, encoder: &Encoder) -> Result<Vec<Example<Window>>> {
+    fn examples(&self, files: &Files, encoder: &Encoder) -> Result<Vec<Example<Window>>> {
         let Encoder { records, tokenizer, max_length, .. } = *encoder;
         let asked = records.text_classification.windows.window_aggregation;
-        self.encode(&read(path, records)?, path, tokenizer, max_length, asked.unwrap_or(self.aggregation))
+        self.encode(&read(files, records)?, files, tokenizer, max_length, asked.unwrap_or(self.aggregation))
     }
 
-    fn look(&self, path: &Path, flags: &super::RecordFlags) -> Result<Vec<Look>> {
-        let records = read(path, flags)?;
+    fn look(&self, files: &Files, flags: &super::RecordFlags) -> Result<Vec<Look>> {
+        let records = read(files, flags)?;
         let labels: Vec<&Value> = records.iter().map(|record| &record.label).collect();
         let targets = self.targets(&labels);
         let look = |(record, target): (Labelled, Result<Wanted>)| {
@@ -226,9 +223,15 @@ impl Objective for TextClassification {
                 Wanted::Number(_) => Vec::new(),
                 wanted => self.names(&wanted),
             };
-            Ok(Look { line: record.line, texts: vec![(record.text, record.pair)], labels })
+            Ok(Look { place: record.place, texts: vec![(record.text, record.pair)], labels })
         };
         records.into_iter().zip(targets).map(look).collect()
+    }
+
+    const CLASS: Option<&'static str> = Some("label");
+
+    fn classes(labels: &[&Value], flags: &super::TrainingFlags) -> Option<Vec<String>> {
+        Self::classes_of(labels, flags.text_classification.problem_type)
     }
 
     fn has_one_label(&self) -> bool {
@@ -367,10 +370,10 @@ impl Objective for TextClassification {
 
 const WRONG_LABELS: &str = "labels that can't be used";
 
-/// Reads every record of a file.
-fn read(path: &Path, flags: &super::RecordFlags) -> Result<Vec<Labelled>> {
+/// Reads every record.
+fn read(files: &Files, flags: &super::RecordFlags) -> Result<Vec<Labelled>> {
     let (how, columns) = TextClassification::reading(flags);
-    records::read_examples(path, &how, |row| {
+    records::read_examples(files, &how, |row| {
         let (text, pair) = TextColumns::read(&columns, &row)?;
         let label = match (row.value(&columns, "label")?, row.exact.get(columns.of("label"))) {
             (Value::String(name), _) if name.trim().is_empty() => {
@@ -384,7 +387,7 @@ fn read(path: &Path, flags: &super::RecordFlags) -> Result<Vec<Labelled>> {
             }
             (label, _) => label.clone(),
         };
-        Ok(Labelled { line: row.line, text, pair, label })
+        Ok(Labelled { place: row.place(), text, pair, label })
     })
 }
 
@@ -411,7 +414,7 @@ impl TextClassification {
     fn encode(
         &self,
         records: &[Labelled],
-        path: &Path,
+        files: &Files,
         tokenizer: &Tokenizer,
         max_length: usize,
         aggregation: Aggregation,
@@ -421,29 +424,32 @@ impl TextClassification {
         for (record, target) in records.iter().zip(self.targets(&labels)) {
             match target {
                 Ok(target) => targets.push(target),
-                Err(error) => wrong.push((record.line, error.to_string())),
+                Err(error) => wrong.push((record.place, error.to_string())),
             }
         }
-        refuse_records(path, WRONG_LABELS, wrong)?;
-        let texts: Vec<(&str, Option<&str>)> =
-            records.iter().map(|record| (record.text.as_str(), record.pair.as_deref())).collect();
-        let windows =
-            |(text, pair): &(&str, Option<&str>)| aggregation.windows(tokenizer, text, *pair, max_length);
-        let windows: Vec<Result<Vec<Encoding>>> = texts.par_iter().map(windows).collect();
-        let of_records = windows
-            .into_iter()
-            .zip(records)
-            .map(|(windows, record)| windows.with_context(|| format!("{}:{}", path.display(), record.line)));
-        let windows = of_records.collect::<Result<Vec<_>>>()?;
-        let is_empty = |windows: &[Encoding]| windows.iter().any(Encoding::is_empty);
-        let empty = records.iter().zip(&windows).filter(|(_, windows)| is_empty(windows));
-        let empty = empty.map(|(record, _)| (record.line, "the text is empty".to_owned()));
-        refuse_records(path, "texts without tokens", empty)?;
-        let of_text = |(text, (windows, wanted)): (usize, (Vec<Encoding>, Wanted))| {
-            let target = Window { wanted, text, aggregation };
-            windows.into_iter().map(move |encoding| Example { encoding, target: target.clone() })
+        refuse_records(files, WRONG_LABELS, wrong)?;
+        let windows = |record: &Labelled| {
+            aggregation.windows(tokenizer, &record.text, record.pair.as_deref(), max_length)
         };
-        Ok(windows.into_iter().zip(targets).enumerate().flat_map(of_text).collect())
+        let (mut examples, mut empty, mut targets) = (Vec::new(), Vec::new(), targets.into_iter());
+        let of = format!("{} {aggregation:?} {max_length}", Self::NAME);
+        let own = |record: &Labelled, key: &mut Key| {
+            key.add(Some(&record.text));
+            key.add(record.pair.as_deref());
+        };
+        tokenizer.in_order(&of, records, own, windows, |text, windows| {
+            let windows = windows.with_context(|| files.at(records[text].place))?;
+            if windows.iter().any(Encoding::is_empty) {
+                empty.push((records[text].place, "the text is empty".to_owned()));
+            }
+            let wanted = targets.next().context("a record has no target")?;
+            let target = Window { wanted, text, aggregation };
+            let example = |encoding| Example { encoding, target: target.clone() };
+            examples.extend(windows.into_iter().map(example));
+            Ok(())
+        })?;
+        refuse_records(files, "texts without tokens", empty)?;
+        Ok(examples)
     }
 
     /// The sum over the examples. A mean over the labels of an example with several, as in

@@ -28,7 +28,8 @@ use super::{
     Objective, Output, Outputs, Start,
 };
 use crate::data::batch::Encoding;
-use crate::data::records::{self, BadRow, Columns, Format, How, Row, TagColumn};
+use crate::data::cache::Key;
+use crate::data::records::{self, BadRow, Columns, Files, Format, How, Place, Row, TagColumn};
 use crate::data::tokens::Tokenizer;
 use crate::eager::{Eager, X};
 use crate::model::{Head, ModelConfig};
@@ -82,8 +83,8 @@ pub struct TrainingFlags {
 /// Words and what their tags are.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sentence {
-    /// The line of the file where it begins.
-    pub line: usize,
+    /// Where it begins.
+    pub place: Place,
     /// The line of each word, where each stands on one of its own.
     pub lines: Vec<usize>,
     pub tokens: Vec<String>,
@@ -93,15 +94,14 @@ pub struct Sentence {
 impl Sentence {
     /// The tags, and the lines that they stand on.
     fn tagged(&self) -> Tagged<'_> {
-        let lines = if self.lines.is_empty() { std::slice::from_ref(&self.line) } else { &self.lines };
-        Tagged { tags: &self.tags, lines }
+        Tagged { tags: &self.tags, place: self.place, lines: &self.lines }
     }
 }
 
 /// What a window of a sentence ought to give.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Tags {
-    /// Which of the file's sentences it is of.
+    /// Which of the sentences it is of.
     pub sentence: usize,
     /// The label ids of all words of the sentence.
     pub gold: Arc<[u32]>,
@@ -178,23 +178,23 @@ impl Objective for TokenClassification {
             task.examples_of(&sentences, start.train, &tokenizer, start.max_length, all_pieces)?;
         examples.retain(|example| example.target.count() > 0);
         if examples.is_empty() {
-            bail_unusable!("{}: no word has a token that could be learnt", start.train.display());
+            bail_unusable!("{}: no word has a token that could be learnt", start.train);
         }
         Ok(Learning { task, tokenizer, examples, files: Vec::new() })
     }
 
-    fn examples(&self, path: &Path, encoder: &Encoder) -> Result<Vec<Example<Tags>>> {
+    fn examples(&self, files: &Files, encoder: &Encoder) -> Result<Vec<Example<Tags>>> {
         let Encoder { records, tokenizer, max_length, .. } = *encoder;
         let all_pieces = records.token_classification.label_all_pieces;
-        self.examples_of(&read(path, records)?, path, tokenizer, max_length, all_pieces)
+        self.examples_of(&read(files, records)?, files, tokenizer, max_length, all_pieces)
     }
 
-    fn look(&self, path: &Path, flags: &super::RecordFlags) -> Result<Vec<Look>> {
+    fn look(&self, files: &Files, flags: &super::RecordFlags) -> Result<Vec<Look>> {
         let look = |sentence: Sentence| {
             let texts = vec![(sentence.tokens.join(" "), None)];
-            Look { line: sentence.line, texts, labels: sentence.tags }
+            Look { place: sentence.place, texts, labels: sentence.tags }
         };
-        Ok(read(path, flags)?.into_iter().map(look).collect())
+        Ok(read(files, flags)?.into_iter().map(look).collect())
     }
 
     fn beside(&self, target: &Tags, _: &Tokenizer) -> Beside {
@@ -313,14 +313,14 @@ impl Objective for TokenClassification {
     }
 }
 
-/// Reads every sentence of a file.
+/// Reads every sentence.
 ///
 /// # Errors
 /// Unusable: the file can't be read, has no sentences, or has some without words or without a tag a word; the first of
 /// them are listed with file and line.
-fn read(path: &Path, flags: &super::RecordFlags) -> Result<Vec<Sentence>> {
+fn read(files: &Files, flags: &super::RecordFlags) -> Result<Vec<Sentence>> {
     let (how, columns) = TokenClassification::reading(flags);
-    records::read_examples(path, &how, |row| {
+    records::read_examples(files, &how, |row| {
         let tokens = row.words(&columns, "tokens")?;
         let tags = row.labels(&columns, "tags")?;
         if tokens.is_empty() {
@@ -333,7 +333,7 @@ fn read(path: &Path, flags: &super::RecordFlags) -> Result<Vec<Sentence>> {
                 tags.len()
             )));
         }
-        Ok(Sentence { line: row.line, lines: row.lines, tokens, tags })
+        Ok(Sentence { place: row.place(), lines: row.lines, tokens, tags })
     })
 }
 
@@ -345,13 +345,13 @@ impl TokenClassification {
     /// Unusable: tags that fit no scheme, with the tag and its line; fewer than two different ones.
     fn of_sentences(
         sentences: &[Sentence],
-        path: &Path,
+        files: &Files,
         asked: Option<TagScheme>,
         config: &ModelConfig,
     ) -> Result<Self> {
-        let place = || path.display().to_string();
+        let place = || files.to_string();
         let tagged = sentences.iter().map(Sentence::tagged);
-        let scheme = asked.unwrap_or(TagScheme::Auto).resolve(tagged).with_context(place)?;
+        let scheme = asked.unwrap_or(TagScheme::Auto).resolve(tagged, files).with_context(place)?;
         let base = match config.has(Head::TokenClassification { labels: 0 }) {
             true => {
                 id2label::read(config).context("config.json of the model to start from")?.unwrap_or_default()
@@ -389,7 +389,7 @@ impl TokenClassification {
     fn examples_of(
         &self,
         sentences: &[Sentence],
-        path: &Path,
+        files: &Files,
         tokenizer: &Tokenizer,
         max_length: usize,
         all_pieces: bool,
@@ -397,18 +397,30 @@ impl TokenClassification {
         let ids = self.ids();
         let unknown = sentences.iter().filter_map(|sentence| {
             let at = sentence.tags.iter().position(|tag| !ids.contains_key(tag))?;
-            let (tag, line) = (&sentence.tags[at], sentence.tagged().line(at));
-            Some((line, format!("tag \"{tag}\" is not one of the model's: {}", id2label::told(&self.labels))))
+            let (tag, place) = (&sentence.tags[at], sentence.tagged().place(at));
+            Some((
+                place,
+                format!("tag \"{tag}\" is not one of the model's: {}", id2label::told(&self.labels)),
+            ))
         });
-        refuse_records(path, "tags that can't be used", unknown)?;
+        refuse_records(files, "tags that can't be used", unknown)?;
         let inside = labels::inside(&self.labels);
+        let windows = |sentence: &Sentence| {
+            let pieces =
+                tokenizer.pieces_of_words(&sentence.tokens).with_context(|| files.at(sentence.place))?;
+            let windows = Windowed::of(&pieces, |at| pieces.words[at], tokenizer, max_length)?;
+            anyhow::Ok((pieces, windows))
+        };
         let mut examples = Vec::new();
-        for (i, sentence) in sentences.iter().enumerate() {
-            let gold: Arc<[u32]> = sentence.tags.iter().map(|tag| ids[tag]).collect();
-            let pieces = tokenizer
-                .pieces_of_words(&sentence.tokens)
-                .with_context(|| format!("{}:{}", path.display(), sentence.line))?;
-            for window in Windowed::of(&pieces, |at| pieces.words[at], tokenizer, max_length)? {
+        let of = format!("{} {max_length}", Self::NAME);
+        let own = |sentence: &Sentence, key: &mut Key| {
+            sentence.tokens.iter().for_each(|token| key.add(Some(token)));
+            key.add(None);
+        };
+        tokenizer.in_order(&of, sentences, own, windows, |i, windowed| {
+            let (pieces, windows) = windowed?;
+            let gold: Arc<[u32]> = sentences[i].tags.iter().map(|tag| ids[tag]).collect();
+            for window in windows {
                 let (mut wanted, mut words) = (vec![None; window.encoding.len()], Vec::new());
                 for (token, at) in window.predicts() {
                     let word = pieces.words[at];
@@ -422,7 +434,8 @@ impl TokenClassification {
                 let target = Tags { sentence: i, gold: gold.clone(), wanted, words };
                 examples.push(Example { encoding: window.encoding, target });
             }
-        }
+            Ok(())
+        })?;
         Ok(examples)
     }
 }
