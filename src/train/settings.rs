@@ -114,7 +114,7 @@ pub struct Settings {
     #[arg(long, alias = "gradient-checkpointing", help_heading = "Regime")]
     #[serde(default)]
     pub checkpoint_activations: bool,
-    /// The seed of the new weights, the order of the examples and dropout.
+    /// The seed of the new weights, the order of the examples, dropout, and what --validation-split and --train-fraction draw.
     #[arg(long, default_value_t = 42, value_name = "N", help_heading = "Regime")]
     pub seed: u64,
     /// What a GPU computes in: fp32, or bf16 with weights and the optimizer's state in fp32. Evaluations and what is

@@ -1,13 +1,17 @@
 //! What a command line names (files, patterns, folders) → files that are read one behind the other, as one.
 
-use std::collections::{HashMap, VecDeque};
-use std::path::{Path, PathBuf};
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
+use glob::{MatchOptions, Pattern};
 use walkdir::{DirEntry, WalkDir};
 
 use super::{BadRow, EMPTY_LINE, Format, How, Row, Rows, Source};
 use crate::{Result, bail_unusable, unusable};
+
+/// What a pattern has, and few names.
+const WILD: [char; 3] = ['*', '?', '['];
 
 /// Files of records, in the order in which they are read. There is one at least.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -70,7 +74,7 @@ impl Files {
     pub fn named(names: &[PathBuf], format: Option<Format>) -> Result<Self> {
         let mut paths = Vec::new();
         for name in names {
-            let mut own = match name.to_str().filter(|name| name.contains(['*', '?', '['])) {
+            let mut own = match name.to_str().filter(|name| name.contains(WILD)) {
                 _ if name.is_dir() => below(name, format)?,
                 Some(pattern) if name.symlink_metadata().is_err() => matches(pattern)?,
                 _ => vec![name.clone()],
@@ -208,11 +212,17 @@ impl Iterator for Reading<'_> {
     }
 }
 
-/// The files of records below a folder. Links are followed.
+/// The files of records below a folder. Links are followed, and each folder is looked into once.
 fn below(folder: &Path, format: Option<Format>) -> Result<Vec<PathBuf>> {
-    let mut paths = Vec::new();
-    let is_shown = |entry: &DirEntry| entry.depth() == 0 || !is_hidden(entry.path());
-    for entry in WalkDir::new(folder).follow_links(true).into_iter().filter_entry(is_shown) {
+    let (mut paths, mut seen) = (Vec::new(), HashSet::new());
+    let is_new = |entry: &DirEntry| {
+        let is_shown = entry.depth() == 0 || !is_hidden(entry.path());
+        // what can't be resolved can't be read either, which is told
+        let folder = entry.file_type().is_dir().then(|| entry.path().canonicalize().ok()).flatten();
+        is_shown && folder.is_none_or(|folder| seen.insert(folder))
+    };
+    for entry in WalkDir::new(folder).follow_links(true).sort_by_file_name().into_iter().filter_entry(is_new)
+    {
         match entry {
             Ok(entry) => {
                 let path = entry.path();
@@ -241,26 +251,50 @@ fn is_hidden(path: &Path) -> bool {
     path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(['.', '_']))
 }
 
-/// The files that a pattern matches. As in a shell, `*` does not match a name that begins with a dot.
+/// The files that a pattern matches. As in a shell, `*` does not match a name that begins with a dot, and `**` follows no
+/// links to folders.
 fn matches(pattern: &str) -> Result<Vec<PathBuf>> {
-    let options = glob::MatchOptions {
+    let is_plain = |part: &Component| !part.as_os_str().to_string_lossy().contains(WILD);
+    // the folder in front of the first wild part; "./" and doubled slashes are dropped
+    let folder: PathBuf = Path::new(pattern).components().take_while(is_plain).collect();
+    let whole: PathBuf = Path::new(pattern).components().collect();
+    let options = MatchOptions {
         require_literal_leading_dot: true,
         require_literal_separator: true,
         ..Default::default()
     };
-    let found = glob::glob_with(pattern, options)
+    let wild = Pattern::new(&whole.to_string_lossy())
         .map_err(|error| unusable!("{pattern}: neither a file's name nor a pattern: {error}"))?;
+    let is_deep = pattern.contains("**");
+    let depth = if is_deep { usize::MAX } else { whole.components().count() - folder.components().count() };
+    let top = if folder.as_os_str().is_empty() { Path::new(".") } else { &folder };
     let mut paths = Vec::new();
-    for path in found {
-        let path = path.map_err(|error| unusable!("{pattern}: {error}"))?;
-        if !path.is_dir() {
-            paths.push(path);
+    for entry in WalkDir::new(top).follow_links(!is_deep).min_depth(1).max_depth(depth) {
+        let named = |path: &Path| path.strip_prefix(".").unwrap_or(path).to_owned();
+        match entry {
+            Ok(entry) => {
+                let path =
+                    if folder.as_os_str().is_empty() { named(entry.path()) } else { entry.into_path() };
+                if !path.is_dir() && wild.matches_path_with(&path, options) {
+                    paths.push(path);
+                }
+            }
+            Err(error) if error.loop_ancestor().is_some() => {}
+            // nothing that is there, unless it was asked for
+            Err(error)
+                if is_missing(&error)
+                    && !error.path().is_some_and(|path| wild.matches_path_with(&named(path), options)) => {}
+            Err(error) => return Err(unusable!("{pattern}: {error}")),
         }
     }
     if paths.is_empty() {
         bail_unusable!("{pattern} matches no file");
     }
     Ok(paths)
+}
+
+fn is_missing(error: &walkdir::Error) -> bool {
+    error.io_error().is_some_and(|error| error.kind() == std::io::ErrorKind::NotFound)
 }
 
 #[cfg(test)]
@@ -337,6 +371,8 @@ mod tests {
         assert_eq!(named("*.jsonl").unwrap(), ["[ab].jsonl", "a.jsonl", "b.jsonl"]);
         assert_eq!(named("**/e.jsonl").unwrap(), ["d/e.jsonl"]);
         assert_eq!(named("[ab].jsonl").unwrap(), ["[ab].jsonl"]);
+        assert_eq!(named("./d//e.*").unwrap(), ["d/e.jsonl"]);
+        assert_eq!(named("none/*.jsonl").unwrap_err(), "none/*.jsonl matches no file");
         assert_eq!(named("[bc].*").unwrap(), ["b.jsonl", "c.csv"]);
         assert_eq!(named("g?.txt").unwrap(), ["g?.txt"]);
         assert_eq!(named("*.parquet").unwrap_err(), "*.parquet matches no file");
@@ -372,6 +408,19 @@ mod tests {
         symlink(folder.path("more"), folder.path("data/more")).unwrap();
         symlink("nowhere", folder.path("data/.#lock.txt")).unwrap();
         assert_eq!(folder.named(&["data"], None).unwrap(), ["data/a.txt", "data/c.txt", "data/more/b.txt"]);
+        assert_eq!(folder.named(&["data/*/*.txt"], None).unwrap(), ["data/more/b.txt"]);
+        // circles that lead out of the folder, and from folder to folder: of many ways none is gone twice
+        for i in 0..20 {
+            std::fs::create_dir(folder.path(&format!("data/d{i}"))).unwrap();
+            for j in 0..20 {
+                symlink(folder.path(&format!("data/d{j}")), folder.path(&format!("data/d{i}/to{j}")))
+                    .unwrap();
+            }
+        }
+        symlink("..", folder.path("data/up")).unwrap();
+        let named = folder.named(&["data"], None).unwrap();
+        assert_eq!(named, ["data/a.txt", "data/c.txt", "data/more/b.txt"]);
+        assert_eq!(folder.named(&["data/**/*.txt"], None).unwrap(), ["data/a.txt", "data/c.txt"]);
         symlink("nowhere", folder.path("data/lost.txt")).unwrap();
         let said = folder.named(&["data"], None).unwrap_err();
         assert!(said.contains("lost.txt"), "{said}");
