@@ -3,6 +3,7 @@
 pub mod audit;
 pub mod checkpoint;
 pub mod dry_run;
+pub mod ema;
 pub mod log;
 pub mod not_finite;
 pub mod optimizer;
