@@ -3,6 +3,7 @@
 pub mod audit;
 pub mod checkpoint;
 pub mod dry_run;
+pub mod ema;
 mod exchange;
 pub mod log;
 pub mod lora;

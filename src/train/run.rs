@@ -42,7 +42,8 @@ pub struct Run<'a> {
     pub stop_at: Option<usize>,
 }
 
-/// How a run ended; the parameters are those of the best evaluation, or the last where none was made.
+/// How a run ended; the parameters are those of the best evaluation, or the last where none was made; of `--ema`, the
+/// averages.
 #[derive(Clone, Debug)]
 pub struct Outcome {
     pub progress: Progress,
@@ -80,7 +81,10 @@ impl Run<'_> {
         let mut trainer =
             Trainer::new(self.settings, self.family, self.task, self.params, self.device, total)?
                 .in_world(self.world);
-        let restored = if resume { self.folder.restore(self.params, &mut trainer.optimizer)? } else { None };
+        let restored = match resume {
+            true => self.folder.restore(self.params, &mut trainer.optimizer, trainer.ema.as_mut())?,
+            false => None,
+        };
         let mut progress = restored.unwrap_or_default();
         let best_step = |progress: &Progress| progress.best.as_ref().map(|best| best.step);
         // of the newest checkpoint: a run that goes on from it asks for these weights
@@ -115,7 +119,11 @@ impl Run<'_> {
 
             let last = progress.step == total;
             if plan.is_due(self.settings.eval_every, progress.step) && !self.eval.is_empty() {
-                self.evaluate(&mut log, &bar, &mut progress, &plan)?;
+                let mut evaluate = || self.evaluate(&mut log, &bar, &mut progress, &plan);
+                match &trainer.ema {
+                    Some(ema) => ema.instead(self.params, evaluate)?,
+                    None => evaluate()?,
+                }
                 if leads {
                     let kept = [saved_best, best_step(&progress)].into_iter().flatten();
                     self.folder.keep_best(&kept.collect::<Vec<_>>())?;
@@ -133,6 +141,7 @@ impl Run<'_> {
                         &progress,
                         self.params,
                         &trainer.optimizer,
+                        trainer.ema.as_ref(),
                         self.settings.keep_checkpoints,
                     )?;
                 }
@@ -144,6 +153,9 @@ impl Run<'_> {
             }
         }
         bar.finish_and_clear();
+        if let Some(ema) = &trainer.ema {
+            self.params.set_values(&ema.values()?)?;
+        }
         if let Some(best) = progress.best.as_ref().filter(|_| leads) {
             let Metric { name, .. } = self.deciding_metric()?;
             if best.number(name).is_some() {

@@ -105,6 +105,11 @@ pub struct Settings {
         help_heading = "Regime"
     )]
     pub label_smoothing: f64,
+    /// Average the weights over the steps, with this share of the average kept at each: 0.99, or 0.999 in long runs. The
+    /// averages are what is evaluated and saved; training goes on with the weights themselves.
+    #[arg(long, value_name = "X", help_heading = "Regime")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ema: Option<f64>,
     /// Every dropout probability of the model, instead of the configuration's.
     #[arg(long, value_name = "P", help_heading = "Regime")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -230,6 +235,9 @@ impl Settings {
         if let Some(p) = self.dropout.filter(|p| !(0.0..1.0).contains(p)) {
             wrong.push(format!("--dropout is {p}, expected at least 0 and less than 1"));
         }
+        if let Some(decay) = self.ema.filter(|decay| !(*decay > 0.0 && *decay < 1.0)) {
+            wrong.push(format!("--ema is {decay}, expected more than 0 and less than 1"));
+        }
         // with 0, in f32, the weights of a row that never had a gradient would become 0 / 0
         if !(SMALLEST_EPSILON..=1.0).contains(&self.adam_epsilon) {
             wrong.push(format!(
@@ -298,6 +306,9 @@ mod tests {
             ("--head-learning-rate is inf", |s| s.head_learning_rate = Some(f64::INFINITY)),
             ("--layer-decay is 1.5", |s| s.layer_decay = Some(1.5)),
             ("--layer-decay is NaN", |s| s.layer_decay = Some(f64::NAN)),
+            ("--ema is 0", |s| s.ema = Some(0.0)),
+            ("--ema is 1", |s| s.ema = Some(1.0)),
+            ("--ema is NaN", |s| s.ema = Some(f64::NAN)),
             ("--dropout is 1", |s| s.dropout = Some(1.0)),
             ("--dropout is -0.1", |s| s.dropout = Some(-0.1)),
             ("--dropout is NaN", |s| s.dropout = Some(f32::NAN)),

@@ -8,6 +8,7 @@ use candle_core::{Device, Tensor, Var};
 
 use super::Settings;
 use super::audit::{Audit, Row};
+use super::ema::Ema;
 use super::exchange;
 use super::not_finite::{Alone, NotFinite, Tensors, is_finite};
 use super::optimizer::{AdamW, Constants, Gradients, clip_factor, global_norm};
@@ -31,6 +32,8 @@ pub struct Trainer<'a> {
     pub device: &'a Device,
     kernels: Kernels,
     pub optimizer: AdamW,
+    /// Averages of the weights, where `--ema` asks for them.
+    pub ema: Option<Ema>,
     rates: Rates,
     /// Optimizer steps that the schedule is planned for.
     pub total_steps: usize,
@@ -72,6 +75,7 @@ impl<'a> Trainer<'a> {
         };
         let kernels = Kernels::of(device, settings.precision.dtype());
         let optimizer = AdamW::new(constants, params, kernels)?;
+        let ema = settings.ema.map(Ema::new);
         let rates = Rates::new(params, settings);
         Ok(Self {
             settings,
@@ -81,6 +85,7 @@ impl<'a> Trainer<'a> {
             device,
             kernels,
             optimizer,
+            ema,
             rates,
             total_steps,
             world: &world::Alone,
@@ -152,6 +157,9 @@ impl<'a> Trainer<'a> {
         let clip = clip_factor(grad_norm, self.settings.max_grad_norm);
         let rate = |index| self.rates.peak(index) * factor;
         self.optimizer.step(self.params, &gradients, rate, clip)?;
+        if let Some(ema) = &mut self.ema {
+            ema.update(self.params)?;
+        }
         let audit = audit.map(|audit| audit.after(self.params)).transpose()?;
         Ok(StepReport { loss, losses, learning_rate, grad_norm, tokens, audit })
     }
