@@ -72,6 +72,20 @@ pub fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
+/// This machine's name, where the system tells.
+pub fn host() -> Option<String> {
+    #[cfg(unix)]
+    {
+        let mut name = [0u8; 256];
+        // SAFETY: `gethostname` writes at most as many bytes as it is told the buffer has.
+        let done = unsafe { libc::gethostname(name.as_mut_ptr().cast(), name.len()) };
+        let name = name.split(|&byte| byte == 0).next()?;
+        (done == 0).then(|| String::from_utf8_lossy(name).into_owned())
+    }
+    #[cfg(not(unix))]
+    std::env::var("COMPUTERNAME").ok()
+}
+
 /// What the processor calls itself, where the system tells.
 pub fn cpu_model() -> Option<String> {
     field(Path::new("/proc/cpuinfo"), "model name")

@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -145,7 +146,30 @@ fn resumes_to_the_same_bits(bench: &Bench) {
         tk().args(["train", "--resume", "--output"]).arg(bench.path(output)).assert().success();
         assert_eq!(bench.weights(output), bench.weights("whole"), "{output}");
         assert_eq!(bench.log(output), bench.log("whole"), "{output}");
+        assert_eq!(shown_by_tensorboard(bench, output), shown_by_tensorboard(bench, "whole"), "{output}");
     }
+}
+
+/// What TensorBoard shows of a run, which is what stands in its log; without what a clock decides.
+fn shown_by_tensorboard(bench: &Bench, output: &str) -> BTreeMap<(u64, String), f32> {
+    let shown = common::events::scalars(&bench.path(output).join("training"));
+    let speeds = shown.keys().filter(|(_, tag)| tag == "train/tokens_per_second").count();
+    let mut logged = BTreeMap::new();
+    for line in bench.log(output) {
+        for (name, value) in line.as_object().unwrap() {
+            let tag = match name.strip_prefix("eval_") {
+                Some(metric) => format!("eval/{metric}"),
+                None if ["step", "epoch", "tokens"].contains(&name.as_str()) => continue,
+                None => format!("train/{name}"),
+            };
+            logged.insert((line["step"].as_u64().unwrap(), tag), value.as_f64().unwrap() as f32);
+        }
+    }
+    assert_eq!(speeds, logged.keys().filter(|(_, tag)| tag == "train/loss").count(), "{output}");
+    let shown: BTreeMap<_, _> =
+        shown.into_iter().filter(|((_, tag), _)| tag != "train/tokens_per_second").collect();
+    assert_eq!(shown, logged, "{output}");
+    shown
 }
 
 #[test]
@@ -598,10 +622,19 @@ fn a_run_that_is_begun_anew_keeps_links_and_what_it_did_not_write() {
         std::fs::write(bench.path(file), "x").unwrap();
     }
     bench.train("out", &["--max-steps", "2", "--overwrite"]).success();
+    let steps: Vec<u64> =
+        common::events::scalars(&bench.path("far")).into_keys().map(|(step, _)| step).collect();
+    assert!(steps.contains(&2) && files_of(&bench.path("far"), "tfevents") == 1, "{steps:?}");
     assert!(bench.path("out/training").is_symlink() && bench.path("out/onnx").is_symlink());
     assert!(bench.path("far/thesis.txt").is_file() && bench.path("graphs/notes.txt").is_file());
     assert_eq!(std::fs::read_dir(bench.path("graphs")).unwrap().count(), 1);
     assert_eq!(bench.log("out").iter().filter(|line| line.get("loss").is_some()).count(), 2);
+}
+
+/// How many files of a folder have this in their names.
+fn files_of(folder: &Path, part: &str) -> usize {
+    let names = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name());
+    names.filter(|name| name.to_string_lossy().contains(part)).count()
 }
 
 #[test]

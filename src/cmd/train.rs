@@ -43,7 +43,7 @@ pub struct Args {
     #[arg(long, value_name = "FILE", alias = "validation-file", num_args = 1..)]
     #[serde(with = "names", default, skip_serializing_if = "Vec::is_empty")]
     eval: Vec<PathBuf>,
-    /// The directory to write.
+    /// The directory to write. In its training/ the log grows: log.jsonl, and the same numbers for `tensorboard --logdir DIR`.
     #[arg(long, value_name = "DIR", alias = "output-dir")]
     #[serde(skip)]
     output: PathBuf,

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::ema::Ema;
+use super::events;
 use super::optimizer::AdamW;
 use crate::checkpoint::{self, Weights};
 use crate::eager::{Params, Trainable};
@@ -129,6 +130,7 @@ impl Folder {
         {
             remove_file(&path)?;
         }
+        events::written(&self.path)?.iter().try_for_each(|path| remove_file(path))?;
         self.list()?.iter().try_for_each(|path| remove_dir(path))
     }
 

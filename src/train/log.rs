@@ -1,18 +1,98 @@
-//! A run's log: a JSON line a step and an evaluation, in `training/log.jsonl`.
+//! A run's log: a JSON line a step and an evaluation, in `training/log.jsonl`, and the same for TensorBoard beside it.
 
 use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Write};
 use std::path::Path;
 
 use anyhow::Context;
-use serde_json::Value;
+use serde_json::{Value, json};
 
+use super::checkpoint::Folder;
+use super::events::Events;
 use crate::{Result, bail_unusable, files};
 
-/// The open log.
+/// What is logged of a step, or of an evaluation behind it.
+pub struct Entry {
+    pub step: usize,
+    /// How many epochs that makes.
+    pub epoch: f64,
+    pub phase: Phase,
+    /// How many tokens were learnt from.
+    pub tokens: Option<usize>,
+    /// Other numbers by their names, as they are.
+    pub numbers: Vec<(String, f64)>,
+}
+
+/// What an entry's numbers were measured in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// A step.
+    Train,
+    /// An evaluation.
+    Eval,
+}
+
+impl Entry {
+    /// `step`, `epoch`, and the numbers, those of an evaluation as `eval_NAME`; null for what is no number.
+    fn line(&self) -> Value {
+        let mut line = json!({"step": self.step, "epoch": self.epoch});
+        for (name, number) in &self.numbers {
+            match self.phase {
+                Phase::Train => line[name] = json!(number),
+                Phase::Eval => line[format!("eval_{name}")] = json!(number),
+            }
+        }
+        if let Some(tokens) = self.tokens {
+            line["tokens"] = json!(tokens);
+        }
+        line
+    }
+
+    /// The numbers under TensorBoard's kind of names: `train/loss`, `eval/accuracy`.
+    fn scalars(&self) -> impl Iterator<Item = (String, f64)> {
+        let group = match self.phase {
+            Phase::Train => "train",
+            Phase::Eval => "eval",
+        };
+        self.numbers.iter().map(move |(name, number)| (format!("{group}/{name}"), *number))
+    }
+}
+
+/// The open logs of a run.
+pub struct RunLog {
+    /// None keeps nothing of what is written.
+    files: Option<(Log, Events)>,
+}
+
+impl RunLog {
+    /// Goes on behind `step`: what was logged of later steps is forgotten.
+    ///
+    /// # Errors
+    /// As [`Log::open`]; or a file can't be written.
+    pub fn open(folder: &Folder, step: usize) -> Result<Self> {
+        let lines = Log::open(&folder.log(), step)?;
+        Ok(Self { files: Some((lines, Events::start(folder.path(), step)?)) })
+    }
+
+    /// One that keeps nothing: of a process that does not write.
+    pub fn none() -> Self {
+        Self { files: None }
+    }
+
+    /// Adds an entry.
+    ///
+    /// # Errors
+    /// It can't be written.
+    pub fn write(&mut self, entry: &Entry) -> Result<()> {
+        let Some((lines, events)) = &mut self.files else { return Ok(()) };
+        lines.write(&entry.line())?;
+        events.scalars(entry.step, entry.scalars())
+    }
+}
+
+/// A file of JSON lines, each of a step.
 pub struct Log {
-    /// None takes what is written for nothing.
-    file: Option<File>,
+    file: File,
 }
 
 impl Log {
@@ -38,18 +118,12 @@ impl Log {
         }
         files::write(path, kept)?;
         let file = OpenOptions::new().append(true).open(path).with_context(place)?;
-        Ok(Self { file: Some(file) })
-    }
-
-    /// One that keeps nothing: of a process that does not write.
-    pub fn none() -> Self {
-        Self { file: None }
+        Ok(Self { file })
     }
 
     /// Appends one line.
     pub fn write(&mut self, line: &Value) -> Result<()> {
-        let Some(file) = &mut self.file else { return Ok(()) };
-        writeln!(file, "{line}").context("writing the training log")
+        writeln!(self.file, "{line}").context("writing the training log")
     }
 }
 

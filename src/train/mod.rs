@@ -4,6 +4,7 @@ pub mod audit;
 pub mod checkpoint;
 pub mod dry_run;
 pub mod ema;
+pub mod events;
 mod exchange;
 pub mod log;
 pub mod lora;

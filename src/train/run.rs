@@ -1,15 +1,14 @@
 //! The training loop: epochs, evaluations, checkpoints, the best model kept, early stopping, resuming.
 
-use std::path::Path;
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::Instant;
 
 use candle_core::Device;
 use indicatif::ProgressBar;
-use serde_json::{Map, Value, json};
+use serde_json::json;
 
 use super::checkpoint::{Best, Folder, Progress};
-use super::log::Log;
+use super::log::{Entry, Log, Phase, RunLog};
 use super::not_finite::NotFinite;
 use super::plan::Plan;
 use super::trainer::{StepReport, Trainer};
@@ -92,9 +91,13 @@ impl Run<'_> {
         // all have read the checkpoint before one changes a file
         self.world.meet()?;
         let leads = self.world.leads();
-        let open = |path: &Path| if leads { Log::open(path, progress.step) } else { Ok(Log::none()) };
-        let mut log = open(&self.folder.log())?;
-        let mut audits = self.settings.audit.map(|_| open(&self.folder.audit())).transpose()?;
+        let mut log = match leads {
+            true => RunLog::open(self.folder, progress.step)?,
+            false => RunLog::none(),
+        };
+        let audits = self.settings.audit.filter(|_| leads);
+        let audits = audits.map(|_| Log::open(&self.folder.audit(), progress.step));
+        let mut audits = audits.transpose()?;
         let bar = self.say.bar(total as u64, "{bar:24} {pos}/{len} steps  {msg}  {eta} left")?;
         bar.set_position(progress.step as u64);
         let (started, seconds_before) = (Instant::now(), progress.seconds);
@@ -190,7 +193,7 @@ impl Run<'_> {
 
     fn report(
         &self,
-        log: &mut Log,
+        log: &mut RunLog,
         bar: &ProgressBar,
         progress: &Progress,
         plan: &Plan,
@@ -198,20 +201,23 @@ impl Run<'_> {
         tokens_per_second: f64,
     ) -> Result<()> {
         let total = plan.total_steps();
-        let mut line = json!({
-            "step": progress.step,
-            "epoch": plan.epochs(progress.step),
-            "loss": step.loss,
-            "learning_rate": step.learning_rate,
-            "grad_norm": step.grad_norm,
-            "tokens": step.tokens,
-            "tokens_per_second": tokens_per_second.round(),
-        });
+        let mut numbers = vec![
+            ("loss", step.loss),
+            ("learning_rate", step.learning_rate),
+            ("grad_norm", step.grad_norm),
+            ("tokens_per_second", tokens_per_second.round()),
+        ];
         let names = self.task.loss_names();
-        for (name, loss) in names.iter().zip(&step.losses).filter(|_| names.len() > 1) {
-            line[*name] = json!(loss);
-        }
-        log.write(&line)?;
+        numbers.extend(names.iter().copied().zip(step.losses.iter().copied()).filter(|_| names.len() > 1));
+        let numbers = numbers.into_iter().map(|(name, number)| (name.to_owned(), number)).collect();
+        let epoch = plan.epochs(progress.step);
+        log.write(&Entry {
+            step: progress.step,
+            epoch,
+            phase: Phase::Train,
+            tokens: Some(step.tokens),
+            numbers,
+        })?;
         let mean_speed = progress.tokens as f64 / progress.seconds;
         bar.set_position(progress.step as u64);
         bar.set_message(format!("loss {:.4}  {mean_speed:.0} tokens/s", step.loss));
@@ -227,7 +233,13 @@ impl Run<'_> {
         Ok(())
     }
 
-    fn evaluate(&self, log: &mut Log, bar: &ProgressBar, progress: &mut Progress, plan: &Plan) -> Result<()> {
+    fn evaluate(
+        &self,
+        log: &mut RunLog,
+        bar: &ProgressBar,
+        progress: &mut Progress,
+        plan: &Plan,
+    ) -> Result<()> {
         let Self { params, family, task, device, world, .. } = *self;
         let measured = task.measure(&Forward { params, family, task, device, world }, self.eval)?;
         let Metric { name, more_is_better, .. } = self.deciding_metric()?;
@@ -237,12 +249,9 @@ impl Run<'_> {
             progress.best.as_ref().and_then(|best| best.number(name)),
             more_is_better,
         );
-        let mut line = Map::from_iter([
-            ("step".to_owned(), json!(progress.step)),
-            ("epoch".to_owned(), json!(plan.epochs(progress.step))),
-        ]);
-        line.extend(new.metrics.iter().map(|(name, value)| (format!("eval_{name}"), json!(value))));
-        log.write(&Value::Object(line))?;
+        let numbers = new.metrics.iter().map(|(name, value)| (name.clone(), *value)).collect();
+        let epoch = plan.epochs(progress.step);
+        log.write(&Entry { step: progress.step, epoch, phase: Phase::Eval, tokens: None, numbers })?;
         let shown: Vec<String> =
             new.metrics.iter().map(|(name, value)| format!("{name} {value:.4}")).collect();
         let text = format!("step {}  evaluation: {}", progress.step, shown.join("  "));

@@ -1,6 +1,7 @@
 //! What several test files need: the stored references, and how far two lists of numbers are apart.
 #![allow(dead_code)] // each test file uses its own part
 
+pub mod events;
 pub mod schema;
 pub mod server;
 
