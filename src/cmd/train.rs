@@ -257,7 +257,10 @@ fn dry_run(args: &Args, job: &Job, prepared: &Prepared, device: &Device, say: &S
     let found = DryRun::new(job, prepared, device)?;
     say.result(found.told(), &found)?;
     match found.warnings.len() {
-        count if args.strict && count > 0 => bail_unusable!("--strict: {count} warnings, see above"),
+        count if args.strict && count > 0 => {
+            let warnings = if count == 1 { "warning" } else { "warnings" };
+            bail_unusable!("--strict: {count} {warnings}, see above")
+        }
         _ => Ok(()),
     }
 }

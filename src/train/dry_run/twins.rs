@@ -53,11 +53,7 @@ impl<'a> Known<'a> {
         let (mut known, mut twins) = (Self::default(), Twins::default());
         for record in records {
             let (exact, alike) = hashes(record);
-            match (known.exact.get(&exact), known.alike.get(&alike)) {
-                (Some(twin), _) => twins.count(record, twin, true),
-                (None, Some(twin)) => twins.count(record, twin, false),
-                (None, None) => {}
-            }
+            known.look_up(record, (exact, alike), &mut twins);
             known.exact.entry(exact).or_insert(record);
             known.alike.entry(alike).or_insert(record);
         }
@@ -68,14 +64,18 @@ impl<'a> Known<'a> {
     pub fn shared_with(&self, records: &[Look]) -> Twins {
         let mut twins = Twins::default();
         for record in records {
-            let (exact, alike) = hashes(record);
-            match (self.exact.get(&exact), self.alike.get(&alike)) {
-                (Some(twin), _) => twins.count(record, twin, true),
-                (None, Some(twin)) => twins.count(record, twin, false),
-                (None, None) => {}
-            }
+            self.look_up(record, hashes(record), &mut twins);
         }
         twins
+    }
+
+    /// Counts a record that one of these is like.
+    fn look_up(&self, record: &Look, (exact, alike): (u64, u64), twins: &mut Twins) {
+        match (self.exact.get(&exact), self.alike.get(&alike)) {
+            (Some(twin), _) => twins.count(record, twin, true),
+            (None, Some(twin)) => twins.count(record, twin, false),
+            (None, None) => {}
+        }
     }
 }
 
