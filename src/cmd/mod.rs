@@ -8,6 +8,7 @@ pub mod export;
 pub mod generate;
 pub mod models;
 pub mod parity;
+pub mod report;
 pub mod serve;
 pub mod serve_batch;
 pub mod train;

@@ -14,7 +14,7 @@ use crate::data::batch::{Encoding, PackedBatch};
 use crate::model::Family;
 use crate::saved::Saved;
 use crate::task::output::{Scope, Standing};
-use crate::task::{Example, Measured, Outputs, Task};
+use crate::task::{Example, Measured, Outputs, Review, Source, Task};
 use crate::world::{self, World};
 
 /// Tokens of one packed batch: enough for the matrix products, little enough for the memory.
@@ -238,6 +238,14 @@ impl Evaluator {
     /// The task's metrics and mean loss over examples.
     pub fn measure(&self, examples: &[Example]) -> Result<Measured> {
         self.task.measure(&self.forward(), examples)
+    }
+
+    /// The same, and what there is to see beside.
+    ///
+    /// # Errors
+    /// As of [`Task::review`].
+    pub fn review(&self, examples: &[Example], of: Source) -> Result<(Measured, Review)> {
+        self.task.review(&self.forward(), examples, of)
     }
 
     /// What the definition taps, over one packed batch of all the examples: (T, C), or (B, C) behind `pick`.

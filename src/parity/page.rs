@@ -3,10 +3,11 @@
 use std::fmt::Write;
 
 use super::detail::{Detail, LEAST, Layer};
-use super::report::{escaped, first_difference, metric, verdict};
+use super::report::{first_difference, metric, verdict};
 use super::{Compared, Subject};
 use crate::Result;
 use crate::checkpoint::{file_hash, weight_files};
+use crate::html::{self, escaped};
 use crate::runtime::library;
 
 /// What was compared, and where.
@@ -51,37 +52,19 @@ impl About {
     }
 }
 
+/// Of the drawings.
 const STYLE: &str = "\
-:root { color-scheme: light dark; --text: #1d2126; --soft: #5c6670; --line: #d8dde2; --back: #fff; --card: #f6f8fa;
-  --good: #1a7f37; --bad: #c4232b; --first: #0b62c4; --second: #b35c00; }
-@media (prefers-color-scheme: dark) { :root { --text: #e6e9ec; --soft: #9aa4ae; --line: #3a424a; --back: #14181c;
-  --card: #1d2329; --good: #4cc26a; --bad: #ff6b6b; --first: #6cb0ff; --second: #ffb057; } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var(--back); margin: 0 auto; padding: 2em;
-  max-width: 70em; }
-h1 { font-size: 1.5em; overflow-wrap: anywhere; } h2 { font-size: 1.15em; margin-top: 2em; }
-table { border-collapse: collapse; width: 100%; } .wide { overflow-x: auto; }
-th, td { border-bottom: 1px solid var(--line); padding: .35em .7em; text-align: left; vertical-align: top; }
-th { color: var(--soft); font-weight: 600; } td.n { font-variant-numeric: tabular-nums; white-space: nowrap; }
-.pass { color: var(--good); font-weight: 600; } .fail { color: var(--bad); font-weight: 600; }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 1em; margin: 1em 0; }
-svg { width: 100%; height: auto; display: block; } svg text { fill: var(--soft); font: 11px system-ui, sans-serif; }
+svg text { font-size: 11px; }
 svg .axis { stroke: var(--line); } svg .first { stroke: var(--first); fill: none; stroke-width: 2; }
 svg .second { stroke: var(--second); fill: none; stroke-width: 2; stroke-dasharray: 5 3; } svg rect { fill: var(--first); }
-svg .dot { fill: var(--first); } svg .dot2 { fill: var(--second); }
-code { font: 13px ui-monospace, monospace; overflow-wrap: anywhere; } td.text { min-width: 12em; overflow-wrap: anywhere; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .2em 1.5em; } dt { color: var(--soft); } dd { margin: 0;
-  overflow-wrap: anywhere; }";
+svg .dot { fill: var(--first); } svg .dot2 { fill: var(--second); }";
 
 /// The page.
 pub fn html(about: &About, compared: &[Compared], details: &[Detail]) -> String {
     let title = escaped(&about.title);
     let pass = compared.iter().all(|c| c.pass);
     let (class, said) = if pass { ("pass", "all runtimes agree") } else { ("fail", "runtimes differ") };
-    let mut page = format!(
-        "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" \
-         content=\"width=device-width\"><title>Parity of {title}</title>\n<style>\n{STYLE}\n</style></head><body>\n\
-         <h1>Parity of {title}</h1>\n<p class=\"{class}\">{said}</p>\n"
-    );
+    let mut page = format!("<h1>Parity of {title}</h1>\n<p class=\"{class}\">{said}</p>\n");
     page += &summary(compared);
     page += &outputs(compared);
     for detail in details {
@@ -105,8 +88,8 @@ pub fn html(about: &About, compared: &[Compared], details: &[Detail]) -> String 
         .iter()
         .map(|(name, value)| format!("<dt>{name}</dt><dd><code>{}</code></dd>\n", escaped(value)))
         .collect();
-    let _ = writeln!(page, "<h2>What was compared</h2>\n<dl>\n{facts}</dl>\n</body></html>");
-    page
+    let _ = writeln!(page, "<h2>What was compared</h2>\n<dl>\n{facts}</dl>");
+    html::page(&format!("Parity of {}", about.title), STYLE, &page)
 }
 
 fn summary(compared: &[Compared]) -> String {
@@ -253,15 +236,13 @@ fn worst(detail: &Detail) -> String {
     let mut rows = String::new();
     for worst in &detail.worst {
         let (expected, found) = worst.answers.as_ref().map_or(("", ""), |(a, b)| (a.as_str(), b.as_str()));
-        let text: String = worst.text.chars().take(300).collect();
-        let more = if text.len() < worst.text.len() { "…" } else { "" };
+        let text = html::beginning(&worst.text, 300);
         let _ = writeln!(
             rows,
-            "<tr><td class=\"n\">{}</td><td class=\"n\">{:.2e}</td><td class=\"text\">{}{more}</td><td><code>{}</code></td>\
+            "<tr><td class=\"n\">{}</td><td class=\"n\">{:.2e}</td><td class=\"text\">{text}</td><td><code>{}</code></td>\
              <td><code>{}</code></td></tr>",
             worst.record,
             worst.largest,
-            escaped(&text),
             escaped(expected),
             escaped(found)
         );

@@ -60,11 +60,6 @@ pub(super) fn first_difference(compared: &Compared) -> Option<String> {
     ))
 }
 
-/// A text in HTML.
-pub(super) fn escaped(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

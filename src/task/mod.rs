@@ -12,6 +12,7 @@ pub mod objective;
 pub mod output;
 pub mod pre_training;
 pub mod question_answering;
+pub mod review;
 pub mod scores;
 #[cfg(test)]
 mod tests;
@@ -46,6 +47,7 @@ pub use objective::{Asking, Encoder, Form, Learning, Objective, Start};
 pub use output::{Dim, Output, Outputs, Scope};
 pub use pre_training::PreTraining;
 pub use question_answering::QuestionAnswering;
+pub use review::{Review, Source};
 pub use text_classification::TextClassification;
 pub use token_classification::TokenClassification;
 
@@ -230,6 +232,17 @@ macro_rules! tasks {
                 }
             }
 
+            /// Refuses all of them, where no records are named.
+            ///
+            /// # Errors
+            /// Unusable: names the first.
+            pub fn check_none(&self) -> Result<()> {
+                match flags::given(self)?.first() {
+                    Some(flag) => bail_unusable!("{flag} is for the records of --input: name them"),
+                    None => Ok(()),
+                }
+            }
+
             /// Refuses what says nothing where texts alone are read.
             ///
             /// # Errors
@@ -383,6 +396,11 @@ macro_rules! tasks {
             /// See [`Objective::head`].
             pub fn head(&self) -> Head {
                 match self { $(Self::$task(task) => task.head()),+ }
+            }
+
+            /// See [`Objective::PIPELINE_TAG`].
+            pub fn pipeline_tag(&self) -> Option<&'static str> {
+                match self { $(Self::$task(_) => $task::PIPELINE_TAG),+ }
             }
 
             /// See [`Objective::FIELDS_ASKED`].
@@ -560,6 +578,18 @@ macro_rules! tasks {
             pub fn measure(&self, model: &Forward, examples: &[Example]) -> Result<Measured> {
                 match self {
                     $(Self::$task(task) => task.measure(model, &own::<$task>(examples)?)),+
+                }
+            }
+
+            /// See [`Objective::review`].
+            pub fn review(
+                &self,
+                model: &Forward,
+                examples: &[Example],
+                of: Source,
+            ) -> Result<(Measured, Review)> {
+                match self {
+                    $(Self::$task(task) => task.review(model, &own::<$task>(examples)?, of)),+
                 }
             }
 

@@ -14,6 +14,7 @@ use anyhow::Context;
 use candle_core::Tensor;
 use serde_json::Value;
 
+use super::review::{Review, Source};
 use super::{
     Answer, AnswerFlags, Beside, CausalLm, Example, Look, Measured, Metric, Output, Outputs, RecordFlags,
     Task, TrainingFlags, scores,
@@ -140,6 +141,8 @@ pub trait Objective: Clone + Into<Task> {
     const HEAD: Head;
     /// The file of a directory that says it is this task's, whatever class of `transformers` it was saved from.
     const MARK: Option<&'static str> = None;
+    /// What the Hugging Face hub calls it, and `transformers`' pipeline, where they have it.
+    const PIPELINE_TAG: Option<&'static str> = None;
     /// How many of a graph's outputs are for other programs: those in front of what answers and metrics are made of.
     const AHEAD: usize = 0;
     /// The texts, of those that [`super::TextColumns`] maps, that its records to learn from have.
@@ -330,6 +333,19 @@ pub trait Objective: Clone + Into<Task> {
     fn measure(&self, model: &Forward, examples: &[(&Encoding, &Self::Target)]) -> Result<Measured> {
         let (encodings, targets): (Vec<_>, Vec<_>) = examples.iter().copied().unzip();
         self.measure_outputs(&model.outputs(&encodings)?, &targets)
+    }
+
+    /// The same, and what there is to see of the predictions beside metrics.
+    ///
+    /// # Errors
+    /// The records can't be read again.
+    fn review(
+        &self,
+        model: &Forward,
+        examples: &[(&Encoding, &Self::Target)],
+        _of: Source,
+    ) -> Result<(Measured, Review)> {
+        Ok((self.measure(model, examples)?, Review::default()))
     }
 
     /// What of an example's outputs has to be kept until those of all are there: the outputs themselves, where they are

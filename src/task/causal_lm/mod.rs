@@ -104,6 +104,7 @@ pub struct AnswerFlags {
 
 impl Objective for CausalLm {
     const NAME: &'static str = "causal-lm";
+    const PIPELINE_TAG: Option<&'static str> = Some("text-generation");
     const HEAD: Head = Head::CausalLm { wanted: None };
     const TEXTS_LEARNT: &'static [&'static str] = &["text"];
     const TEXTS_ASKED: &'static [&'static str] = &[];

@@ -122,6 +122,7 @@ const MEASURED: usize = 32;
 
 impl Objective for Embedding {
     const NAME: &'static str = "embedding";
+    const PIPELINE_TAG: Option<&'static str> = Some("sentence-similarity");
     const HEAD: Head = Head::Embedding { wanted: None };
     const MARK: Option<&'static str> = Some(files::MODULES);
     const TEXTS_LEARNT: &'static [&'static str] = &[];

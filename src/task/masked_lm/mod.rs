@@ -101,6 +101,7 @@ pub struct Question {
 
 impl Objective for MaskedLm {
     const NAME: &'static str = "masked-lm";
+    const PIPELINE_TAG: Option<&'static str> = Some("fill-mask");
     const HEAD: Head = Head::MaskedLm;
     const TEXTS_LEARNT: &'static [&'static str] = &["text"];
     const TEXTS_ASKED: &'static [&'static str] = &["text"];

@@ -2,6 +2,7 @@
 
 mod decode;
 mod records;
+mod reviewed;
 pub mod squad;
 
 use std::ops::Range;
@@ -16,6 +17,7 @@ use self::decode::{Answers, Limits, Scored, answers};
 use self::records::{examples_of, read};
 use self::squad::{Judged, Match, best_threshold};
 use super::flags::refuse_records;
+use super::review::{Review, Source};
 use super::scores::{cross_entropy, serialize_short};
 use super::{
     Answer, Asking, Beside, Dim, Encoder, Example, Form, Learning, Look, Measured, Metric, Metrics,
@@ -25,7 +27,7 @@ use crate::data::batch::Encoding;
 use crate::data::offsets::OffsetUnit;
 use crate::data::records::{BadRow, Columns, Files, How, Row};
 use crate::data::tokens::{SecondText, Tokenizer};
-use crate::eager::{Eager, X, tensors};
+use crate::eager::{Eager, Forward, X, tensors};
 use crate::model::ops::Ops;
 use crate::model::{Family, Head, ModelConfig};
 use crate::{Result, unusable};
@@ -141,6 +143,7 @@ pub struct Question {
 
 impl Objective for QuestionAnswering {
     const NAME: &'static str = "question-answering";
+    const PIPELINE_TAG: Option<&'static str> = Some(Self::NAME);
     const HEAD: Head = Head::QuestionAnswering;
     const TEXTS_LEARNT: &'static [&'static str] = &[];
     const TEXTS_ASKED: &'static [&'static str] = &[];
@@ -279,64 +282,20 @@ impl Objective for QuestionAnswering {
     /// # Errors
     /// A window has other rows than its tokens.
     fn measure_outputs(&self, outputs: &[Outputs], targets: &[&Wanted]) -> Result<Measured> {
-        let mut losses = 0.0;
-        let mut questions: Vec<(&Wanted, Vec<Scored>)> = Vec::new();
-        for (outputs, &wanted) in outputs.iter().zip(targets) {
-            let scored = self.scored(outputs, &wanted.text)?;
-            let (first, last) = wanted.tokens;
-            anyhow::ensure!(first.max(last) < scored.start.len(), "a window has fewer scores than tokens");
-            losses += (cross_entropy(&scored.start, first) + cross_entropy(&scored.end, last)) / 2.0;
-            match questions.last_mut() {
-                Some((first, windows)) if first.question == wanted.question => windows.push(scored),
-                _ => questions.push((wanted, vec![scored])),
-            }
-        }
-        let mut all: Vec<(bool, Match)> = Vec::with_capacity(questions.len());
-        let mut judged = [Vec::new(), Vec::new()]; // by exact match, by F1
-        for (wanted, windows) in &questions {
-            let found = answers(&wanted.context, windows, wanted.limits);
-            let best = found.found.first();
-            let text = best.map_or("", |best| &wanted.context[best.span.clone()]);
-            let said = if self.says_none(&found) { "" } else { text };
-            let answerable = !wanted.right.is_empty();
-            all.push((answerable, Match::of(said, &wanted.right)));
-            let bare = Match::of(text, &wanted.right);
-            let null = found.null - best.map_or(0.0, |best| best.score);
-            let answered = !text.is_empty();
-            for (judged, score) in judged.iter_mut().zip([bare.exact, bare.f1]) {
-                judged.push(Judged { null, answerable, answered, score });
-            }
-        }
-        let percent = |which: &dyn Fn(bool) -> bool, how: fn(&Match) -> f64| {
-            let own: Vec<f64> =
-                all.iter().filter(|(answerable, _)| which(*answerable)).map(|(_, m)| how(m)).collect();
-            100.0 * own.iter().sum::<f64>() / own.len() as f64
-        };
-        let metrics = Metrics::from([
-            ("exact_match".to_owned(), percent(&|_| true, |m| m.exact)),
-            ("f1".to_owned(), percent(&|_| true, |m| m.f1)),
-            ("loss".to_owned(), losses / targets.len() as f64),
-        ]);
-        let mut details = Map::from_iter([("questions".to_owned(), json!(all.len()))]);
-        if all.iter().any(|(answerable, _)| !answerable) {
-            let [exact, f1] = judged.map(|judged| best_threshold(&judged));
-            for (name, value) in [
-                ("HasAns_exact", percent(&|answerable| answerable, |m| m.exact)),
-                ("HasAns_f1", percent(&|answerable| answerable, |m| m.f1)),
-                ("NoAns_exact", percent(&|answerable| !answerable, |m| m.exact)),
-                ("NoAns_f1", percent(&|answerable| !answerable, |m| m.f1)),
-                ("best_exact", 100.0 * exact.score),
-                ("best_exact_thresh", exact.at),
-                ("best_f1", 100.0 * f1.score),
-                ("best_f1_thresh", f1.at),
-                (NULL_THRESHOLD, f1.between),
-            ] {
-                details.insert(name.to_owned(), json!(value));
-            }
-        }
-        Ok(Measured { metrics, details })
+        Ok(self.measure_questions(&self.questions(outputs, targets)?, targets.len()))
     }
 
+    fn review(
+        &self,
+        model: &Forward,
+        examples: &[(&Encoding, &Wanted)],
+        of: Source,
+    ) -> Result<(Measured, Review)> {
+        let (encodings, targets): (Vec<_>, Vec<_>) = examples.iter().copied().unzip();
+        let outputs = model.outputs(&encodings)?;
+        let questions = self.questions(&outputs, &targets)?;
+        Ok((self.measure_questions(&questions, targets.len()), self.reviewed(&questions, of)?))
+    }
     fn columns(flags: &super::AnswerFlags) -> Columns {
         flags.question_answering.questions.columns()
     }
@@ -398,7 +357,86 @@ impl Objective for QuestionAnswering {
     }
 }
 
+/// A question, and the scores of what it was asked with.
+struct Asked<'a> {
+    wanted: &'a Wanted,
+    windows: Vec<Scored<'a>>,
+    /// The sum over the windows.
+    loss: f64,
+}
+
 impl QuestionAnswering {
+    /// Each question's scores, from its windows' outputs.
+    ///
+    /// # Errors
+    /// A window has other rows than its tokens.
+    fn questions<'t>(&self, outputs: &[Outputs], targets: &[&'t Wanted]) -> Result<Vec<Asked<'t>>> {
+        let mut questions: Vec<Asked> = Vec::new();
+        for (outputs, &wanted) in outputs.iter().zip(targets) {
+            let scored = self.scored(outputs, &wanted.text)?;
+            let (first, last) = wanted.tokens;
+            anyhow::ensure!(first.max(last) < scored.start.len(), "a window has fewer scores than tokens");
+            let loss = (cross_entropy(&scored.start, first) + cross_entropy(&scored.end, last)) / 2.0;
+            match questions.last_mut() {
+                Some(asked) if asked.wanted.question == wanted.question => {
+                    asked.windows.push(scored);
+                    asked.loss += loss;
+                }
+                _ => questions.push(Asked { wanted, windows: vec![scored], loss }),
+            }
+        }
+        Ok(questions)
+    }
+
+    /// The metrics, and the mean loss of so many windows.
+    fn measure_questions(&self, questions: &[Asked], count: usize) -> Measured {
+        let losses: f64 = questions.iter().map(|asked| asked.loss).sum();
+        let mut all: Vec<(bool, Match)> = Vec::with_capacity(questions.len());
+        let mut judged = [Vec::new(), Vec::new()]; // by exact match, by F1
+        for Asked { wanted, windows, .. } in questions {
+            let found = answers(&wanted.context, windows, wanted.limits);
+            let best = found.found.first();
+            let text = best.map_or("", |best| &wanted.context[best.span.clone()]);
+            let said = if self.says_none(&found) { "" } else { text };
+            let answerable = !wanted.right.is_empty();
+            all.push((answerable, Match::of(said, &wanted.right)));
+            let bare = Match::of(text, &wanted.right);
+            let null = found.null - best.map_or(0.0, |best| best.score);
+            let answered = !text.is_empty();
+            for (judged, score) in judged.iter_mut().zip([bare.exact, bare.f1]) {
+                judged.push(Judged { null, answerable, answered, score });
+            }
+        }
+        let percent = |which: &dyn Fn(bool) -> bool, how: fn(&Match) -> f64| {
+            let own: Vec<f64> =
+                all.iter().filter(|(answerable, _)| which(*answerable)).map(|(_, m)| how(m)).collect();
+            100.0 * own.iter().sum::<f64>() / own.len() as f64
+        };
+        let metrics = Metrics::from([
+            ("exact_match".to_owned(), percent(&|_| true, |m| m.exact)),
+            ("f1".to_owned(), percent(&|_| true, |m| m.f1)),
+            ("loss".to_owned(), losses / count as f64),
+        ]);
+        let mut details = Map::from_iter([("questions".to_owned(), json!(all.len()))]);
+        if all.iter().any(|(answerable, _)| !answerable) {
+            let [exact, f1] = judged.map(|judged| best_threshold(&judged));
+            for (name, value) in [
+                ("HasAns_exact", percent(&|answerable| answerable, |m| m.exact)),
+                ("HasAns_f1", percent(&|answerable| answerable, |m| m.f1)),
+                ("NoAns_exact", percent(&|answerable| !answerable, |m| m.exact)),
+                ("NoAns_f1", percent(&|answerable| !answerable, |m| m.f1)),
+                ("best_exact", 100.0 * exact.score),
+                ("best_exact_thresh", exact.at),
+                ("best_f1", 100.0 * f1.score),
+                ("best_f1_thresh", f1.at),
+                (NULL_THRESHOLD, f1.between),
+            ] {
+                details.insert(name.to_owned(), json!(value));
+            }
+        }
+        Measured { metrics, details }
+    }
+
     /// A window's scores, from its outputs. The first token stands for no answer where it is a special one, or where it is
     /// not the text's and the model has learnt so.
     ///

@@ -2,6 +2,7 @@
 
 mod labels;
 pub(super) mod metrics;
+mod reviewed;
 #[cfg(test)]
 mod tests;
 mod windows;
@@ -14,6 +15,7 @@ use serde_json::{Map, Value, json};
 pub use self::windows::{Aggregation, Window, WindowFlags};
 use super::flags::refuse_records;
 use super::id2label::{self, default_names};
+use super::review::{Review, Source};
 use super::scores::{argmax, short, softmax};
 use super::{
     Answer, Asking, Beside, Dim, Encoder, Example, Form, Learning, Look, Measured, Metric, Metrics,
@@ -23,7 +25,7 @@ use crate::data::batch::Encoding;
 use crate::data::cache::Key;
 use crate::data::records::{self, BadRow, Columns, Files, How, Place, Row};
 use crate::data::tokens::Tokenizer;
-use crate::eager::{Eager, X, tensors};
+use crate::eager::{Eager, Forward, X, tensors};
 use crate::model::{Head, ModelConfig};
 use crate::{Result, bail_unusable, unusable};
 
@@ -123,6 +125,7 @@ const MOST_LABELS: u64 = 1 << 24;
 
 impl Objective for TextClassification {
     const NAME: &'static str = "text-classification";
+    const PIPELINE_TAG: Option<&'static str> = Some(Self::NAME);
     const HEAD: Head = Head::SequenceClassification { labels: 0 };
     const TEXTS_LEARNT: &'static [&'static str] = &["text", "text_pair"];
     const TEXTS_ASKED: &'static [&'static str] = Self::TEXTS_LEARNT;
@@ -303,21 +306,19 @@ impl Objective for TextClassification {
 
     /// Of texts, whatever windows they are read in.
     fn measure_outputs(&self, outputs: &[Outputs], targets: &[&Window]) -> Result<Measured> {
-        let width = self.labels.len();
-        let windows = outputs.iter().map(|outputs| self.logits(outputs)).collect::<Result<Vec<_>>>()?;
-        let mut rest = &windows[..];
-        let texts = targets.chunk_by(|a, b| a.text == b.text).map(|own| {
-            let (windows, others) = rest.split_at(own.len().min(rest.len()));
-            rest = others;
-            (own[0].aggregation.of(windows), &own[0].wanted)
-        });
-        let (logits, targets): (Vec<Vec<f32>>, Vec<&Wanted>) = texts.unzip();
-        let targets = &targets[..];
-        let matrix = Tensor::from_vec(logits.concat(), (logits.len(), width), &Device::Cpu)?;
-        let loss = self.sum_of_losses(&matrix.to_dtype(DType::F64)?, targets, 0.0)?.to_scalar::<f32>()?;
-        let mut metrics = self.compare(&logits, targets);
-        metrics.insert("loss".to_owned(), f64::from(loss) / logits.len() as f64);
-        Ok(metrics.into())
+        self.measure_texts(&self.texts(outputs, targets)?)
+    }
+
+    fn review(
+        &self,
+        model: &Forward,
+        examples: &[(&Encoding, &Window)],
+        of: Source,
+    ) -> Result<(Measured, Review)> {
+        let (encodings, targets): (Vec<_>, Vec<_>) = examples.iter().copied().unzip();
+        let outputs = model.outputs(&encodings)?;
+        let texts = self.texts(&outputs, &targets)?;
+        Ok((self.measure_texts(&texts)?, self.reviewed(&texts, of)?))
     }
 
     /// Of several labels, the share that both give or both don't; of numbers, how near they are: 1 − |a − b| / max(|a|, 1).
@@ -450,6 +451,31 @@ impl TextClassification {
         })?;
         refuse_records(files, "texts without tokens", empty)?;
         Ok(examples)
+    }
+
+    /// The logits of each text, from those of its windows.
+    ///
+    /// # Errors
+    /// A window's outputs are not one a label.
+    fn texts<'t>(&self, outputs: &[Outputs], targets: &[&'t Window]) -> Result<Vec<(Vec<f32>, &'t Window)>> {
+        let windows = outputs.iter().map(|outputs| self.logits(outputs)).collect::<Result<Vec<_>>>()?;
+        let mut rest = &windows[..];
+        let texts = targets.chunk_by(|a, b| a.text == b.text).map(|own| {
+            let (windows, others) = rest.split_at(own.len().min(rest.len()));
+            rest = others;
+            (own[0].aggregation.of(windows), own[0])
+        });
+        Ok(texts.collect())
+    }
+
+    fn measure_texts(&self, texts: &[(Vec<f32>, &Window)]) -> Result<Measured> {
+        let logits: Vec<Vec<f32>> = texts.iter().map(|(logits, _)| logits.clone()).collect();
+        let targets: Vec<&Wanted> = texts.iter().map(|(_, target)| &target.wanted).collect();
+        let matrix = Tensor::from_vec(logits.concat(), (logits.len(), self.labels.len()), &Device::Cpu)?;
+        let loss = self.sum_of_losses(&matrix.to_dtype(DType::F64)?, &targets, 0.0)?.to_scalar::<f32>()?;
+        let mut metrics = self.compare(&logits, &targets);
+        metrics.insert("loss".to_owned(), f64::from(loss) / logits.len() as f64);
+        Ok(metrics.into())
     }
 
     /// The sum over the examples. A mean over the labels of an example with several, as in

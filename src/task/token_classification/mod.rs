@@ -5,6 +5,7 @@ pub mod decode;
 pub mod entities;
 pub mod labels;
 pub mod metrics;
+mod reviewed;
 pub mod scheme;
 mod windowed;
 
@@ -22,6 +23,7 @@ use self::scheme::{OUTSIDE, Scheme, TagScheme, Tagged};
 use self::windowed::Windowed;
 use super::flags::refuse_records;
 use super::id2label::{self, default_names};
+use super::review::{Review, Source};
 use super::scores::{argmax, cross_entropy};
 use super::{
     Answer, Asking, Beside, Dim, Encoder, Example, Form, Learning, Look, Measured, Metric, Metrics,
@@ -31,7 +33,7 @@ use crate::data::batch::Encoding;
 use crate::data::cache::Key;
 use crate::data::records::{self, BadRow, Columns, Files, Format, How, Place, Row, TagColumn};
 use crate::data::tokens::Tokenizer;
-use crate::eager::{Eager, X};
+use crate::eager::{Eager, Forward, X};
 use crate::model::{Head, ModelConfig};
 use crate::{Result, bail_unusable, unusable};
 
@@ -120,6 +122,7 @@ impl Tags {
 
 impl Objective for TokenClassification {
     const NAME: &'static str = "token-classification";
+    const PIPELINE_TAG: Option<&'static str> = Some(Self::NAME);
     const HEAD: Head = Head::TokenClassification { labels: 0 };
     const TEXTS_LEARNT: &'static [&'static str] = &[];
     const TEXTS_ASKED: &'static [&'static str] = &["text"];
@@ -252,52 +255,18 @@ impl Objective for TokenClassification {
     /// # Errors
     /// A window has other rows than its tokens.
     fn measure_outputs(&self, outputs: &[Outputs], targets: &[&Tags]) -> Result<Measured> {
-        let mut sentences: BTreeMap<usize, (&[u32], Vec<Option<usize>>)> = BTreeMap::new();
-        let (mut losses, mut count) = (0.0, 0);
-        for (outputs, tags) in outputs.iter().zip(targets) {
-            let [logits] = &outputs[..] else { anyhow::bail!("the model gives {} outputs", outputs.len()) };
-            let due = (tags.wanted.len(), self.labels.len());
-            anyhow::ensure!(
-                logits.dim() == due,
-                "the model gives logits of {:?} where {due:?} are due",
-                logits.dim()
-            );
-            for (row, wanted) in logits.rows().into_iter().zip(&tags.wanted) {
-                if let Some(id) = wanted {
-                    losses += cross_entropy(&row.to_vec(), *id as usize);
-                    count += 1;
-                }
-            }
-            let (_, predicted) =
-                sentences.entry(tags.sentence).or_insert_with(|| (&tags.gold, vec![None; tags.gold.len()]));
-            for &(token, word) in &tags.words {
-                predicted[word] = Some(argmax(&logits.row(token).to_vec()));
-            }
-        }
-        let name = |id: usize| self.labels[id].as_str();
-        let gold: Vec<Vec<&str>> =
-            sentences.values().map(|(gold, _)| gold.iter().map(|&id| name(id as usize)).collect()).collect();
-        let predicted: Vec<Vec<&str>> = sentences
-            .values()
-            .map(|(_, predicted)| predicted.iter().map(|id| id.map_or(OUTSIDE, name)).collect())
-            .collect();
-        let found = metrics::score(&gold, &predicted, self.scheme);
-        let mut metrics = Metrics::from([
-            ("accuracy".to_owned(), found.accuracy),
-            ("loss".to_owned(), losses / count as f64),
-        ]);
-        if let Some(scores) = found.entities {
-            metrics.extend([
-                ("precision".to_owned(), scores.precision),
-                ("recall".to_owned(), scores.recall),
-                ("f1".to_owned(), scores.f1),
-            ]);
-        }
-        let mut details = Map::from_iter([("per_type".to_owned(), json!(found.per_type))]);
-        if let Some(strict) = found.strict {
-            details.insert("strict".to_owned(), json!(strict));
-        }
-        Ok(Measured { metrics, details })
+        Ok(self.measure_sentences(&self.predictions(outputs, targets)?))
+    }
+
+    fn review(
+        &self,
+        model: &Forward,
+        examples: &[(&Encoding, &Tags)],
+        of: Source,
+    ) -> Result<(Measured, Review)> {
+        let (encodings, targets): (Vec<_>, Vec<_>) = examples.iter().copied().unzip();
+        let predictions = self.predictions(&model.outputs(&encodings)?, &targets)?;
+        Ok((self.measure_sentences(&predictions), self.reviewed(&predictions, of)?))
     }
 
     fn columns(flags: &super::AnswerFlags) -> Columns {
@@ -337,7 +306,86 @@ fn read(files: &Files, flags: &super::RecordFlags) -> Result<Vec<Sentence>> {
     })
 }
 
+/// What was predicted of a sentence.
+struct Predicted<'a> {
+    /// The label ids of its words.
+    gold: &'a [u32],
+    /// Those that were predicted; none of a word without tokens.
+    words: Vec<Option<usize>>,
+    /// The sum over the tokens that are learnt, and how many these are.
+    loss: f64,
+    count: usize,
+}
+
 impl TokenClassification {
+    /// What was predicted of each sentence, by its place in the file.
+    ///
+    /// # Errors
+    /// A window has other rows than its tokens.
+    fn predictions<'t>(
+        &self,
+        outputs: &[Outputs],
+        targets: &[&'t Tags],
+    ) -> Result<BTreeMap<usize, Predicted<'t>>> {
+        let mut sentences = BTreeMap::new();
+        for (outputs, tags) in outputs.iter().zip(targets) {
+            let [logits] = &outputs[..] else { anyhow::bail!("the model gives {} outputs", outputs.len()) };
+            let due = (tags.wanted.len(), self.labels.len());
+            anyhow::ensure!(
+                logits.dim() == due,
+                "the model gives logits of {:?} where {due:?} are due",
+                logits.dim()
+            );
+            let sentence = sentences.entry(tags.sentence).or_insert_with(|| Predicted {
+                gold: &tags.gold,
+                words: vec![None; tags.gold.len()],
+                loss: 0.0,
+                count: 0,
+            });
+            for (row, wanted) in logits.rows().into_iter().zip(&tags.wanted) {
+                if let Some(id) = wanted {
+                    sentence.loss += cross_entropy(&row.to_vec(), *id as usize);
+                    sentence.count += 1;
+                }
+            }
+            for &(token, word) in &tags.words {
+                sentence.words[word] = Some(argmax(&logits.row(token).to_vec()));
+            }
+        }
+        Ok(sentences)
+    }
+
+    /// The wanted and the predicted tags of a sentence.
+    fn tags<'a>(&'a self, sentence: &Predicted) -> (Vec<&'a str>, Vec<&'a str>) {
+        let name = |id: usize| self.labels[id].as_str();
+        let gold = sentence.gold.iter().map(|&id| name(id as usize)).collect();
+        (gold, sentence.words.iter().map(|id| id.map_or(OUTSIDE, name)).collect())
+    }
+
+    fn measure_sentences(&self, sentences: &BTreeMap<usize, Predicted>) -> Measured {
+        let (gold, predicted): (Vec<Vec<&str>>, Vec<Vec<&str>>) =
+            sentences.values().map(|sentence| self.tags(sentence)).unzip();
+        let found = metrics::score(&gold, &predicted, self.scheme);
+        let losses: f64 = sentences.values().map(|sentence| sentence.loss).sum();
+        let count: usize = sentences.values().map(|sentence| sentence.count).sum();
+        let mut metrics = Metrics::from([
+            ("accuracy".to_owned(), found.accuracy),
+            ("loss".to_owned(), losses / count as f64),
+        ]);
+        if let Some(scores) = found.entities {
+            metrics.extend([
+                ("precision".to_owned(), scores.precision),
+                ("recall".to_owned(), scores.recall),
+                ("f1".to_owned(), scores.f1),
+            ]);
+        }
+        let mut details = Map::from_iter([("per_type".to_owned(), json!(found.per_type))]);
+        if let Some(strict) = found.strict {
+            details.insert("strict".to_owned(), json!(strict));
+        }
+        Measured { metrics, details }
+    }
+
     /// Finds the labels and their scheme in the training data. The base model's own labels are kept where it was trained
     /// for this task and they hold every tag.
     ///

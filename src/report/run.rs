@@ -1,0 +1,133 @@
+//! What a run has left in `training/`: the settings that it was started with and its inputs' hashes.
+
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use crate::checkpoint::file_hash;
+use crate::data::records::Files;
+use crate::task::RecordFlags;
+use crate::train::checkpoint::Folder;
+use crate::{Result, unusable};
+
+/// What a run was started with.
+#[derive(Debug, Default)]
+pub struct Started {
+    /// All settings, as they were saved.
+    pub table: toml::Table,
+    /// Names of inputs and their sha256.
+    pub inputs: Vec<(String, String)>,
+    known: Known,
+}
+
+/// The settings that a report asks for.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
+struct Known {
+    model: Option<String>,
+    train: Names,
+    eval: Names,
+    best_metric: Option<String>,
+    #[serde(flatten)]
+    records: RecordFlags,
+}
+
+/// One name, or several.
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum Names {
+    One(PathBuf),
+    Several(Vec<PathBuf>),
+}
+
+impl Default for Names {
+    fn default() -> Self {
+        Self::Several(Vec::new())
+    }
+}
+
+impl Names {
+    fn all(&self) -> &[PathBuf] {
+        match self {
+            Self::One(path) => std::slice::from_ref(path),
+            Self::Several(paths) => paths,
+        }
+    }
+}
+
+#[derive(Deserialize)]
+struct Inputs {
+    inputs: Vec<(String, String)>,
+}
+
+impl Started {
+    /// Reads them; a directory that no run of tk's wrote has none.
+    ///
+    /// # Errors
+    /// Unusable: a file can't be read, or is none of a run's.
+    pub fn read(folder: &Folder) -> Result<Option<Self>> {
+        let path = folder.settings();
+        if !path.is_file() {
+            return Ok(None);
+        }
+        let read =
+            |path: &Path| std::fs::read_to_string(path).map_err(|e| unusable!("{}: {e}", path.display()));
+        let table: toml::Table =
+            toml::from_str(&read(&path)?).map_err(|e| unusable!("{}: {e}", path.display()))?;
+        let known = table.clone().try_into().map_err(|e| unusable!("{}: {e}", path.display()))?;
+        let path = folder.inputs();
+        let inputs: Inputs =
+            serde_json::from_str(&read(&path)?).map_err(|e| unusable!("{}: {e}", path.display()))?;
+        Ok(Some(Self { table, inputs: inputs.inputs, known }))
+    }
+
+    /// The model that the run started from.
+    pub fn model(&self) -> Option<&str> {
+        self.known.model.as_deref()
+    }
+
+    /// The files that it learnt from.
+    pub fn train(&self) -> &[PathBuf] {
+        self.known.train.all()
+    }
+
+    /// The files that it measured on.
+    pub fn eval(&self) -> &[PathBuf] {
+        self.known.eval.all()
+    }
+
+    /// How its records were read.
+    pub fn records(&self) -> &RecordFlags {
+        &self.known.records
+    }
+
+    /// The metric that said which evaluation is the best, where one was asked for.
+    pub fn best_metric(&self) -> Option<&str> {
+        self.known.best_metric.as_deref()
+    }
+
+    /// The files that it measured on, if they are still the same; else why not.
+    ///
+    /// # Errors
+    /// One is there, but can't be read.
+    pub fn measured_on(&self) -> Result<Result<Files, String>> {
+        if self.eval().is_empty() {
+            return Ok(Err("the run had no --eval".to_owned()));
+        }
+        let files = match Files::named(self.eval(), self.known.records.reading.format) {
+            Ok(files) => files,
+            Err(error) => return Ok(Err(format!("what the run measured on is not there: {error:#}"))),
+        };
+        let of_eval = |name: &str| name == "eval" || name.starts_with("eval ");
+        let mut was: Vec<&str> =
+            self.inputs.iter().filter(|(name, _)| of_eval(name)).map(|(_, hash)| hash.as_str()).collect();
+        let now = files.all().into_iter().map(file_hash).collect::<Result<Vec<_>>>()?;
+        let mut now: Vec<&str> = now.iter().map(String::as_str).collect();
+        was.sort_unstable();
+        now.sort_unstable();
+        if was != now {
+            return Ok(Err(format!("{files} is not any more what the run measured on")));
+        }
+        Ok(Ok(files))
+    }
+}
