@@ -76,11 +76,10 @@ fn measure(model: &str, batch: usize, length: usize, repeat: usize) -> Result<(f
     let generates = config.family.class(CausalLm::HEAD).is_some();
     let task = match generates {
         true => Task::from(CausalLm::from_config(&config)?),
-        false => Task::from(TextClassification {
-            problem: ProblemType::SingleLabelClassification,
-            labels: ["a", "b", "c"].map(str::to_owned).to_vec(),
-            aggregation: Default::default(),
-        }),
+        false => Task::from(TextClassification::new(
+            ProblemType::SingleLabelClassification,
+            ["a", "b", "c"].map(str::to_owned).to_vec(),
+        )),
     };
     let manifest = task.params(&config.family)?;
     let params = Params::from_scratch(&manifest, Init { seed: 1, std: 0.02 }, &Device::Cpu)?;

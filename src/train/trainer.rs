@@ -96,15 +96,15 @@ impl<'a> Trainer<'a> {
         let drawn = drawn
             .map(|(part, examples)| self.drawn(examples, key(part)))
             .collect::<Result<Vec<Vec<Cow<Example>>>>>()?;
-        let mut counts = vec![0; self.task.loss_names().len()];
+        let mut weights = vec![0.0; self.task.loss_names().len()];
         for example in drawn.iter().flatten() {
-            let own = example.target.losses();
-            counts.iter_mut().zip(own).for_each(|(count, own)| *count += own);
+            let own = self.task.weights(&example.target);
+            weights.iter_mut().zip(own).for_each(|(sum, own)| *sum += own);
         }
-        let mut losses = vec![0.0; counts.len()];
+        let mut losses = vec![0.0; weights.len()];
         for (part, examples) in drawn.iter().enumerate() {
             let examples: Vec<&Example> = examples.iter().map(Cow::as_ref).collect();
-            let own = self.backward(&examples, &counts, key(part), &mut gradients)?;
+            let own = self.backward(&examples, &weights, key(part), &mut gradients)?;
             losses.iter_mut().zip(own).for_each(|(loss, own)| *loss += own);
             tokens += examples.iter().map(|example| example.tokens()).sum::<usize>();
         }
@@ -112,7 +112,7 @@ impl<'a> Trainer<'a> {
         let norms = gradients.norms(self.params)?;
         let grad_norm = global_norm(&norms);
         if !loss.is_finite() || !grad_norm.is_finite() {
-            let first = self.first_not_finite(&drawn, &counts, key, &norms)?;
+            let first = self.first_not_finite(&drawn, &weights, key, &norms)?;
             let micro_batches =
                 drawn.iter().enumerate().map(|(part, examples)| self.alone(examples, key(part))).collect();
             let step = number + 1;
@@ -169,11 +169,12 @@ impl<'a> Trainer<'a> {
         }
     }
 
-    /// Adds a micro-batch's gradients up; returns its shares of the means of `of` losses.
+    /// Adds a micro-batch's gradients up; returns its shares of the losses, whose weights are `of`
+    /// together.
     fn backward(
         &self,
         examples: &[&Example],
-        of: &[usize],
+        of: &[f64],
         key: u64,
         gradients: &mut Gradients,
     ) -> Result<Vec<f64>> {
@@ -197,7 +198,7 @@ impl<'a> Trainer<'a> {
         &self,
         examples: &[&Example],
         chunks: &[(&[&Example], u64)],
-        of: &[usize],
+        of: &[f64],
         key: u64,
         gradients: &mut Gradients,
     ) -> Result<Vec<f64>> {
@@ -293,7 +294,7 @@ impl<'a> Trainer<'a> {
     fn first_not_finite(
         &self,
         drawn: &[Vec<Cow<Example>>],
-        of: &[usize],
+        of: &[f64],
         key: impl Fn(usize) -> u64,
         norms: &[f64],
     ) -> Result<Tensors> {
@@ -342,7 +343,7 @@ impl<'a> Trainer<'a> {
         let alone = |example: &Cow<Example>| {
             let mut gradients = self.no_gradients();
             let loss = self
-                .backward(&[example.as_ref()], &example.target.losses(), key, &mut gradients)
+                .backward(&[example.as_ref()], &self.task.weights(&example.target), key, &mut gradients)
                 .and_then(|losses| {
                     let norm = global_norm(&gradients.norms(self.params)?);
                     Ok(if norm.is_finite() { losses.iter().sum() } else { f64::NAN })
