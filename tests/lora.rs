@@ -146,7 +146,7 @@ fn loss_and_gradients_of_an_adapter_are_those_of_peft_and_the_base_has_none() {
             let eager =
                 Eager::new(&r.params, &batch, &Device::Cpu, Mode::Training { key: 0 }).with_kernels(kernels);
             let outputs = r.task.define(&eager, &r.config.family).unwrap();
-            let count = examples.iter().map(|example| example.target.losses()[0]).sum();
+            let count = examples.iter().map(|example| example.target.losses()[0] as f64).sum();
             let loss = r.task.loss(&eager, outputs, &examples, 0.0, &[count]).unwrap().remove(0);
             let (value, wanted) =
                 (loss.to_scalar::<f32>().unwrap(), r.numbers["loss"].as_f64().unwrap() as f32);

@@ -293,10 +293,10 @@ fn what_is_frozen_has_no_gradient_and_the_others_have_those_of_transformers() {
 
 /// The sum of the task's losses, each a mean.
 fn loss(r: &Reference, eager: &Eager, outputs: Vec<X>, examples: &[&Example], smoothing: f64) -> Tensor {
-    let counts: Vec<Vec<usize>> = examples.iter().map(|example| example.target.losses()).collect();
-    let counts: Vec<usize> =
-        (0..r.task.loss_names().len()).map(|i| counts.iter().map(|own| own[i]).sum()).collect();
-    let losses = r.task.loss(eager, outputs, examples, smoothing, &counts).unwrap();
+    let weights: Vec<Vec<f64>> = examples.iter().map(|example| r.task.weights(&example.target)).collect();
+    let weights: Vec<f64> =
+        (0..r.task.loss_names().len()).map(|i| weights.iter().map(|own| own[i]).sum()).collect();
+    let losses = r.task.loss(eager, outputs, examples, smoothing, &weights).unwrap();
     losses.into_iter().reduce(|a, b| (a + b).unwrap()).unwrap()
 }
 

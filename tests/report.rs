@@ -132,7 +132,7 @@ fn what_the_run_measured_on_has_to_be_the_same_file() {
     text += "{\"text\": \"more\", \"label\": \"no\"}\n";
     std::fs::write(&records, text).unwrap();
     let (told, page) = bench.report(&[]);
-    assert!(told["not_measured"].as_str().unwrap().contains("is not the file any more"), "{told}");
+    assert!(told["not_measured"].as_str().unwrap().contains("is not any more what"), "{told}");
     assert!(
         told.get("metrics").is_none()
             && page.contains("Nothing was measured")

@@ -133,7 +133,7 @@ fn a_resumed_run_is_proved_to_be_the_one_without_a_break_for_every_task() {
         ("text-classification", "tiny-bert-single", &["--gradient-accumulation", "2"][..]),
         ("text-classification", "tiny-gpt2-single", &["--freeze", r"h\.0\.,wte", "--layer-decay", "0.9"]),
         ("text-classification", "tiny-bert-single", &["--ema", "0.9", "--freeze", "token_type"]),
-        ("token-classification", "tiny-bert-tokens", &["--no-shuffle"]),
+        ("token-classification", "tiny-bert-tokens", &["--no-shuffle", "--class-weights", "balanced"]),
         ("question-answering", "tiny-bert-answers", &[]),
         ("masked-lm", "tiny-bert-masked", &["--gradient-accumulation", "3"]),
         ("next-sentence", "tiny-bert-pairs", &[]),

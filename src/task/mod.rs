@@ -18,6 +18,7 @@ pub mod scores;
 mod tests;
 pub mod text_classification;
 pub mod token_classification;
+pub mod weighting;
 
 use std::borrow::Borrow;
 use std::collections::BTreeMap;
@@ -543,6 +544,19 @@ macro_rules! tasks {
                 match self { $(Self::$task(_) => $task::LOSSES),+ }
             }
 
+            /// See [`Objective::weights`].
+            pub fn weights(&self, target: &Target) -> Vec<f64> {
+                match (self, target) {
+                    $((Self::$task(task), Target::$task(target)) => task.weights(target),)+
+                    _ => target.losses().into_iter().map(|count| count as f64).collect(),
+                }
+            }
+
+            /// See [`Objective::class_weights`].
+            pub fn class_weights(&self) -> Vec<(&str, f32)> {
+                match self { $(Self::$task(task) => task.class_weights()),+ }
+            }
+
             /// See [`Objective::drawn`].
             pub fn drawn(&self, example: &Example, key: u64) -> Result<Option<Example>> {
                 match self {
@@ -567,7 +581,7 @@ macro_rules! tasks {
                 outputs: Vec<X>,
                 examples: &[&Example],
                 label_smoothing: f64,
-                of: &[usize],
+                of: &[f64],
             ) -> Result<Vec<Tensor>> {
                 match self {
                     $(Self::$task(task) => task.loss(eager, outputs, &own::<$task>(examples)?, label_smoothing, of)),+

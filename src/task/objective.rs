@@ -255,6 +255,17 @@ pub trait Objective: Clone + Into<Task> {
         vec![1]
     }
 
+    /// How much a target's losses count together, of each of [`Objective::LOSSES`], in the loss that is learnt: how many
+    /// they are, where each counts alike.
+    fn weights(&self, target: &Self::Target) -> Vec<f64> {
+        Self::losses(target).into_iter().map(|count| count as f64).collect()
+    }
+
+    /// The weights of labels with which it learns, where they are not all 1.
+    fn class_weights(&self) -> Vec<(&str, f32)> {
+        Vec::new()
+    }
+
     /// The example as a step with this key learns it, where it is another one at every step.
     ///
     /// # Errors
@@ -313,7 +324,7 @@ pub trait Objective: Clone + Into<Task> {
     fn outputs(&self, form: Form) -> Vec<Output>;
 
     /// For each of [`Objective::LOSSES`] the sum of the examples' losses over the outputs of [`Objective::define`],
-    /// divided by the count that `of` has for it; gradients flow back through them. The examples are those of the batch.
+    /// divided by the number that `of` has for it, the sum of the whole step's [weights](Objective::weights); gradients flow back through them. The examples are those of the batch.
     ///
     /// # Errors
     /// The outputs do not fit the targets.
@@ -323,7 +334,7 @@ pub trait Objective: Clone + Into<Task> {
         outputs: Vec<X>,
         examples: &[(&Encoding, &Self::Target)],
         label_smoothing: f64,
-        of: &[usize],
+        of: &[f64],
     ) -> Result<Vec<Tensor>>;
 
     /// The metrics, beside the loss; the first says which evaluation is the best, where nobody asks for another.

@@ -152,7 +152,7 @@ impl Objective for PreTraining {
         outputs: Vec<X>,
         examples: &[(&Encoding, &Pretrained)],
         label_smoothing: f64,
-        of: &[usize],
+        of: &[f64],
     ) -> Result<Vec<Tensor>> {
         let [scores, relation] = &outputs[..] else {
             anyhow::bail!("the model has {} outputs", outputs.len())

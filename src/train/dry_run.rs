@@ -80,6 +80,9 @@ pub struct Planned {
     pub max_length: usize,
     pub schedule: String,
     pub groups: Vec<Group>,
+    /// How much each label counts in the loss, where they don't count alike.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub class_weights: Vec<(String, f32)>,
 }
 
 impl DryRun {
@@ -148,6 +151,7 @@ impl Planned {
             Budget::Tokens(most) => (None, Some(most)),
         };
         let steps = plan.total_steps();
+        let class_weights = prepared.learning.task.class_weights();
         Self {
             steps,
             warmup_steps: warmup_steps(settings.warmup_ratio, steps),
@@ -158,6 +162,10 @@ impl Planned {
             max_length: settings.max_length,
             schedule: settings.schedule.name().to_owned(),
             groups: Rates::new(params, settings).groups(params, settings.weight_decay),
+            class_weights: class_weights
+                .into_iter()
+                .map(|(name, weight)| (name.to_owned(), weight))
+                .collect(),
         }
     }
 }

@@ -15,6 +15,7 @@ use crate::eager::{Init, Params};
 use crate::model::ModelConfig;
 use crate::model::ops::{Param, Part};
 use crate::say::Say;
+use crate::task::weighting::ClassWeights;
 use crate::task::{Encoder, Example, Learning, Measured, RecordFlags, Start, Target, Task, TrainingFlags};
 use crate::world::World;
 use crate::{Result, bail_unusable};
@@ -54,6 +55,14 @@ impl Job<'_> {
             }
         }
         self.training.check(self.task)?;
+        if self.settings.label_smoothing > 0.0
+            && self.training.shared.focal_gamma.is_some_and(|gamma| gamma > 0.0)
+        {
+            bail_unusable!(
+                "--label-smoothing and --focal-gamma exclude each other: the one asks for less than what the other \
+                 takes for known"
+            );
+        }
         self.records.check(self.task, &files)
     }
 
@@ -279,6 +288,9 @@ impl Prepared {
         }
         if world.size() > 1 {
             inputs.push(("the number of processes".to_owned(), world.size().to_string()));
+        }
+        if let Some(ClassWeights::File(path)) = &job.training.shared.class_weights {
+            inputs.push(("class-weights".to_owned(), file_hash(path)?));
         }
         let of_tasks = Task::files();
         if adapter::is_in(&self.model) {

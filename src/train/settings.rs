@@ -358,20 +358,12 @@ mod tests {
         let labels = |n: usize| (0..n).map(|i| i.to_string()).collect::<Vec<_>>();
         let settings = Settings { label_smoothing: 0.1, ..Settings::default() };
         for (problem, n) in [(ProblemType::MultiLabelClassification, 3), (ProblemType::Regression, 1)] {
-            let task = Task::from(TextClassification {
-                labels: labels(n),
-                problem,
-                aggregation: Default::default(),
-            });
+            let task = Task::from(TextClassification::new(problem, labels(n)));
             let error = settings.check_task(&task).unwrap_err();
             assert!(error.to_string().contains("--label-smoothing 0.1"), "{error}");
             Settings::default().check_task(&task).unwrap();
         }
-        let single = TextClassification {
-            labels: labels(3),
-            problem: ProblemType::SingleLabelClassification,
-            aggregation: Default::default(),
-        };
+        let single = TextClassification::new(ProblemType::SingleLabelClassification, labels(3));
         settings.check_task(&single.into()).unwrap();
     }
 }

@@ -121,17 +121,16 @@ impl<'a> Trainer<'a> {
         let drawn = own
             .map(|(part, examples)| Ok((key(part), self.drawn(examples, key(part))?)))
             .collect::<Result<Vec<(u64, Vec<Cow<Example>>)>>>()?;
-        let mut counts = vec![0.0; self.task.loss_names().len()];
+        let mut weights = vec![0.0; self.task.loss_names().len()];
         for example in drawn.iter().flat_map(|(_, examples)| examples) {
-            let own = example.target.losses();
-            counts.iter_mut().zip(own).for_each(|(count, own)| *count += own as f64);
+            let own = self.task.weights(&example.target);
+            weights.iter_mut().zip(own).for_each(|(sum, own)| *sum += own);
         }
-        self.world.sums(&mut counts)?;
-        let counts: Vec<usize> = counts.into_iter().map(|count| count as usize).collect();
-        let mut losses = vec![0.0; counts.len()];
+        self.world.sums(&mut weights)?;
+        let mut losses = vec![0.0; weights.len()];
         for (key, examples) in &drawn {
             let examples: Vec<&Example> = examples.iter().map(Cow::as_ref).collect();
-            let own = self.backward(&examples, &counts, *key, &mut gradients)?;
+            let own = self.backward(&examples, &weights, *key, &mut gradients)?;
             losses.iter_mut().zip(own).for_each(|(loss, own)| *loss += own);
             tokens += examples.iter().map(|example| example.tokens()).sum::<usize>();
         }
@@ -143,7 +142,7 @@ impl<'a> Trainer<'a> {
         let norms = gradients.norms(self.params)?;
         let grad_norm = global_norm(&norms);
         if !loss.is_finite() || !grad_norm.is_finite() {
-            let first = self.first_not_finite(&drawn, &counts, &norms)?;
+            let first = self.first_not_finite(&drawn, &weights, &norms)?;
             let micro_batches: Vec<Vec<Alone>> =
                 drawn.iter().map(|(key, examples)| self.alone(examples, *key)).collect();
             let step = number + 1;
@@ -201,11 +200,12 @@ impl<'a> Trainer<'a> {
         }
     }
 
-    /// Adds a micro-batch's gradients up; returns its shares of the means of `of` losses.
+    /// Adds a micro-batch's gradients up; returns its shares of the losses, whose weights are `of`
+    /// together.
     fn backward(
         &self,
         examples: &[&Example],
-        of: &[usize],
+        of: &[f64],
         key: u64,
         gradients: &mut Gradients,
     ) -> Result<Vec<f64>> {
@@ -229,7 +229,7 @@ impl<'a> Trainer<'a> {
         &self,
         examples: &[&Example],
         chunks: &[(&[&Example], u64)],
-        of: &[usize],
+        of: &[f64],
         key: u64,
         gradients: &mut Gradients,
     ) -> Result<Vec<f64>> {
@@ -325,7 +325,7 @@ impl<'a> Trainer<'a> {
     fn first_not_finite(
         &self,
         drawn: &[(u64, Vec<Cow<Example>>)],
-        of: &[usize],
+        of: &[f64],
         norms: &[f64],
     ) -> Result<Tensors> {
         let mut weights = Vec::new();
@@ -382,7 +382,7 @@ impl<'a> Trainer<'a> {
         let alone = |example: &Cow<Example>| {
             let mut gradients = self.no_gradients();
             let loss = self
-                .backward(&[example.as_ref()], &example.target.losses(), key, &mut gradients)
+                .backward(&[example.as_ref()], &self.task.weights(&example.target), key, &mut gradients)
                 .and_then(|losses| {
                     let norm = global_norm(&gradients.norms(self.params)?);
                     Ok(if norm.is_finite() { losses.iter().sum() } else { f64::NAN })

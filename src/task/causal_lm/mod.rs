@@ -250,7 +250,7 @@ impl Objective for CausalLm {
         outputs: Vec<X>,
         examples: &[(&Encoding, &NextTokens)],
         label_smoothing: f64,
-        of: &[usize],
+        of: &[f64],
     ) -> Result<Vec<Tensor>> {
         let scores = outputs.first().context("the model has no output")?;
         let share = 1.0 / of[0] as f32;

@@ -274,11 +274,11 @@ impl Objective for Embedding {
         outputs: Vec<X>,
         examples: &[(&Encoding, &Related)],
         _: f64,
-        of: &[usize],
+        of: &[f64],
     ) -> Result<Vec<Tensor>> {
         let rows = outputs.last().context("the model has no output")?.tensor()?;
         let examples: Vec<&Related> = examples.iter().map(|(_, related)| *related).collect();
-        Ok(vec![(self.regime.sum(&rows, &examples)? / of[0] as f64)?])
+        Ok(vec![(self.regime.sum(&rows, &examples)? / of[0])?])
     }
 
     fn metrics(&self) -> &'static [Metric] {

@@ -187,7 +187,7 @@ impl Objective for MaskedLm {
         outputs: Vec<X>,
         examples: &[(&Encoding, &Masked)],
         label_smoothing: f64,
-        of: &[usize],
+        of: &[f64],
     ) -> Result<Vec<Tensor>> {
         let scores = outputs.first().context("the model has no output")?;
         let wanted: Vec<Option<u32>> = examples.iter().flat_map(|(_, masked)| masked.of_rows()).collect();

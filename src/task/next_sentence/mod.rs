@@ -126,7 +126,7 @@ impl Objective for NextSentence {
         outputs: Vec<X>,
         examples: &[(&Encoding, &Follows)],
         label_smoothing: f64,
-        of: &[usize],
+        of: &[f64],
     ) -> Result<Vec<Tensor>> {
         let [scores] = &outputs[..] else { anyhow::bail!("the model has {} outputs", outputs.len()) };
         let follows: Vec<bool> = examples.iter().map(|(_, target)| target.follows).collect();
@@ -170,7 +170,7 @@ fn example(chunk: Chunk, key: u64) -> Result<Example<Follows>> {
 }
 
 /// The sum of the cross-entropies of pairs, divided by `of`.
-pub(super) fn loss(eager: &Eager, scores: &X, follows: &[bool], smoothing: f64, of: usize) -> Result<Tensor> {
+pub(super) fn loss(eager: &Eager, scores: &X, follows: &[bool], smoothing: f64, of: f64) -> Result<Tensor> {
     let wanted: Vec<Option<u32>> = follows.iter().map(|&follows| Some(label(follows) as u32)).collect();
     eager.cross_entropy(scores, &wanted, smoothing as f32, 1.0 / of as f32)
 }

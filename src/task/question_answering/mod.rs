@@ -261,7 +261,7 @@ impl Objective for QuestionAnswering {
         outputs: Vec<X>,
         examples: &[(&Encoding, &Wanted)],
         _: f64,
-        of: &[usize],
+        of: &[f64],
     ) -> Result<Vec<Tensor>> {
         let outputs = tensors(outputs)?;
         let [start, end] = &outputs[..] else { anyhow::bail!("the model has {} outputs", outputs.len()) };
@@ -270,7 +270,7 @@ impl Objective for QuestionAnswering {
             |end: fn(&Wanted) -> usize| examples.iter().map(|(_, wanted)| end(wanted)).collect::<Vec<_>>();
         let losses = (sum_of_losses(start, &lengths, &at(|wanted| wanted.tokens.0))?
             + sum_of_losses(end, &lengths, &at(|wanted| wanted.tokens.1))?)?;
-        Ok(vec![(losses / (2 * of[0]) as f64)?])
+        Ok(vec![(losses / (2.0 * of[0]))?])
     }
 
     fn metrics(&self) -> &'static [Metric] {

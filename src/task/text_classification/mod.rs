@@ -17,6 +17,7 @@ use super::flags::refuse_records;
 use super::id2label::{self, default_names};
 use super::review::{Review, Source};
 use super::scores::{argmax, short, softmax};
+use super::weighting::{self, Weighting, softplus};
 use super::{
     Answer, Asking, Beside, Dim, Encoder, Example, Form, Learning, Look, Measured, Metric, Metrics,
     Objective, Output, Outputs, Start, TextColumns,
@@ -30,13 +31,15 @@ use crate::model::{Head, ModelConfig};
 use crate::{Result, bail_unusable, unusable};
 
 /// The labels and what a text may have of them.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct TextClassification {
     pub problem: ProblemType,
     /// In the order of `id2label`; one, for a regression.
     pub labels: Vec<String>,
     /// What becomes of a text that is longer than the model.
     pub aggregation: Aggregation,
+    /// How much examples count in the loss that is learnt.
+    pub weighting: Weighting,
 }
 
 /// The key of config.json that keeps it.
@@ -129,6 +132,7 @@ impl Objective for TextClassification {
     const HEAD: Head = Head::SequenceClassification { labels: 0 };
     const TEXTS_LEARNT: &'static [&'static str] = &["text", "text_pair"];
     const TEXTS_ASKED: &'static [&'static str] = Self::TEXTS_LEARNT;
+    const TRAINING_FLAGS: &'static [&'static str] = &["--class-weights", "--focal-gamma"];
     const FIELDS_ANSWERED: &'static [&'static str] = &["label", "labels", "score", "scores", "logits"];
 
     type Target = Window;
@@ -167,7 +171,7 @@ impl Objective for TextClassification {
             Some(value) => serde_json::from_value(value.clone())
                 .map_err(|_| unusable!("{AGGREGATION} is {value}, expected first, mean or max"))?,
         };
-        Ok(Self { problem, labels, aggregation })
+        Ok(Self { aggregation, ..Self::new(problem, labels) })
     }
 
     fn write_config(&self, config: &mut ModelConfig) {
@@ -208,6 +212,7 @@ impl Objective for TextClassification {
         let asked = start.records.text_classification.windows.window_aggregation;
         let task = Self { aggregation: asked.unwrap_or_default(), ..task };
         let examples = task.encode(&records, start.train, &tokenizer, start.max_length, task.aggregation)?;
+        let task = Self { weighting: task.weighting_of(start, &examples)?, ..task };
         Ok(Learning { task, tokenizer, examples, files: Vec::new() })
     }
 
@@ -248,7 +253,10 @@ impl Objective for TextClassification {
     fn summary(&self) -> Option<String> {
         Some(match self.problem {
             ProblemType::Regression => "the labels are numbers: a regression".to_owned(),
-            _ => format!("labels: {}", id2label::told(&self.labels)),
+            _ => {
+                let weighting = self.weighting.told(&self.labels).map(|told| format!("; {told}"));
+                format!("labels: {}{}", id2label::told(&self.labels), weighting.unwrap_or_default())
+            }
         })
     }
 
@@ -259,6 +267,17 @@ impl Objective for TextClassification {
     /// One label's share is spread over the others: where there are none, there is nothing to spread.
     fn smooths_labels(&self) -> bool {
         self.problem == ProblemType::SingleLabelClassification
+    }
+
+    fn weights(&self, target: &Window) -> Vec<f64> {
+        match target.wanted {
+            Wanted::Class(id) => vec![self.weighting.of(id)],
+            _ => vec![1.0],
+        }
+    }
+
+    fn class_weights(&self) -> Vec<(&str, f32)> {
+        self.weighting.by_label(&self.labels)
     }
 
     fn head(&self) -> Head {
@@ -275,12 +294,16 @@ impl Objective for TextClassification {
         outputs: Vec<X>,
         examples: &[(&Encoding, &Window)],
         label_smoothing: f64,
-        of: &[usize],
+        of: &[f64],
     ) -> Result<Vec<Tensor>> {
         let outputs = tensors(outputs)?;
         let logits = outputs.first().context("the model has no output")?;
         let targets: Vec<&Wanted> = examples.iter().map(|(_, target)| &target.wanted).collect();
-        Ok(vec![(self.sum_of_losses(logits, &targets, label_smoothing)? / of[0] as f64)?])
+        let sum = match self.weighting.is_plain() {
+            true => self.sum_of_losses(logits, &targets, label_smoothing)?,
+            false => self.weighted_sum_of_losses(logits, &targets, label_smoothing)?,
+        };
+        Ok(vec![(sum / of[0])?])
     }
 
     fn metrics(&self) -> &'static [Metric] {
@@ -395,7 +418,7 @@ fn read(files: &Files, flags: &super::RecordFlags) -> Result<Vec<Labelled>> {
 impl TextClassification {
     /// Of texts whose beginning is read.
     pub fn new(problem: ProblemType, labels: Vec<String>) -> Self {
-        Self { problem, labels, aggregation: Aggregation::First }
+        Self { problem, labels, aggregation: Aggregation::First, weighting: Weighting::default() }
     }
 
     /// What a text is labelled with, as it is written.
@@ -490,13 +513,61 @@ impl TextClassification {
                 (log_p * wanted)?.sum_all()?.neg()?
             }
             ProblemType::MultiLabelClassification => {
-                // max(x, 0) − x·y + log(1 + e^−|x|), which does not overflow
-                let soft = ((logits.abs()?.neg()?.exp()? + 1.0)?.log()? + logits.relu()?)?;
-                ((soft - (logits * wanted)?)?.sum_all()? / width as f64)?
+                // −y · log σ(x) − (1 − y) · log(1 − σ(x))
+                ((softplus(logits)? - (logits * wanted)?)?.sum_all()? / width as f64)?
             }
             ProblemType::Regression => (logits - wanted)?.sqr()?.sum_all()?,
         };
         Ok(loss.to_dtype(DType::F32)?)
+    }
+
+    /// The same where labels have weights, or what is known well counts less.
+    fn weighted_sum_of_losses(&self, logits: &Tensor, targets: &[&Wanted], smoothing: f64) -> Result<Tensor> {
+        if self.problem == ProblemType::SingleLabelClassification {
+            let class = |target: &&Wanted| match target {
+                Wanted::Class(id) => Some(*id),
+                _ => None,
+            };
+            let classes: Vec<Option<u32>> = targets.iter().map(class).collect();
+            return self.weighting.of_rows(logits, &classes, smoothing);
+        }
+        let wanted = Tensor::from_vec(self.matrix(targets, 0.0), logits.shape(), logits.device())?;
+        self.weighting.of_labels(logits, &wanted)
+    }
+
+    /// How much the examples to learn from count, as the flags ask for it.
+    ///
+    /// # Errors
+    /// Unusable: a regression, which has no labels; or as [`Weighting::new`].
+    fn weighting_of(&self, start: &Start, examples: &[Example<Window>]) -> Result<Weighting> {
+        let flags = &start.training.shared;
+        if self.problem == ProblemType::Regression {
+            for (flag, given) in [
+                ("--class-weights", flags.class_weights.is_some()),
+                ("--focal-gamma", flags.focal_gamma.is_some()),
+            ] {
+                if given {
+                    bail_unusable!("{flag} is for labels, and these are numbers: a regression");
+                }
+            }
+            return Ok(Weighting::default());
+        }
+        Weighting::new(flags, &self.labels, || {
+            let mut counts = vec![0; self.labels.len()];
+            for example in examples {
+                match &example.target.wanted {
+                    Wanted::Class(id) => counts[*id as usize] += 1,
+                    Wanted::Classes(ids) => ids.iter().for_each(|&id| counts[id as usize] += 1),
+                    Wanted::Number(_) => {}
+                }
+            }
+            match self.problem {
+                ProblemType::MultiLabelClassification => {
+                    weighting::balanced_of_several(&counts, examples.len())
+                }
+                _ => weighting::balanced(&counts),
+            }
+        })
     }
 
     /// Targets as a matrix, (B, labels).

@@ -14,7 +14,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Context;
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -25,6 +25,7 @@ use super::flags::refuse_records;
 use super::id2label::{self, default_names};
 use super::review::{Review, Source};
 use super::scores::{argmax, cross_entropy};
+use super::weighting::{self, Weighting};
 use super::{
     Answer, Asking, Beside, Dim, Encoder, Example, Form, Learning, Look, Measured, Metric, Metrics,
     Objective, Output, Outputs, Start,
@@ -38,11 +39,13 @@ use crate::model::{Head, ModelConfig};
 use crate::{Result, bail_unusable, unusable};
 
 /// The labels of words, and how they mark entities.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct TokenClassification {
     /// In the order of `id2label`.
     pub labels: Vec<String>,
     pub scheme: Scheme,
+    /// How much words count in the loss that is learnt.
+    pub weighting: Weighting,
 }
 
 /// The key of config.json that keeps the scheme, which labels alone do not always tell.
@@ -127,6 +130,7 @@ impl Objective for TokenClassification {
     const TEXTS_LEARNT: &'static [&'static str] = &[];
     const TEXTS_ASKED: &'static [&'static str] = &["text"];
     const FIELDS_ANSWERED: &'static [&'static str] = &["entities", "tags"];
+    const TRAINING_FLAGS: &'static [&'static str] = &["--class-weights", "--focal-gamma"];
     const ANSWER_FLAGS: &'static [&'static str] = &["--offset-unit"];
 
     type Target = Tags;
@@ -146,7 +150,7 @@ impl Objective for TokenClassification {
             Some(name) => serde_json::from_value(name.clone())
                 .map_err(|_| unusable!("{SCHEME} is {name}, expected iob1, iob2, bioes, io or none"))?,
         };
-        Ok(Self { labels, scheme })
+        Ok(Self { labels, scheme, weighting: Weighting::default() })
     }
 
     fn write_config(&self, config: &mut ModelConfig) {
@@ -183,6 +187,14 @@ impl Objective for TokenClassification {
         if examples.is_empty() {
             bail_unusable!("{}: no word has a token that could be learnt", start.train);
         }
+        let weighting = Weighting::new(&start.training.shared, &task.labels, || {
+            let mut counts = vec![0; task.labels.len()];
+            for Tags { words, gold, .. } in examples.iter().map(|example| &example.target) {
+                words.iter().for_each(|&(_, word)| counts[gold[word] as usize] += 1);
+            }
+            weighting::balanced(&counts)
+        })?;
+        let task = Self { weighting, ..task };
         Ok(Learning { task, tokenizer, examples, files: Vec::new() })
     }
 
@@ -206,7 +218,9 @@ impl Objective for TokenClassification {
     }
 
     fn summary(&self) -> Option<String> {
-        Some(format!("tags ({}): {}", self.scheme.name(), id2label::told(&self.labels)))
+        let weighting = self.weighting.told(&self.labels).map(|told| format!("; {told}"));
+        let labels = id2label::told(&self.labels);
+        Some(format!("tags ({}): {labels}{}", self.scheme.name(), weighting.unwrap_or_default()))
     }
 
     fn keeps(&self, base: &Self) -> bool {
@@ -215,6 +229,14 @@ impl Objective for TokenClassification {
 
     fn losses(target: &Tags) -> Vec<usize> {
         vec![target.count()]
+    }
+
+    fn weights(&self, target: &Tags) -> Vec<f64> {
+        vec![target.wanted.iter().flatten().map(|&id| self.weighting.of(id)).sum()]
+    }
+
+    fn class_weights(&self) -> Vec<(&str, f32)> {
+        self.weighting.by_label(&self.labels)
     }
 
     fn head(&self) -> Head {
@@ -231,11 +253,15 @@ impl Objective for TokenClassification {
         outputs: Vec<X>,
         examples: &[(&Encoding, &Tags)],
         label_smoothing: f64,
-        of: &[usize],
+        of: &[f64],
     ) -> Result<Vec<Tensor>> {
         let wanted: Vec<Option<u32>> =
             examples.iter().flat_map(|(_, tags)| tags.wanted.iter().copied()).collect();
         let scores = outputs.first().context("the model has no output")?;
+        if !self.weighting.is_plain() {
+            let scores = scores.tensor()?.to_dtype(DType::F32)?;
+            return Ok(vec![(self.weighting.of_rows(&scores, &wanted, label_smoothing)? / of[0])?]);
+        }
         Ok(vec![eager.cross_entropy(scores, &wanted, label_smoothing as f32, 1.0 / of[0] as f32)?])
     }
 
@@ -409,14 +435,18 @@ impl TokenClassification {
         let tags = || sentences.iter().flat_map(|sentence| &sentence.tags).map(String::as_str);
         if asked.is_none() && !base.is_empty() {
             // ids of the base's labels
-            let known =
-                Self { scheme: Scheme::of_labels(base.iter().map(String::as_str)), labels: base.clone() };
+            let known = Self {
+                scheme: Scheme::of_labels(base.iter().map(String::as_str)),
+                labels: base.clone(),
+                weighting: Weighting::default(),
+            };
             let ids = known.ids();
             if tags().all(|tag| ids.contains_key(tag) && tag.parse::<u32>().is_ok()) {
                 return Ok(known);
             }
         }
-        Ok(Self { labels: labels::labels(tags(), base).with_context(place)?, scheme })
+        let labels = labels::labels(tags(), base).with_context(place)?;
+        Ok(Self { labels, scheme, weighting: Weighting::default() })
     }
 
     /// The ids of tags: by name; by number as well, where no label is an integer itself.

@@ -77,6 +77,15 @@ impl DryRun {
                 group.weight_decay
             )?;
         }
+        if !plan.class_weights.is_empty() {
+            let weights: Vec<String> =
+                plan.class_weights.iter().map(|(name, weight)| format!("{name} {weight:.4}")).collect();
+            writeln!(
+                out,
+                "            class weights: {}",
+                listed(weights.iter().map(String::as_str), LISTED)
+            )?;
+        }
         let memory = match estimate.peak_rss_bytes {
             0 => String::new(), // the system does not tell
             bytes => format!("; {:.2} GB of memory", bytes as f64 / 1e9),
