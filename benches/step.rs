@@ -92,11 +92,10 @@ fn measure(
     let generates = config.family.class(CausalLm::HEAD).is_some();
     let task = match generates {
         true => Task::from(CausalLm::from_config(&config)?),
-        false => Task::from(TextClassification {
-            problem: ProblemType::SingleLabelClassification,
-            labels: ["a", "b", "c"].map(str::to_owned).to_vec(),
-            aggregation: Default::default(),
-        }),
+        false => Task::from(TextClassification::new(
+            ProblemType::SingleLabelClassification,
+            ["a", "b", "c"].map(str::to_owned).to_vec(),
+        )),
     };
     config.family = config.family.clone().adapted(lora.chosen(&config.family, task.head())?);
     let manifest = task.params(&config.family)?;

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde_json::Map;
 use tk::checkpoint::Weights;
-use tk::data::records::{self, Columns, How, Source};
+use tk::data::records::{self, Columns, Files, How, Source};
 use tk::data::tokens::Tokenizer;
 use tk::generate::GenerationConfig;
 use tk::model::ModelConfig;
@@ -33,12 +33,24 @@ const TINY: &[&str] = &[
     "tiny-bert-single/tokenizer_config.json",
 ];
 
-pub const TARGETS: [Target; 15] = [
+pub const TARGETS: [Target; 17] = [
     Target { file: "records.jsonl", seeds: &[], beside: &[], read: |dir| rows(&dir.join("records.jsonl")) },
     Target { file: "records.json", seeds: &[], beside: &[], read: |dir| rows(&dir.join("records.json")) },
     Target { file: "records.csv", seeds: &[], beside: &[], read: |dir| rows(&dir.join("records.csv")) },
     Target { file: "records.tsv", seeds: &[], beside: &[], read: |dir| rows(&dir.join("records.tsv")) },
     Target { file: "records.txt", seeds: &[], beside: &[], read: |dir| rows(&dir.join("records.txt")) },
+    Target {
+        file: "records.jsonl.gz",
+        seeds: &[],
+        beside: &[],
+        read: |dir| rows(&dir.join("records.jsonl.gz")),
+    },
+    Target {
+        file: "records.csv.zst",
+        seeds: &[],
+        beside: &[],
+        read: |dir| rows(&dir.join("records.csv.zst")),
+    },
     Target {
         file: "records.parquet",
         seeds: &[],
@@ -123,10 +135,19 @@ fn rows(path: &Path) {
 fn examples(dir: &Path, task: &str, file: &str) {
     let Ok(config) = ModelConfig::read(dir) else { return };
     let (records, training, say) = Default::default();
-    let (train, max_length) = (&dir.join(file), 24);
+    let (train, max_length) = (&Files::from(&dir.join(file)), 24);
     let (records, training, say) = (&records, &training, &say);
-    let mut start =
-        Start { model: dir, config, from_scratch: false, train, records, training, max_length, say };
+    let mut start = Start {
+        model: dir,
+        config,
+        from_scratch: false,
+        train,
+        records,
+        training,
+        max_length,
+        cache: None,
+        say,
+    };
     let Ok(learning) = Task::learn(task, &mut start) else { return };
     for example in learning.examples {
         let length = example.encoding.len();

@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::path::Path;
 
-use clap::{CommandFactory, Parser, Subcommand};
+use clap::{ArgAction, CommandFactory, Parser, Subcommand};
 
 use crate::cmd;
 use crate::say::Say;
@@ -147,10 +147,12 @@ fn config_options(path: &Path, command: &clap::Command, later: &[OsString]) -> R
             toml::Value::Boolean(true) => options.push(format!("--{key}")),
             toml::Value::Boolean(false) => {}
             toml::Value::Array(list) => {
-                options.push(format!(
-                    "--{key}={}",
-                    list.iter().map(text).collect::<Result<Vec<_>>>()?.join(",")
-                ));
+                let list = list.iter().map(text).collect::<Result<Vec<_>>>()?;
+                if of(&key, command).is_some_and(adds_up) {
+                    options.extend(list.iter().map(|text| format!("--{key}={text}")));
+                } else {
+                    options.push(format!("--{key}={}", list.join(",")));
+                }
             }
             value => options.push(format!("--{key}={}", text(value)?)),
         }
@@ -158,7 +160,17 @@ fn config_options(path: &Path, command: &clap::Command, later: &[OsString]) -> R
     Ok(options)
 }
 
-/// Whether arguments hold an option that can't stand beside option `key`.
+/// The option of this name.
+fn of<'a>(key: &str, command: &'a clap::Command) -> Option<&'a clap::Arg> {
+    command.get_arguments().find(|arg| arg.get_long() == Some(key))
+}
+
+/// Whether an option that is given again adds to what was given: each is one of a list.
+fn adds_up(arg: &clap::Arg) -> bool {
+    matches!(arg.get_action(), ArgAction::Append) && arg.get_value_delimiter().is_none()
+}
+
+/// Whether arguments hold an option that stands in the place of option `key`, or can't stand beside it.
 fn excluded(key: &str, command: &clap::Command, args: &[OsString]) -> bool {
     let given = |arg: &clap::Arg| {
         let names = arg.get_long().into_iter().chain(arg.get_all_aliases().unwrap_or_default());
@@ -168,8 +180,10 @@ fn excluded(key: &str, command: &clap::Command, args: &[OsString]) -> bool {
         command.get_arg_conflicts_with(arg).iter().any(|rival| rival.get_id() == other.get_id())
     };
     let all = || command.get_arguments();
-    let own = all().find(|arg| arg.get_long() == Some(key));
-    own.is_some_and(|own| all().any(|arg| (rivals(own, arg) || rivals(arg, own)) && given(arg)))
+    of(key, command).is_some_and(|own| {
+        let is_given = adds_up(own) && given(own);
+        is_given || all().any(|arg| (rivals(own, arg) || rivals(arg, own)) && given(arg))
+    })
 }
 
 /// Whether an argument is the long option of this name, with a value behind `=` or without.

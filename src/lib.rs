@@ -24,5 +24,6 @@ pub mod say;
 pub mod server;
 pub mod task;
 pub mod train;
+pub mod world;
 
 pub use error::{Result, Unusable};

@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use crate::checkpoint::Weights;
 use crate::checkpoint::adapter::{self, Adapter};
+use crate::data::records::Files;
 use crate::data::tokens::{Tokenizer, settings};
 use crate::model::ModelConfig;
 use crate::say::Say;
@@ -102,14 +103,14 @@ impl Saved {
     /// Unusable: a flag that says nothing to the task, or records that can't be used.
     pub fn examples(
         &self,
-        path: &Path,
+        files: &Files,
         records: &RecordFlags,
         max_length: usize,
         say: Say,
     ) -> Result<Vec<Example>> {
-        records.check(self.task.name(), &[path])?;
+        records.check(self.task.name(), &files.all())?;
         let (training, tokenizer) = (&TrainingFlags::default(), &self.tokenizer);
-        let examples = self.task.examples(path, &Encoder { records, training, tokenizer, max_length })?;
+        let examples = self.task.examples(files, &Encoder { records, training, tokenizer, max_length })?;
         let cut = cut(&examples);
         if cut > 0 {
             let all = examples.len();

@@ -120,6 +120,15 @@ pub fn listed<'a>(names: impl ExactSizeIterator<Item = &'a str>, most: usize) ->
     listed
 }
 
+/// The name among known ones that one which is none of them was meant for, if it is near to any.
+pub fn nearest<S: AsRef<str>>(name: &str, known: &[S]) -> Option<String> {
+    const NEAR: f64 = 0.7;
+    let name = name.to_lowercase();
+    let near = known.iter().map(|own| (strsim::jaro(&name, &own.as_ref().to_lowercase()), own.as_ref()));
+    let near = near.filter(|(likeness, _)| *likeness >= NEAR);
+    near.max_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, own)| own.to_owned())
+}
+
 /// A line on stderr. Where it can't be written, since the terminal has gone or a pipe's reader, nobody listens, and the
 /// work goes on.
 pub fn tell(text: impl AsRef<str>) {

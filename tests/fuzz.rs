@@ -7,6 +7,7 @@
 #[path = "../fuzz/targets.rs"]
 mod targets;
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -122,6 +123,12 @@ fn seeds(target: &Target) -> Vec<Vec<u8>> {
         "records.csv" => lines("id,text,label\r\n1,\"a \"\"b\"\", c\nd\",x\r\n\r\n2,e,\r\n"),
         "records.tsv" => lines("id\ttext\tlabel\n1\ta \"b\tx\n2\té\t\n"),
         "records.txt" => lines("\u{feff}a line\r\n\nanother"),
+        "records.jsonl.gz" => {
+            let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+            encoder.write_all(b"{\"text\": \"good\", \"label\": 1}\n{\"text\": \"bad\"}\n").unwrap();
+            vec![encoder.finish().unwrap()]
+        }
+        "records.csv.zst" => vec![zstd::encode_all(&b"id,text,label\n1,\"a, b\",x\n"[..], 1).unwrap()],
         "records.parquet" => vec![parquet()],
         "sentences.conll" => [
             lines("-DOCSTART- -X- O O\n\nBob NNP B-PER\nsings VBZ O\n\nin IN O\nNew NNP B-LOC\nYork NNP I-LOC\n"),
@@ -264,6 +271,8 @@ tests! {
     any_csv_is_read_or_refused "records.csv",
     any_tsv_is_read_or_refused "records.tsv",
     any_text_is_read_or_refused "records.txt",
+    any_gzip_is_read_or_refused "records.jsonl.gz",
+    any_zstandard_is_read_or_refused "records.csv.zst",
     any_parquet_is_read_or_refused "records.parquet",
     any_sentences_are_learnt_or_refused "sentences.conll",
     any_questions_are_learnt_or_refused "questions.json",

@@ -73,7 +73,7 @@ fn examples(base: &Path, task: &Task) -> Vec<Example> {
         let tokenizer = tk::data::tokens::Tokenizer::open(base).unwrap();
         let encoder =
             Encoder { records: &records, training: &training, tokenizer: &tokenizer, max_length: 64 };
-        return task.examples(file.path(), &encoder).unwrap();
+        return task.examples(&(&file.path().to_path_buf()).into(), &encoder).unwrap();
     }
     let of = |key: &str, i: usize| serde_json::from_value::<Vec<u32>>(reference[key][i].clone()).unwrap();
     let example = |(i, record): (usize, &Value)| {
@@ -100,7 +100,10 @@ fn outputs_of_an_adapter_are_those_of_peft_apart_and_merged() {
         let Reference { config, task, params, .. } = &r;
         let encodings: Vec<Encoding> = r.examples.iter().map(|example| example.encoding.clone()).collect();
         let forward = |family, params| {
-            Forward { params, family, task, device: &Device::Cpu }.outputs(&encodings).unwrap().concat()
+            Forward { params, family, task, device: &Device::Cpu, world: &tk::world::Alone }
+                .outputs(&encodings)
+                .unwrap()
+                .concat()
         };
         let apart = forward(&config.family, params);
         let plain = config.family.clone().adapted(None);
@@ -143,7 +146,7 @@ fn loss_and_gradients_of_an_adapter_are_those_of_peft_and_the_base_has_none() {
             let eager =
                 Eager::new(&r.params, &batch, &Device::Cpu, Mode::Training { key: 0 }).with_kernels(kernels);
             let outputs = r.task.define(&eager, &r.config.family).unwrap();
-            let count = examples.iter().map(|example| example.target.losses()[0]).sum();
+            let count = examples.iter().map(|example| example.target.losses()[0] as f64).sum();
             let loss = r.task.loss(&eager, outputs, &examples, 0.0, &[count]).unwrap().remove(0);
             let (value, wanted) =
                 (loss.to_scalar::<f32>().unwrap(), r.numbers["loss"].as_f64().unwrap() as f32);

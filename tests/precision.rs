@@ -89,7 +89,7 @@ fn every_gradient_in_bf16_is_near_that_in_fp32() {
         let eager = Eager::new(&tiny.params, &batch, &Device::Cpu, Mode::Training { key: 3 });
         let eager = eager.with_kernels(Kernels::Composite).with_dtype(dtype);
         let outputs = tiny.task.define(&eager, &tiny.config.family).unwrap();
-        let loss = tiny.task.loss(&eager, outputs, &examples, 0.0, &[1]).unwrap().remove(0);
+        let loss = tiny.task.loss(&eager, outputs, &examples, 0.0, &[1.0]).unwrap().remove(0);
         let store = loss.backward().unwrap();
         let of = |name: &str| gradient(&tiny.params, name, &store, Kernels::Composite);
         tiny.params.iter().map(|(param, _)| (param.name.clone(), of(&param.name))).collect()

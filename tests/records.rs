@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -65,6 +66,12 @@ impl Bench {
 
 fn stderr(assert: &assert_cmd::assert::Assert) -> String {
     String::from_utf8_lossy(&assert.get_output().stderr).into_owned()
+}
+
+fn gzip(bytes: impl AsRef<[u8]>) -> Vec<u8> {
+    let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    encoder.write_all(bytes.as_ref()).unwrap();
+    encoder.finish().unwrap()
 }
 
 fn utf_16le(text: &str) -> Vec<u8> {
@@ -220,6 +227,47 @@ fn labels_that_cannot_be_used_are_listed_with_file_and_line() {
     let said = stderr(&bench.run("eval", &["--input", "many.jsonl"]).code(2));
     assert!(said.contains("many.jsonl:10: label \"furious\" is not one of"), "{said}");
     assert!(!said.contains("many.jsonl:11:") && said.contains("and 2 more"), "{said}");
+}
+
+#[test]
+fn packed_records_are_those_of_the_plain_file_in_every_command() {
+    let bench = Bench::exported("tiny-bert-single");
+    records_file("tiny-bert-single", 2, &bench.path("a.jsonl"));
+    let text = std::fs::read(bench.path("a.jsonl")).unwrap();
+    bench.write("a.jsonl.gz", gzip(&text));
+    bench.write("a.jsonl.zst", zstd::encode_all(&text[..], 3).unwrap());
+    bench.write("plain.jsonl", gzip(&text));
+    let answers = bench.serve(&["--input", "a.jsonl"]);
+    let metrics = |input| bench.eval("model", &["--input", input])["metrics"].clone();
+    let weights = |output: &str| std::fs::read(bench.path(output).join("model.safetensors")).unwrap();
+    let train = |output: &str, input: &str| {
+        bench.train("text-classification", output, &["--train", input, "--eval", input]).success();
+        weights(output)
+    };
+    let trained = train("out", "a.jsonl");
+    for name in ["a.jsonl.gz", "a.jsonl.zst", "plain.jsonl"] {
+        assert_eq!(bench.serve(&["--input", name]), answers, "{name}");
+        assert_eq!(bench.serve(&["--input", name, "--shard", "0/1"]), answers, "{name}");
+        assert_eq!(metrics(name), metrics("a.jsonl"), "{name}");
+        assert_eq!(train(&format!("out-{name}"), name), trained, "{name}");
+        bench.run("parity", &["--input", name, "--runtimes", "eager,ort-cpu"]).success();
+        let mut tk = tk();
+        tk.current_dir(bench.0.path()).args(["serve-batch", "model", "--input", "-"]);
+        let piped = tk.write_stdin(std::fs::read(bench.path(name)).unwrap()).assert().success();
+        let piped = String::from_utf8(piped.get_output().stdout.clone()).unwrap();
+        let piped: Vec<Value> = piped.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        assert_eq!(piped, answers, "{name}");
+    }
+
+    let packed = gzip(&text);
+    bench.write("cut.jsonl.gz", &packed[..packed.len() - 9]);
+    for verb in ["eval", "parity", "serve-batch"] {
+        let said = stderr(&bench.run(verb, &["--input", "cut.jsonl.gz"]).code(2));
+        assert!(said.contains("cut.jsonl.gz") && said.contains("its gzip data is cut off"), "{verb}: {said}");
+    }
+    let said = stderr(&bench.train("text-classification", "none", &["--train", "cut.jsonl.gz"]).code(2));
+    assert!(said.contains("reading cut.jsonl.gz") && said.contains("bytes were unpacked"), "{said}");
+    assert!(!bench.path("none").exists());
 }
 
 #[test]

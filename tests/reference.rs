@@ -156,7 +156,7 @@ fn answered(task: &Task, name: &str, record: &Value, max_length: usize, stride: 
     let tokenizer = Tokenizer::open(&models(name)).unwrap();
     let encoder =
         Encoder { records: &records, training: &Default::default(), tokenizer: &tokenizer, max_length };
-    task.examples(&file, &encoder).unwrap()
+    task.examples(&(&file).into(), &encoder).unwrap()
 }
 
 /// The tokens that an answer begins and ends with.
@@ -175,7 +175,8 @@ fn logits_are_those_of_transformers() {
         let r = Reference::load(name);
         let encodings: Vec<Encoding> = r.examples.iter().map(|e| e.encoding.clone()).collect();
         let Reference { params, config, task, .. } = &r;
-        let forward = Forward { params, family: &config.family, task, device: &Device::Cpu };
+        let forward =
+            Forward { params, family: &config.family, task, device: &Device::Cpu, world: &tk::world::Alone };
         for (i, outputs) in forward.outputs(&encodings).unwrap().iter().enumerate() {
             let row: Vec<f32> = outputs[0].iter().copied().collect();
             let (worst, _) = max_abs(&row, &numbers(&r.json["logits"][i]));
@@ -188,7 +189,8 @@ fn logits_are_those_of_transformers() {
 fn embeddings_are_those_of_transformers() {
     let r = Reference::load(EMBEDDER);
     let Reference { params, config, task, .. } = &r;
-    let forward = Forward { params, family: &config.family, task, device: &Device::Cpu };
+    let forward =
+        Forward { params, family: &config.family, task, device: &Device::Cpu, world: &tk::world::Alone };
     let texts: Vec<Encoding> = r.examples.iter().flat_map(Example::encodings).cloned().collect();
     for (i, outputs) in forward.outputs(&texts).unwrap().iter().enumerate() {
         let row: Vec<f32> = outputs[1].iter().copied().collect();
@@ -291,10 +293,10 @@ fn what_is_frozen_has_no_gradient_and_the_others_have_those_of_transformers() {
 
 /// The sum of the task's losses, each a mean.
 fn loss(r: &Reference, eager: &Eager, outputs: Vec<X>, examples: &[&Example], smoothing: f64) -> Tensor {
-    let counts: Vec<Vec<usize>> = examples.iter().map(|example| example.target.losses()).collect();
-    let counts: Vec<usize> =
-        (0..r.task.loss_names().len()).map(|i| counts.iter().map(|own| own[i]).sum()).collect();
-    let losses = r.task.loss(eager, outputs, examples, smoothing, &counts).unwrap();
+    let weights: Vec<Vec<f64>> = examples.iter().map(|example| r.task.weights(&example.target)).collect();
+    let weights: Vec<f64> =
+        (0..r.task.loss_names().len()).map(|i| weights.iter().map(|own| own[i]).sum()).collect();
+    let losses = r.task.loss(eager, outputs, examples, smoothing, &weights).unwrap();
     losses.into_iter().reduce(|a, b| (a + b).unwrap()).unwrap()
 }
 
@@ -571,7 +573,7 @@ fn the_labels_of_all_pieces_and_their_loss_are_those_of_transformers() {
         let max_length = r.json["max_length"].as_u64().unwrap() as usize;
         let encoder =
             Encoder { records: &records, training: &Default::default(), tokenizer: &tokenizer, max_length };
-        let ours = r.task.examples(&file, &encoder).unwrap();
+        let ours = r.task.examples(&(&file).into(), &encoder).unwrap();
         let mut compared = 0;
         for (i, example) in r.examples.iter_mut().enumerate() {
             let all_pieces = tags(&r.json["targets_of_all_pieces"][i]);

@@ -132,7 +132,7 @@ fn what_the_run_measured_on_has_to_be_the_same_file() {
     text += "{\"text\": \"more\", \"label\": \"no\"}\n";
     std::fs::write(&records, text).unwrap();
     let (told, page) = bench.report(&[]);
-    assert!(told["not_measured"].as_str().unwrap().contains("is not the file any more"), "{told}");
+    assert!(told["not_measured"].as_str().unwrap().contains("is not any more what"), "{told}");
     assert!(
         told.get("metrics").is_none()
             && page.contains("Nothing was measured")
@@ -158,6 +158,22 @@ fn what_the_run_measured_on_has_to_be_the_same_file() {
     refused(&[], &bench.path("run"), "log.jsonl:2:");
     std::fs::write(&log, "{\"step\":1,\"loss\":null}\n{\"step\":2,\"loss\":0.5}\n{\"step\":3,").unwrap();
     assert!(bench.report(&[]).1.contains("1 of 2 are no numbers"));
+}
+
+#[test]
+fn records_of_several_files_are_told_with_their_file() {
+    let (_dir, path) = copy("tiny-bert-single");
+    for name in ["one.jsonl", "two.jsonl"] {
+        records_file("tiny-bert-single", 1, &path.join(name));
+    }
+    let input = ["one.jsonl", "two.jsonl"].map(|name| path.join(name).display().to_string());
+    let (told, page) = report(&path, &["--input", &input[0], &input[1]]);
+    let (one, _) = report(&path, &["--input", &input[0]]);
+    assert_eq!(told["examples"].as_u64(), one["examples"].as_u64().map(|n| 2 * n));
+    let worst = told["review"]["worst"].as_array().unwrap();
+    assert!(worst[0]["file"] != worst[1]["file"] && worst[0]["line"] == worst[1]["line"], "{worst:?}");
+    let place = format!(">two.jsonl:{}<", worst[0]["line"]);
+    assert!(page.contains(&place) && one["review"]["worst"][0].get("file").is_none(), "{place}");
 }
 
 #[test]

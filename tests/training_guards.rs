@@ -132,7 +132,8 @@ fn a_resumed_run_is_proved_to_be_the_one_without_a_break_for_every_task() {
     for (task, model, more) in [
         ("text-classification", "tiny-bert-single", &["--gradient-accumulation", "2"][..]),
         ("text-classification", "tiny-gpt2-single", &["--freeze", r"h\.0\.,wte", "--layer-decay", "0.9"]),
-        ("token-classification", "tiny-bert-tokens", &["--no-shuffle"]),
+        ("text-classification", "tiny-bert-single", &["--ema", "0.9", "--freeze", "token_type"]),
+        ("token-classification", "tiny-bert-tokens", &["--no-shuffle", "--class-weights", "balanced"]),
         ("question-answering", "tiny-bert-answers", &[]),
         ("masked-lm", "tiny-bert-masked", &["--gradient-accumulation", "3"]),
         ("next-sentence", "tiny-bert-pairs", &[]),
@@ -269,4 +270,41 @@ fn an_audit_has_a_row_a_parameter_and_step_and_changes_nothing() {
             == std::fs::read(bench.path("audited/model.safetensors")).unwrap()
     );
     assert_eq!(bench.lines("audited/training/audit.jsonl").len(), 2, "the first and the last");
+}
+
+#[test]
+fn averages_of_the_weights_are_what_is_measured_and_saved() {
+    let bench = Bench::classifier();
+    let steps = ["--max-steps", "6", "--eval-every", "3", "--ema", "0.8"];
+    bench.train("plain", &steps[..4]).success();
+    bench.train("out", &steps).success();
+    let checkpoint = |run: &str, file: &str| {
+        tensors(bench.path(run).join("training/checkpoints/step-00000006").join(file))
+    };
+    let (weights, averages) = (checkpoint("out", "model.safetensors"), checkpoint("out", "ema.safetensors"));
+    assert!(
+        weights == checkpoint("plain", "model.safetensors"),
+        "training goes on with the weights themselves"
+    );
+    assert!(!bench.path("plain/training/checkpoints/step-00000006/ema.safetensors").exists());
+    assert!(averages == tensors(bench.path("out/model.safetensors")) && averages != weights);
+
+    let eval = bench.path("train.jsonl");
+    let measured = ["--save-every", "3", "--keep-checkpoints", "2", "--eval", eval.to_str().unwrap()];
+    bench.train("measured", &[&steps[..], &measured].concat()).success();
+    let logged = bench.lines("measured/training/log.jsonl");
+    let loss_at = |step: usize| {
+        let of_step = |line: &&Value| line["step"] == step && line.get("eval_loss").is_some();
+        logged.iter().find(of_step).unwrap()["eval_loss"].as_f64().unwrap()
+    };
+    let best = |step: &usize| bench.path(&format!("measured/training/best-{step:08}.safetensors")).exists();
+    let step = [3, 6].into_iter().find(best).unwrap();
+    let averages = format!("measured/training/checkpoints/step-{step:08}/ema.safetensors");
+    let saved = tensors(bench.path("measured/model.safetensors"));
+    assert!(saved == tensors(bench.path(&averages)), "the best evaluation's averages");
+    let eval =
+        tk().args(["eval", "--json", "--input"]).arg(&eval).arg(bench.path("measured")).assert().success();
+    let told: Value = serde_json::from_slice(&eval.get_output().stdout).unwrap();
+    let loss = told["metrics"]["loss"].as_f64().unwrap();
+    assert!((loss_at(step) - loss).abs() < 1e-6, "{loss}, in the log {}", loss_at(step));
 }

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use serde_json::json;
 
+use crate::data::records::Files;
 use crate::eager::Evaluator;
 use crate::onnx::Precision;
 use crate::predict::{Options, Predictor, graphs};
@@ -21,9 +22,9 @@ pub struct Args {
     dir: PathBuf,
     #[command(flatten)]
     task: TaskFlag,
-    /// Labelled records.
-    #[arg(long, value_name = "FILE")]
-    input: PathBuf,
+    /// Labelled records: a file, a folder of files, or a pattern ('data/*.jsonl'). Several files are measured as one.
+    #[arg(long, value_name = "FILE", required = true)]
+    input: Vec<PathBuf>,
     /// What computes the logits: candle, or ONNX Runtime on what `tk export` wrote.
     #[arg(long, value_enum, default_value_t = MeasuredIn::Eager)]
     runtime: MeasuredIn,
@@ -58,7 +59,8 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     graphs::check_precision(&saved, args.precision)?;
     let providers = args.ep.providers(args.precision)?;
     let max_length = saved.checked_max_length(args.max_length)?;
-    let examples = saved.examples(&args.input, &args.records, max_length, say)?;
+    let input = Files::named(&args.input, args.records.reading.format)?;
+    let examples = saved.examples(&input, &args.records, max_length, say)?;
     let started = Instant::now();
     let measured = match args.runtime {
         MeasuredIn::Eager => Evaluator::open(&saved, &device::open(&args.device)?)?.measure(&examples)?,
@@ -78,12 +80,7 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     let seconds = started.elapsed().as_secs_f64();
     let shown: Vec<String> =
         measured.metrics.iter().map(|(name, value)| format!("{name} {value:.4}")).collect();
-    let human = format!(
-        "{}: {} examples in {seconds:.1} s; {}",
-        args.input.display(),
-        examples.len(),
-        shown.join("  ")
-    );
+    let human = format!("{input}: {} examples in {seconds:.1} s; {}", examples.len(), shown.join("  "));
     say.result(
         human,
         &json!({"records": examples.len(), "truncated": cut(&examples), "seconds": seconds, "metrics": measured}),

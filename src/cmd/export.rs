@@ -1,10 +1,11 @@
 //! `tk export`: a trained model → `onnx/model.onnx` beside it, once ONNX Runtime has given the same logits.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::Context;
 use serde_json::json;
 
+use crate::data::records::Files;
 use crate::export::triton::TritonFlags;
 use crate::export::{Export, Int8, merged};
 use crate::onnx::{DEFAULT_BLOCK, DEFAULT_OPSET, LARGEST_BLOCK, LEAST_BLOCK, Precision, checked_opset};
@@ -46,7 +47,7 @@ pub struct Args {
     /// What fewer bits are measured on: records as for `tk eval` [default: whether the answers to built-in texts are
     /// those of fp32; for language models a few built-in pages of English].
     #[arg(long, value_name = "FILE")]
-    input: Option<PathBuf>,
+    input: Vec<PathBuf>,
     /// Records as for `tk serve-batch`, on the first 512 of which int8 learns between what numbers the activations lie.
     /// Then they are rounded alike in every record (static), and no answer depends on the records beside it; without, they
     /// are rounded as they come (dynamic).
@@ -74,6 +75,13 @@ pub struct Args {
     triton: TritonFlags,
 }
 
+impl Args {
+    /// What fewer bits are measured on, where it is given.
+    fn files(&self) -> Result<Option<Files>> {
+        (!self.input.is_empty()).then(|| Files::named(&self.input, self.records.reading.format)).transpose()
+    }
+}
+
 /// Points of 100 that a metric may lose in fewer bits.
 const MAX_METRIC_DROP: f64 = 0.5;
 
@@ -99,8 +107,8 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     let triton = args.triton.place(&saved, args.precision)?;
     let export = Export::new(&saved, say)?;
     let examples = || -> Result<Option<Vec<Example>>> {
-        let read = |input: &PathBuf| saved.examples(input, &args.records, saved.max_length, say);
-        args.input.as_ref().map(read).transpose()
+        let read = |input: Files| saved.examples(&input, &args.records, saved.max_length, say);
+        args.files()?.map(read).transpose()
     };
     let most = args.max_metric_drop.unwrap_or(MAX_METRIC_DROP);
     let form = saved.task.form();
@@ -143,10 +151,10 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
 /// What a language model's blocks are measured on.
 fn of_language_model(args: &Args, saved: &Saved) -> Result<Vec<Example>> {
     let (tokenizer, max_length) = (&saved.tokenizer, saved.max_length);
-    match &args.input {
+    match args.files()? {
         Some(input) => {
             let (records, training) = (&args.records, &TrainingFlags::default());
-            saved.task.examples(input, &Encoder { records, training, tokenizer, max_length })
+            saved.task.examples(&input, &Encoder { records, training, tokenizer, max_length })
         }
         None => saved.task.generating("export --precision")?.builtin_examples(tokenizer, max_length),
     }
@@ -157,13 +165,13 @@ fn check_usage(args: &Args, saved: &Saved) -> Result<()> {
     let in_blocks = matches!(args.precision, Precision::Q8 | Precision::Q4);
     let generates = saved.task.form() != Form::Whole;
     let fp16_generates = generates && args.precision == Precision::Fp16;
-    if args.precision == Precision::Fp32 && args.input.is_some() {
+    if args.precision == Precision::Fp32 && !args.input.is_empty() {
         bail_unusable!(
             "--input is what fewer bits are measured on: give a --precision, or leave it out; `tk eval` measures fp32"
         );
     }
-    let files: Vec<&Path> = args.input.iter().map(PathBuf::as_path).collect();
-    args.records.check(saved.task.name(), &files)?;
+    let files = args.files()?;
+    args.records.check(saved.task.name(), &files.as_ref().map(Files::all).unwrap_or_default())?;
     if !args.block_size.is_power_of_two() || !(LEAST_BLOCK..=LARGEST_BLOCK).contains(&args.block_size) {
         bail_unusable!("--block-size {}: expected 32, 64, 128 or 256", args.block_size);
     }

@@ -6,7 +6,7 @@ use anyhow::Context;
 use serde_json::json;
 
 use crate::data::batch::Encoding;
-use crate::data::records;
+use crate::data::records::{self, Files};
 use crate::files::Destination;
 use crate::onnx::{DEFAULT_OPSET, GraphKind, Precision, model, write};
 use crate::parity::inputs::{self, Text};
@@ -33,9 +33,9 @@ pub struct Args {
     /// The directory of the model that --onnx is of.
     #[arg(long, value_name = "DIR", requires = "onnx")]
     against: Option<PathBuf>,
-    /// Records to compare on [default: a built-in set of awkward ones].
+    /// Records to compare on, as for `tk eval` [default: a built-in set of awkward ones].
     #[arg(long, value_name = "FILE")]
-    input: Option<PathBuf>,
+    input: Vec<PathBuf>,
     /// The runtimes, the first of which the others are held against: eager, candle-onnx, ort-cpu,
     /// ort-openvino, ort-cuda, ort-tensorrt [default: all that this machine has; of bf16 eager and ort-openvino].
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
@@ -93,11 +93,15 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     for (name, why) in &lacking {
         say.line(format!("{name} is not on this machine: {why}"));
     }
-    let examples = match &args.input {
-        Some(path) if args.metrics => Some(saved.examples(path, &args.records, max_length, say)?),
+    let input = match &args.input[..] {
+        [] => None,
+        names => Some(Files::named(names, args.records.reading.format)?),
+    };
+    let examples = match &input {
+        Some(files) if args.metrics => Some(saved.examples(files, &args.records, max_length, say)?),
         _ => None,
     };
-    let texts = if examples.is_some() { Vec::new() } else { texts(args, &saved)? };
+    let texts = if examples.is_some() { Vec::new() } else { texts(args, input.as_ref(), &saved)? };
     let encodings = match &examples {
         Some(examples) => examples.iter().flat_map(Example::encodings).cloned().collect(),
         None => saved.tokenizer.encode_all(&texts, max_length)?,
@@ -140,7 +144,7 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
             compared
         }
         Form::Cached | Form::InPlace => {
-            let texts = if args.input.is_some() { encodings.clone() } else { decoding::few(&encodings) };
+            let texts = if input.is_some() { encodings.clone() } else { decoding::few(&encodings) };
             if runtimes[0] != Runtime::Eager {
                 bail_unusable!("a language model is compared with eager: name it among --runtimes");
             }
@@ -305,8 +309,8 @@ fn pick(asked: &[Runtime], form: Form) -> Result<Picked> {
     Ok((runtimes, lacking))
 }
 
-fn texts(args: &Args, saved: &Saved) -> Result<Vec<Text>> {
-    let Some(path) = &args.input else {
+fn texts(args: &Args, input: Option<&Files>, saved: &Saved) -> Result<Vec<Text>> {
+    let Some(files) = input else {
         if args.records != RecordFlags::default() {
             bail_unusable!("flags of records are for an --input; here is none");
         }
@@ -314,5 +318,5 @@ fn texts(args: &Args, saved: &Saved) -> Result<Vec<Text>> {
     };
     args.records.check_of_texts().map_err(|error| error.context("without --metrics"))?;
     let columns = args.records.texts.columns();
-    records::read_examples(path, &args.records.reading.how(), |row| TextColumns::read(&columns, &row))
+    records::read_examples(files, &args.records.reading.how(), |row| TextColumns::read(&columns, &row))
 }

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use serde_json::json;
 
+use crate::data::records::Files;
 use crate::files::Destination;
 use crate::report::{Asked, Report, card, page};
 use crate::saved::{Saved, TaskFlag};
@@ -19,8 +20,8 @@ pub struct Args {
     #[command(flatten)]
     task: TaskFlag,
     /// Labelled records to measure on [default: the run's --eval, where the file is still the same].
-    #[arg(long, value_name = "FILE")]
-    input: Option<PathBuf>,
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    input: Vec<PathBuf>,
     /// The page, which stands on its own; - is standard output [default: DIR/report.html].
     #[arg(long, value_name = "FILE.html|-")]
     output: Option<PathBuf>,
@@ -44,7 +45,7 @@ pub struct Args {
 
 /// Measures, and writes the page and the card.
 pub fn run(args: &Args, say: Say) -> Result<()> {
-    if args.input.is_none() {
+    if args.input.is_empty() {
         args.records.check_none()?;
     }
     let output = match &args.output {
@@ -59,7 +60,9 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     let saved = Saved::open_for(&args.dir, &args.task)?;
     let to = args.card.then(|| card::destination(&args.dir, args.overwrite)).transpose()?;
     let device = device::open(&args.device)?;
-    let input = args.input.as_deref().map(|path| (path, &args.records));
+    let files = Files::named(&args.input, args.records.reading.format);
+    let files = if args.input.is_empty() { None } else { Some(files?) };
+    let input = files.as_ref().map(|files| (files, &args.records));
     let asked = Asked { input, max_length: args.max_length, device: &device };
     let report = Report::new(&saved, &asked, say)?;
     output.write(page::html(&report)?)?;

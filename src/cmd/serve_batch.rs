@@ -32,7 +32,7 @@ pub struct Args {
     dir: PathBuf,
     #[command(flatten)]
     task: TaskFlag,
-    /// Records: .jsonl, .json, .csv, .tsv, .parquet or .txt; - reads standard input.
+    /// Records: .jsonl, .json, .csv, .tsv, .parquet or .txt, packed or not (.jsonl.gz, .csv.zst); - reads standard input.
     #[arg(long, value_name = "FILE|-")]
     input: String,
     /// Where the predictions go, as JSON lines; - writes standard output. A link is followed; a pipe or a device is

@@ -8,15 +8,19 @@ use indicatif::HumanCount;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::error::Stopped;
-use crate::say::{Say, peak_rss_bytes};
+use crate::data::cache::Cache;
+use crate::data::records::Files;
+use crate::error::{self, Stopped};
+use crate::say::{Say, peak_rss_bytes, tell};
 use crate::task::{Learning, Metrics, RecordFlags, Task, TrainingFlags};
 use crate::train::checkpoint::Folder;
 use crate::train::dry_run::DryRun;
 use crate::train::output::{self, EarlierRun};
 use crate::train::prepare::{Job, Prepared};
+use crate::train::split::SplitFlags;
 use crate::train::verify::verify_resume;
 use crate::train::{End, Outcome, Run, Settings};
+use crate::world::{self, World};
 use crate::{Result, bail_unusable, device, process};
 
 /// Fine-tune a model, or pre-train one from scratch.
@@ -30,12 +34,15 @@ pub struct Args {
     #[arg(long, value_name = "DIR|ID", alias = "model-name-or-path")]
     model: String,
     /// Records to learn from: .jsonl, .json, .csv, .tsv, .parquet; or .txt, a text a line (--text-unit asks for longer ones).
-    #[arg(long, value_name = "FILE", alias = "train-file")]
-    train: PathBuf,
-    /// Records to measure on; the best evaluation's weights are kept.
-    #[arg(long, value_name = "FILE", alias = "validation-file")]
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    eval: Option<PathBuf>,
+    /// Each may be packed: .jsonl.gz, .csv.zst.
+    /// Several files are read as one: name them, a folder (all files of these kinds below it) or a pattern ('data/*.jsonl').
+    #[arg(long, value_name = "FILE", alias = "train-file", required = true, num_args = 1..)]
+    #[serde(with = "names")]
+    train: Vec<PathBuf>,
+    /// Records to measure on, named in the same ways; the best evaluation's weights are kept.
+    #[arg(long, value_name = "FILE", alias = "validation-file", num_args = 1..)]
+    #[serde(with = "names", default, skip_serializing_if = "Vec::is_empty")]
+    eval: Vec<PathBuf>,
     /// The directory to write. In its training/ the log grows: log.jsonl, and the same numbers for `tensorboard --logdir DIR`.
     #[arg(long, value_name = "DIR", alias = "output-dir")]
     #[serde(skip)]
@@ -71,6 +78,11 @@ pub struct Args {
     #[arg(long)]
     #[serde(default)]
     from_scratch: bool,
+    /// Tokenize everything anew, and keep none of it. Else the tokens of large data are kept in TK_CACHE (or tk in XDG_CACHE_HOME,
+    /// or in ~/.cache), 8 GiB at most: what was used the longest ago goes first.
+    #[arg(long)]
+    #[serde(skip)]
+    no_cache: bool,
     /// Where to compute: cpu, cuda or cuda:N.
     #[arg(long, default_value = "cpu")]
     device: String,
@@ -79,23 +91,75 @@ pub struct Args {
     training: TrainingFlags,
     #[command(flatten)]
     #[serde(flatten)]
+    split: SplitFlags,
+    #[command(flatten)]
+    #[serde(flatten)]
     records: RecordFlags,
     #[command(flatten)]
     #[serde(flatten)]
     settings: Settings,
 }
 
-/// Trains and writes the model.
+/// Names as a file of settings has them: one as it is, several as a list.
+mod names {
+    use std::path::PathBuf;
+
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Names {
+        One(PathBuf),
+        Several(Vec<PathBuf>),
+    }
+
+    pub fn serialize<S: Serializer>(names: &[PathBuf], serializer: S) -> Result<S::Ok, S::Error> {
+        match names {
+            [name] => name.serialize(serializer),
+            names => names.serialize(serializer),
+        }
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<PathBuf>, D::Error> {
+        Ok(match Names::deserialize(deserializer)? {
+            Names::One(name) => vec![name],
+            Names::Several(names) => names,
+        })
+    }
+}
+
+/// Trains and writes the model, as one of several processes where several were started.
 pub fn run(args: &Args, say: Say) -> Result<()> {
+    let world = world::world()?;
+    let done = train(args, world, say);
+    if world.size() > 1 {
+        if let Err(error) = &done {
+            tell(format!("error: process {} of {}: {error:#}", world.rank(), world.size()));
+            world.abort(error::exit_code(error).into());
+        }
+        world.end();
+    }
+    done
+}
+
+fn train(args: &Args, world: &dyn World, say: Say) -> Result<()> {
+    let say = Say { quiet: say.quiet || !world.leads(), ..say };
     args.settings.check()?;
-    let job = args.job();
+    let named = |names| Files::named(names, args.records.reading.format);
+    let train = named(&args.train)?;
+    let eval = if args.eval.is_empty() { None } else { Some(named(&args.eval)?) };
+    let job = args.job(&train, eval.as_ref());
     job.check()?;
+    args.split.check()?;
     let asked = match (args.resume, args.overwrite) {
         (true, _) => EarlierRun::Resume,
         (false, true) => EarlierRun::Overwrite,
         (false, false) => EarlierRun::New,
     };
     let settings = toml::Table::try_from(args)?;
+    if world.size() > 1 && (args.dry_run || args.verify_resume.is_some()) {
+        bail_unusable!("--dry-run and --verify-resume are for one process: leave out mpirun");
+    }
     if let Some(steps) = args.verify_resume {
         let verified = verify_resume(&settings, steps, &say)?;
         let human = format!(
@@ -105,18 +169,33 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
         );
         return say.result(human, &verified);
     }
-    output::check(&args.output, asked, &settings)?;
+    if world.leads() {
+        output::check(&args.output, asked, &settings)?;
+    }
     let device = device::open(&args.device)?;
     args.settings.precision.check(&device)?;
     if args.settings.checkpoint_activations && !device.is_cpu() {
         bail_unusable!("--checkpoint-activations works with --device cpu; here, try a smaller --batch-size");
     }
+    let divided = args.split.divide(&job)?;
+    // a dry run writes nothing
+    let cache = (!args.no_cache && !args.dry_run).then(|| Cache::of_user(say)).flatten();
+    let job = Job { cache: cache.as_ref(), ..job };
+    let job = match &divided {
+        Some(divided) => Job { train: &divided.train, eval: divided.eval.as_ref().or(job.eval), ..job },
+        None => job,
+    };
+    divided.iter().flat_map(|divided| &divided.told).for_each(|text| say.line(text));
     let mut prepared = Prepared::new(&job, &device, &say)?;
     if args.dry_run {
         return dry_run(args, &job, &prepared, &device, &say);
     }
     prepared.describe(&job, &say);
-    let _held = output::start(&args.output, asked, &settings, prepared.inputs(&job)?)?;
+    let _held = match world.leads() {
+        true => output::start(&args.output, asked, &settings, prepared.inputs(&job, world)?)?,
+        false => None,
+    };
+    world.meet()?; // what a killed run has left is gone now
 
     let Prepared { config, learning, params, eval, .. } = &prepared;
     let Learning { task, examples: train, .. } = learning;
@@ -131,6 +210,7 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
         folder: &Folder::of(&args.output),
         say,
         tokenizer: &learning.tokenizer,
+        world,
         stopped: stopped(),
         stop_at: args.stop_at,
     };
@@ -147,6 +227,9 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
             return Err(Stopped { signal, message }.into());
         }
     }
+    if !world.leads() {
+        return Ok(());
+    }
     if let Some(best) = &outcome.progress.best {
         prepared.tune(&best.measured());
     }
@@ -155,16 +238,17 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
 }
 
 impl Args {
-    fn job(&self) -> Job<'_> {
+    fn job<'a>(&'a self, train: &'a Files, eval: Option<&'a Files>) -> Job<'a> {
         Job {
             task: &self.task,
             model: &self.model,
-            train: &self.train,
-            eval: self.eval.as_deref(),
+            train,
+            eval,
             from_scratch: self.from_scratch,
             records: &self.records,
             training: &self.training,
             settings: &self.settings,
+            cache: None,
         }
     }
 }
@@ -173,7 +257,10 @@ fn dry_run(args: &Args, job: &Job, prepared: &Prepared, device: &Device, say: &S
     let found = DryRun::new(job, prepared, device)?;
     say.result(found.told(), &found)?;
     match found.warnings.len() {
-        count if args.strict && count > 0 => bail_unusable!("--strict: {count} warnings, see above"),
+        count if args.strict && count > 0 => {
+            let warnings = if count == 1 { "warning" } else { "warnings" };
+            bail_unusable!("--strict: {count} {warnings}, see above")
+        }
         _ => Ok(()),
     }
 }

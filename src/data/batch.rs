@@ -1,7 +1,9 @@
 //! Encoded examples → batches: packed for candle (no padding), padded for ONNX graphs.
 
+use serde::{Deserialize, Serialize};
+
 /// One example's tokens.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Encoding {
     /// Token ids, special tokens included. (T)
     pub ids: Vec<u32>,

@@ -1,4 +1,4 @@
-//! Files → rows of named fields, each with its place.
+//! Files → rows of named fields, each with its place. What is packed by gzip or Zstandard is unpacked on the way.
 //!
 //! A row that can't be read is a [`BadRow`], an item like any other, and reading goes on: the caller
 //! answers it in its place (serving) or lists it (training). Only what ends the reading is an error.
@@ -7,6 +7,8 @@ mod columns;
 mod conll;
 mod encoding;
 mod exact;
+mod files;
+mod packed;
 mod parquet;
 mod readers;
 mod squad;
@@ -23,6 +25,7 @@ use serde_json::{Map, Value};
 pub use columns::{Columns, describe};
 pub use conll::TagColumn;
 pub use encoding::TextEncoding;
+pub use files::{Files, Numbered, Place};
 
 use crate::{Result, bail_unusable, unusable};
 
@@ -31,6 +34,8 @@ use crate::{Result, bail_unusable, unusable};
 pub struct Row {
     /// Where the record begins: the 1-based line, or the record's number in Parquet files and JSON arrays.
     pub line: usize,
+    /// Of several files that are read as one, which it stands in, from 0.
+    pub file: usize,
     pub fields: Map<String, Value>,
     /// Fields of JSON with numbers that `fields` can't hold, as they are written.
     pub exact: BTreeMap<String, String>,
@@ -41,7 +46,12 @@ pub struct Row {
 impl Row {
     /// A record whose fields hold all that was written.
     pub fn new(line: usize, fields: Map<String, Value>) -> Self {
-        Self { line, fields, exact: BTreeMap::new(), lines: Vec::new() }
+        Self { line, file: 0, fields, exact: BTreeMap::new(), lines: Vec::new() }
+    }
+
+    /// Where it stands.
+    pub fn place(&self) -> Place {
+        Place { file: self.file, line: self.line }
     }
 }
 
@@ -135,9 +145,9 @@ const FORMATS: [(&str, Format); 7] = [
 ];
 
 impl Format {
-    /// The format that a path's extension names.
+    /// The format that a path's extension names: the one before `.gz` or `.zst`, where it ends in that.
     pub fn of(path: &Path) -> Result<Self> {
-        match path.extension() {
+        match packed::without_packing(path).extension() {
             Some(extension) => extension.to_string_lossy().parse::<Self>(),
             None => Err(unusable!("no extension; the known ones are {}", known())),
         }
@@ -201,24 +211,26 @@ impl Rows {
 /// Unusable: a file that isn't there, an unknown extension, a header or a whole document that can't be read.
 pub fn read(source: &Source, how: &How) -> Result<Rows> {
     let name = source.to_string();
-    let (rows, format) = match source {
-        Source::Path(path) => (open(path)?, how.format.map_or_else(|| Format::of(path), Ok)?),
+    let (opened, path, format) = match source {
+        Source::Path(path) => {
+            (open(path)?, Some(path.as_path()), how.format.map_or_else(|| Format::of(path), Ok)?)
+        }
         Source::Stdin => {
             let stdin: Input = Box::new(BufReader::new(std::io::stdin()));
-            (Opened::Stream(stdin), how.format.unwrap_or(Format::Jsonl))
+            (Opened::Stream(stdin), None, how.format.unwrap_or(Format::Jsonl))
         }
     };
-    let rows = match (rows, format) {
-        (Opened::File(file), Format::Parquet) => {
+    let rows = match (packed::unpacked(opened, path, &name)?, format) {
+        ((_, Some(packing)), Format::Parquet) => bail_unusable!(
+            "{name} is packed by {packing}: a Parquet file is read from its end, and its columns are packed already; unpack it"
+        ),
+        ((Opened::File(file), _), Format::Parquet) => {
             readers::Reader::Records(guarded(|| parquet::rows(file, how.encoding, &name))?)
         }
-        (Opened::Stream(_), Format::Parquet) => {
+        ((Opened::Stream(_), _), Format::Parquet) => {
             bail_unusable!("{name}: a Parquet file is read from its end, so it can't come through a pipe")
         }
-        (Opened::File(file), _) => {
-            readers::rows(Box::new(BufReader::with_capacity(1 << 17, file)), format, how, &name)?
-        }
-        (Opened::Stream(input), _) => readers::rows(input, format, how, &name)?,
+        ((opened, _), _) => readers::rows(opened.buffered(), format, how, &name)?,
     };
     Ok(Rows { name, rows: Some(rows) })
 }
@@ -230,7 +242,7 @@ pub fn read(source: &Source, how: &How) -> Result<Rows> {
 pub fn count(path: &Path, how: &How) -> Result<usize> {
     let source = Source::Path(path.into());
     if how.format.map_or_else(|| Format::of(path), Ok)? == Format::Parquet
-        && let Opened::File(file) = open(path)?
+        && let (Opened::File(file), None) = packed::unpacked(open(path)?, Some(path), &source.to_string())?
     {
         return guarded(|| parquet::count(file, &source.to_string()));
     }
@@ -254,10 +266,23 @@ fn guarded<T>(read: impl FnOnce() -> Result<T>) -> Result<T> {
 
 type Input = Box<dyn BufRead + Send>;
 
+/// A source's bytes.
 enum Opened {
     File(File),
     Stream(Input),
 }
+
+impl Opened {
+    fn buffered(self) -> Input {
+        match self {
+            Self::File(file) => Box::new(BufReader::with_capacity(BUFFER, file)),
+            Self::Stream(input) => input,
+        }
+    }
+}
+
+/// Bytes that are read ahead.
+const BUFFER: usize = 1 << 17;
 
 fn open(path: &Path) -> Result<Opened> {
     match File::open(path) {
@@ -265,7 +290,7 @@ fn open(path: &Path) -> Result<Opened> {
             bail_unusable!("{} is a directory; a file of records was expected", path.display())
         }
         Ok(file) if file.metadata().is_ok_and(|about| about.is_file()) => Ok(Opened::File(file)),
-        Ok(pipe) => Ok(Opened::Stream(Box::new(BufReader::with_capacity(1 << 17, pipe)))),
+        Ok(pipe) => Ok(Opened::Stream(Box::new(BufReader::with_capacity(BUFFER, pipe)))),
         Err(error) => bail_unusable!("{} can't be opened: {error}", path.display()),
     }
 }
@@ -276,37 +301,26 @@ const EMPTY_LINE: &str = "empty line";
 /// How many bad records an error lists.
 const LISTED: usize = 10;
 
-/// Reads a whole file, each row made into an example at once: all of them or, as one error, what is wrong.
-/// Empty lines at its end are none of them.
+/// Reads whole files, each row made into an example at once: all of them or, as one error, what is wrong.
+/// Empty lines at a file's end are none of them.
 ///
 /// # Errors
-/// Unusable: as [`read`]; a file without records; records that can't be read or that `example` refuses, the first
+/// Unusable: as [`read`]; no records at all; records that can't be read or that `example` refuses, the first
 /// ten with file and line.
 pub fn read_examples<T>(
-    path: &Path,
+    files: &Files,
     how: &How,
     mut example: impl FnMut(Row) -> Result<T, BadRow>,
 ) -> Result<Vec<T>> {
     let (mut examples, mut listed, mut bad) = (Vec::new(), Vec::new(), 0);
-    let mut empty: Vec<BadRow> = Vec::new();
-    for row in read(&Source::Path(path.into()), how)? {
-        let row = match row? {
-            Err(line) if line.message == EMPTY_LINE => {
-                empty.push(line);
-                continue;
-            }
-            row => row.and_then(&mut example),
-        };
-        // something stands behind them
-        let before = empty.drain(..).map(Err);
-        for row in before.chain([row]) {
-            match row {
-                Ok(example) => examples.push(example),
-                Err(BadRow { line, message }) => {
-                    bad += 1;
-                    if bad <= LISTED {
-                        listed.push(format!("  {}:{line}: {message}", path.display()));
-                    }
+    for numbered in files.read(how) {
+        let Numbered { file, row, .. } = numbered?;
+        match row.and_then(&mut example) {
+            Ok(example) => examples.push(example),
+            Err(BadRow { line, message }) => {
+                bad += 1;
+                if bad <= LISTED {
+                    listed.push(format!("  {}: {message}", files.at(Place { file, line })));
                 }
             }
         }
@@ -315,14 +329,11 @@ pub fn read_examples<T>(
         listed.push(format!("  and {} more", bad - LISTED));
     }
     match (bad, examples.len()) {
-        (0, 0) => Err(unusable!("{} has no records", path.display())),
+        (0, 0) => Err(unusable!("{files} has no records")),
         (0, _) => Ok(examples),
-        (_, good) => Err(unusable!(
-            "{}: {bad} of {} records can't be used:\n{}",
-            path.display(),
-            bad + good,
-            listed.join("\n")
-        )),
+        (_, good) => {
+            Err(unusable!("{files}: {bad} of {} records can't be used:\n{}", bad + good, listed.join("\n")))
+        }
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod added;
 mod byte_level;
+mod cached;
 mod class;
 mod language;
 mod pairs;
@@ -22,6 +23,7 @@ use tokenizers::{Model, PostProcessor, Token};
 use self::added::Added;
 use self::class::{Class, Files, Kind};
 use crate::data::batch::Encoding;
+use crate::data::cache::Cache;
 use crate::{Result, bail_unusable, files, unusable};
 pub use language::Body;
 pub use pairs::{PairWindow, SecondText};
@@ -64,6 +66,8 @@ pub struct Tokenizer {
     token_types: usize,
     /// The token types that a pair is given.
     pair_types: usize,
+    /// Where what is made of its tokens is kept.
+    cache: Option<Cache>,
 }
 
 impl Tokenizer {
@@ -224,6 +228,7 @@ impl Tokenizer {
             rows: usize::MAX,
             token_types: usize::MAX,
             pair_types: 0,
+            cache: None,
         })
     }
 

@@ -15,6 +15,7 @@ use crate::model::Family;
 use crate::saved::Saved;
 use crate::task::output::{Scope, Standing};
 use crate::task::{Example, Measured, Outputs, Review, Source, Task};
+use crate::world::{self, World};
 
 /// Tokens of one packed batch: enough for the matrix products, little enough for the memory.
 const BATCH_TOKENS: usize = 2048;
@@ -26,6 +27,8 @@ pub struct Forward<'a> {
     pub family: &'a Family,
     pub task: &'a Task,
     pub device: &'a Device,
+    /// Those that compute the same together, where there are several.
+    pub world: &'a dyn World,
 }
 
 impl Forward<'_> {
@@ -48,12 +51,51 @@ impl Forward<'_> {
     fn outputs_behind<E: Borrow<Encoding>>(&self, ahead: usize, examples: &[E]) -> Result<Vec<Outputs>> {
         let scopes = self.task.scopes();
         let mut of_examples = vec![Outputs::new(); examples.len()];
-        for batch in batches(examples.iter().map(|example| example.borrow().len())) {
+        let batches = batches(examples.iter().map(|example| example.borrow().len()));
+        for batch in self.own(&batches) {
             let packed = PackedBatch::new(batch.iter().map(|&i| examples[i].borrow()));
             let lengths: Vec<usize> = packed.spans.iter().map(|span| span.len()).collect();
             self.compute(&packed, ahead, &scopes, &lengths, |i, output| of_examples[batch[i]].push(output))?;
         }
+        self.exchange(&mut of_examples)?;
         Ok(of_examples)
+    }
+
+    /// Of batches those that this process computes.
+    fn own<'b>(&self, batches: &'b [Vec<usize>]) -> impl Iterator<Item = &'b Vec<usize>> {
+        let world = self.world;
+        batches.iter().enumerate().filter(|(n, _)| world.has(*n)).map(|(_, batch)| batch)
+    }
+
+    /// Puts in place what other processes have computed.
+    fn exchange(&self, of_examples: &mut [Outputs]) -> Result<()> {
+        if self.world.size() == 1 {
+            return Ok(());
+        }
+        let mut sent = Vec::new();
+        for outputs in of_examples.iter() {
+            sent.extend((outputs.len() as u32).to_le_bytes());
+            for output in outputs {
+                let (rows, columns) = output.dim();
+                sent.extend([rows, columns].into_iter().flat_map(|n| (n as u32).to_le_bytes()));
+                sent.extend(output.iter().flat_map(|number| number.to_le_bytes()));
+            }
+        }
+        of_examples.iter_mut().for_each(Outputs::clear); // what it has sent comes back
+        for theirs in self.world.gather(&sent)? {
+            let mut words = theirs.as_chunks().0.iter().copied();
+            let mut number =
+                || words.next().map(u32::from_le_bytes).context("another process measures other data");
+            for outputs in of_examples.iter_mut() {
+                for _ in 0..number()? {
+                    let shape = (number()? as usize, number()? as usize);
+                    let values = (0..shape.0 * shape.1).map(|_| Ok(f32::from_bits(number()?)));
+                    let output = Array2::from_shape_vec(shape, values.collect::<Result<_>>()?)?;
+                    outputs.push(output);
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Each example's outputs where some of its tokens are asked for: a row for the first token, and one for each of
@@ -110,11 +152,12 @@ impl Forward<'_> {
         wanted: impl Fn(&[usize]) -> Vec<Option<u32>>,
     ) -> Result<f64> {
         let mut losses = 0.0;
-        for batch in batches(examples.iter().map(|example| example.len())) {
+        let batches = batches(examples.iter().map(|example| example.len()));
+        for batch in self.own(&batches) {
             let packed = PackedBatch::new(batch.iter().map(|&i| examples[i]));
             let eager = Eager::new(self.params, &packed, self.device, Mode::Evaluation);
             let scores = self.task.define(&eager, self.family)?;
-            let wanted = wanted(&batch);
+            let wanted = wanted(batch);
             let of_rows = eager.losses(scores.first().context("the model has no output")?, &wanted)?;
             anyhow::ensure!(
                 of_rows.len() == wanted.len(),
@@ -124,7 +167,9 @@ impl Forward<'_> {
             );
             losses += of_rows.into_iter().map(f64::from).sum::<f64>();
         }
-        Ok(losses)
+        let mut losses = [losses];
+        self.world.sums(&mut losses)?;
+        Ok(losses[0])
     }
 }
 
@@ -172,7 +217,7 @@ impl Evaluator {
 
     fn forward(&self) -> Forward<'_> {
         let Self { params, family, task, device } = self;
-        Forward { params, family, task, device }
+        Forward { params, family, task, device, world: &world::Alone }
     }
 
     /// Each example's outputs, in order.

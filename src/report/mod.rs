@@ -7,7 +7,7 @@ pub mod history;
 pub mod page;
 pub mod run;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use candle_core::Device;
 use chrono::{DateTime, SecondsFormat, Utc};
@@ -16,17 +16,21 @@ use serde_json::{Map, Value, json};
 use self::graphs::Graph;
 use self::history::{Audited, History};
 use self::run::Started;
+use crate::data::records::Files;
 use crate::eager::Evaluator;
 use crate::saved::Saved;
-use crate::say::Say;
+use crate::say::{Say, listed};
 use crate::task::{Measured, Metric, Metrics, RecordFlags, Review, Source};
 use crate::train::checkpoint::Folder;
 use crate::{Result, bail_unusable};
 
+/// Files that are named.
+const FILES: usize = 3;
+
 /// What a report is asked for.
 pub struct Asked<'a> {
     /// Records to measure on, and how they are read; else those of the run.
-    pub input: Option<(&'a Path, &'a RecordFlags)>,
+    pub input: Option<(&'a Files, &'a RecordFlags)>,
     pub max_length: Option<usize>,
     pub device: &'a Device,
 }
@@ -55,7 +59,7 @@ pub struct Report<'a> {
 
 /// What was measured on records.
 pub struct Seen {
-    pub path: PathBuf,
+    pub files: String,
     /// Examples, of which a long text may have several.
     pub examples: usize,
     pub measured: Measured,
@@ -80,9 +84,9 @@ impl<'a> Report<'a> {
         let folder = Folder::of(&saved.dir);
         let started = Started::read(&folder)?;
         let (source, unseen) = match (asked.input, &started) {
-            (Some(input), _) => (Some(input), None),
+            (Some((files, records)), _) => (Some((files.clone(), records)), None),
             (None, Some(started)) => match started.measured_on()? {
-                Ok(path) => (Some((path, started.records())), None),
+                Ok(files) => (Some((files, started.records())), None),
                 Err(why) => (None, Some(format!("{why}; --input FILE measures on any"))),
             },
             (None, None) => bail_unusable!(
@@ -119,12 +123,12 @@ impl<'a> Report<'a> {
     /// evaluation.
     pub fn metrics(&self) -> Option<(&Metrics, String)> {
         if let Some(seen) = &self.seen {
-            return Some((&seen.measured.metrics, file_name(&seen.path)));
+            return Some((&seen.measured.metrics, seen.files.clone()));
         }
         let best = self.best.as_ref()?;
         let files = self.started.as_ref().map(Started::eval).unwrap_or_default();
         let names: Vec<String> = files.iter().map(|path| file_name(path)).collect();
-        Some((&best.metrics, names.join(", ")))
+        Some((&best.metrics, listed(names.iter().map(String::as_str), FILES)))
     }
 
     /// Whether the directory is one of sentence-transformers'.
@@ -146,7 +150,7 @@ impl<'a> Report<'a> {
         put("parameters", json!(self.parameters));
         put("steps", json!(self.history.steps()));
         if let Some(seen) = &self.seen {
-            put("measured_on", json!(seen.path.display().to_string()));
+            put("measured_on", json!(seen.files));
             put("examples", json!(seen.examples));
             put("metrics", json!(seen.measured));
             put("review", json!(seen.review));
@@ -166,13 +170,15 @@ impl<'a> Report<'a> {
 }
 
 impl Seen {
-    fn new(saved: &Saved, source: (&Path, &RecordFlags), asked: &Asked, say: Say) -> Result<Self> {
-        let (path, records) = source;
+    fn new(saved: &Saved, source: (Files, &RecordFlags), asked: &Asked, say: Say) -> Result<Self> {
+        let (files, records) = source;
         let max_length = saved.checked_max_length(asked.max_length)?;
-        let examples = saved.examples(path, records, max_length, say)?;
+        let examples = saved.examples(&files, records, max_length, say)?;
         let evaluator = Evaluator::open(saved, asked.device)?;
-        let (measured, review) = evaluator.review(&examples, Source { path, records })?;
-        Ok(Self { path: path.to_owned(), examples: examples.len(), measured, review })
+        let (measured, review) = evaluator.review(&examples, Source { files: &files, records })?;
+        let names: Vec<String> = files.all().into_iter().map(file_name).collect();
+        let names = listed(names.iter().map(String::as_str), FILES);
+        Ok(Self { files: names, examples: examples.len(), measured, review })
     }
 }
 

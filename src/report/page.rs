@@ -6,7 +6,7 @@ use indicatif::HumanCount;
 
 use super::chart::{self, Line};
 use super::history::{Audit, Audited, Point};
-use super::{Report, Seen, file_name};
+use super::{Report, Seen};
 use crate::Result;
 use crate::html::{self, beginning, escaped};
 use crate::task::review::{Calibration, Confusion, Review, Row, Wrong};
@@ -254,7 +254,7 @@ fn review(seen: &Seen) -> Result<String> {
         );
     }
     if !review.worst.is_empty() {
-        text += &worst(review, &file_name(&seen.path));
+        text += &worst(review, &seen.files);
     }
     Ok(text)
 }
@@ -362,7 +362,10 @@ fn worst(review: &Review, file: &str) -> String {
             "<tr><td class=\"n\" data-name=\"line\">{}</td><td class=\"n\" data-name=\"loss\">{}</td><td class=\"text\" \
              dir=\"auto\">{}{}</td><td class=\"answer\" dir=\"auto\" data-name=\"wanted\">{}</td><td class=\"answer\" \
              dir=\"auto\" data-name=\"found\">{}</td>{}</tr>\n",
-            wrong.line,
+            wrong
+                .file
+                .as_ref()
+                .map_or_else(|| wrong.line.to_string(), |file| format!("{}:{}", escaped(file), wrong.line)),
             number(wrong.loss),
             beginning(&wrong.text, TEXT),
             pair.unwrap_or_default(),

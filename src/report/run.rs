@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use crate::checkpoint::file_hash;
+use crate::data::records::Files;
 use crate::task::RecordFlags;
 use crate::train::checkpoint::Folder;
 use crate::{Result, unusable};
@@ -105,23 +106,31 @@ impl Started {
         self.known.best_metric.as_deref()
     }
 
-    /// The file that it measured on, if it is still the same; else why not.
+    /// The files that it measured on, if they are still the same; else why not.
     ///
     /// # Errors
-    /// It is there, but can't be read.
-    pub fn measured_on(&self) -> Result<Result<&Path, String>> {
-        let path = match self.eval() {
-            [] => return Ok(Err("the run had no --eval".to_owned())),
-            [path] => path,
-            several => return Ok(Err(format!("the run measured on {} files", several.len()))),
+    /// One is there, but can't be read.
+    pub fn measured_on(&self) -> Result<Result<Files, String>> {
+        if self.eval().is_empty() {
+            return Ok(Err("the run had no --eval".to_owned()));
+        }
+        let files = match Files::named(self.eval(), self.known.records.reading.format) {
+            Ok(files) => files,
+            Err(error) => return Ok(Err(format!("what the run measured on is not there: {error:#}"))),
         };
-        if !path.is_file() {
+        if let Some(path) = files.all().into_iter().find(|path| !path.is_file()) {
             return Ok(Err(format!("{}, which the run measured on, is not there", path.display())));
         }
-        let was = self.inputs.iter().find(|(name, _)| name == "eval").map(|(_, hash)| hash);
-        if was != Some(&file_hash(path)?) {
-            return Ok(Err(format!("{} is not the file any more that the run measured on", path.display())));
+        let of_eval = |name: &str| name == "eval" || name.starts_with("eval ");
+        let mut was: Vec<&str> =
+            self.inputs.iter().filter(|(name, _)| of_eval(name)).map(|(_, hash)| hash.as_str()).collect();
+        let now = files.all().into_iter().map(file_hash).collect::<Result<Vec<_>>>()?;
+        let mut now: Vec<&str> = now.iter().map(String::as_str).collect();
+        was.sort_unstable();
+        now.sort_unstable();
+        if was != now {
+            return Ok(Err(format!("{files} is not any more what the run measured on")));
         }
-        Ok(Ok(path))
+        Ok(Ok(files))
     }
 }

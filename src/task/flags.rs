@@ -6,8 +6,9 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::weighting::ClassWeights;
 use crate::data::offsets::OffsetUnit;
-use crate::data::records::{BadRow, Columns, Format, How, Row, TextEncoding, TextUnit};
+use crate::data::records::{BadRow, Columns, Files, Format, How, Place, Row, TextEncoding, TextUnit};
 use crate::{Result, bail_unusable};
 
 /// How records stand in files.
@@ -97,7 +98,7 @@ impl SharedRecordFlags {
 }
 
 /// Flags of training that mean something to several tasks; [`super::Objective::TRAINING_FLAGS`] says to which.
-#[derive(Clone, Copy, Debug, Default, PartialEq, clap::Args, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, clap::Args, Serialize, Deserialize)]
 #[group(skip)]
 #[serde(rename_all = "kebab-case", default)]
 pub struct SharedTrainingFlags {
@@ -110,6 +111,17 @@ pub struct SharedTrainingFlags {
     #[arg(long, help_heading = "Masked words")]
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub whole_words: bool,
+    /// For text-classification and token-classification, how much each label counts in the loss: balanced (n / (labels ·
+    /// count), as scikit-learn has it; where a text may have several labels, those without it over those with it), or a
+    /// .json or .toml file of labels and weights, in which a label that is not there weighs 1.
+    #[arg(long, value_name = "balanced|FILE", help_heading = "Loss")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub class_weights: Option<ClassWeights>,
+    /// For text-classification and token-classification, the focal loss: what is known with probability p already
+    /// counts (1 − p)^G; 2 is usual.
+    #[arg(long, value_name = "G", help_heading = "Loss")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub focal_gamma: Option<f64>,
 }
 
 /// Flags of answers that mean something to several tasks; [`super::Objective::ANSWER_FLAGS`] says to which.
@@ -185,13 +197,13 @@ pub(super) fn refuse_shared(flags: &impl Serialize, takers: &[(&str, &[&str])], 
 ///
 /// # Errors
 /// Unusable: there are some.
-pub(super) fn refuse_records(
-    path: &Path,
+pub(crate) fn refuse_records(
+    files: &Files,
     what: &str,
-    wrong: impl IntoIterator<Item = (usize, String)>,
+    wrong: impl IntoIterator<Item = (Place, String)>,
 ) -> Result<()> {
     let mut lines: Vec<String> =
-        wrong.into_iter().map(|(line, why)| format!("  {}:{line}: {why}", path.display())).collect();
+        wrong.into_iter().map(|(place, why)| format!("  {}: {why}", files.at(place))).collect();
     if lines.is_empty() {
         return Ok(());
     }
@@ -200,5 +212,5 @@ pub(super) fn refuse_records(
     if more > 0 {
         lines.push(format!("  and {more} more"));
     }
-    bail_unusable!("{}: {what}:\n{}", path.display(), lines.join("\n"));
+    bail_unusable!("{files}: {what}:\n{}", lines.join("\n"));
 }

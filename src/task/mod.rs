@@ -18,6 +18,7 @@ pub mod scores;
 mod tests;
 pub mod text_classification;
 pub mod token_classification;
+pub mod weighting;
 
 use std::borrow::Borrow;
 use std::collections::BTreeMap;
@@ -30,7 +31,7 @@ use serde_json::{Map, Value};
 
 use crate::checkpoint::Weights;
 use crate::data::batch::{Encoding, PackedBatch};
-use crate::data::records::{BadRow, Columns, How, Row};
+use crate::data::records::{BadRow, Columns, Files, How, Row};
 use crate::data::tokens::Tokenizer;
 use crate::eager::{Eager, Forward, X};
 use crate::model::ops::{Ops, Param};
@@ -419,9 +420,9 @@ macro_rules! tasks {
             }
 
             /// See [`Objective::examples`].
-            pub fn examples(&self, path: &Path, encoder: &Encoder) -> Result<Vec<Example>> {
+            pub fn examples(&self, files: &Files, encoder: &Encoder) -> Result<Vec<Example>> {
                 match self {
-                    $(Self::$task(task) => Ok(listed(task.examples(path, encoder)?, Target::$task)),)+
+                    $(Self::$task(task) => Ok(listed(task.examples(files, encoder)?, Target::$task)),)+
                 }
             }
 
@@ -430,9 +431,36 @@ macro_rules! tasks {
                 match self { $(Self::$task(_) => $task::reading(flags)),+ }
             }
 
+            /// The same of the task of this name.
+            ///
+            /// # Errors
+            /// There is no such task.
+            pub fn reading_of(name: &str, flags: &RecordFlags) -> Result<(How, Columns)> {
+                match name {
+                    $($task::NAME => Ok($task::reading(flags)),)+
+                    other => bail_unusable!("{other} is no task; tk has {}", Self::NAMES.join(", ")),
+                }
+            }
+
+            /// See [`Objective::CLASS`].
+            pub fn class_field(name: &str) -> Option<&'static str> {
+                match name {
+                    $($task::NAME => $task::CLASS,)+
+                    _ => None,
+                }
+            }
+
+            /// See [`Objective::classes`].
+            pub fn classes(name: &str, labels: &[&Value], flags: &TrainingFlags) -> Option<Vec<String>> {
+                match name {
+                    $($task::NAME => $task::classes(labels, flags),)+
+                    _ => None,
+                }
+            }
+
             /// See [`Objective::look`].
-            pub fn look(&self, path: &Path, flags: &RecordFlags) -> Result<Vec<Look>> {
-                match self { $(Self::$task(task) => task.look(path, flags)),+ }
+            pub fn look(&self, files: &Files, flags: &RecordFlags) -> Result<Vec<Look>> {
+                match self { $(Self::$task(task) => task.look(files, flags)),+ }
             }
 
             /// See [`Objective::has_one_label`].
@@ -516,6 +544,19 @@ macro_rules! tasks {
                 match self { $(Self::$task(_) => $task::LOSSES),+ }
             }
 
+            /// See [`Objective::weights`].
+            pub fn weights(&self, target: &Target) -> Vec<f64> {
+                match (self, target) {
+                    $((Self::$task(task), Target::$task(target)) => task.weights(target),)+
+                    _ => target.losses().into_iter().map(|count| count as f64).collect(),
+                }
+            }
+
+            /// See [`Objective::class_weights`].
+            pub fn class_weights(&self) -> Vec<(&str, f32)> {
+                match self { $(Self::$task(task) => task.class_weights()),+ }
+            }
+
             /// See [`Objective::drawn`].
             pub fn drawn(&self, example: &Example, key: u64) -> Result<Option<Example>> {
                 match self {
@@ -540,7 +581,7 @@ macro_rules! tasks {
                 outputs: Vec<X>,
                 examples: &[&Example],
                 label_smoothing: f64,
-                of: &[usize],
+                of: &[f64],
             ) -> Result<Vec<Tensor>> {
                 match self {
                     $(Self::$task(task) => task.loss(eager, outputs, &own::<$task>(examples)?, label_smoothing, of)),+

@@ -12,6 +12,7 @@ use std::path::Path;
 
 use anyhow::Context;
 use candle_core::Tensor;
+use serde_json::Value;
 
 use super::review::{Review, Source};
 use super::{
@@ -19,7 +20,8 @@ use super::{
     Task, TrainingFlags, scores,
 };
 use crate::data::batch::Encoding;
-use crate::data::records::{BadRow, Columns, How, Row};
+use crate::data::cache::Cache;
+use crate::data::records::{BadRow, Columns, Files, How, Row};
 use crate::data::tokens::Tokenizer;
 use crate::eager::{Eager, Forward, X};
 use crate::model::ops::Ops;
@@ -53,10 +55,12 @@ pub struct Start<'a> {
     /// Whether all weights are drawn anew.
     pub from_scratch: bool,
     /// The records to learn from.
-    pub train: &'a Path,
+    pub train: &'a Files,
     pub records: &'a RecordFlags,
     pub training: &'a TrainingFlags,
     pub max_length: usize,
+    /// Where tokens are kept for other runs.
+    pub cache: Option<&'a Cache>,
     pub say: &'a Say,
 }
 
@@ -77,7 +81,7 @@ impl Start<'_> {
         tokenizer.check_fits(self.config.vocab_size(), self.config.token_types())?;
         token_ids::check(&self.config.raw, self.config.vocab_size())
             .map_err(|error| self.in_config(error))?;
-        Ok(tokenizer)
+        Ok(tokenizer.cached_in(self.cache))
     }
 
     /// The model's tokenizer; of a model that is drawn anew and has none, one that learns its vocabulary from the texts,
@@ -201,13 +205,22 @@ pub trait Objective: Clone + Into<Task> {
     ///
     /// # Errors
     /// Unusable: records that the model can't be measured on, with file and line.
-    fn examples(&self, path: &Path, encoder: &Encoder) -> Result<Vec<Example<Self::Target>>>;
+    fn examples(&self, files: &Files, encoder: &Encoder) -> Result<Vec<Example<Self::Target>>>;
 
     /// Reads records to learn from, or to measure on, as they are.
     ///
     /// # Errors
     /// Unusable: as [`Objective::learn`], as far as records are read.
-    fn look(&self, path: &Path, flags: &RecordFlags) -> Result<Vec<Look>>;
+    fn look(&self, files: &Files, flags: &RecordFlags) -> Result<Vec<Look>>;
+
+    /// The field of a record that may be its class. See [`Objective::classes`].
+    const CLASS: Option<&'static str> = None;
+
+    /// The class of each record, of what stands in [`Objective::CLASS`], where every record has one: a part that is drawn
+    /// of them keeps the classes' shares.
+    fn classes(_labels: &[&Value], _flags: &TrainingFlags) -> Option<Vec<String>> {
+        None
+    }
 
     /// Whether every record has one of the labels.
     fn has_one_label(&self) -> bool {
@@ -240,6 +253,17 @@ pub trait Objective: Clone + Into<Task> {
     /// How many losses of each of [`Objective::LOSSES`] a target has: a step's loss is their mean.
     fn losses(_target: &Self::Target) -> Vec<usize> {
         vec![1]
+    }
+
+    /// How much a target's losses count together, of each of [`Objective::LOSSES`], in the loss that is learnt: how many
+    /// they are, where each counts alike.
+    fn weights(&self, target: &Self::Target) -> Vec<f64> {
+        Self::losses(target).into_iter().map(|count| count as f64).collect()
+    }
+
+    /// The weights of labels with which it learns, where they are not all 1.
+    fn class_weights(&self) -> Vec<(&str, f32)> {
+        Vec::new()
     }
 
     /// The example as a step with this key learns it, where it is another one at every step.
@@ -300,7 +324,7 @@ pub trait Objective: Clone + Into<Task> {
     fn outputs(&self, form: Form) -> Vec<Output>;
 
     /// For each of [`Objective::LOSSES`] the sum of the examples' losses over the outputs of [`Objective::define`],
-    /// divided by the count that `of` has for it; gradients flow back through them. The examples are those of the batch.
+    /// divided by the number that `of` has for it, the sum of the whole step's [weights](Objective::weights); gradients flow back through them. The examples are those of the batch.
     ///
     /// # Errors
     /// The outputs do not fit the targets.
@@ -310,7 +334,7 @@ pub trait Objective: Clone + Into<Task> {
         outputs: Vec<X>,
         examples: &[(&Encoding, &Self::Target)],
         label_smoothing: f64,
-        of: &[usize],
+        of: &[f64],
     ) -> Result<Vec<Tensor>>;
 
     /// The metrics, beside the loss; the first says which evaluation is the best, where nobody asks for another.

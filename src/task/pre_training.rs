@@ -1,7 +1,5 @@
 //! BERT's own objective: masked words and next sentences at once (Devlin et al. 2018, arXiv:1810.04805, 3.1).
 
-use std::path::Path;
-
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, json};
@@ -14,7 +12,7 @@ use super::{
 };
 use crate::Result;
 use crate::data::batch::Encoding;
-use crate::data::records::{BadRow, Columns, How, Row};
+use crate::data::records::{BadRow, Columns, Files, How, Row};
 use crate::data::tokens::Tokenizer;
 use crate::eager::kernels::dropout::mix;
 use crate::eager::{Eager, Forward, X};
@@ -105,15 +103,15 @@ impl Objective for PreTraining {
     }
 
     /// Each chunk parts and is masked in the same way every time.
-    fn examples(&self, path: &Path, encoder: &Encoder) -> Result<Vec<Example<Pretrained>>> {
+    fn examples(&self, files: &Files, encoder: &Encoder) -> Result<Vec<Example<Pretrained>>> {
         let masking = Masking::measured(encoder.tokenizer, self.vocabulary)?;
-        let texts = masked_lm::read(path, encoder.records, UNIT)?;
-        let chunks = Corpus::new(&texts, path, encoder.tokenizer)?.chunks(encoder.max_length)?;
+        let texts = masked_lm::read(files, encoder.records, UNIT)?;
+        let chunks = Corpus::new(&texts, files, encoder.tokenizer)?.chunks(encoder.max_length)?;
         chunks.into_iter().zip(0..).map(|(chunk, i)| example(chunk, &masking, mix(i))).collect()
     }
 
-    fn look(&self, path: &Path, flags: &super::RecordFlags) -> Result<Vec<Look>> {
-        masked_lm::look(path, flags, UNIT)
+    fn look(&self, files: &Files, flags: &super::RecordFlags) -> Result<Vec<Look>> {
+        masked_lm::look(files, flags, UNIT)
     }
 
     fn beside(&self, target: &Pretrained, tokenizer: &Tokenizer) -> Beside {
@@ -154,7 +152,7 @@ impl Objective for PreTraining {
         outputs: Vec<X>,
         examples: &[(&Encoding, &Pretrained)],
         label_smoothing: f64,
-        of: &[usize],
+        of: &[f64],
     ) -> Result<Vec<Tensor>> {
         let [scores, relation] = &outputs[..] else {
             anyhow::bail!("the model has {} outputs", outputs.len())

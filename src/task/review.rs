@@ -5,12 +5,22 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use super::RecordFlags;
+use crate::data::records::{Files, Place};
 
 /// Where the examples come from that are looked at.
 #[derive(Clone, Copy)]
 pub struct Source<'a> {
-    pub path: &'a std::path::Path,
+    pub files: &'a Files,
     pub records: &'a RecordFlags,
+}
+
+impl Source<'_> {
+    /// The name of the file that a record stands in, where there are several.
+    pub fn file(&self, place: Place) -> Option<String> {
+        let paths = self.files.paths();
+        let path = paths.get(place.file).filter(|_| paths.len() > 1)?;
+        Some(path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned())
+    }
 }
 
 /// What there is to see of predictions beside the metrics. What a task has nothing of is empty.
@@ -61,6 +71,9 @@ pub const WORST: usize = 30;
 /// A wrong answer.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Wrong {
+    /// The file's name, where there are several.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub file: Option<String>,
     /// The line of the file where the record begins.
     pub line: usize,
     pub text: String,

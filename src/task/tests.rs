@@ -70,6 +70,9 @@ fn a_flag_is_taken_by_its_own_task_alone_and_refused_by_name_elsewhere() {
         let tasks = takers(&given, TrainingFlags::check);
         match given[0].as_str() {
             "--mask-probability" | "--whole-words" => assert_eq!(tasks, [MaskedLm::NAME, PreTraining::NAME]),
+            "--class-weights" | "--focal-gamma" => {
+                assert_eq!(tasks, [TextClassification::NAME, TokenClassification::NAME]);
+            }
             flag => assert_eq!(tasks.len(), 1, "{flag}: {tasks:?}"),
         }
     }
@@ -121,6 +124,7 @@ fn an_example_of_another_task_is_an_error() {
     let task = Task::from(TokenClassification {
         labels: vec!["O".to_owned()],
         scheme: token_classification::scheme::Scheme::None,
+        weighting: Default::default(),
     });
     let target = Target::TextClassification(text_classification::Window::whole(
         0,

@@ -10,6 +10,7 @@ use anyhow::Context;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use super::ema::Ema;
 use super::events;
 use super::optimizer::AdamW;
 use crate::checkpoint::{self, Weights};
@@ -164,7 +165,14 @@ impl Folder {
     }
 
     /// Writes a checkpoint, and once it is on the disk drops all but the newest `keep`.
-    pub fn save(&self, progress: &Progress, params: &Params, optimizer: &AdamW, keep: usize) -> Result<()> {
+    pub fn save(
+        &self,
+        progress: &Progress,
+        params: &Params,
+        optimizer: &AdamW,
+        ema: Option<&Ema>,
+        keep: usize,
+    ) -> Result<()> {
         let (folder, path) = (self.checkpoints(), self.checkpoint(progress.step));
         let place = || path.display().to_string();
         if !folder.is_dir() {
@@ -175,6 +183,9 @@ impl Folder {
         let written = temporary.path();
         params.save_trainable(&written.join("model.safetensors"))?;
         save_optimizer(&written.join("optimizer.safetensors"), params, optimizer)?;
+        if let Some(ema) = ema {
+            save_averages(&written.join("ema.safetensors"), params, ema)?;
+        }
         files::write(&written.join("progress.json"), serde_json::to_string_pretty(progress)?)?;
         remove_dir(&path)?;
         std::fs::rename(written, &path).with_context(place)?;
@@ -191,7 +202,12 @@ impl Folder {
     ///
     /// # Errors
     /// It can't be read, or is not of the step that its name says.
-    pub fn restore(&self, params: &Params, optimizer: &mut AdamW) -> Result<Option<Progress>> {
+    pub fn restore(
+        &self,
+        params: &Params,
+        optimizer: &mut AdamW,
+        ema: Option<&mut Ema>,
+    ) -> Result<Option<Progress>> {
         let Some(path) = self.list()?.pop() else {
             return Ok(None);
         };
@@ -210,6 +226,10 @@ impl Folder {
         let means = read_all(&state, params, "exp_avg.")?;
         let squares = read_all(&state, params, "exp_avg_sq.")?;
         optimizer.restore(progress.step, means.into_iter().zip(squares).collect())?;
+        if let Some(ema) = ema {
+            let averages = Weights::open_file(&path.join("ema.safetensors"))?;
+            ema.restore(params, read_all(&averages, params, "")?)?;
+        }
         Ok(Some(progress))
     }
 
@@ -261,6 +281,16 @@ fn save_optimizer(path: &Path, params: &Params, optimizer: &AdamW) -> Result<()>
     checkpoint::write_safetensors(
         path,
         named.iter().map(|(name, shape, values)| (name.as_str(), *shape, *values)),
+    )
+}
+
+/// The averages of the weights, under the names of these.
+fn save_averages(path: &Path, params: &Params, ema: &Ema) -> Result<()> {
+    let averages = ema.values()?;
+    let named = params.trainable().zip(&averages);
+    checkpoint::write_safetensors(
+        path,
+        named.map(|(own, values)| (own.param.name.as_str(), own.param.shape.as_slice(), values.as_slice())),
     )
 }
 

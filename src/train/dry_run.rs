@@ -80,6 +80,9 @@ pub struct Planned {
     pub max_length: usize,
     pub schedule: String,
     pub groups: Vec<Group>,
+    /// How much each label counts in the loss, where they don't count alike.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub class_weights: Vec<(String, f32)>,
 }
 
 impl DryRun {
@@ -106,10 +109,10 @@ impl DryRun {
         let (known, duplicates) = Known::of(&train_looks);
         let train = Split::new("training", job.train, &train_looks, &learning.examples, duplicates, &reader)?;
         let (mut eval, mut shared) = (None, None);
-        if let Some(path) = job.eval {
-            let looks = task.look(path, job.records)?;
+        if let Some(files) = job.eval {
+            let looks = task.look(files, job.records)?;
             let duplicates = Known::of(&looks).1;
-            eval = Some(Split::new("evaluation", path, &looks, &prepared.eval, duplicates, &reader)?);
+            eval = Some(Split::new("evaluation", files, &looks, &prepared.eval, duplicates, &reader)?);
             shared = Some(known.shared_with(&looks));
         }
 
@@ -148,6 +151,7 @@ impl Planned {
             Budget::Tokens(most) => (None, Some(most)),
         };
         let steps = plan.total_steps();
+        let class_weights = prepared.learning.task.class_weights();
         Self {
             steps,
             warmup_steps: warmup_steps(settings.warmup_ratio, steps),
@@ -158,6 +162,10 @@ impl Planned {
             max_length: settings.max_length,
             schedule: settings.schedule.name().to_owned(),
             groups: Rates::new(params, settings).groups(params, settings.weight_decay),
+            class_weights: class_weights
+                .into_iter()
+                .map(|(name, weight)| (name.to_owned(), weight))
+                .collect(),
         }
     }
 }

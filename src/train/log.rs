@@ -60,8 +60,8 @@ impl Entry {
 
 /// The open logs of a run.
 pub struct RunLog {
-    lines: Log,
-    events: Events,
+    /// None keeps nothing of what is written.
+    files: Option<(Log, Events)>,
 }
 
 impl RunLog {
@@ -71,7 +71,12 @@ impl RunLog {
     /// As [`Log::open`]; or a file can't be written.
     pub fn open(folder: &Folder, step: usize) -> Result<Self> {
         let lines = Log::open(&folder.log(), step)?;
-        Ok(Self { lines, events: Events::start(folder.path(), step)? })
+        Ok(Self { files: Some((lines, Events::start(folder.path(), step)?)) })
+    }
+
+    /// One that keeps nothing: of a process that does not write.
+    pub fn none() -> Self {
+        Self { files: None }
     }
 
     /// Adds an entry.
@@ -79,8 +84,9 @@ impl RunLog {
     /// # Errors
     /// It can't be written.
     pub fn write(&mut self, entry: &Entry) -> Result<()> {
-        self.lines.write(&entry.line())?;
-        self.events.scalars(entry.step, entry.scalars())
+        let Some((lines, events)) = &mut self.files else { return Ok(()) };
+        lines.write(&entry.line())?;
+        events.scalars(entry.step, entry.scalars())
     }
 }
 

@@ -3,7 +3,9 @@
 pub mod audit;
 pub mod checkpoint;
 pub mod dry_run;
+pub mod ema;
 pub mod events;
+mod exchange;
 pub mod log;
 pub mod lora;
 pub mod not_finite;
@@ -15,6 +17,7 @@ pub mod rates;
 mod run;
 pub mod schedule;
 pub mod settings;
+pub mod split;
 pub mod trainer;
 pub mod verify;
 

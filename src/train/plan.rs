@@ -42,10 +42,15 @@ pub struct Plan {
 impl Plan {
     /// Plans a run over examples of the given numbers of tokens.
     pub fn new(settings: &Settings, lengths: Vec<usize>) -> Self {
+        Self::of_processes(settings, lengths, 1)
+    }
+
+    /// The same where each of so many processes takes the forward passes that one would take of a step.
+    pub fn of_processes(settings: &Settings, lengths: Vec<usize>, processes: usize) -> Self {
         let mut plan = Self {
             lengths,
             budget: settings.budget(),
-            accumulation: settings.gradient_accumulation,
+            accumulation: settings.gradient_accumulation.saturating_mul(processes),
             seed: (!settings.no_shuffle).then_some(settings.seed),
             total: 0,
             epoch: 0,

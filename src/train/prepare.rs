@@ -8,12 +8,16 @@ use indicatif::HumanCount;
 
 use super::{Settings, lora, rates};
 use crate::checkpoint::{self, Weights, adapter, file_hash};
+use crate::data::cache::Cache;
+use crate::data::records::Files;
 use crate::data::{hub, tokens};
 use crate::eager::{Init, Params};
 use crate::model::ModelConfig;
 use crate::model::ops::{Param, Part};
 use crate::say::Say;
+use crate::task::weighting::ClassWeights;
 use crate::task::{Encoder, Example, Learning, Measured, RecordFlags, Start, Target, Task, TrainingFlags};
+use crate::world::World;
 use crate::{Result, bail_unusable};
 
 /// What is to be learnt, from what.
@@ -23,13 +27,15 @@ pub struct Job<'a> {
     pub task: &'a str,
     /// A directory, or a hub id.
     pub model: &'a str,
-    pub train: &'a Path,
-    pub eval: Option<&'a Path>,
+    pub train: &'a Files,
+    pub eval: Option<&'a Files>,
     /// Whether all weights are drawn anew.
     pub from_scratch: bool,
     pub records: &'a RecordFlags,
     pub training: &'a TrainingFlags,
     pub settings: &'a Settings,
+    /// Where tokens are kept for other runs.
+    pub cache: Option<&'a Cache>,
 }
 
 impl Job<'_> {
@@ -38,7 +44,7 @@ impl Job<'_> {
     /// # Errors
     /// Unusable: names the file or the flag.
     pub fn check(&self) -> Result<()> {
-        let files: Vec<&Path> = [self.train].into_iter().chain(self.eval).collect();
+        let files = self.files();
         for file in &files {
             // a second look at a pipe would wait for ever
             if file.metadata().is_ok_and(|about| !about.is_file() && !about.is_dir()) {
@@ -49,7 +55,20 @@ impl Job<'_> {
             }
         }
         self.training.check(self.task)?;
+        if self.settings.label_smoothing > 0.0
+            && self.training.shared.focal_gamma.is_some_and(|gamma| gamma > 0.0)
+        {
+            bail_unusable!(
+                "--label-smoothing and --focal-gamma exclude each other: the one asks for less than what the other \
+                 takes for known"
+            );
+        }
         self.records.check(self.task, &files)
+    }
+
+    /// All files of records.
+    fn files(&self) -> Vec<&Path> {
+        [self.train].into_iter().chain(self.eval).flat_map(Files::all).collect()
     }
 }
 
@@ -87,7 +106,7 @@ impl Prepared {
     /// # Errors
     /// Unusable: a model that can't be trained for the task, or records that can't be learnt from.
     pub fn new(job: &Job, device: &Device, say: &Say) -> Result<Self> {
-        let Job { settings, records, training, from_scratch, train, .. } = *job;
+        let Job { settings, records, training, from_scratch, train, cache, .. } = *job;
         let max_length = settings.max_length;
         let model = hub::model_dir(job.model, say.quiet)?;
         let mut config = ModelConfig::read(&model)?;
@@ -101,12 +120,13 @@ impl Prepared {
             );
         }
         let model = model.as_path();
-        let mut start = Start { model, config, from_scratch, train, records, training, max_length, say };
+        let mut start =
+            Start { model, config, from_scratch, train, records, training, max_length, cache, say };
         let learning = Task::learn(job.task, &mut start)?;
         let (task, mut config) = (&learning.task, start.config);
         settings.check_task(task)?;
         let encoder = Encoder { records, training, tokenizer: &learning.tokenizer, max_length };
-        let eval = job.eval.map(|path| task.examples(path, &encoder)).transpose()?;
+        let eval = job.eval.map(|files| task.examples(files, &encoder)).transpose()?;
 
         let adapted = settings.lora.chosen(&config.family, task.head())?;
         if let Some(lora) = &adapted
@@ -250,11 +270,27 @@ impl Prepared {
         }
     }
 
-    /// The hash of each file that a run's result depends on.
-    pub fn inputs(&self, job: &Job) -> Result<Vec<(String, String)>> {
-        let mut inputs = vec![("train".to_owned(), file_hash(job.train)?)];
-        if let Some(path) = job.eval {
-            inputs.push(("eval".to_owned(), file_hash(path)?));
+    /// What a run's result depends on beside its settings: the hash of each file, and how many processes there are.
+    pub fn inputs(&self, job: &Job, world: &dyn World) -> Result<Vec<(String, String)>> {
+        let mut inputs = Vec::new();
+        // what was drawn to be measured on stands in the files to learn from
+        let eval = job.eval.filter(|files| files.drawn_from().is_none());
+        for (name, files) in [("train", Some(job.train)), ("eval", eval)] {
+            match files.map(Files::paths) {
+                None => {}
+                Some([path]) => inputs.push((name.to_owned(), file_hash(path)?)),
+                Some(paths) => {
+                    for path in paths {
+                        inputs.push((format!("{name} {}", path.display()), file_hash(path)?));
+                    }
+                }
+            }
+        }
+        if world.size() > 1 {
+            inputs.push(("the number of processes".to_owned(), world.size().to_string()));
+        }
+        if let Some(ClassWeights::File(path)) = &job.training.shared.class_weights {
+            inputs.push(("class-weights".to_owned(), file_hash(path)?));
         }
         let of_tasks = Task::files();
         if adapter::is_in(&self.model) {

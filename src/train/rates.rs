@@ -36,10 +36,15 @@ impl Rates {
         let layers =
             params.iter().filter_map(|(param, _)| layer(&param.name)).max().map_or(0, |last| last + 1);
         let decay = settings.layer_decay.unwrap_or(1.0);
+        let plain = settings.layer_decay.is_none() && settings.head_learning_rate.is_none();
         let mut depth = 0; // 0 is below the first layer
         let mut all = Vec::new();
         // those that are frozen say where the others stand
         for (param, _) in params.iter() {
+            if plain {
+                all.push((settings.learning_rate, String::new()));
+                continue;
+            }
             if matches!(param.part, Part::Head | Part::Labels) {
                 all.push((settings.head_learning_rate.unwrap_or(settings.learning_rate), "head".to_owned()));
                 continue;
@@ -70,7 +75,7 @@ impl Rates {
                 true => ("matrices and tables", weight_decay),
                 false => ("biases and norms", 0.0),
             };
-            let what = format!("{place}: {kind}");
+            let what = if place.is_empty() { kind.to_owned() } else { format!("{place}: {kind}") };
             match groups.iter_mut().find(|group| group.what == what) {
                 Some(group) => {
                     group.parameters += 1;

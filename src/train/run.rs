@@ -18,6 +18,7 @@ use crate::eager::{Forward, Params};
 use crate::model::Family;
 use crate::say::Say;
 use crate::task::{Example, Metric, Task};
+use crate::world::World;
 use crate::{Result, bail_unusable, files};
 
 /// All that a run needs.
@@ -31,6 +32,8 @@ pub struct Run<'a> {
     pub eval: &'a [Example],
     pub folder: &'a Folder,
     pub tokenizer: &'a Tokenizer,
+    /// Those that train the same model; the first of them writes.
+    pub world: &'a dyn World,
     pub say: Say,
     /// Set from outside to a signal's number, it ends the run at the next step, behind a checkpoint.
     pub stopped: &'a AtomicI32,
@@ -38,7 +41,8 @@ pub struct Run<'a> {
     pub stop_at: Option<usize>,
 }
 
-/// How a run ended; the parameters are those of the best evaluation, or the last where none was made.
+/// How a run ended; the parameters are those of the best evaluation, or the last where none was made; of `--ema`, the
+/// averages.
 #[derive(Clone, Debug)]
 pub struct Outcome {
     pub progress: Progress,
@@ -68,20 +72,31 @@ impl Run<'_> {
 
     fn train(&self, resume: bool) -> Result<Outcome> {
         let lengths = self.train.iter().map(Example::tokens).collect();
-        let mut plan = Plan::new(self.settings, lengths);
+        let mut plan = Plan::of_processes(self.settings, lengths, self.world.size());
         let total = plan.total_steps();
         if let Some(step) = self.stop_at.filter(|&step| step > total) {
             bail_unusable!("the whole run has {total} steps, fewer than {step}");
         }
         let mut trainer =
-            Trainer::new(self.settings, self.family, self.task, self.params, self.device, total)?;
-        let restored = if resume { self.folder.restore(self.params, &mut trainer.optimizer)? } else { None };
+            Trainer::new(self.settings, self.family, self.task, self.params, self.device, total)?
+                .in_world(self.world);
+        let restored = match resume {
+            true => self.folder.restore(self.params, &mut trainer.optimizer, trainer.ema.as_mut())?,
+            false => None,
+        };
         let mut progress = restored.unwrap_or_default();
         let best_step = |progress: &Progress| progress.best.as_ref().map(|best| best.step);
         // of the newest checkpoint: a run that goes on from it asks for these weights
         let mut saved_best = best_step(&progress);
-        let mut log = RunLog::open(self.folder, progress.step)?;
-        let audits = self.settings.audit.map(|_| Log::open(&self.folder.audit(), progress.step));
+        // all have read the checkpoint before one changes a file
+        self.world.meet()?;
+        let leads = self.world.leads();
+        let mut log = match leads {
+            true => RunLog::open(self.folder, progress.step)?,
+            false => RunLog::none(),
+        };
+        let audits = self.settings.audit.filter(|_| leads);
+        let audits = audits.map(|_| Log::open(&self.folder.audit(), progress.step));
         let mut audits = audits.transpose()?;
         let bar = self.say.bar(total as u64, "{bar:24} {pos}/{len} steps  {msg}  {eta} left")?;
         bar.set_position(progress.step as u64);
@@ -107,24 +122,32 @@ impl Run<'_> {
 
             let last = progress.step == total;
             if plan.is_due(self.settings.eval_every, progress.step) && !self.eval.is_empty() {
-                self.evaluate(&mut log, &bar, &mut progress, &plan)?;
-                self.folder.keep_best(
-                    &[saved_best, best_step(&progress)].into_iter().flatten().collect::<Vec<_>>(),
-                )?;
+                let mut evaluate = || self.evaluate(&mut log, &bar, &mut progress, &plan);
+                match &trainer.ema {
+                    Some(ema) => ema.instead(self.params, evaluate)?,
+                    None => evaluate()?,
+                }
+                if leads {
+                    let kept = [saved_best, best_step(&progress)].into_iter().flatten();
+                    self.folder.keep_best(&kept.collect::<Vec<_>>())?;
+                }
             }
-            let signal = self.stopped.load(Ordering::Relaxed);
+            let signal = self.world.largest(self.stopped.load(Ordering::Relaxed))?;
             let end = match self.stop_at {
                 _ if signal != 0 => Some(End::Stopped(signal)),
                 Some(step) if step == progress.step => Some(End::StopAt),
                 _ => None,
             };
             if plan.is_due(self.settings.save_every, progress.step) || end.is_some() {
-                self.folder.save(
-                    &progress,
-                    self.params,
-                    &trainer.optimizer,
-                    self.settings.keep_checkpoints,
-                )?;
+                if leads {
+                    self.folder.save(
+                        &progress,
+                        self.params,
+                        &trainer.optimizer,
+                        trainer.ema.as_ref(),
+                        self.settings.keep_checkpoints,
+                    )?;
+                }
                 saved_best = best_step(&progress);
             }
             if let Some(end) = end.filter(|end| *end == End::StopAt || !last) {
@@ -133,7 +156,10 @@ impl Run<'_> {
             }
         }
         bar.finish_and_clear();
-        if let Some(best) = &progress.best {
+        if let Some(ema) = &trainer.ema {
+            self.params.set_values(&ema.values()?)?;
+        }
+        if let Some(best) = progress.best.as_ref().filter(|_| leads) {
             let Metric { name, .. } = self.deciding_metric()?;
             if best.number(name).is_some() {
                 self.folder.restore_best(best.step, self.params)?;
@@ -214,8 +240,8 @@ impl Run<'_> {
         progress: &mut Progress,
         plan: &Plan,
     ) -> Result<()> {
-        let Self { params, family, task, device, .. } = *self;
-        let measured = task.measure(&Forward { params, family, task, device }, self.eval)?;
+        let Self { params, family, task, device, world, .. } = *self;
+        let measured = task.measure(&Forward { params, family, task, device, world }, self.eval)?;
         let Metric { name, more_is_better, .. } = self.deciding_metric()?;
         let new = Best { step: progress.step, metrics: measured.metrics, details: measured.details };
         let is_better = is_better(
@@ -231,7 +257,9 @@ impl Run<'_> {
         let text = format!("step {}  evaluation: {}", progress.step, shown.join("  "));
         bar.suspend(|| self.say.line(text + if is_better { "  (the best so far)" } else { "" }));
         if is_better {
-            self.folder.save_best(new.step, self.params)?;
+            if self.world.leads() {
+                self.folder.save_best(new.step, self.params)?;
+            }
             progress.best = Some(new);
             progress.evaluations_without_gain = 0;
         } else {

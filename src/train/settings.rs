@@ -105,6 +105,11 @@ pub struct Settings {
         help_heading = "Regime"
     )]
     pub label_smoothing: f64,
+    /// Average the weights over the steps, with this share of the average kept at each: 0.99, or 0.999 in long runs. The
+    /// averages are what is evaluated and saved; training goes on with the weights themselves.
+    #[arg(long, value_name = "X", help_heading = "Regime")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ema: Option<f64>,
     /// Every dropout probability of the model, instead of the configuration's.
     #[arg(long, value_name = "P", help_heading = "Regime")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -114,7 +119,7 @@ pub struct Settings {
     #[arg(long, alias = "gradient-checkpointing", help_heading = "Regime")]
     #[serde(default)]
     pub checkpoint_activations: bool,
-    /// The seed of the new weights, the order of the examples and dropout.
+    /// The seed of the new weights, the order of the examples, dropout, and what --validation-split and --train-fraction draw.
     #[arg(long, default_value_t = 42, value_name = "N", help_heading = "Regime")]
     pub seed: u64,
     /// What a GPU computes in: fp32, or bf16 with weights and the optimizer's state in fp32. Evaluations and what is
@@ -230,6 +235,9 @@ impl Settings {
         if let Some(p) = self.dropout.filter(|p| !(0.0..1.0).contains(p)) {
             wrong.push(format!("--dropout is {p}, expected at least 0 and less than 1"));
         }
+        if let Some(decay) = self.ema.filter(|decay| !(*decay > 0.0 && *decay < 1.0)) {
+            wrong.push(format!("--ema is {decay}, expected more than 0 and less than 1"));
+        }
         // with 0, in f32, the weights of a row that never had a gradient would become 0 / 0
         if !(SMALLEST_EPSILON..=1.0).contains(&self.adam_epsilon) {
             wrong.push(format!(
@@ -298,6 +306,9 @@ mod tests {
             ("--head-learning-rate is inf", |s| s.head_learning_rate = Some(f64::INFINITY)),
             ("--layer-decay is 1.5", |s| s.layer_decay = Some(1.5)),
             ("--layer-decay is NaN", |s| s.layer_decay = Some(f64::NAN)),
+            ("--ema is 0", |s| s.ema = Some(0.0)),
+            ("--ema is 1", |s| s.ema = Some(1.0)),
+            ("--ema is NaN", |s| s.ema = Some(f64::NAN)),
             ("--dropout is 1", |s| s.dropout = Some(1.0)),
             ("--dropout is -0.1", |s| s.dropout = Some(-0.1)),
             ("--dropout is NaN", |s| s.dropout = Some(f32::NAN)),
@@ -347,20 +358,12 @@ mod tests {
         let labels = |n: usize| (0..n).map(|i| i.to_string()).collect::<Vec<_>>();
         let settings = Settings { label_smoothing: 0.1, ..Settings::default() };
         for (problem, n) in [(ProblemType::MultiLabelClassification, 3), (ProblemType::Regression, 1)] {
-            let task = Task::from(TextClassification {
-                labels: labels(n),
-                problem,
-                aggregation: Default::default(),
-            });
+            let task = Task::from(TextClassification::new(problem, labels(n)));
             let error = settings.check_task(&task).unwrap_err();
             assert!(error.to_string().contains("--label-smoothing 0.1"), "{error}");
             Settings::default().check_task(&task).unwrap();
         }
-        let single = TextClassification {
-            labels: labels(3),
-            problem: ProblemType::SingleLabelClassification,
-            aggregation: Default::default(),
-        };
+        let single = TextClassification::new(ProblemType::SingleLabelClassification, labels(3));
         settings.check_task(&single.into()).unwrap();
     }
 }

@@ -8,6 +8,8 @@ use candle_core::{Device, Tensor, Var};
 
 use super::Settings;
 use super::audit::{Audit, Row};
+use super::ema::Ema;
+use super::exchange;
 use super::not_finite::{Alone, NotFinite, Tensors, is_finite};
 use super::optimizer::{AdamW, Constants, Gradients, clip_factor, global_norm};
 use super::rates::Rates;
@@ -19,6 +21,7 @@ use crate::eager::kernels::gradient::GradientRows;
 use crate::eager::{Eager, Kernels, Mode, Params, X, tensors};
 use crate::model::Family;
 use crate::task::{Example, Task};
+use crate::world::{self, World};
 
 /// A model in training: its definition, its parameters and the optimizer's state.
 pub struct Trainer<'a> {
@@ -29,9 +32,13 @@ pub struct Trainer<'a> {
     pub device: &'a Device,
     kernels: Kernels,
     pub optimizer: AdamW,
+    /// Averages of the weights, where `--ema` asks for them.
+    pub ema: Option<Ema>,
     rates: Rates,
     /// Optimizer steps that the schedule is planned for.
     pub total_steps: usize,
+    /// Those that train the same model.
+    world: &'a dyn World,
 }
 
 /// What a step did.
@@ -68,14 +75,32 @@ impl<'a> Trainer<'a> {
         };
         let kernels = Kernels::of(device, settings.precision.dtype());
         let optimizer = AdamW::new(constants, params, kernels)?;
+        let ema = settings.ema.map(Ema::new);
         let rates = Rates::new(params, settings);
-        Ok(Self { settings, family, task, params, device, kernels, optimizer, rates, total_steps })
+        Ok(Self {
+            settings,
+            family,
+            task,
+            params,
+            device,
+            kernels,
+            optimizer,
+            ema,
+            rates,
+            total_steps,
+            world: &world::Alone,
+        })
     }
 
     /// The same with the given form of the operations; only before the first step.
     pub fn with_kernels(self, kernels: Kernels) -> Result<Self> {
         let optimizer = AdamW::new(self.optimizer.constants(), self.params, kernels)?;
         Ok(Self { kernels, optimizer, ..self })
+    }
+
+    /// The same as one of several processes: each takes its share of a step's micro-batches.
+    pub fn in_world(self, world: &'a dyn World) -> Self {
+        Self { world, ..self }
     }
 
     /// Takes one step with the mean gradient over the examples of all micro-batches.
@@ -88,30 +113,40 @@ impl<'a> Trainer<'a> {
         let mut tokens = 0;
         let mut gradients = self.no_gradients();
         let key = |part: usize| mix(mix(self.settings.seed ^ mix(number as u64)) ^ part as u64);
-        let drawn = micro_batches.iter().enumerate();
-        let drawn = drawn
-            .map(|(part, examples)| self.drawn(examples, key(part)))
-            .collect::<Result<Vec<Vec<Cow<Example>>>>>()?;
-        let mut counts = vec![0; self.task.loss_names().len()];
-        for example in drawn.iter().flatten() {
-            let own = example.target.losses();
-            counts.iter_mut().zip(own).for_each(|(count, own)| *count += own);
+        // micro-batches of others have numbers, too
+        let ahead = self.world.rank() * self.settings.gradient_accumulation;
+        let own = micro_batches.iter().enumerate().skip(ahead);
+        let own =
+            own.take(if self.world.size() > 1 { self.settings.gradient_accumulation } else { usize::MAX });
+        let drawn = own
+            .map(|(part, examples)| Ok((key(part), self.drawn(examples, key(part))?)))
+            .collect::<Result<Vec<(u64, Vec<Cow<Example>>)>>>()?;
+        let mut weights = vec![0.0; self.task.loss_names().len()];
+        for example in drawn.iter().flat_map(|(_, examples)| examples) {
+            let own = self.task.weights(&example.target);
+            weights.iter_mut().zip(own).for_each(|(sum, own)| *sum += own);
         }
-        let mut losses = vec![0.0; counts.len()];
-        for (part, examples) in drawn.iter().enumerate() {
+        self.world.sums(&mut weights)?;
+        let mut losses = vec![0.0; weights.len()];
+        for (key, examples) in &drawn {
             let examples: Vec<&Example> = examples.iter().map(Cow::as_ref).collect();
-            let own = self.backward(&examples, &counts, key(part), &mut gradients)?;
+            let own = self.backward(&examples, &weights, *key, &mut gradients)?;
             losses.iter_mut().zip(own).for_each(|(loss, own)| *loss += own);
             tokens += examples.iter().map(|example| example.tokens()).sum::<usize>();
         }
+        losses.push(tokens as f64);
+        self.world.sums(&mut losses)?;
+        let tokens = losses.pop().unwrap_or_default() as usize;
+        exchange::sum_gradients(self.world, self.params, &mut gradients)?;
         let loss: f64 = losses.iter().sum();
         let norms = gradients.norms(self.params)?;
         let grad_norm = global_norm(&norms);
         if !loss.is_finite() || !grad_norm.is_finite() {
-            let first = self.first_not_finite(&drawn, &counts, key, &norms)?;
-            let micro_batches =
-                drawn.iter().enumerate().map(|(part, examples)| self.alone(examples, key(part))).collect();
+            let first = self.first_not_finite(&drawn, &weights, &norms)?;
+            let micro_batches: Vec<Vec<Alone>> =
+                drawn.iter().map(|(key, examples)| self.alone(examples, *key)).collect();
             let step = number + 1;
+            self.only_one(!matches!(first, Tensors::Norm))?;
             return Err(NotFinite { step, loss, grad_norm, first, micro_batches }.into());
         }
         let audit = self.audits(number + 1).then(|| Audit::before(self.params, &gradients)).transpose()?;
@@ -121,6 +156,9 @@ impl<'a> Trainer<'a> {
         let clip = clip_factor(grad_norm, self.settings.max_grad_norm);
         let rate = |index| self.rates.peak(index) * factor;
         self.optimizer.step(self.params, &gradients, rate, clip)?;
+        if let Some(ema) = &mut self.ema {
+            ema.update(self.params)?;
+        }
         let audit = audit.map(|audit| audit.after(self.params)).transpose()?;
         Ok(StepReport { loss, losses, learning_rate, grad_norm, tokens, audit })
     }
@@ -162,11 +200,12 @@ impl<'a> Trainer<'a> {
         }
     }
 
-    /// Adds a micro-batch's gradients up; returns its shares of the means of `of` losses.
+    /// Adds a micro-batch's gradients up; returns its shares of the losses, whose weights are `of`
+    /// together.
     fn backward(
         &self,
         examples: &[&Example],
-        of: &[usize],
+        of: &[f64],
         key: u64,
         gradients: &mut Gradients,
     ) -> Result<Vec<f64>> {
@@ -190,7 +229,7 @@ impl<'a> Trainer<'a> {
         &self,
         examples: &[&Example],
         chunks: &[(&[&Example], u64)],
-        of: &[usize],
+        of: &[f64],
         key: u64,
         gradients: &mut Gradients,
     ) -> Result<Vec<f64>> {
@@ -285,9 +324,8 @@ impl<'a> Trainer<'a> {
     /// computation.
     fn first_not_finite(
         &self,
-        drawn: &[Vec<Cow<Example>>],
-        of: &[usize],
-        key: impl Fn(usize) -> u64,
+        drawn: &[(u64, Vec<Cow<Example>>)],
+        of: &[f64],
         norms: &[f64],
     ) -> Result<Tensors> {
         let mut weights = Vec::new();
@@ -299,9 +337,9 @@ impl<'a> Trainer<'a> {
         if !weights.is_empty() {
             return Ok(Tensors::Weights(weights));
         }
-        for (part, examples) in drawn.iter().enumerate() {
+        for (key, examples) in drawn {
             let examples: Vec<&Example> = examples.iter().map(Cow::as_ref).collect();
-            for (chunk, key) in self.passes(&examples, key(part)) {
+            for (chunk, key) in self.passes(&examples, *key) {
                 let batch = Task::packed(chunk);
                 let eager = self.eager(&batch, key).with_taps();
                 let outputs = self.task.define(&eager, self.family)?;
@@ -315,9 +353,9 @@ impl<'a> Trainer<'a> {
                 }
             }
         }
-        let losses_are_finite = drawn.iter().enumerate().try_fold(true, |all, (part, examples)| {
+        let losses_are_finite = drawn.iter().try_fold(true, |all, (key, examples)| {
             let examples: Vec<&Example> = examples.iter().map(Cow::as_ref).collect();
-            let losses = self.backward(&examples, of, key(part), &mut self.no_gradients())?;
+            let losses = self.backward(&examples, of, *key, &mut self.no_gradients())?;
             Ok::<_, anyhow::Error>(all && losses.iter().all(|loss| loss.is_finite()))
         })?;
         if !losses_are_finite {
@@ -330,12 +368,21 @@ impl<'a> Trainer<'a> {
         Ok(if names.is_empty() { Tensors::Norm } else { Tensors::Gradients(names) })
     }
 
+    /// Of processes that fail together lets one go on, which tells of it and ends the others: the first that has found
+    /// something.
+    fn only_one(&self, has_found: bool) -> Result<()> {
+        let found = self.world.gather(&[u8::from(has_found)])?;
+        let chosen = found.iter().position(|found| found == &[1]).unwrap_or(0);
+        // one of them does not come to meet the others
+        if chosen == self.world.rank() { Ok(()) } else { self.world.meet() }
+    }
+
     /// Each example of a micro-batch with the loss that it has when it is computed alone.
     fn alone(&self, examples: &[Cow<Example>], key: u64) -> Vec<Alone> {
         let alone = |example: &Cow<Example>| {
             let mut gradients = self.no_gradients();
             let loss = self
-                .backward(&[example.as_ref()], &example.target.losses(), key, &mut gradients)
+                .backward(&[example.as_ref()], &self.task.weights(&example.target), key, &mut gradients)
                 .and_then(|losses| {
                     let norm = global_norm(&gradients.norms(self.params)?);
                     Ok(if norm.is_finite() { losses.iter().sum() } else { f64::NAN })

@@ -38,7 +38,7 @@ fn refused(name: &str, bytes: impl AsRef<[u8]>) -> String {
 
 fn refused_of(name: &str, bytes: impl AsRef<[u8]>, how: How) -> String {
     let (_dir, path) = file(name, bytes);
-    let error = read_examples(&path, &how, Ok).unwrap_err();
+    let error = read_examples(&(&path).into(), &how, Ok).unwrap_err();
     assert_eq!(crate::error::exit_code(&error), 2, "{error:#}");
     format!("{error:#}").replace(&format!("{}/", path.parent().unwrap().display()), "")
 }
@@ -167,7 +167,7 @@ fn parquet_columns_become_json() {
     }
     writer.close().unwrap();
 
-    let rows = read_examples(&path, &How::default(), Ok).unwrap();
+    let rows = read_examples(&(&path).into(), &How::default(), Ok).unwrap();
     drop(dir);
     assert_eq!(rows.iter().map(|row| row.line).collect::<Vec<_>>(), [1, 2, 3, 4]);
     let second = json!({"text": null, "label": -7, "score": "NaN", "ok": false, "tags": []});
@@ -404,7 +404,7 @@ fn lines_that_end_with_a_carriage_return_alone_are_refused() {
 #[test]
 fn empty_lines_at_the_end_are_no_records_of_training_data() {
     let (_dir, path) = file("a.jsonl", "{\"a\": 1}\n\n \n");
-    assert_eq!(read_examples(&path, &How::default(), Ok).unwrap().len(), 1);
+    assert_eq!(read_examples(&(&path).into(), &How::default(), Ok).unwrap().len(), 1);
     assert_eq!(refused("b.jsonl", "\n\n"), "b.jsonl has no records");
     assert!(refused("c.jsonl", "{}\n\n{}\n").contains("c.jsonl:2: empty line"));
 }
@@ -460,7 +460,7 @@ fn examples_and_lines_are_refused_together() {
     let (_dir, path) = file("a.jsonl", "{\"text\": \"a\"}\n\n{\"text\": 3}\n");
     let columns = Columns::default();
     let example = |row: Row| row.text(&columns, "text").map(str::to_owned);
-    let error = read_examples(&path, &How::default(), example).unwrap_err().to_string();
+    let error = read_examples(&(&path).into(), &How::default(), example).unwrap_err().to_string();
     assert!(error.contains("a.jsonl:2: empty line\n"), "{error}");
     assert!(error.ends_with("a.jsonl:3: field \"text\" is a number (3); a string was expected"), "{error}");
 }
@@ -662,7 +662,7 @@ fn a_file_of_conll_has_no_text() {
     let (_dir, path) = file("a.conll", "EU B-ORG\n");
     let columns = Columns::default().with("text", None);
     let text = |row: Row| row.text(&columns, "text").map(str::to_owned);
-    let message = read_examples(&path, &How::default(), text).unwrap_err().to_string();
+    let message = read_examples(&(&path).into(), &How::default(), text).unwrap_err().to_string();
     assert!(
         message
             .ends_with(r#"1: no field "text"; the line has "tokens", "tags" (--text-column names another)"#),
@@ -680,4 +680,77 @@ fn a_tag_column_is_written_as_it_is_read() {
         assert_eq!(serde_json::from_value::<TagColumn>(json!(text)).unwrap(), column);
     }
     assert!(serde_json::from_value::<TagColumn>(json!("0")).is_err());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    /// Cut into files at any line, packed or not, the records are the same in the same order, each with its place.
+    #[test]
+    fn records_are_the_same_in_one_file_or_in_several(
+        texts in proptest::collection::vec("[a-zé ]{0,9}", 1..30),
+        cuts in proptest::collection::vec(any::<proptest::sample::Index>(), 4),
+        packings in proptest::collection::vec(0..3, 5),
+        crlf in any::<bool>(),
+    ) {
+        let end = if crlf { "\r\n" } else { "\n" };
+        let line = |text: &String| format!("{}{end}", json!({"text": text}));
+        let dir = tempfile::tempdir().unwrap();
+        let whole = dir.path().join("whole.jsonl");
+        std::fs::write(&whole, texts.iter().map(line).collect::<String>()).unwrap();
+        let mut ends: Vec<usize> = cuts.iter().map(|cut| cut.index(texts.len() + 1)).collect();
+        ends.push(texts.len());
+        ends.sort_unstable();
+        let (mut start, mut places, parts) = (0, Vec::new(), dir.path().join("parts"));
+        std::fs::create_dir(&parts).unwrap();
+        for (i, (&end, packing)) in ends.iter().zip(packings).enumerate() {
+            let bytes = texts[start..end].iter().map(line).collect::<String>().into_bytes();
+            let (ending, bytes) = match packing {
+                0 => ("", bytes),
+                1 => {
+                    let mut encoder = flate2::write::GzEncoder::new(Vec::new(), Default::default());
+                    encoder.write_all(&bytes).unwrap();
+                    (".gz", encoder.finish().unwrap())
+                }
+                _ => (".zst", zstd::encode_all(&bytes[..], 1).unwrap()),
+            };
+            std::fs::write(parts.join(format!("{i}.jsonl{ending}")), bytes).unwrap();
+            places.extend((0..end - start).map(|at| Place { file: i, line: at + 1 }));
+            start = end;
+        }
+        let row = |row: Row| Ok((row.place(), row.fields["text"].as_str().unwrap().to_owned()));
+        let of = |names: &[PathBuf]| read_examples(&Files::named(names, None).unwrap(), &How::default(), row).unwrap();
+        let read = of(&[parts]);
+        prop_assert_eq!(read.iter().map(|(place, _)| *place).collect::<Vec<_>>(), places);
+        prop_assert_eq!(read.iter().map(|(_, text)| text).collect::<Vec<_>>(), texts.iter().collect::<Vec<_>>());
+        prop_assert_eq!(of(&[whole]).into_iter().map(|(_, text)| text).collect::<Vec<_>>(), texts);
+    }
+}
+
+#[test]
+fn what_is_wrong_in_several_files_is_told_with_its_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).unwrap();
+    write("a.jsonl", "{\"text\": \"a\"}\n\n\n");
+    write("b.csv", "");
+    write("c.csv", "text,label\n");
+    write("d.jsonl", "{\"text\": \"b\"}\n\n[1]\n");
+    write("e.txt", "c\n");
+    let read = || {
+        let files = Files::named(&[dir.path().to_owned()], None).unwrap();
+        let text = |row: Row| row.text(&Columns::default(), "text").map(str::to_owned);
+        read_examples(&files, &How::default(), text)
+    };
+    let said = format!("{:#}", read().unwrap_err()).replace(&format!("{}/", dir.path().display()), "");
+    assert_eq!(
+        said,
+        "a.jsonl and 4 other files: 2 of 5 records can't be used:\n  d.jsonl:2: empty line\n  \
+         d.jsonl:3: a list; a JSON object was expected"
+    );
+    write("d.jsonl", "{\"text\": \"b\"}\n\n");
+    assert_eq!(read().unwrap(), ["a", "b", "c"]);
+    for name in ["a.jsonl", "d.jsonl", "e.txt"] {
+        write(name, "");
+    }
+    assert!(read().unwrap_err().to_string().ends_with("a.jsonl and 4 other files has no records"));
 }

@@ -1,7 +1,6 @@
 //! Texts as a language model reads them: their own tokens, apart from those that the tokenizer adds around them.
 
 use anyhow::{Context, anyhow};
-use rayon::prelude::*;
 use serde_json::{Value, json};
 use tokenizers::{Encoding, Token};
 
@@ -45,11 +44,6 @@ impl Tokenizer {
         self.check_rows(encoding.get_ids())?;
         let bytes = bytes(text.len(), encoding.get_offsets(), encoding.get_tokens());
         Ok(Body { ids: encoding.get_ids().to_vec(), bytes })
-    }
-
-    /// [`Tokenizer::body`] for many texts, in parallel. The order is kept.
-    pub fn bodies(&self, texts: &[&str]) -> Result<Vec<Body>> {
-        texts.par_iter().map(|text| self.body(text)).collect()
     }
 
     /// This tokenizer with a token in front of every text.

@@ -3,6 +3,8 @@
 
 use std::ops::Range;
 
+use serde::{Deserialize, Serialize};
+
 use anyhow::{Context, anyhow};
 use tokenizers::utils::truncation::{TruncationParams, TruncationStrategy, truncate_encodings};
 use tokenizers::{PostProcessor, Token};
@@ -15,14 +17,14 @@ use crate::{Result, bail_unusable};
 const MOST_TIMES: usize = 64;
 
 /// A part of the second text, behind the first.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PairWindow {
     pub encoding: Encoding,
     pub second: SecondText,
 }
 
 /// What a window has of the second text.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SecondText {
     /// Where its tokens stand.
     pub tokens: Range<usize>,

@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use serde::{Deserialize, Serialize};
+
 use anyhow::{Context, anyhow};
 use tokenizers::{ModelWrapper, PostProcessor, Token};
 
@@ -13,7 +15,7 @@ use crate::task::token_classification::decode;
 use crate::{Result, bail_unusable};
 
 /// A text's own tokens with their places, without those that the tokenizer puts around it.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pieces {
     /// (T)
     pub ids: Vec<u32>,

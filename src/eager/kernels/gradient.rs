@@ -137,6 +137,57 @@ impl GradientSlot {
         &self.values[row as usize * self.width..][..self.width]
     }
 
+    /// Appends the numbers of some rows, of which those without a gradient are zero.
+    pub fn copy_rows(&self, rows: &GradientRows, to: &mut Vec<f32>) {
+        let has = |row: &u32| match &self.rows {
+            GradientRows::None => false,
+            GradientRows::All => true,
+            GradientRows::Some(own) => own.binary_search(row).is_ok(),
+        };
+        match rows {
+            GradientRows::None => {}
+            GradientRows::All if self.rows == GradientRows::None => to.resize(to.len() + self.numel, 0.0),
+            GradientRows::All => to.extend(&self.values),
+            GradientRows::Some(rows) => {
+                for row in rows {
+                    if has(row) {
+                        to.extend(self.row(*row));
+                    } else {
+                        to.resize(to.len() + self.width, 0.0);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Takes some rows' numbers in place of its own; the rest of what it was handed.
+    pub fn set_rows<'v>(&mut self, rows: GradientRows, from: &'v [f32]) -> &'v [f32] {
+        self.clear();
+        if rows != GradientRows::None {
+            self.allocate();
+        }
+        let taken = match &rows {
+            GradientRows::None => 0,
+            GradientRows::All => {
+                self.values.copy_from_slice(&from[..self.numel]);
+                self.stale = false;
+                self.numel
+            }
+            GradientRows::Some(rows) => {
+                if self.stale {
+                    self.values.fill(0.0);
+                    self.stale = false;
+                }
+                for (row, values) in rows.iter().zip(from.chunks_exact(self.width)) {
+                    self.values[*row as usize * self.width..][..self.width].copy_from_slice(values);
+                }
+                rows.len() * self.width
+            }
+        };
+        self.rows = rows;
+        &from[taken..]
+    }
+
     /// A copy with zeros where no gradient is; none where there is none at all.
     pub fn dense(&self) -> Option<Vec<f32>> {
         match self.rows {

@@ -1,10 +1,11 @@
 //! Texts, prompts and completions → examples of a length that a model takes.
 
-use std::path::Path;
+use serde::{Deserialize, Serialize};
 
 use super::{CausalLm, NextTokens};
 use crate::data::batch::Encoding;
-use crate::data::records;
+use crate::data::cache::Key;
+use crate::data::records::{self, Files, Place};
 use crate::data::tokens::{Body, Tokenizer};
 use crate::task::{Example, Objective, RecordFlags, Target, listed};
 use crate::{Result, bail_unusable};
@@ -23,7 +24,7 @@ pub enum Cutting {
 }
 
 /// A document's tokens, or those of several, before they are cut.
-#[derive(Default)]
+#[derive(Default, Serialize, Deserialize)]
 struct Whole {
     /// (T)
     ids: Vec<u32>,
@@ -90,8 +91,8 @@ impl Whole {
 /// What is learnt from: a text, or what follows a prompt.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Document {
-    /// The line of the file.
-    pub line: usize,
+    /// Where it begins.
+    pub place: Place,
     pub prompt: Option<String>,
     pub text: String,
 }
@@ -99,22 +100,26 @@ pub struct Document {
 impl Document {
     /// Texts without prompts.
     pub fn of_texts<'t>(texts: impl IntoIterator<Item = &'t str>) -> Vec<Self> {
-        let document = |(i, text): (usize, &str)| Self { line: i + 1, prompt: None, text: text.to_owned() };
+        let document = |(i, text): (usize, &str)| Self {
+            place: Place { file: 0, line: i + 1 },
+            prompt: None,
+            text: text.to_owned(),
+        };
         texts.into_iter().enumerate().map(document).collect()
     }
 }
 
-/// Reads every text, or every prompt with its completion, of a file.
+/// Reads every text, or every prompt with its completion.
 ///
 /// # Errors
 /// Unusable: the file can't be read, has no records, or has records without text; the first of them are listed with
 /// file and line.
-pub(super) fn read(path: &Path, flags: &RecordFlags) -> Result<Vec<Document>> {
+pub(super) fn read(files: &Files, flags: &RecordFlags) -> Result<Vec<Document>> {
     let (how, columns) = CausalLm::reading(flags);
-    records::read_examples(path, &how, |row| {
+    records::read_examples(files, &how, |row| {
         let prompt = row.optional_text(&columns, "prompt")?.map(str::to_owned);
         let name = if prompt.is_some() { "completion" } else { "text" };
-        Ok(Document { line: row.line, prompt, text: row.text(&columns, name)?.to_owned() })
+        Ok(Document { place: row.place(), prompt, text: row.text(&columns, name)?.to_owned() })
     })
 }
 
@@ -129,21 +134,21 @@ impl CausalLm {
         Ok(listed(examples, Target::CausalLm))
     }
 
-    /// Documents that were read from `path` as examples.
+    /// Documents that were read from `files` as examples.
     ///
     /// # Errors
     /// Unusable: none has a token that could be predicted; as [`CausalLm::examples_of`].
     pub(super) fn examples_of_file(
         &self,
         documents: &[Document],
-        path: &Path,
+        files: &Files,
         tokenizer: &Tokenizer,
         max_length: usize,
         cutting: Cutting,
     ) -> Result<Vec<Example<NextTokens>>> {
         let examples = self.examples_of(documents, tokenizer, max_length, cutting)?;
         if examples.is_empty() {
-            bail_unusable!("{}: no text has a token that could be predicted", path.display());
+            bail_unusable!("{files}: no text has a token that could be predicted");
         }
         Ok(examples)
     }
@@ -168,20 +173,30 @@ impl CausalLm {
                 "a maximum length of {max_length} has no room for a token that could be predicted: {least} at least"
             );
         }
-        let prompts: Vec<&str> =
-            documents.iter().map(|document| document.prompt.as_deref().unwrap_or("")).collect();
-        let texts: Vec<&str> = documents.iter().map(|document| document.text.as_str()).collect();
-        let (prompts, texts) = (tokenizer.bodies(&prompts)?, tokenizer.bodies(&texts)?);
-        let wholes = documents
-            .iter()
-            .zip(prompts.into_iter().zip(texts))
-            .map(|(document, (prompt, text))| self.whole(document, &prompt, text, &around));
+        let whole = |document: &Document| {
+            let prompt = tokenizer.body(document.prompt.as_deref().unwrap_or(""))?;
+            anyhow::Ok(self.whole(document, &prompt, tokenizer.body(&document.text)?, &around))
+        };
+        let of = format!("{} {:?} {:?}", Self::NAME, self.start, self.ends);
+        let own = |document: &Document, key: &mut Key| {
+            key.add(document.prompt.as_deref());
+            key.add(Some(&document.text));
+        };
         let mut examples = Vec::new();
         if cutting == Cutting::Concatenated {
-            self.join(wholes).cut(max_length, false, &mut examples);
+            let mut all = Whole::default();
+            tokenizer.in_order(&of, documents, own, whole, |_, whole| {
+                self.join(&mut all, whole?);
+                Ok(())
+            })?;
+            all.cut(max_length, false, &mut examples);
             return Ok(examples);
         }
-        for mut whole in wholes.filter(|whole| !whole.empty) {
+        tokenizer.in_order(&of, documents, own, whole, |_, whole| {
+            let mut whole = whole?;
+            if whole.empty {
+                return Ok(());
+            }
             let mut truncated = false;
             if whole.prompted && whole.ids.len() > max_length {
                 let completion = whole.ids.len() - whole.first;
@@ -200,7 +215,8 @@ impl CausalLm {
                 }
             }
             whole.cut(max_length, truncated, &mut examples);
-        }
+            Ok(())
+        })?;
         Ok(examples)
     }
 
@@ -230,20 +246,16 @@ impl CausalLm {
         whole
     }
 
-    /// Documents one after another: tokens then see those of the document before theirs. Where one begins with the end
+    /// Puts a document behind all others: its tokens then see those of the document before. Where it begins with the end
     /// token, that of the one before is it.
-    fn join(&self, wholes: impl Iterator<Item = Whole>) -> Whole {
-        let mut all = Whole::default();
-        for mut whole in wholes {
-            if !whole.prompted {
-                whole.predicted.fill(true);
-            }
-            let starts = whole.kept > 0 && whole.ids.first() == all.ids.last();
-            let skipped = usize::from(starts && whole.ids.first().is_some_and(|id| self.ends.contains(id)));
-            all.ids.extend(&whole.ids[skipped..]);
-            all.bytes.extend(&whole.bytes[skipped..]);
-            all.predicted.extend(&whole.predicted[skipped..]);
+    fn join(&self, all: &mut Whole, mut whole: Whole) {
+        if !whole.prompted {
+            whole.predicted.fill(true);
         }
-        all
+        let starts = whole.kept > 0 && whole.ids.first() == all.ids.last();
+        let skipped = usize::from(starts && whole.ids.first().is_some_and(|id| self.ends.contains(id)));
+        all.ids.extend(&whole.ids[skipped..]);
+        all.bytes.extend(&whole.bytes[skipped..]);
+        all.predicted.extend(&whole.predicted[skipped..]);
     }
 }

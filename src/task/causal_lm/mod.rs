@@ -5,13 +5,11 @@ mod generation_config;
 #[cfg(test)]
 mod tests;
 
-use std::convert::Infallible;
-use std::path::Path;
-
 use anyhow::Context;
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use std::convert::Infallible;
 
 pub use self::documents::{Cutting, Document};
 use super::{
@@ -19,7 +17,7 @@ use super::{
     Objective, Output, Outputs, Start,
 };
 use crate::data::batch::Encoding;
-use crate::data::records::{BadRow, Columns, How, Row};
+use crate::data::records::{BadRow, Columns, Files, How, Row};
 use crate::data::tokens::Tokenizer;
 use crate::eager::{Eager, Forward, X};
 use crate::generate::prompt::GENERATION_CONFIG;
@@ -202,23 +200,23 @@ impl Objective for CausalLm {
         Ok(Learning { task: lm, tokenizer, examples, files })
     }
 
-    fn look(&self, path: &Path, flags: &super::RecordFlags) -> Result<Vec<Look>> {
+    fn look(&self, files: &Files, flags: &super::RecordFlags) -> Result<Vec<Look>> {
         let look = |document: Document| {
             let text = document.prompt.unwrap_or_default() + &document.text;
-            Look::of_text(document.line, text)
+            Look::of_text(document.place, text)
         };
-        Ok(documents::read(path, flags)?.into_iter().map(look).collect())
+        Ok(documents::read(files, flags)?.into_iter().map(look).collect())
     }
 
     fn beside(&self, target: &NextTokens, _: &Tokenizer) -> Beside {
         Beside::Example(format!("{} of the tokens are learnt", target.count()))
     }
 
-    fn examples(&self, path: &Path, encoder: &Encoder) -> Result<Vec<Example<NextTokens>>> {
+    fn examples(&self, files: &Files, encoder: &Encoder) -> Result<Vec<Example<NextTokens>>> {
         let cutting =
             if encoder.training.causal_lm.concatenate { Cutting::Concatenated } else { Cutting::Evaluation };
-        let documents = documents::read(path, encoder.records)?;
-        self.examples_of_file(&documents, path, encoder.tokenizer, encoder.max_length, cutting)
+        let documents = documents::read(files, encoder.records)?;
+        self.examples_of_file(&documents, files, encoder.tokenizer, encoder.max_length, cutting)
     }
 
     fn losses(target: &NextTokens) -> Vec<usize> {
@@ -252,7 +250,7 @@ impl Objective for CausalLm {
         outputs: Vec<X>,
         examples: &[(&Encoding, &NextTokens)],
         label_smoothing: f64,
-        of: &[usize],
+        of: &[f64],
     ) -> Result<Vec<Tensor>> {
         let scores = outputs.first().context("the model has no output")?;
         let share = 1.0 / of[0] as f32;

@@ -38,7 +38,7 @@ fn template(single: &str) -> Tokenizer {
 }
 
 fn document(prompt: Option<&str>, text: &str) -> Document {
-    Document { line: 1, prompt: prompt.map(str::to_owned), text: text.to_owned() }
+    Document { place: Default::default(), prompt: prompt.map(str::to_owned), text: text.to_owned() }
 }
 
 /// Each example's text, with `|` for the end and a capital for a token that is predicted, the end's `!`.

@@ -27,7 +27,8 @@ use super::{
     Outputs, Start, TextColumns,
 };
 use crate::data::batch::Encoding;
-use crate::data::records::{BadRow, Columns, How, Row};
+use crate::data::cache::Key;
+use crate::data::records::{BadRow, Columns, Files, How, Row};
 use crate::data::tokens::Tokenizer;
 use crate::eager::{Eager, Forward, X};
 use crate::model::ops::Ops;
@@ -197,12 +198,12 @@ impl Objective for Embedding {
         Ok(Learning { task, tokenizer, examples, files })
     }
 
-    fn look(&self, path: &Path, flags: &super::RecordFlags) -> Result<Vec<Look>> {
+    fn look(&self, files: &Files, flags: &super::RecordFlags) -> Result<Vec<Look>> {
         let look = |record: records::Record| {
             let texts = record.texts.into_iter().map(|text| (text, None)).collect();
-            Look { line: record.line, texts, labels: Vec::new() }
+            Look { place: record.place, texts, labels: Vec::new() }
         };
-        Ok(records::read(path, flags)?.into_iter().map(look).collect())
+        Ok(records::read(files, flags)?.into_iter().map(look).collect())
     }
 
     fn beside(&self, target: &Related, tokenizer: &Tokenizer) -> Beside {
@@ -215,8 +216,8 @@ impl Objective for Embedding {
         })
     }
 
-    fn examples(&self, path: &Path, encoder: &Encoder) -> Result<Vec<Example<Related>>> {
-        self.encode(read(path, encoder.records)?, path, encoder)
+    fn examples(&self, files: &Files, encoder: &Encoder) -> Result<Vec<Example<Related>>> {
+        self.encode(read(files, encoder.records)?, files, encoder)
     }
 
     fn others(target: &Related) -> &[Encoding] {
@@ -273,11 +274,11 @@ impl Objective for Embedding {
         outputs: Vec<X>,
         examples: &[(&Encoding, &Related)],
         _: f64,
-        of: &[usize],
+        of: &[f64],
     ) -> Result<Vec<Tensor>> {
         let rows = outputs.last().context("the model has no output")?.tensor()?;
         let examples: Vec<&Related> = examples.iter().map(|(_, related)| *related).collect();
-        Ok(vec![(self.regime.sum(&rows, &examples)? / of[0] as f64)?])
+        Ok(vec![(self.regime.sum(&rows, &examples)? / of[0])?])
     }
 
     fn metrics(&self) -> &'static [Metric] {
@@ -475,7 +476,12 @@ impl Embedding {
     /// # Errors
     /// Unusable: records of another kind than the first, scores that the loss can't take, texts without tokens; the
     /// first of them are listed with file and line.
-    fn encode(&self, records: Vec<Record>, path: &Path, encoder: &Encoder) -> Result<Vec<Example<Related>>> {
+    fn encode(
+        &self,
+        records: Vec<Record>,
+        files: &Files,
+        encoder: &Encoder,
+    ) -> Result<Vec<Example<Related>>> {
         let prompts = self.prompts_of(&encoder.records.embedding.prompts)?;
         let kind = self.kind.or(records.first().map(Record::kind));
         let other_kind = records.iter().filter(|record| Some(record.kind()) != kind);
@@ -483,38 +489,40 @@ impl Embedding {
             Some(Kind::Scored) => "anchor and positive, where the others are pairs with a score",
             _ => "a pair with a score, where the others have anchor and positive",
         };
-        let place = |record: &Record, why: &str| (record.line, why.to_owned());
-        refuse_records(path, "records of two kinds", other_kind.map(|record| place(record, why)))?;
+        let place = |record: &Record, why: &str| (record.place, why.to_owned());
+        refuse_records(files, "records of two kinds", other_kind.map(|record| place(record, why)))?;
         if self.regime.scored == ScoredLoss::Cosine {
-            let wide = records.iter().filter_map(|record| Some((record.line, record.score?)));
+            let wide = records.iter().filter_map(|record| Some((record.place, record.score?)));
             let wide = wide.filter(|(_, score)| !(-1.0..=1.0).contains(score));
             let why = "a cosine is from -1 to 1: --max-score divides by the highest score";
             refuse_records(
-                path,
+                files,
                 "scores that no cosine is",
-                wide.map(|(line, score)| (line, format!("the score is {score}; {why}"))),
+                wide.map(|(place, score)| (place, format!("the score is {score}; {why}"))),
             )?;
         }
         let document = if kind == Some(Kind::Scored) { prompts.0 } else { prompts.1 };
-        let mut texts: Vec<(String, Option<String>)> = Vec::with_capacity(2 * records.len());
-        let mut lines = Vec::with_capacity(texts.capacity());
+        let mut texts: Vec<String> = Vec::with_capacity(2 * records.len());
+        let mut places = Vec::with_capacity(texts.capacity());
         for record in &records {
             for (i, text) in record.texts.iter().enumerate() {
-                texts.push((self.text(text, if i == 0 { prompts.0 } else { document }), None));
-                lines.push(record.line);
+                texts.push(self.text(text, if i == 0 { prompts.0 } else { document }));
+                places.push(record.place);
             }
         }
-        let encodings = encoder.tokenizer.encode_all(&texts, encoder.max_length).map_err(|error| {
-            let bad =
-                |(text, _): &(String, _)| encoder.tokenizer.encode(text, None, encoder.max_length).is_err();
-            let first = texts.iter().position(bad).map_or(0, |i| lines[i]);
-            error.context(format!("{}:{first}", path.display()))
+        let (tokenizer, max_length) = (encoder.tokenizer, encoder.max_length);
+        let mut encodings = Vec::with_capacity(texts.len());
+        let own = |text: &String, key: &mut Key| key.add(Some(text));
+        let encode = |text: &String| tokenizer.encode(text, None, max_length);
+        tokenizer.in_order(&format!("{} {max_length}", Self::NAME), &texts, own, encode, |i, encoding| {
+            encodings.push(encoding.with_context(|| files.at(places[i]))?);
+            Ok(())
         })?;
-        let empty = encodings.iter().zip(&lines).filter(|(encoding, _)| encoding.is_empty());
+        let empty = encodings.iter().zip(&places).filter(|(encoding, _)| encoding.is_empty());
         refuse_records(
-            path,
+            files,
             "texts without tokens",
-            empty.map(|(_, &line)| (line, "a text is empty".to_owned())),
+            empty.map(|(_, &place)| (place, "a text is empty".to_owned())),
         )?;
         let mut encodings = encodings.into_iter();
         let example = |record: Record| {

@@ -1,12 +1,10 @@
 //! Records of related texts: their columns, and what is in them.
 
-use std::path::Path;
-
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::Embedding;
-use crate::data::records::{self, describe};
+use crate::data::records::{self, Files, Place, describe};
 use crate::task::Objective;
 use crate::{Result, bail_unusable};
 
@@ -75,7 +73,7 @@ pub(super) enum Kind {
 
 /// A record before it is tokenized: its place, its texts and the score.
 pub(super) struct Record {
-    pub line: usize,
+    pub place: Place,
     pub texts: Vec<String>,
     pub score: Option<f32>,
 }
@@ -87,18 +85,18 @@ impl Record {
     }
 }
 
-/// Reads every record of a file.
+/// Reads every record.
 ///
 /// # Errors
 /// Unusable: the file can't be read, or has records that can't be used; the first of them are listed with file and line.
-pub(super) fn read(path: &Path, flags: &crate::task::RecordFlags) -> Result<Vec<Record>> {
+pub(super) fn read(files: &Files, flags: &crate::task::RecordFlags) -> Result<Vec<Record>> {
     let own = &flags.embedding;
     let most = own.max_score.unwrap_or(1.0);
     if !(most > 0.0 && most.is_finite()) {
         bail_unusable!("--max-score {most}: expected a number above 0");
     }
     let (how, columns) = Embedding::reading(flags);
-    records::read_examples(path, &how, |row| {
+    records::read_examples(files, &how, |row| {
         let text = |name| row.text(&columns, name).map(str::to_owned);
         let is_scored =
             ["sentence1", "sentence2", "score"].iter().any(|name| row.get(&columns, name).is_some());
@@ -116,10 +114,10 @@ pub(super) fn read(path: &Path, flags: &crate::task::RecordFlags) -> Result<Vec<
                 let column = columns.of("score");
                 row.bad(format!("field {column:?} is {}; a number was expected", describe(value)))
             })?;
-            return Ok(Record { line: row.line, texts, score: Some(score) });
+            return Ok(Record { place: row.place(), texts, score: Some(score) });
         }
         let mut texts = vec![text("anchor")?, text("positive")?];
         texts.extend(row.optional_text(&columns, "negative")?.map(str::to_owned));
-        Ok(Record { line: row.line, texts, score: None })
+        Ok(Record { place: row.place(), texts, score: None })
     })
 }

@@ -2,7 +2,6 @@
 
 mod masking;
 
-use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Context;
@@ -22,7 +21,8 @@ use super::{
     Objective, Output, Outputs, SharedTrainingFlags, Start,
 };
 use crate::data::batch::Encoding;
-use crate::data::records::{self, BadRow, Columns, How, Row, TextUnit};
+use crate::data::cache::Key;
+use crate::data::records::{self, BadRow, Columns, Files, How, Row, TextUnit};
 use crate::data::tokens::Tokenizer;
 use crate::data::windows::windows;
 use crate::eager::kernels::dropout::mix;
@@ -143,18 +143,18 @@ impl Objective for MaskedLm {
     }
 
     /// Each text is masked in the same way every time.
-    fn look(&self, path: &Path, flags: &super::RecordFlags) -> Result<Vec<Look>> {
-        look(path, flags, None)
+    fn look(&self, files: &Files, flags: &super::RecordFlags) -> Result<Vec<Look>> {
+        look(files, flags, None)
     }
 
     fn beside(&self, target: &Masked, tokenizer: &Tokenizer) -> Beside {
         target.beside(tokenizer)
     }
 
-    fn examples(&self, path: &Path, encoder: &Encoder) -> Result<Vec<Example<Masked>>> {
+    fn examples(&self, files: &Files, encoder: &Encoder) -> Result<Vec<Example<Masked>>> {
         let Encoder { records, tokenizer, max_length, .. } = *encoder;
         let masking = Masking::measured(tokenizer, self.vocabulary)?;
-        let texts = framed(&read(path, records, None)?, path, tokenizer, max_length)?;
+        let texts = framed(&read(files, records, None)?, files, tokenizer, max_length)?;
         let masked =
             texts.iter().zip(0..).map(|((encoding, words), i)| masking.masked(encoding, words, mix(i)));
         Ok(masked.collect())
@@ -187,7 +187,7 @@ impl Objective for MaskedLm {
         outputs: Vec<X>,
         examples: &[(&Encoding, &Masked)],
         label_smoothing: f64,
-        of: &[usize],
+        of: &[f64],
     ) -> Result<Vec<Tensor>> {
         let scores = outputs.first().context("the model has no output")?;
         let wanted: Vec<Option<u32>> = examples.iter().flat_map(|(_, masked)| masked.of_rows()).collect();
@@ -307,24 +307,24 @@ pub(super) fn reading(flags: &super::RecordFlags, unit: Option<TextUnit>) -> (Ho
     (How { unit: flags.shared.text_unit.or(unit), ..flags.reading.how() }, flags.texts.columns())
 }
 
-/// The texts of a file as they are.
+/// The texts as they are.
 ///
 /// # Errors
 /// As [`read`].
-pub(super) fn look(path: &Path, flags: &super::RecordFlags, unit: Option<TextUnit>) -> Result<Vec<Look>> {
+pub(super) fn look(files: &Files, flags: &super::RecordFlags, unit: Option<TextUnit>) -> Result<Vec<Look>> {
     let (how, columns) = reading(flags, unit);
-    records::read_examples(path, &how, |row| {
-        Ok(Look::of_text(row.line, row.text(&columns, "text")?.to_owned()))
+    records::read_examples(files, &how, |row| {
+        Ok(Look::of_text(row.place(), row.text(&columns, "text")?.to_owned()))
     })
 }
 
-/// Reads every text of a file.
+/// Reads every text.
 ///
 /// # Errors
 /// Unusable: the file can't be read, has no records, or has records without text; the first of them are listed with
 /// file and line.
-pub(super) fn read(path: &Path, flags: &super::RecordFlags, unit: Option<TextUnit>) -> Result<Vec<String>> {
-    Ok(look(path, flags, unit)?.into_iter().flat_map(|look| look.texts).map(|(text, _)| text).collect())
+pub(super) fn read(files: &Files, flags: &super::RecordFlags, unit: Option<TextUnit>) -> Result<Vec<String>> {
+    Ok(look(files, flags, unit)?.into_iter().flat_map(|look| look.texts).map(|(text, _)| text).collect())
 }
 
 /// Texts between the tokens that the tokenizer puts around them, with their words. One that is longer than `max_length`
@@ -334,7 +334,7 @@ pub(super) fn read(path: &Path, flags: &super::RecordFlags, unit: Option<TextUni
 /// Unusable: no text has a token; a tokenizer that does not keep a text's tokens together.
 fn framed(
     texts: &[String],
-    path: &Path,
+    files: &Files,
     tokenizer: &Tokenizer,
     max_length: usize,
 ) -> Result<Vec<(Encoding, Vec<Option<u32>>)>> {
@@ -352,9 +352,15 @@ fn framed(
         };
         windows(&lengths, room, 0)?.into_iter().map(part).collect::<Result<Vec<_>>>()
     };
-    let framed = texts.par_iter().map(parts).collect::<Result<Vec<_>>>()?.concat();
+    let mut framed = Vec::new();
+    let of = format!("{} {max_length}", MaskedLm::NAME);
+    let own = |text: &String, key: &mut Key| key.add(Some(text));
+    tokenizer.in_order(&of, texts, own, parts, |_, parts| {
+        framed.append(&mut parts?);
+        Ok(())
+    })?;
     if framed.is_empty() {
-        bail_unusable!("{}: no text has a token that could be masked", path.display());
+        bail_unusable!("{files}: no text has a token that could be masked");
     }
     Ok(framed)
 }

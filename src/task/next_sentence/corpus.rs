@@ -7,15 +7,16 @@
 
 use std::fmt;
 use std::ops::Range;
-use std::path::Path;
 use std::sync::Arc;
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
-use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
 use unicode_segmentation::UnicodeSegmentation;
 
 use crate::data::batch::Encoding;
+use crate::data::cache::Key;
+use crate::data::records::Files;
 use crate::data::tokens::Tokenizer;
 use crate::task::masked_lm::below;
 use crate::{Result, bail_unusable};
@@ -27,6 +28,7 @@ pub struct Corpus {
 }
 
 /// One document.
+#[derive(Serialize, Deserialize)]
 struct Document {
     /// (T)
     ids: Vec<u32>,
@@ -87,20 +89,23 @@ impl Corpus {
     ///
     /// # Errors
     /// Unusable: fewer than two documents, or none of two tokens: no second text could be another's.
-    pub fn new(texts: &[String], path: &Path, tokenizer: &Tokenizer) -> Result<Self> {
-        let documents = texts.par_iter().map(|text| Document::new(text, tokenizer));
-        let mut documents = documents.collect::<Result<Vec<_>>>()?;
-        documents.retain(|document| !document.ids.is_empty());
+    pub fn new(texts: &[String], files: &Files, tokenizer: &Tokenizer) -> Result<Self> {
+        let mut documents: Vec<Document> = Vec::new();
+        let own = |text: &String, key: &mut Key| key.add(Some(text));
+        let document = |text: &String| Document::new(text, tokenizer);
+        tokenizer.in_order("sentences", texts, own, document, |_, document| {
+            documents.extend(Some(document?).filter(|document| !document.ids.is_empty()));
+            Ok(())
+        })?;
         if documents.len() < 2 {
             bail_unusable!(
-                "{}: {} documents with text, two at least are needed: a second text is often another document's. In a \
+                "{files}: {} documents with text, two at least are needed: a second text is often another document's. In a \
                  .txt file a blank line stands between documents (--text-unit)",
-                path.display(),
                 documents.len()
             );
         }
         if documents.iter().all(|document| document.ids.len() < 2) {
-            bail_unusable!("{}: no document has two tokens, one for each text of a pair", path.display());
+            bail_unusable!("{files}: no document has two tokens, one for each text of a pair");
         }
         Ok(Self { documents, tokenizer: tokenizer.clone() })
     }

@@ -4,8 +4,6 @@ mod corpus;
 #[cfg(test)]
 mod tests;
 
-use std::path::Path;
-
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -19,7 +17,7 @@ use super::{
 };
 use crate::Result;
 use crate::data::batch::Encoding;
-use crate::data::records::{BadRow, Columns, How, Row, TextUnit};
+use crate::data::records::{BadRow, Columns, Files, How, Row, TextUnit};
 use crate::data::tokens::Tokenizer;
 use crate::eager::kernels::dropout::mix;
 use crate::eager::{Eager, X};
@@ -93,14 +91,14 @@ impl Objective for NextSentence {
     }
 
     /// Each chunk parts in the same way every time.
-    fn examples(&self, path: &Path, encoder: &Encoder) -> Result<Vec<Example<Follows>>> {
-        let texts = read(path, encoder.records, UNIT)?;
-        let chunks = Corpus::new(&texts, path, encoder.tokenizer)?.chunks(encoder.max_length)?;
+    fn examples(&self, files: &Files, encoder: &Encoder) -> Result<Vec<Example<Follows>>> {
+        let texts = read(files, encoder.records, UNIT)?;
+        let chunks = Corpus::new(&texts, files, encoder.tokenizer)?.chunks(encoder.max_length)?;
         chunks.into_iter().zip(0..).map(|(chunk, i)| example(chunk, mix(i))).collect()
     }
 
-    fn look(&self, path: &Path, flags: &super::RecordFlags) -> Result<Vec<Look>> {
-        masked_lm::look(path, flags, UNIT)
+    fn look(&self, files: &Files, flags: &super::RecordFlags) -> Result<Vec<Look>> {
+        masked_lm::look(files, flags, UNIT)
     }
 
     fn beside(&self, target: &Follows, _: &Tokenizer) -> Beside {
@@ -128,7 +126,7 @@ impl Objective for NextSentence {
         outputs: Vec<X>,
         examples: &[(&Encoding, &Follows)],
         label_smoothing: f64,
-        of: &[usize],
+        of: &[f64],
     ) -> Result<Vec<Tensor>> {
         let [scores] = &outputs[..] else { anyhow::bail!("the model has {} outputs", outputs.len()) };
         let follows: Vec<bool> = examples.iter().map(|(_, target)| target.follows).collect();
@@ -172,7 +170,7 @@ fn example(chunk: Chunk, key: u64) -> Result<Example<Follows>> {
 }
 
 /// The sum of the cross-entropies of pairs, divided by `of`.
-pub(super) fn loss(eager: &Eager, scores: &X, follows: &[bool], smoothing: f64, of: usize) -> Result<Tensor> {
+pub(super) fn loss(eager: &Eager, scores: &X, follows: &[bool], smoothing: f64, of: f64) -> Result<Tensor> {
     let wanted: Vec<Option<u32>> = follows.iter().map(|&follows| Some(label(follows) as u32)).collect();
     eager.cross_entropy(scores, &wanted, smoothing as f32, 1.0 / of as f32)
 }

@@ -1,4 +1,5 @@
 use std::collections::HashSet;
+use std::path::Path;
 
 use super::*;
 use crate::data::tokens::{Tokenizer, Vocabulary};
@@ -35,7 +36,7 @@ fn half_of_the_second_texts_follow_and_the_others_are_of_other_documents() {
     let texts = texts();
     let mut tokenizer = tokenizer(&texts);
     tokenizer.check_fits(400, Some(2)).unwrap();
-    let chunks = Corpus::new(&texts, Path::new("x"), &tokenizer).unwrap().chunks(40).unwrap();
+    let chunks = Corpus::new(&texts, &Path::new("x").into(), &tokenizer).unwrap().chunks(40).unwrap();
     let (mut following, mut all) = (0, 0);
     let mut seen = HashSet::new();
     for chunk in &chunks {
@@ -72,7 +73,7 @@ fn half_of_the_second_texts_follow_and_the_others_are_of_other_documents() {
 fn every_token_stands_in_a_chunk_and_a_key_repeats_a_pair() {
     let texts = texts();
     let tokenizer = tokenizer(&texts);
-    let corpus = Corpus::new(&texts, Path::new("x"), &tokenizer).unwrap();
+    let corpus = Corpus::new(&texts, &Path::new("x").into(), &tokenizer).unwrap();
     let total: usize = texts.iter().map(|text| tokenizer.body(text).unwrap().ids.len()).sum();
     let chunks = corpus.chunks(23).unwrap();
     let tokens: usize = chunks.iter().map(|chunk| chunk.most_tokens() - 3).sum();
@@ -86,7 +87,7 @@ fn one_document_or_no_room_is_refused() {
     let tokenizer = tokenizer(&texts());
     let corpus = |texts: &[&str]| {
         let texts: Vec<String> = texts.iter().map(|text| (*text).to_owned()).collect();
-        Corpus::new(&texts, Path::new("x.txt"), &tokenizer)
+        Corpus::new(&texts, &Path::new("x.txt").into(), &tokenizer)
     };
     let refused = |texts: &[&str]| corpus(texts).err().unwrap().to_string();
     assert!(refused(&["one document", "", " "]).contains("1 documents with text, two at least"));

@@ -6,7 +6,6 @@ mod reviewed;
 pub mod squad;
 
 use std::ops::Range;
-use std::path::Path;
 use std::sync::Arc;
 
 use candle_core::{D, DType, Tensor};
@@ -26,7 +25,7 @@ use super::{
 };
 use crate::data::batch::Encoding;
 use crate::data::offsets::OffsetUnit;
-use crate::data::records::{BadRow, Columns, How, Row};
+use crate::data::records::{BadRow, Columns, Files, How, Row};
 use crate::data::tokens::{SecondText, Tokenizer};
 use crate::eager::{Eager, Forward, X, tensors};
 use crate::model::ops::Ops;
@@ -193,7 +192,7 @@ impl Objective for QuestionAnswering {
         refuse_records(
             start.train,
             "answers without a place",
-            unplaced.map(|record| (record.line, why.clone())),
+            unplaced.map(|record| (record.at, why.clone())),
         )?;
         let some_have_none = records.iter().any(|record| record.answers.is_empty());
         let task = Self { null_threshold: some_have_none.then_some(0.0) };
@@ -202,12 +201,12 @@ impl Objective for QuestionAnswering {
         Ok(Learning { task, tokenizer, examples, files: Vec::new() })
     }
 
-    fn look(&self, path: &Path, flags: &super::RecordFlags) -> Result<Vec<Look>> {
+    fn look(&self, files: &Files, flags: &super::RecordFlags) -> Result<Vec<Look>> {
         let look = |record: records::Record| {
             let texts = vec![(record.question, Some(record.context.to_string()))];
-            Look { line: record.line, texts, labels: Vec::new() }
+            Look { place: record.at, texts, labels: Vec::new() }
         };
-        Ok(records::read(path, flags)?.into_iter().map(look).collect())
+        Ok(records::read(files, flags)?.into_iter().map(look).collect())
     }
 
     fn beside(&self, target: &Wanted, _: &Tokenizer) -> Beside {
@@ -218,9 +217,15 @@ impl Objective for QuestionAnswering {
         })
     }
 
-    fn examples(&self, path: &Path, encoder: &Encoder) -> Result<Vec<Example<Wanted>>> {
+    fn examples(&self, files: &Files, encoder: &Encoder) -> Result<Vec<Example<Wanted>>> {
         let Encoder { records, tokenizer, max_length, .. } = *encoder;
-        examples_of(&read(path, records)?, path, tokenizer, max_length, &records.question_answering.questions)
+        examples_of(
+            &read(files, records)?,
+            files,
+            tokenizer,
+            max_length,
+            &records.question_answering.questions,
+        )
     }
 
     fn summary(&self) -> Option<String> {
@@ -256,7 +261,7 @@ impl Objective for QuestionAnswering {
         outputs: Vec<X>,
         examples: &[(&Encoding, &Wanted)],
         _: f64,
-        of: &[usize],
+        of: &[f64],
     ) -> Result<Vec<Tensor>> {
         let outputs = tensors(outputs)?;
         let [start, end] = &outputs[..] else { anyhow::bail!("the model has {} outputs", outputs.len()) };
@@ -265,7 +270,7 @@ impl Objective for QuestionAnswering {
             |end: fn(&Wanted) -> usize| examples.iter().map(|(_, wanted)| end(wanted)).collect::<Vec<_>>();
         let losses = (sum_of_losses(start, &lengths, &at(|wanted| wanted.tokens.0))?
             + sum_of_losses(end, &lengths, &at(|wanted| wanted.tokens.1))?)?;
-        Ok(vec![(losses / (2 * of[0]) as f64)?])
+        Ok(vec![(losses / (2.0 * of[0]))?])
     }
 
     fn metrics(&self) -> &'static [Metric] {

@@ -1,21 +1,21 @@
 //! Questions with their texts and right answers: what is in a record, and the windows that are made of it.
 
 use std::ops::Range;
-use std::path::Path;
 use std::sync::Arc;
 
 use serde_json::Value;
 
 use super::{QuestionAnswering, QuestionFlags, Wanted};
 use crate::Result;
-use crate::data::records::{self, BadRow, Columns, Row};
+use crate::data::cache::Key;
+use crate::data::records::{self, BadRow, Columns, Files, Place, Row};
 use crate::data::tokens::{PairWindow, SecondText, Tokenizer};
 use crate::task::flags::refuse_records;
 use crate::task::{Example, Objective};
 
 /// A record to learn from, or to measure on.
 pub(super) struct Record {
-    pub line: usize,
+    pub at: Place,
     pub question: String,
     pub context: Arc<str>,
     /// The right answers; none, where the question can't be answered.
@@ -24,14 +24,14 @@ pub(super) struct Record {
     pub place: Option<Range<usize>>,
 }
 
-/// Reads every question of a file.
+/// Reads every question.
 ///
 /// # Errors
 /// Unusable: the file can't be read, or has records that can't be used; the first of them are listed with file and line.
-pub(super) fn read(path: &Path, flags: &crate::task::RecordFlags) -> Result<Vec<Record>> {
+pub(super) fn read(files: &Files, flags: &crate::task::RecordFlags) -> Result<Vec<Record>> {
     let (how, columns) = QuestionAnswering::reading(flags);
     let mut before: Arc<str> = "".into();
-    records::read_examples(path, &how, |row| {
+    records::read_examples(files, &how, |row| {
         let question = row.text(&columns, "question")?.to_owned();
         let context = row.text(&columns, "context")?;
         if *before != *context {
@@ -42,7 +42,7 @@ pub(super) fn read(path: &Path, flags: &crate::task::RecordFlags) -> Result<Vec<
             (Some(answer), Some(&start)) => Some(placed(&row, context, answer, start)?),
             _ => None,
         };
-        Ok(Record { line: row.line, question, context: before.clone(), answers, place })
+        Ok(Record { at: row.place(), question, context: before.clone(), answers, place })
     })
 }
 
@@ -117,19 +117,27 @@ fn placed(row: &Row, context: &str, answer: &str, start: usize) -> Result<Range<
 /// Unusable: questions that leave no room for a text; the first of them are listed with file and line.
 pub(super) fn examples_of(
     records: &[Record],
-    path: &Path,
+    files: &Files,
     tokenizer: &Tokenizer,
     max_length: usize,
     flags: &QuestionFlags,
 ) -> Result<Vec<Example<Wanted>>> {
     let stride = flags.stride(max_length);
     let (mut examples, mut wrong) = (Vec::new(), Vec::new());
-    for (question, record) in records.iter().enumerate() {
-        let windows = match tokenizer.pair_windows(&record.question, &record.context, max_length, stride) {
+    let windows =
+        |record: &Record| tokenizer.pair_windows(&record.question, &record.context, max_length, stride);
+    let of = format!("{} {max_length} {stride}", QuestionAnswering::NAME);
+    let own = |record: &Record, key: &mut Key| {
+        key.add(Some(&record.question));
+        key.add(Some(&record.context));
+    };
+    tokenizer.in_order(&of, records, own, windows, |question, windows| {
+        let record = &records[question];
+        let windows = match windows {
             Ok(windows) => windows,
             Err(error) => {
-                wrong.push((record.line, format!("{error:#}")));
-                continue;
+                wrong.push((record.at, format!("{error:#}")));
+                return Ok(());
             }
         };
         let right: Arc<[String]> = record.answers.clone().into();
@@ -141,8 +149,9 @@ pub(super) fn examples_of(
             let target = Wanted { question, tokens, context, right, text, limits: flags.limits() };
             examples.push(Example { encoding, target });
         }
-    }
-    refuse_records(path, "questions that can't be used", wrong)?;
+        Ok(())
+    })?;
+    refuse_records(files, "questions that can't be used", wrong)?;
     Ok(examples)
 }
 

@@ -14,7 +14,7 @@ impl QuestionAnswering {
     /// # Errors
     /// The records are others than those that were answered.
     pub(super) fn reviewed(&self, questions: &[Asked], of: Source) -> Result<Review> {
-        let records = read(of.path, of.records)?;
+        let records = read(of.files, of.records)?;
         let mut wrong = Vec::new();
         for Asked { wanted, windows, loss } in questions {
             let found = answers(&wanted.context, windows, wanted.limits);
@@ -30,7 +30,8 @@ impl QuestionAnswering {
             let record = records.get(wanted.question).context("the records have changed")?;
             let or_none = |text: &str| if text.is_empty() { "no answer".to_owned() } else { text.to_owned() };
             wrong.push(Wrong {
-                line: record.line,
+                file: of.file(record.at),
+                line: record.at.line,
                 text: record.question.clone(),
                 pair: Some(record.context.to_string()),
                 wanted: or_none(&wanted.right.join(" | ")),

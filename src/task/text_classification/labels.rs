@@ -65,6 +65,16 @@ impl TextClassification {
         Ok(Self::new(problem, id2label::in_order(names)))
     }
 
+    /// The class of each record, where every one has a single label; a label that can't be used is a class of its own.
+    pub fn classes_of(labels: &[&Value], problem: Option<ProblemType>) -> Option<Vec<String>> {
+        let problem = problem.unwrap_or_else(|| problem_of(labels));
+        let name = |label: &&Value| match label_names(label, problem) {
+            Ok(names) => names.join(" "),
+            Err(_) => label.to_string(),
+        };
+        (problem == ProblemType::SingleLabelClassification).then(|| labels.iter().map(name).collect())
+    }
+
     /// The places of labels of training data that are of another kind than the others, and what is wrong with each.
     pub fn unfit(labels: &[&Value], problem: Option<ProblemType>) -> Vec<(usize, anyhow::Error)> {
         let problem = problem.unwrap_or_else(|| problem_of(labels));

@@ -7,11 +7,8 @@ mod reviewed;
 mod tests;
 mod windows;
 
-use std::path::Path;
-
 use anyhow::Context;
 use candle_core::{DType, Device, Tensor};
-use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -20,25 +17,29 @@ use super::flags::refuse_records;
 use super::id2label::{self, default_names};
 use super::review::{Review, Source};
 use super::scores::{argmax, short, softmax};
+use super::weighting::{self, Weighting, softplus};
 use super::{
     Answer, Asking, Beside, Dim, Encoder, Example, Form, Learning, Look, Measured, Metric, Metrics,
     Objective, Output, Outputs, Start, TextColumns,
 };
 use crate::data::batch::Encoding;
-use crate::data::records::{self, BadRow, Columns, How, Row};
+use crate::data::cache::Key;
+use crate::data::records::{self, BadRow, Columns, Files, How, Place, Row};
 use crate::data::tokens::Tokenizer;
 use crate::eager::{Eager, Forward, X, tensors};
 use crate::model::{Head, ModelConfig};
 use crate::{Result, bail_unusable, unusable};
 
 /// The labels and what a text may have of them.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct TextClassification {
     pub problem: ProblemType,
     /// In the order of `id2label`; one, for a regression.
     pub labels: Vec<String>,
     /// What becomes of a text that is longer than the model.
     pub aggregation: Aggregation,
+    /// How much examples count in the loss that is learnt.
+    pub weighting: Weighting,
 }
 
 /// The key of config.json that keeps it.
@@ -93,7 +94,7 @@ pub struct AnswerFlags {
 
 /// A record before the labels are known: its place, its texts, its label.
 struct Labelled {
-    line: usize,
+    place: Place,
     text: String,
     pair: Option<String>,
     label: Value,
@@ -131,6 +132,7 @@ impl Objective for TextClassification {
     const HEAD: Head = Head::SequenceClassification { labels: 0 };
     const TEXTS_LEARNT: &'static [&'static str] = &["text", "text_pair"];
     const TEXTS_ASKED: &'static [&'static str] = Self::TEXTS_LEARNT;
+    const TRAINING_FLAGS: &'static [&'static str] = &["--class-weights", "--focal-gamma"];
     const FIELDS_ANSWERED: &'static [&'static str] = &["label", "labels", "score", "scores", "logits"];
 
     type Target = Window;
@@ -169,7 +171,7 @@ impl Objective for TextClassification {
             Some(value) => serde_json::from_value(value.clone())
                 .map_err(|_| unusable!("{AGGREGATION} is {value}, expected first, mean or max"))?,
         };
-        Ok(Self { problem, labels, aggregation })
+        Ok(Self { aggregation, ..Self::new(problem, labels) })
     }
 
     fn write_config(&self, config: &mut ModelConfig) {
@@ -204,24 +206,24 @@ impl Objective for TextClassification {
         refuse_records(
             start.train,
             WRONG_LABELS,
-            wrong.map(|(i, error)| (records[i].line, error.to_string())),
+            wrong.map(|(i, error)| (records[i].place, error.to_string())),
         )?;
-        let task =
-            Self::from_labels(&labels, problem, known).with_context(|| start.train.display().to_string())?;
+        let task = Self::from_labels(&labels, problem, known).with_context(|| start.train.to_string())?;
         let asked = start.records.text_classification.windows.window_aggregation;
         let task = Self { aggregation: asked.unwrap_or_default(), ..task };
         let examples = task.encode(&records, start.train, &tokenizer, start.max_length, task.aggregation)?;
+        let task = Self { weighting: task.weighting_of(start, &examples)?, ..task };
         Ok(Learning { task, tokenizer, examples, files: Vec::new() })
     }
 
-    fn examples(&self, path: &Path, encoder: &Encoder) -> Result<Vec<Example<Window>>> {
+    fn examples(&self, files: &Files, encoder: &Encoder) -> Result<Vec<Example<Window>>> {
         let Encoder { records, tokenizer, max_length, .. } = *encoder;
         let asked = records.text_classification.windows.window_aggregation;
-        self.encode(&read(path, records)?, path, tokenizer, max_length, asked.unwrap_or(self.aggregation))
+        self.encode(&read(files, records)?, files, tokenizer, max_length, asked.unwrap_or(self.aggregation))
     }
 
-    fn look(&self, path: &Path, flags: &super::RecordFlags) -> Result<Vec<Look>> {
-        let records = read(path, flags)?;
+    fn look(&self, files: &Files, flags: &super::RecordFlags) -> Result<Vec<Look>> {
+        let records = read(files, flags)?;
         let labels: Vec<&Value> = records.iter().map(|record| &record.label).collect();
         let targets = self.targets(&labels);
         let look = |(record, target): (Labelled, Result<Wanted>)| {
@@ -229,9 +231,15 @@ impl Objective for TextClassification {
                 Wanted::Number(_) => Vec::new(),
                 wanted => self.names(&wanted),
             };
-            Ok(Look { line: record.line, texts: vec![(record.text, record.pair)], labels })
+            Ok(Look { place: record.place, texts: vec![(record.text, record.pair)], labels })
         };
         records.into_iter().zip(targets).map(look).collect()
+    }
+
+    const CLASS: Option<&'static str> = Some("label");
+
+    fn classes(labels: &[&Value], flags: &super::TrainingFlags) -> Option<Vec<String>> {
+        Self::classes_of(labels, flags.text_classification.problem_type)
     }
 
     fn has_one_label(&self) -> bool {
@@ -245,7 +253,10 @@ impl Objective for TextClassification {
     fn summary(&self) -> Option<String> {
         Some(match self.problem {
             ProblemType::Regression => "the labels are numbers: a regression".to_owned(),
-            _ => format!("labels: {}", id2label::told(&self.labels)),
+            _ => {
+                let weighting = self.weighting.told(&self.labels).map(|told| format!("; {told}"));
+                format!("labels: {}{}", id2label::told(&self.labels), weighting.unwrap_or_default())
+            }
         })
     }
 
@@ -256,6 +267,17 @@ impl Objective for TextClassification {
     /// One label's share is spread over the others: where there are none, there is nothing to spread.
     fn smooths_labels(&self) -> bool {
         self.problem == ProblemType::SingleLabelClassification
+    }
+
+    fn weights(&self, target: &Window) -> Vec<f64> {
+        match target.wanted {
+            Wanted::Class(id) => vec![self.weighting.of(id)],
+            _ => vec![1.0],
+        }
+    }
+
+    fn class_weights(&self) -> Vec<(&str, f32)> {
+        self.weighting.by_label(&self.labels)
     }
 
     fn head(&self) -> Head {
@@ -272,12 +294,16 @@ impl Objective for TextClassification {
         outputs: Vec<X>,
         examples: &[(&Encoding, &Window)],
         label_smoothing: f64,
-        of: &[usize],
+        of: &[f64],
     ) -> Result<Vec<Tensor>> {
         let outputs = tensors(outputs)?;
         let logits = outputs.first().context("the model has no output")?;
         let targets: Vec<&Wanted> = examples.iter().map(|(_, target)| &target.wanted).collect();
-        Ok(vec![(self.sum_of_losses(logits, &targets, label_smoothing)? / of[0] as f64)?])
+        let sum = match self.weighting.is_plain() {
+            true => self.sum_of_losses(logits, &targets, label_smoothing)?,
+            false => self.weighted_sum_of_losses(logits, &targets, label_smoothing)?,
+        };
+        Ok(vec![(sum / of[0])?])
     }
 
     fn metrics(&self) -> &'static [Metric] {
@@ -368,10 +394,10 @@ impl Objective for TextClassification {
 
 const WRONG_LABELS: &str = "labels that can't be used";
 
-/// Reads every record of a file.
-fn read(path: &Path, flags: &super::RecordFlags) -> Result<Vec<Labelled>> {
+/// Reads every record.
+fn read(files: &Files, flags: &super::RecordFlags) -> Result<Vec<Labelled>> {
     let (how, columns) = TextClassification::reading(flags);
-    records::read_examples(path, &how, |row| {
+    records::read_examples(files, &how, |row| {
         let (text, pair) = TextColumns::read(&columns, &row)?;
         let label = match (row.value(&columns, "label")?, row.exact.get(columns.of("label"))) {
             (Value::String(name), _) if name.trim().is_empty() => {
@@ -385,14 +411,14 @@ fn read(path: &Path, flags: &super::RecordFlags) -> Result<Vec<Labelled>> {
             }
             (label, _) => label.clone(),
         };
-        Ok(Labelled { line: row.line, text, pair, label })
+        Ok(Labelled { place: row.place(), text, pair, label })
     })
 }
 
 impl TextClassification {
     /// Of texts whose beginning is read.
     pub fn new(problem: ProblemType, labels: Vec<String>) -> Self {
-        Self { problem, labels, aggregation: Aggregation::First }
+        Self { problem, labels, aggregation: Aggregation::First, weighting: Weighting::default() }
     }
 
     /// What a text is labelled with, as it is written.
@@ -412,7 +438,7 @@ impl TextClassification {
     fn encode(
         &self,
         records: &[Labelled],
-        path: &Path,
+        files: &Files,
         tokenizer: &Tokenizer,
         max_length: usize,
         aggregation: Aggregation,
@@ -422,29 +448,32 @@ impl TextClassification {
         for (record, target) in records.iter().zip(self.targets(&labels)) {
             match target {
                 Ok(target) => targets.push(target),
-                Err(error) => wrong.push((record.line, error.to_string())),
+                Err(error) => wrong.push((record.place, error.to_string())),
             }
         }
-        refuse_records(path, WRONG_LABELS, wrong)?;
-        let texts: Vec<(&str, Option<&str>)> =
-            records.iter().map(|record| (record.text.as_str(), record.pair.as_deref())).collect();
-        let windows =
-            |(text, pair): &(&str, Option<&str>)| aggregation.windows(tokenizer, text, *pair, max_length);
-        let windows: Vec<Result<Vec<Encoding>>> = texts.par_iter().map(windows).collect();
-        let of_records = windows
-            .into_iter()
-            .zip(records)
-            .map(|(windows, record)| windows.with_context(|| format!("{}:{}", path.display(), record.line)));
-        let windows = of_records.collect::<Result<Vec<_>>>()?;
-        let is_empty = |windows: &[Encoding]| windows.iter().any(Encoding::is_empty);
-        let empty = records.iter().zip(&windows).filter(|(_, windows)| is_empty(windows));
-        let empty = empty.map(|(record, _)| (record.line, "the text is empty".to_owned()));
-        refuse_records(path, "texts without tokens", empty)?;
-        let of_text = |(text, (windows, wanted)): (usize, (Vec<Encoding>, Wanted))| {
-            let target = Window { wanted, text, aggregation };
-            windows.into_iter().map(move |encoding| Example { encoding, target: target.clone() })
+        refuse_records(files, WRONG_LABELS, wrong)?;
+        let windows = |record: &Labelled| {
+            aggregation.windows(tokenizer, &record.text, record.pair.as_deref(), max_length)
         };
-        Ok(windows.into_iter().zip(targets).enumerate().flat_map(of_text).collect())
+        let (mut examples, mut empty, mut targets) = (Vec::new(), Vec::new(), targets.into_iter());
+        let of = format!("{} {aggregation:?} {max_length}", Self::NAME);
+        let own = |record: &Labelled, key: &mut Key| {
+            key.add(Some(&record.text));
+            key.add(record.pair.as_deref());
+        };
+        tokenizer.in_order(&of, records, own, windows, |text, windows| {
+            let windows = windows.with_context(|| files.at(records[text].place))?;
+            if windows.iter().any(Encoding::is_empty) {
+                empty.push((records[text].place, "the text is empty".to_owned()));
+            }
+            let wanted = targets.next().context("a record has no target")?;
+            let target = Window { wanted, text, aggregation };
+            let example = |encoding| Example { encoding, target: target.clone() };
+            examples.extend(windows.into_iter().map(example));
+            Ok(())
+        })?;
+        refuse_records(files, "texts without tokens", empty)?;
+        Ok(examples)
     }
 
     /// The logits of each text, from those of its windows.
@@ -484,13 +513,61 @@ impl TextClassification {
                 (log_p * wanted)?.sum_all()?.neg()?
             }
             ProblemType::MultiLabelClassification => {
-                // max(x, 0) − x·y + log(1 + e^−|x|), which does not overflow
-                let soft = ((logits.abs()?.neg()?.exp()? + 1.0)?.log()? + logits.relu()?)?;
-                ((soft - (logits * wanted)?)?.sum_all()? / width as f64)?
+                // −y · log σ(x) − (1 − y) · log(1 − σ(x))
+                ((softplus(logits)? - (logits * wanted)?)?.sum_all()? / width as f64)?
             }
             ProblemType::Regression => (logits - wanted)?.sqr()?.sum_all()?,
         };
         Ok(loss.to_dtype(DType::F32)?)
+    }
+
+    /// The same where labels have weights, or what is known well counts less.
+    fn weighted_sum_of_losses(&self, logits: &Tensor, targets: &[&Wanted], smoothing: f64) -> Result<Tensor> {
+        if self.problem == ProblemType::SingleLabelClassification {
+            let class = |target: &&Wanted| match target {
+                Wanted::Class(id) => Some(*id),
+                _ => None,
+            };
+            let classes: Vec<Option<u32>> = targets.iter().map(class).collect();
+            return self.weighting.of_rows(logits, &classes, smoothing);
+        }
+        let wanted = Tensor::from_vec(self.matrix(targets, 0.0), logits.shape(), logits.device())?;
+        self.weighting.of_labels(logits, &wanted)
+    }
+
+    /// How much the examples to learn from count, as the flags ask for it.
+    ///
+    /// # Errors
+    /// Unusable: a regression, which has no labels; or as [`Weighting::new`].
+    fn weighting_of(&self, start: &Start, examples: &[Example<Window>]) -> Result<Weighting> {
+        let flags = &start.training.shared;
+        if self.problem == ProblemType::Regression {
+            for (flag, given) in [
+                ("--class-weights", flags.class_weights.is_some()),
+                ("--focal-gamma", flags.focal_gamma.is_some()),
+            ] {
+                if given {
+                    bail_unusable!("{flag} is for labels, and these are numbers: a regression");
+                }
+            }
+            return Ok(Weighting::default());
+        }
+        Weighting::new(flags, &self.labels, || {
+            let mut counts = vec![0; self.labels.len()];
+            for example in examples {
+                match &example.target.wanted {
+                    Wanted::Class(id) => counts[*id as usize] += 1,
+                    Wanted::Classes(ids) => ids.iter().for_each(|&id| counts[id as usize] += 1),
+                    Wanted::Number(_) => {}
+                }
+            }
+            match self.problem {
+                ProblemType::MultiLabelClassification => {
+                    weighting::balanced_of_several(&counts, examples.len())
+                }
+                _ => weighting::balanced(&counts),
+            }
+        })
     }
 
     /// Targets as a matrix, (B, labels).

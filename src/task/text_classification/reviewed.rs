@@ -13,7 +13,7 @@ impl TextClassification {
     /// # Errors
     /// The records are others than those that were predicted.
     pub(super) fn reviewed(&self, texts: &[(Vec<f32>, &Window)], of: Source) -> Result<Review> {
-        let records = read(of.path, of.records)?;
+        let records = read(of.files, of.records)?;
         let (mut review, mut wrong) = (self.counted(texts), Vec::new());
         for (logits, target) in texts {
             let predicted = self.predicted(logits);
@@ -31,7 +31,8 @@ impl TextClassification {
             if is_wrong {
                 let record = records.get(target.text).context("the records have changed")?;
                 wrong.push(Wrong {
-                    line: record.line,
+                    file: of.file(record.place),
+                    line: record.place.line,
                     text: record.text.clone(),
                     pair: record.pair.clone(),
                     wanted: self.names(&target.wanted).join(", "),

@@ -22,11 +22,7 @@ fn targets(task: &TextClassification, labels: Value) -> Vec<Result<Wanted, Strin
 }
 
 fn task(problem: ProblemType, labels: &[&str]) -> TextClassification {
-    TextClassification {
-        problem,
-        labels: labels.iter().map(|&name| name.to_owned()).collect(),
-        aggregation: Aggregation::First,
-    }
+    TextClassification::new(problem, labels.iter().map(|&name| name.to_owned()).collect())
 }
 
 #[test]
@@ -208,11 +204,7 @@ fn what_is_measured_is_what_is_served() {
 #[test]
 fn what_is_written_reads_back() {
     for problem in [ProblemType::SingleLabelClassification, ProblemType::MultiLabelClassification] {
-        let task = TextClassification {
-            aggregation: Aggregation::First,
-            problem,
-            labels: vec!["b".to_owned(), "a".to_owned()],
-        };
+        let task = TextClassification::new(problem, vec!["b".to_owned(), "a".to_owned()]);
         let mut config = config(json!({}));
         task.write_config(&mut config);
         assert_eq!(TextClassification::from_config(&config).unwrap(), task);
@@ -229,8 +221,7 @@ fn one_label_without_a_problem_type_is_a_regression_as_in_transformers() {
 #[test]
 fn predictions_say_what_the_problem_asks_for() {
     let labels = vec!["a".to_owned(), "b".to_owned()];
-    let task =
-        |problem| TextClassification { aggregation: Aggregation::First, problem, labels: labels.clone() };
+    let task = |problem| TextClassification::new(problem, labels.clone());
     let single = task(ProblemType::SingleLabelClassification).prediction(&[0.0, 3.0f32.ln()], true);
     assert_eq!((&single["label"], &single["logits"][0]), (&json!("b"), &json!(0.0)));
     assert!((single["score"].as_f64().unwrap() - 0.75).abs() < 1e-6);

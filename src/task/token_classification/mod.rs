@@ -14,7 +14,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Context;
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -25,23 +25,27 @@ use super::flags::refuse_records;
 use super::id2label::{self, default_names};
 use super::review::{Review, Source};
 use super::scores::{argmax, cross_entropy};
+use super::weighting::{self, Weighting};
 use super::{
     Answer, Asking, Beside, Dim, Encoder, Example, Form, Learning, Look, Measured, Metric, Metrics,
     Objective, Output, Outputs, Start,
 };
 use crate::data::batch::Encoding;
-use crate::data::records::{self, BadRow, Columns, Format, How, Row, TagColumn};
+use crate::data::cache::Key;
+use crate::data::records::{self, BadRow, Columns, Files, Format, How, Place, Row, TagColumn};
 use crate::data::tokens::Tokenizer;
 use crate::eager::{Eager, Forward, X};
 use crate::model::{Head, ModelConfig};
 use crate::{Result, bail_unusable, unusable};
 
 /// The labels of words, and how they mark entities.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct TokenClassification {
     /// In the order of `id2label`.
     pub labels: Vec<String>,
     pub scheme: Scheme,
+    /// How much words count in the loss that is learnt.
+    pub weighting: Weighting,
 }
 
 /// The key of config.json that keeps the scheme, which labels alone do not always tell.
@@ -84,8 +88,8 @@ pub struct TrainingFlags {
 /// Words and what their tags are.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sentence {
-    /// The line of the file where it begins.
-    pub line: usize,
+    /// Where it begins.
+    pub place: Place,
     /// The line of each word, where each stands on one of its own.
     pub lines: Vec<usize>,
     pub tokens: Vec<String>,
@@ -95,15 +99,14 @@ pub struct Sentence {
 impl Sentence {
     /// The tags, and the lines that they stand on.
     fn tagged(&self) -> Tagged<'_> {
-        let lines = if self.lines.is_empty() { std::slice::from_ref(&self.line) } else { &self.lines };
-        Tagged { tags: &self.tags, lines }
+        Tagged { tags: &self.tags, place: self.place, lines: &self.lines }
     }
 }
 
 /// What a window of a sentence ought to give.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Tags {
-    /// Which of the file's sentences it is of.
+    /// Which of the sentences it is of.
     pub sentence: usize,
     /// The label ids of all words of the sentence.
     pub gold: Arc<[u32]>,
@@ -127,6 +130,7 @@ impl Objective for TokenClassification {
     const TEXTS_LEARNT: &'static [&'static str] = &[];
     const TEXTS_ASKED: &'static [&'static str] = &["text"];
     const FIELDS_ANSWERED: &'static [&'static str] = &["entities", "tags"];
+    const TRAINING_FLAGS: &'static [&'static str] = &["--class-weights", "--focal-gamma"];
     const ANSWER_FLAGS: &'static [&'static str] = &["--offset-unit"];
 
     type Target = Tags;
@@ -146,7 +150,7 @@ impl Objective for TokenClassification {
             Some(name) => serde_json::from_value(name.clone())
                 .map_err(|_| unusable!("{SCHEME} is {name}, expected iob1, iob2, bioes, io or none"))?,
         };
-        Ok(Self { labels, scheme })
+        Ok(Self { labels, scheme, weighting: Weighting::default() })
     }
 
     fn write_config(&self, config: &mut ModelConfig) {
@@ -181,23 +185,31 @@ impl Objective for TokenClassification {
             task.examples_of(&sentences, start.train, &tokenizer, start.max_length, all_pieces)?;
         examples.retain(|example| example.target.count() > 0);
         if examples.is_empty() {
-            bail_unusable!("{}: no word has a token that could be learnt", start.train.display());
+            bail_unusable!("{}: no word has a token that could be learnt", start.train);
         }
+        let weighting = Weighting::new(&start.training.shared, &task.labels, || {
+            let mut counts = vec![0; task.labels.len()];
+            for Tags { words, gold, .. } in examples.iter().map(|example| &example.target) {
+                words.iter().for_each(|&(_, word)| counts[gold[word] as usize] += 1);
+            }
+            weighting::balanced(&counts)
+        })?;
+        let task = Self { weighting, ..task };
         Ok(Learning { task, tokenizer, examples, files: Vec::new() })
     }
 
-    fn examples(&self, path: &Path, encoder: &Encoder) -> Result<Vec<Example<Tags>>> {
+    fn examples(&self, files: &Files, encoder: &Encoder) -> Result<Vec<Example<Tags>>> {
         let Encoder { records, tokenizer, max_length, .. } = *encoder;
         let all_pieces = records.token_classification.label_all_pieces;
-        self.examples_of(&read(path, records)?, path, tokenizer, max_length, all_pieces)
+        self.examples_of(&read(files, records)?, files, tokenizer, max_length, all_pieces)
     }
 
-    fn look(&self, path: &Path, flags: &super::RecordFlags) -> Result<Vec<Look>> {
+    fn look(&self, files: &Files, flags: &super::RecordFlags) -> Result<Vec<Look>> {
         let look = |sentence: Sentence| {
             let texts = vec![(sentence.tokens.join(" "), None)];
-            Look { line: sentence.line, texts, labels: sentence.tags }
+            Look { place: sentence.place, texts, labels: sentence.tags }
         };
-        Ok(read(path, flags)?.into_iter().map(look).collect())
+        Ok(read(files, flags)?.into_iter().map(look).collect())
     }
 
     fn beside(&self, target: &Tags, _: &Tokenizer) -> Beside {
@@ -206,7 +218,9 @@ impl Objective for TokenClassification {
     }
 
     fn summary(&self) -> Option<String> {
-        Some(format!("tags ({}): {}", self.scheme.name(), id2label::told(&self.labels)))
+        let weighting = self.weighting.told(&self.labels).map(|told| format!("; {told}"));
+        let labels = id2label::told(&self.labels);
+        Some(format!("tags ({}): {labels}{}", self.scheme.name(), weighting.unwrap_or_default()))
     }
 
     fn keeps(&self, base: &Self) -> bool {
@@ -215,6 +229,14 @@ impl Objective for TokenClassification {
 
     fn losses(target: &Tags) -> Vec<usize> {
         vec![target.count()]
+    }
+
+    fn weights(&self, target: &Tags) -> Vec<f64> {
+        vec![target.wanted.iter().flatten().map(|&id| self.weighting.of(id)).sum()]
+    }
+
+    fn class_weights(&self) -> Vec<(&str, f32)> {
+        self.weighting.by_label(&self.labels)
     }
 
     fn head(&self) -> Head {
@@ -231,11 +253,15 @@ impl Objective for TokenClassification {
         outputs: Vec<X>,
         examples: &[(&Encoding, &Tags)],
         label_smoothing: f64,
-        of: &[usize],
+        of: &[f64],
     ) -> Result<Vec<Tensor>> {
         let wanted: Vec<Option<u32>> =
             examples.iter().flat_map(|(_, tags)| tags.wanted.iter().copied()).collect();
         let scores = outputs.first().context("the model has no output")?;
+        if !self.weighting.is_plain() {
+            let scores = scores.tensor()?.to_dtype(DType::F32)?;
+            return Ok(vec![(self.weighting.of_rows(&scores, &wanted, label_smoothing)? / of[0])?]);
+        }
         Ok(vec![eager.cross_entropy(scores, &wanted, label_smoothing as f32, 1.0 / of[0] as f32)?])
     }
 
@@ -282,14 +308,14 @@ impl Objective for TokenClassification {
     }
 }
 
-/// Reads every sentence of a file.
+/// Reads every sentence.
 ///
 /// # Errors
 /// Unusable: the file can't be read, has no sentences, or has some without words or without a tag a word; the first of
 /// them are listed with file and line.
-fn read(path: &Path, flags: &super::RecordFlags) -> Result<Vec<Sentence>> {
+fn read(files: &Files, flags: &super::RecordFlags) -> Result<Vec<Sentence>> {
     let (how, columns) = TokenClassification::reading(flags);
-    records::read_examples(path, &how, |row| {
+    records::read_examples(files, &how, |row| {
         let tokens = row.words(&columns, "tokens")?;
         let tags = row.labels(&columns, "tags")?;
         if tokens.is_empty() {
@@ -302,7 +328,7 @@ fn read(path: &Path, flags: &super::RecordFlags) -> Result<Vec<Sentence>> {
                 tags.len()
             )));
         }
-        Ok(Sentence { line: row.line, lines: row.lines, tokens, tags })
+        Ok(Sentence { place: row.place(), lines: row.lines, tokens, tags })
     })
 }
 
@@ -393,13 +419,13 @@ impl TokenClassification {
     /// Unusable: tags that fit no scheme, with the tag and its line; fewer than two different ones.
     fn of_sentences(
         sentences: &[Sentence],
-        path: &Path,
+        files: &Files,
         asked: Option<TagScheme>,
         config: &ModelConfig,
     ) -> Result<Self> {
-        let place = || path.display().to_string();
+        let place = || files.to_string();
         let tagged = sentences.iter().map(Sentence::tagged);
-        let scheme = asked.unwrap_or(TagScheme::Auto).resolve(tagged).with_context(place)?;
+        let scheme = asked.unwrap_or(TagScheme::Auto).resolve(tagged, files).with_context(place)?;
         let base = match config.has(Head::TokenClassification { labels: 0 }) {
             true => {
                 id2label::read(config).context("config.json of the model to start from")?.unwrap_or_default()
@@ -409,14 +435,18 @@ impl TokenClassification {
         let tags = || sentences.iter().flat_map(|sentence| &sentence.tags).map(String::as_str);
         if asked.is_none() && !base.is_empty() {
             // ids of the base's labels
-            let known =
-                Self { scheme: Scheme::of_labels(base.iter().map(String::as_str)), labels: base.clone() };
+            let known = Self {
+                scheme: Scheme::of_labels(base.iter().map(String::as_str)),
+                labels: base.clone(),
+                weighting: Weighting::default(),
+            };
             let ids = known.ids();
             if tags().all(|tag| ids.contains_key(tag) && tag.parse::<u32>().is_ok()) {
                 return Ok(known);
             }
         }
-        Ok(Self { labels: labels::labels(tags(), base).with_context(place)?, scheme })
+        let labels = labels::labels(tags(), base).with_context(place)?;
+        Ok(Self { labels, scheme, weighting: Weighting::default() })
     }
 
     /// The ids of tags: by name; by number as well, where no label is an integer itself.
@@ -437,7 +467,7 @@ impl TokenClassification {
     fn examples_of(
         &self,
         sentences: &[Sentence],
-        path: &Path,
+        files: &Files,
         tokenizer: &Tokenizer,
         max_length: usize,
         all_pieces: bool,
@@ -445,18 +475,30 @@ impl TokenClassification {
         let ids = self.ids();
         let unknown = sentences.iter().filter_map(|sentence| {
             let at = sentence.tags.iter().position(|tag| !ids.contains_key(tag))?;
-            let (tag, line) = (&sentence.tags[at], sentence.tagged().line(at));
-            Some((line, format!("tag \"{tag}\" is not one of the model's: {}", id2label::told(&self.labels))))
+            let (tag, place) = (&sentence.tags[at], sentence.tagged().place(at));
+            Some((
+                place,
+                format!("tag \"{tag}\" is not one of the model's: {}", id2label::told(&self.labels)),
+            ))
         });
-        refuse_records(path, "tags that can't be used", unknown)?;
+        refuse_records(files, "tags that can't be used", unknown)?;
         let inside = labels::inside(&self.labels);
+        let windows = |sentence: &Sentence| {
+            let pieces =
+                tokenizer.pieces_of_words(&sentence.tokens).with_context(|| files.at(sentence.place))?;
+            let windows = Windowed::of(&pieces, |at| pieces.words[at], tokenizer, max_length)?;
+            anyhow::Ok((pieces, windows))
+        };
         let mut examples = Vec::new();
-        for (i, sentence) in sentences.iter().enumerate() {
-            let gold: Arc<[u32]> = sentence.tags.iter().map(|tag| ids[tag]).collect();
-            let pieces = tokenizer
-                .pieces_of_words(&sentence.tokens)
-                .with_context(|| format!("{}:{}", path.display(), sentence.line))?;
-            for window in Windowed::of(&pieces, |at| pieces.words[at], tokenizer, max_length)? {
+        let of = format!("{} {max_length}", Self::NAME);
+        let own = |sentence: &Sentence, key: &mut Key| {
+            sentence.tokens.iter().for_each(|token| key.add(Some(token)));
+            key.add(None);
+        };
+        tokenizer.in_order(&of, sentences, own, windows, |i, windowed| {
+            let (pieces, windows) = windowed?;
+            let gold: Arc<[u32]> = sentences[i].tags.iter().map(|tag| ids[tag]).collect();
+            for window in windows {
                 let (mut wanted, mut words) = (vec![None; window.encoding.len()], Vec::new());
                 for (token, at) in window.predicts() {
                     let word = pieces.words[at];
@@ -470,7 +512,8 @@ impl TokenClassification {
                 let target = Tags { sentence: i, gold: gold.clone(), wanted, words };
                 examples.push(Example { encoding: window.encoding, target });
             }
-        }
+            Ok(())
+        })?;
         Ok(examples)
     }
 }

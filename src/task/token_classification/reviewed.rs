@@ -16,7 +16,7 @@ impl TokenClassification {
     /// # Errors
     /// The records are others than those that were predicted.
     pub(super) fn reviewed(&self, sentences: &BTreeMap<usize, Predicted>, of: Source) -> Result<Review> {
-        let records = read(of.path, of.records)?;
+        let records = read(of.files, of.records)?;
         let mut counts: BTreeMap<String, [usize; 3]> = BTreeMap::new();
         let mut wrong = Vec::new();
         for (&at, predicted) in sentences {
@@ -38,7 +38,8 @@ impl TokenClassification {
             };
             if gold != found {
                 wrong.push(Wrong {
-                    line: record.line,
+                    file: of.file(record.place),
+                    line: record.place.line,
                     text: record.tokens.join(" "),
                     wanted: shown(&gold, record),
                     found: shown(&found, record),

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::data::records::{Files, Place};
 use crate::{Result, bail_unusable};
 
 /// The tag of a word outside every entity.
@@ -43,27 +44,30 @@ pub enum TagScheme {
 #[derive(Clone, Copy, Debug)]
 pub struct Tagged<'a> {
     pub tags: &'a [String],
-    /// The line of each tag, or one line for all of them.
+    pub place: Place,
+    /// The line of each tag, where each stands on one of its own.
     pub lines: &'a [usize],
 }
 
 impl Tagged<'_> {
     /// Where the tag of this index stands.
-    pub fn line(&self, index: usize) -> usize {
-        self.lines.get(index).or(self.lines.first()).copied().unwrap_or(0)
+    pub fn place(&self, index: usize) -> Place {
+        Place { line: self.lines.get(index).copied().unwrap_or(self.place.line), ..self.place }
     }
 }
 
-/// A tag and the line where it was first met.
+/// A tag and where it was first met.
 #[derive(Clone, Debug)]
 struct Met {
     tag: String,
-    line: usize,
+    place: Place,
+    /// The place, in words.
+    line: String,
 }
 
 impl std::fmt::Display for Met {
     fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
-        write!(f, "{:?} (line {})", self.tag, self.line)
+        write!(f, "{:?} ({})", self.tag, self.line)
     }
 }
 
@@ -102,8 +106,12 @@ impl TagScheme {
     ///
     /// # Errors
     /// Unusable: tags that are in no scheme, or not in the one that was asked for, with the tag and its line.
-    pub fn resolve<'a>(self, sentences: impl IntoIterator<Item = Tagged<'a>>) -> Result<Scheme> {
-        let evidence = Evidence::of(sentences);
+    pub fn resolve<'a>(
+        self,
+        sentences: impl IntoIterator<Item = Tagged<'a>>,
+        files: &Files,
+    ) -> Result<Scheme> {
+        let evidence = Evidence::of(sentences, files);
         let scheme = match self {
             Self::Auto => return evidence.scheme(),
             Self::Iob1 => Scheme::Iob1,
@@ -118,12 +126,13 @@ impl TagScheme {
 }
 
 impl Evidence {
-    fn of<'a>(sentences: impl IntoIterator<Item = Tagged<'a>>) -> Self {
+    fn of<'a>(sentences: impl IntoIterator<Item = Tagged<'a>>, files: &Files) -> Self {
         let mut seen = Self::default();
         for sentence in sentences {
             let mut before = None;
             for (i, tag) in sentence.tags.iter().enumerate() {
-                let met = || Met { tag: tag.clone(), line: sentence.line(i) };
+                let place = sentence.place(i);
+                let met = || Met { tag: tag.clone(), place, line: files.line(place) };
                 let parts = split(tag);
                 match parts {
                     Some((prefix, kind)) => {
@@ -162,7 +171,7 @@ impl Evidence {
                  rewrite the tags, or take them as plain classes with --tag-scheme none"
             );
         }
-        let Some(prefixed) = self.prefixes.values().min_by_key(|met| met.line) else {
+        let Some(prefixed) = self.prefixes.values().min_by_key(|met| met.place) else {
             return Ok(Scheme::None);
         };
         if let Some(met) = &self.other {
@@ -205,11 +214,12 @@ impl Evidence {
         };
         let first_stray = |set: &str| {
             let strays = self.prefixes.iter().filter(|(prefix, _)| !set.contains(**prefix));
-            strays.map(|(_, met)| met).min_by_key(|met| met.line)
+            strays.map(|(_, met)| met).min_by_key(|met| met.place)
         };
         // the set that holds the longest
         let strays = allowed.iter().map(|set| (set, first_stray(set)));
-        let nearest = strays.max_by_key(|(_, stray)| stray.map_or(usize::MAX, |met| met.line));
+        let nearest =
+            strays.max_by_key(|(_, stray)| stray.map_or((true, Place::default()), |met| (false, met.place)));
         if let Some((set, Some(met))) = nearest {
             let prefixes: Vec<_> = set.chars().map(|prefix| format!("{prefix}-")).collect();
             bail_unusable!(
@@ -220,7 +230,7 @@ impl Evidence {
         }
         if scheme == Scheme::Bioes
             && !self.prefixes.keys().any(|prefix| "BSU".contains(*prefix))
-            && let Some(met) = self.prefixes.values().min_by_key(|met| met.line)
+            && let Some(met) = self.prefixes.values().min_by_key(|met| met.place)
         {
             bail_unusable!("the tag {met} is in no scheme that tk knows: nothing begins with B-, S- or U-");
         }
@@ -269,6 +279,8 @@ impl Scheme {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     fn resolve(scheme: TagScheme, sentences: &[&str]) -> Result<Scheme, String> {
@@ -282,8 +294,9 @@ mod tests {
                 (tags, lines)
             })
             .collect();
-        let tagged = sentences.iter().map(|(tags, lines)| Tagged { tags, lines });
-        scheme.resolve(tagged).map_err(|error| error.to_string())
+        let place = Place::default();
+        let tagged = sentences.iter().map(|(tags, lines)| Tagged { tags, place, lines });
+        scheme.resolve(tagged, &Path::new("x").into()).map_err(|error| error.to_string())
     }
 
     fn auto(sentences: &[&str]) -> Scheme {
@@ -351,9 +364,10 @@ mod tests {
         #[test]
         fn no_tag_breaks_it(tags in proptest::collection::vec("\\PC{0,4}", 0..6), short in proptest::collection::vec("[BIESLUMO]?[-_]?[A-Zé]?", 0..6)) {
             for tags in [tags, short] {
-                let tagged = Tagged { tags: &tags, lines: &[] };
-                if let Ok(scheme) = TagScheme::Auto.resolve([tagged]) {
-                    proptest::prop_assert!(TagScheme::from(scheme).resolve([tagged]).is_ok());
+                let files = Path::new("x").into();
+                let tagged = Tagged { tags: &tags, place: Place::default(), lines: &[] };
+                if let Ok(scheme) = TagScheme::Auto.resolve([tagged], &files) {
+                    proptest::prop_assert!(TagScheme::from(scheme).resolve([tagged], &files).is_ok());
                     super::super::entities::strict(&tags, scheme);
                 }
                 super::super::entities::lenient(&tags);

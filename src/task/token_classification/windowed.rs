@@ -2,12 +2,15 @@
 
 use std::ops::Range;
 
+use serde::{Deserialize, Serialize};
+
 use crate::Result;
 use crate::data::batch::Encoding;
 use crate::data::tokens::{Pieces, Tokenizer};
 use crate::data::windows::{SHARED, windows};
 
 /// A window of a text, between the tokens that the tokenizer puts around it.
+#[derive(Serialize, Deserialize)]
 pub(super) struct Windowed {
     pub encoding: Encoding,
     /// The first of the text's tokens in it, and the tokens in front of that.

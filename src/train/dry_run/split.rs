@@ -1,7 +1,7 @@
-//! A file of records → what there is in it.
+//! Files of records → what there is in it.
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use super::twins::Twins;
 use crate::Result;
-use crate::data::records::{self, Source};
+use crate::data::records::{self, Files, Place, Source};
 use crate::data::tokens::Tokenizer;
 use crate::task::{Example, Look, RecordFlags, Task};
 use crate::train::plan::shuffle;
@@ -21,14 +21,19 @@ const SAMPLE: usize = 20_000;
 /// Letters and digits that a text has at least.
 const LEAST_LETTERS: usize = 3;
 
-/// What there is in a file of records.
+/// What there is in files of records.
 #[derive(Clone, Debug, Serialize)]
 pub struct Split {
     /// `training` or `evaluation`.
     #[serde(skip)]
     pub name: &'static str,
-    pub path: PathBuf,
+    /// The file, or the first one and how many others there are.
+    pub path: String,
+    pub files: Vec<PathBuf>,
     pub records: usize,
+    /// How many the files have, where some were drawn of them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub drawn_from: Option<usize>,
     /// Each column of the first record, and what it is read as, where it is read.
     pub columns: Vec<(String, Option<&'static str>)>,
     /// Each label and how many there are of it, from the most frequent.
@@ -57,7 +62,7 @@ pub struct Lengths {
     pub above_maximum: usize,
 }
 
-/// What a file's records are read with.
+/// What records are read with.
 #[derive(Clone, Copy)]
 pub struct Reader<'a> {
     pub task: &'a Task,
@@ -68,13 +73,13 @@ pub struct Reader<'a> {
 }
 
 impl Split {
-    /// Describes a file, of which these are the records and the examples.
+    /// Describes files, of which these are the records and the examples.
     ///
     /// # Errors
     /// Unusable: it can't be read.
     pub fn new(
         name: &'static str,
-        path: &Path,
+        files: &Files,
         looks: &[Look],
         examples: &[Example],
         duplicates: Twins,
@@ -89,9 +94,11 @@ impl Split {
         labels.sort_by(|(a, x), (b, y)| y.cmp(x).then(a.cmp(b)));
         Ok(Self {
             name,
-            path: path.to_owned(),
+            path: files.to_string(),
+            files: files.paths().to_vec(),
             records: looks.len(),
-            columns: columns(path, reader)?,
+            drawn_from: files.drawn_from(),
+            columns: columns(files, reader)?,
             labels,
             short_texts: looks.iter().filter(|look| letters(look) < LEAST_LETTERS).count(),
             duplicates,
@@ -99,6 +106,14 @@ impl Split {
             cut: examples.iter().filter(|example| example.is_cut()).count(),
             lengths: Lengths::of(looks, reader)?,
         })
+    }
+
+    /// A place of one of its records, in words.
+    pub fn line(&self, place: Place) -> String {
+        match &self.files[..] {
+            [_] => format!("line {}", place.line),
+            files => format!("line {} of {}", place.line, files[place.file].display()),
+        }
     }
 
     /// The share of the most frequent label.
@@ -155,10 +170,16 @@ fn letters(look: &Look) -> usize {
     texts.flat_map(|text| text.chars()).filter(|c| c.is_alphanumeric()).take(LEAST_LETTERS).count()
 }
 
-/// The columns of a file's first record, with what each is read as.
-fn columns(path: &Path, reader: &Reader) -> Result<Vec<(String, Option<&'static str>)>> {
+/// The columns of the first record, with what each is read as.
+fn columns(files: &Files, reader: &Reader) -> Result<Vec<(String, Option<&'static str>)>> {
     let (how, columns) = reader.task.reading(reader.records);
-    let first = records::read(&Source::Path(path.to_owned()), &how)?.find_map(|row| row.ok()?.ok());
+    let mut first = None;
+    for path in files.paths() {
+        first = records::read(&Source::Path(path.to_owned()), &how)?.find_map(|row| row.ok()?.ok());
+        if first.is_some() {
+            break;
+        }
+    }
     let names = first.into_iter().flat_map(|row| row.fields.into_iter().map(|(name, _)| name));
     let read_as = |name: &str| columns.all().find(|(_, column)| *column == name).map(|(wanted, _)| wanted);
     Ok(names.map(|name| (name.clone(), read_as(&name))).collect())

@@ -10,6 +10,8 @@ use crate::say::listed;
 
 /// Labels of a split that are listed.
 const LISTED: usize = 12;
+/// Files of a split that are listed.
+const FILES: usize = 4;
 /// Tokens of an example that are shown.
 const TOKENS: usize = 40;
 
@@ -75,6 +77,15 @@ impl DryRun {
                 group.weight_decay
             )?;
         }
+        if !plan.class_weights.is_empty() {
+            let weights: Vec<String> =
+                plan.class_weights.iter().map(|(name, weight)| format!("{name} {weight:.4}")).collect();
+            writeln!(
+                out,
+                "            class weights: {}",
+                listed(weights.iter().map(String::as_str), LISTED)
+            )?;
+        }
         let memory = match estimate.peak_rss_bytes {
             0 => String::new(), // the system does not tell
             bytes => format!("; {:.2} GB of memory", bytes as f64 / 1e9),
@@ -105,7 +116,15 @@ impl DryRun {
 impl Split {
     fn write(&self, max_length: usize, out: &mut String) -> std::fmt::Result {
         let Self { lengths, .. } = self;
-        writeln!(out, "{:12}{}: {} records", self.name, self.path.display(), grouped(self.records))?;
+        let place = match &self.files[..] {
+            [_] => self.path.clone(),
+            files => {
+                let names: Vec<String> = files.iter().map(|file| file.display().to_string()).collect();
+                format!("{} files ({})", files.len(), listed(names.iter().map(String::as_str), FILES))
+            }
+        };
+        let drawn = self.drawn_from.map(|all| format!(", drawn from {}", grouped(all))).unwrap_or_default();
+        writeln!(out, "{:12}{place}: {} records{drawn}", self.name, grouped(self.records))?;
         let (mut read, mut not) = (Vec::new(), Vec::new());
         for (column, read_as) in &self.columns {
             match read_as {

@@ -3,8 +3,9 @@
 use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
+use crate::data::records::Place;
 use crate::task::Look;
 
 /// Records with the texts of another one.
@@ -17,7 +18,8 @@ pub struct Twins {
     /// Of both, those that have other labels.
     pub labelled_otherwise: usize,
     /// The lines of the first of them and of the record that it is like.
-    pub first: Option<(usize, usize)>,
+    #[serde(serialize_with = "lines")]
+    pub first: Option<(Place, Place)>,
 }
 
 impl Twins {
@@ -30,8 +32,12 @@ impl Twins {
     fn count(&mut self, record: &Look, twin: &Look, exact: bool) {
         *(if exact { &mut self.exact } else { &mut self.alike }) += 1;
         self.labelled_otherwise += usize::from(record.labels != twin.labels);
-        self.first.get_or_insert((record.line, twin.line));
+        self.first.get_or_insert((record.place, twin.place));
     }
+}
+
+fn lines<S: Serializer>(first: &Option<(Place, Place)>, serializer: S) -> Result<S::Ok, S::Error> {
+    first.map(|(record, twin)| (record.line, twin.line)).serialize(serializer)
 }
 
 /// Records by what they say.
@@ -42,34 +48,34 @@ pub struct Known<'a> {
 }
 
 impl<'a> Known<'a> {
-    /// A file's records, and those of them that say what an earlier one says.
+    /// Records, and those of them that say what an earlier one says.
     pub fn of(records: &'a [Look]) -> (Self, Twins) {
         let (mut known, mut twins) = (Self::default(), Twins::default());
         for record in records {
             let (exact, alike) = hashes(record);
-            match (known.exact.get(&exact), known.alike.get(&alike)) {
-                (Some(twin), _) => twins.count(record, twin, true),
-                (None, Some(twin)) => twins.count(record, twin, false),
-                (None, None) => {}
-            }
+            known.look_up(record, (exact, alike), &mut twins);
             known.exact.entry(exact).or_insert(record);
             known.alike.entry(alike).or_insert(record);
         }
         (known, twins)
     }
 
-    /// Those of another file's records that say what one of these says.
+    /// Those of other files' records that say what one of these says.
     pub fn shared_with(&self, records: &[Look]) -> Twins {
         let mut twins = Twins::default();
         for record in records {
-            let (exact, alike) = hashes(record);
-            match (self.exact.get(&exact), self.alike.get(&alike)) {
-                (Some(twin), _) => twins.count(record, twin, true),
-                (None, Some(twin)) => twins.count(record, twin, false),
-                (None, None) => {}
-            }
+            self.look_up(record, hashes(record), &mut twins);
         }
         twins
+    }
+
+    /// Counts a record that one of these is like.
+    fn look_up(&self, record: &Look, (exact, alike): (u64, u64), twins: &mut Twins) {
+        match (self.exact.get(&exact), self.alike.get(&alike)) {
+            (Some(twin), _) => twins.count(record, twin, true),
+            (None, Some(twin)) => twins.count(record, twin, false),
+            (None, None) => {}
+        }
     }
 }
 
@@ -100,9 +106,13 @@ fn words(text: &str) -> String {
 mod tests {
     use super::*;
 
+    fn at(line: usize) -> Place {
+        Place { file: 0, line }
+    }
+
     fn looks(texts: &[(&str, &str)]) -> Vec<Look> {
         let look = |(line, (text, label)): (usize, &(&str, &str))| Look {
-            line: line + 1,
+            place: at(line + 1),
             texts: vec![((*text).to_owned(), None)],
             labels: vec![(*label).to_owned()],
         };
@@ -120,16 +130,16 @@ mod tests {
             ("😢", "neg"),
         ]);
         let (known, twins) = Known::of(&train);
-        assert_eq!(twins, Twins { exact: 1, alike: 1, labelled_otherwise: 1, first: Some((3, 1)) });
+        assert_eq!(twins, Twins { exact: 1, alike: 1, labelled_otherwise: 1, first: Some((at(3), at(1))) });
         let eval = looks(&[("BAD.", "neg"), ("bad", "pos"), ("worse", "neg"), ("A good film!", "pos")]);
         let shared = known.shared_with(&eval);
-        assert_eq!(shared, Twins { exact: 2, alike: 1, labelled_otherwise: 1, first: Some((1, 2)) });
+        assert_eq!(shared, Twins { exact: 2, alike: 1, labelled_otherwise: 1, first: Some((at(1), at(2))) });
     }
 
     #[test]
     fn a_pair_is_not_the_pair_the_other_way_round() {
         let pair = |a: &str, b: &str| Look {
-            line: 1,
+            place: at(1),
             texts: vec![(a.to_owned(), Some(b.to_owned()))],
             labels: Vec::new(),
         };

@@ -46,7 +46,7 @@ pub fn all(
              other texts",
             shared.exact,
             eval.records,
-            first(shared, "in training")
+            first(shared, eval, "in training", train)
         );
         warn("leak", shared.exact, message);
     }
@@ -64,16 +64,16 @@ pub fn all(
                 split.records,
                 split.name,
                 twins.alike,
-                first(twins, "as"),
+                first(twins, split, "as", split),
             );
             warn("duplicates", twins.all(), message);
         }
     }
-    if let Some(shared) = shared.filter(|shared| shared.alike > 0) {
+    if let (Some(shared), Some(eval)) = (shared.filter(|shared| shared.alike > 0), eval) {
         let message = format!(
             "{} evaluation records are training records but for case, punctuation and spaces{}",
             shared.alike,
-            if shared.exact > 0 { String::new() } else { first(shared, "in training") }
+            if shared.exact > 0 { String::new() } else { first(shared, eval, "in training", train) }
         );
         warn("duplicates", shared.alike, message);
     }
@@ -151,6 +151,7 @@ fn of_classes(split: &Split, warn: &mut impl FnMut(&'static str, usize, String))
 }
 
 /// Where the first of them stands.
-fn first(twins: &Twins, how: &str) -> String {
-    twins.first.map_or(String::new(), |(line, other)| format!(" (line {line} {how} line {other})"))
+fn first(twins: &Twins, of: &Split, how: &str, others: &Split) -> String {
+    let told = |(record, twin)| format!(" ({} {how} {})", of.line(record), others.line(twin));
+    twins.first.map_or(String::new(), told)
 }
