@@ -1,9 +1,10 @@
 """Directories that tk trained come in; exit code 1 goes out where TensorBoard's own reader does not find in their event
-files what stands in their logs. scripts/check-logs calls it."""
+files what stands in their logs, or huggingface_hub in their model cards not what was measured. scripts/check-logs calls it."""
 
 import json
 import math
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from huggingface_hub import ModelCard
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,10 +68,31 @@ def check_events(directory):
     return f"TensorBoard reads {len(tags)} curves, {count} numbers, as logged"
 
 
+def check_card(directory):
+    """The results in the card's front matter, as the hub's own reader reads them, stand in its table; the card is anew what
+    it is."""
+    card = ModelCard.load(directory / "README.md")
+    table = dict(re.findall(r"^\| (\w+) \| (-?[\d.]+) \|$", card.text, re.MULTILINE))
+    results = card.data.eval_results
+    assert results, "no results"
+    for result in results:
+        assert result.task_type == (card.data.pipeline_tag or result.task_type), result
+        assert result.dataset_name and result.dataset_type and result.metric_type, result
+        assert float(table[result.metric_name]) == round(result.metric_value, 4), (result, table)
+    assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()
+    return f"huggingface_hub reads {len(results)} results of {card.data.model_name}"
+
+
 def main():
     with tempfile.TemporaryDirectory() as work:
-        for directory in [Path(name) for name in sys.argv[1:]] or [train(Path(work))]:
+        directories = [Path(name) for name in sys.argv[1:]]
+        if not directories:
+            directories = [train(Path(work))]
+            subprocess.run([TK, "report", "--quiet", "--card", directories[0]], check=True, stdout=subprocess.DEVNULL)
+        for directory in directories:
             print(f"{directory}: {check_events(directory)}")
+            if (directory / "README.md").exists():
+                print(f"{directory}: {check_card(directory)}")
 
 
 main()

@@ -161,6 +161,20 @@ fn what_the_run_measured_on_has_to_be_the_same_file() {
 }
 
 #[test]
+fn a_page_can_go_to_standard_output_alone() {
+    let (_dir, path) = copy("tiny-bert-single");
+    let input = path.join("records.jsonl");
+    records_file("tiny-bert-single", 1, &input);
+    let input = input.display().to_string();
+    let done = tk().arg("report").arg(&path).args(["--input", &input, "--output", "-"]).assert().success();
+    let page = String::from_utf8_lossy(&done.get_output().stdout).into_owned();
+    assert!(page.starts_with("<!doctype html>") && page.trim_end().ends_with("</html>"), "{page}");
+    assert!(String::from_utf8_lossy(&done.get_output().stderr).contains("accuracy"));
+    refused(&["--input", &input, "--output", "-", "--json"], &path, "--json");
+    assert!(!path.join("report.html").exists());
+}
+
+#[test]
 fn exported_graphs_are_told_with_their_verdict() {
     let bench = Bench::trained("text-classification", "tiny-bert-single", &classified(), &[]);
     tk().args(["export", "--quiet"]).arg(bench.path("run")).assert().success();

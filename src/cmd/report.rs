@@ -10,7 +10,7 @@ use crate::report::{Asked, Report, card, page};
 use crate::saved::{Saved, TaskFlag};
 use crate::say::Say;
 use crate::task::RecordFlags;
-use crate::{Result, device};
+use crate::{Result, bail_unusable, device};
 
 /// Make one page of a run: its curves, where the model is wrong, its exported graphs, its data and settings.
 #[derive(Debug, clap::Args)]
@@ -22,8 +22,8 @@ pub struct Args {
     /// Labelled records to measure on [default: the run's --eval, where the file is still the same].
     #[arg(long, value_name = "FILE", num_args = 1..)]
     input: Vec<PathBuf>,
-    /// The page, which stands on its own [default: DIR/report.html].
-    #[arg(long, value_name = "FILE.html")]
+    /// The page, which stands on its own; - is standard output [default: DIR/report.html].
+    #[arg(long, value_name = "FILE.html|-")]
     output: Option<PathBuf>,
     /// Write DIR/README.md too, a model card as the Hugging Face hub reads it: metrics, how to use the model, how it was
     /// trained, and marked places for what its author alone knows. It is written anew as long as its first comment stands
@@ -48,7 +48,15 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     if args.input.is_empty() {
         args.records.check_none()?;
     }
-    let output = Destination::of(&args.output.clone().unwrap_or_else(|| args.dir.join("report.html")))?;
+    let output = match &args.output {
+        Some(path) if path.as_os_str() == "-" => Destination::STDOUT,
+        Some(path) => Destination::of(path)?,
+        None => Destination::of(&args.dir.join("report.html"))?,
+    };
+    let is_printed = output == Destination::STDOUT;
+    if is_printed && say.json {
+        bail_unusable!("the page and --json both go to standard output: name another --output");
+    }
     let saved = Saved::open_for(&args.dir, &args.task)?;
     let to = args.card.then(|| card::destination(&args.dir, args.overwrite)).transpose()?;
     let device = device::open(&args.device)?;
@@ -71,6 +79,10 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     if let Some((metrics, on)) = report.metrics() {
         let shown: Vec<String> = metrics.iter().map(|(name, value)| format!("{name} {value:.4}")).collect();
         human += &format!(": {} on {on}", shown.join("  "));
+    }
+    if is_printed {
+        say.line(human);
+        return Ok(());
     }
     say.result(human, &result)
 }

@@ -7,6 +7,7 @@ use indicatif::HumanCount;
 
 use super::run::Started;
 use super::{Report, file_name};
+use crate::checkpoint::adapter;
 use crate::{Result, bail_unusable, files, unusable};
 
 /// Says that a card is tk's. Whoever takes it out keeps the file.
@@ -71,7 +72,9 @@ pub fn markdown(report: &Report) -> String {
         }
     }
     if let Some(rows) = report.seen.as_ref().map(|seen| &seen.review.rows).filter(|rows| !rows.is_empty()) {
-        text += "\n| label | precision | recall | F1 | wanted |\n| --- | --- | --- | --- | --- |\n";
+        let of = report.seen.as_ref().map_or("label", |seen| seen.review.rows_of);
+        let _ =
+            write!(text, "\n| {of} | precision | recall | F1 | wanted |\n| --- | --- | --- | --- | --- |\n");
         for row in rows.iter().take(ROWS) {
             let _ = writeln!(
                 text,
@@ -84,7 +87,7 @@ pub fn markdown(report: &Report) -> String {
             );
         }
         if rows.len() > ROWS {
-            let _ = write!(text, "\nThe first {ROWS} of {} labels.\n", rows.len());
+            let _ = write!(text, "\nThe first {ROWS} of {}.\n", rows.len());
         }
     }
     text += &usage(report);
@@ -102,7 +105,11 @@ const ROWS: usize = 50;
 /// What the hub reads. Nothing is said that is not known.
 fn front_matter(report: &Report) -> String {
     let started = report.started.as_ref();
-    let library = if report.is_sentence_transformer() { "sentence-transformers" } else { "transformers" };
+    let library = match () {
+        () if adapter::is_in(&report.saved.dir) => "peft",
+        () if report.is_sentence_transformer() => "sentence-transformers",
+        () => "transformers",
+    };
     let mut text = format!("---\nlibrary_name: {library}\n");
     if let Some(tag) = report.saved.task.pipeline_tag() {
         let _ = writeln!(text, "pipeline_tag: {tag}");

@@ -146,9 +146,11 @@ fn padded(numbers: impl Iterator<Item = f64>) -> (f64, f64) {
     if low > high {
         return (0.0, 1.0);
     }
+    let size = low.abs().max(high.abs());
     let room = match high - low {
-        0.0 if low == 0.0 => 1.0,
-        0.0 => low.abs() * 0.1,
+        _ if size < f64::MIN_POSITIVE => 1.0,
+        // all the same: an axis has no numbers so near to each other
+        apart if apart < size * 1e-9 => size * 0.1,
         apart => apart * 0.06,
     };
     // nothing is below zero where nothing was
@@ -308,6 +310,29 @@ mod tests {
         for value in [0.0, -3.0, 1e-300, 1e30] {
             let svg = curve(&[(7, value)], Line::Dotted, 7, "").unwrap().unwrap();
             assert!(svg.contains("<circle"), "{value}: {svg}");
+        }
+    }
+
+    proptest::proptest! {
+        #![proptest_config(proptest::prelude::ProptestConfig::with_cases(200))]
+        #[test]
+        fn whatever_was_logged_is_drawn(
+            points in proptest::collection::vec(proptest::num::f64::ANY, 1..40),
+            near in proptest::collection::vec(0u64..20, 1..40),
+            around in proptest::num::f64::NORMAL,
+            last in proptest::num::u64::ANY,
+        ) {
+            // numbers that differ in their last bits
+            let near: Vec<f64> = near.into_iter().map(|bits| f64::from_bits(around.to_bits() ^ bits)).collect();
+            for values in [&points, &near] {
+                let points: Vec<Point> = (1..).zip(values.iter().copied()).collect();
+                for line in [Line::Plain, Line::Smoothed, Line::Dotted] {
+                    let svg = curve(&points, line, last, "x").unwrap().unwrap();
+                    assert!(svg.len() < 1_000_000 && !svg.contains("NaN") && !svg.contains("inf"), "{svg}");
+                }
+                let pairs: Vec<(f64, f64)> = values.iter().map(|&x| (x, around)).collect();
+                cloud(&pairs, "x").unwrap();
+            }
         }
     }
 

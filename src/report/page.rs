@@ -9,7 +9,7 @@ use super::history::{Audit, Audited, Point};
 use super::{Report, Seen};
 use crate::Result;
 use crate::html::{self, beginning, escaped};
-use crate::task::review::{Calibration, Confusion, Row, Wrong};
+use crate::task::review::{Calibration, Confusion, Review, Row, Wrong};
 
 /// Characters of a text that are shown.
 const TEXT: usize = 400;
@@ -21,6 +21,8 @@ const WHOLE: usize = 20;
 const PAIRS: usize = 30;
 /// Labels whose rows are shown: those that are found worst.
 const ROWS: usize = 60;
+/// Curves that are drawn, of a log that may have any.
+const CURVES: usize = 60;
 /// Labels of a model that are listed.
 const LABELS: usize = 12;
 
@@ -34,9 +36,10 @@ body { max-width: 96em; padding: clamp(.8em, 3vw, 2.5em); } h3 { font-size: 1em;
 .grid .card { margin: 0; min-width: 0; } .card p, .note { color: var(--soft); font-size: .87em; margin: .5em 0 0; }
 .heat { width: auto; } .heat th, .heat td { text-align: center; border: 1px solid var(--back); padding: .45em .6em; }
 .heat tbody th { text-align: right; } .heat th { max-width: 9em; overflow-wrap: anywhere; }
-.heat td { background: color-mix(in srgb, var(--tone) calc(var(--share) * 55%), var(--card)); min-width: 3.6em;
+.heat td { background: color-mix(in srgb, var(--tone) calc(var(--share) * var(--heat)), var(--card)); min-width: 3.6em;
   font-variant-numeric: tabular-nums; } .heat small { display: block; color: var(--soft); }
-.hit { --tone: var(--first); } .miss { --tone: var(--second); } .heat td small { color: inherit; opacity: .8; }
+.hit { --tone: var(--first); } .miss { --tone: var(--second); } .heat td small { color: inherit; } .heat { --heat: 55%; }
+@media screen and (prefers-color-scheme: dark) { .heat { --heat: 38%; } }
 .text { white-space: pre-wrap; } .pair { border-top: 1px dashed var(--line); margin-top: .4em; padding-top: .4em; }
 td.answer { min-width: 7em; max-width: 24em; overflow-wrap: anywhere; } .worst { table-layout: auto; }
 dl { grid-template-columns: minmax(7em, max-content) 1fr; } .settings td:first-child { white-space: nowrap; }
@@ -175,7 +178,7 @@ fn curves(report: &Report) -> Result<String> {
     let (of_training, of_evaluations): (Vec<_>, Vec<_>) = (of_training.collect(), of_evaluations.collect());
     // the losses first, then what the run is judged by
     let order = of_training[..1].iter().chain(&of_evaluations).chain(&of_training[1..]);
-    for (title, points, line) in order {
+    for (title, points, line) in order.take(CURVES) {
         if let Some(svg) = chart::curve(points, *line, report.history.steps(), &told(title, points))? {
             cards += &card(title, &svg, &unusual(points));
         }
@@ -229,7 +232,7 @@ fn review(seen: &Seen) -> Result<String> {
         text += &confusion(found);
     }
     if !review.rows.is_empty() {
-        text += &rows(&review.rows);
+        text += &rows(&review.rows, review.rows_of);
     }
     let mut cards = String::new();
     if let Some(found) = &review.calibration {
@@ -251,7 +254,7 @@ fn review(seen: &Seen) -> Result<String> {
         );
     }
     if !review.worst.is_empty() {
-        text += &worst(&review.worst, review.wrong, &seen.files);
+        text += &worst(review, &seen.files);
     }
     Ok(text)
 }
@@ -304,7 +307,7 @@ fn confusion(confusion: &Confusion) -> String {
     )
 }
 
-fn rows(all: &[Row]) -> String {
+fn rows(all: &[Row], of: &str) -> String {
     let mut shown: Vec<&Row> = all.iter().collect();
     let mut note = String::new();
     if all.len() > ROWS {
@@ -322,7 +325,7 @@ fn rows(all: &[Row]) -> String {
     };
     let rows: String = shown.iter().map(row).collect();
     format!(
-        "<h2>By label</h2>\n<div class=\"wide\"><table><thead><tr><th scope=\"col\">label</th><th scope=\"col\">precision</th>\
+        "<h2>By {of}</h2>\n<div class=\"wide\"><table><thead><tr><th scope=\"col\">{of}</th><th scope=\"col\">precision</th>\
          <th scope=\"col\">recall</th><th scope=\"col\">F1</th><th scope=\"col\">wanted</th><th scope=\"col\">predicted</th></tr>\
          </thead><tbody>\n{rows}</tbody></table></div>\n{note}"
     )
@@ -343,23 +346,29 @@ fn calibration(found: &Calibration) -> Result<String> {
     Ok(card("Calibration", &chart::reliability(found, &told)?, &note))
 }
 
-fn worst(worst: &[Wrong], wrong: usize, file: &str) -> String {
+fn worst(review: &Review, file: &str) -> String {
+    let Review { worst, wrong, scores, .. } = review;
+    let head = scores.map(|name| format!("<th scope=\"col\">{name}</th>")).unwrap_or_default();
     let row = |wrong: &Wrong| {
         let pair = wrong
             .pair
             .as_ref()
             .map(|pair| format!("<div class=\"pair\" dir=\"auto\">{}</div>", beginning(pair, TEXT)));
-        let score = wrong.score.map(|score| format!("{score:.3}")).unwrap_or_default();
+        let score = scores.map(|name| {
+            let score = wrong.score.map(|score| format!("{score:.3}")).unwrap_or_default();
+            format!("<td class=\"n\" data-name=\"{name}\">{score}</td>")
+        });
         format!(
             "<tr><td class=\"n\" data-name=\"line\">{}</td><td class=\"n\" data-name=\"loss\">{}</td><td class=\"text\" \
              dir=\"auto\">{}{}</td><td class=\"answer\" dir=\"auto\" data-name=\"wanted\">{}</td><td class=\"answer\" \
-             dir=\"auto\" data-name=\"found\">{}</td><td class=\"n\" data-name=\"score\">{score}</td></tr>\n",
+             dir=\"auto\" data-name=\"found\">{}</td>{}</tr>\n",
             wrong.line,
             number(wrong.loss),
             beginning(&wrong.text, TEXT),
             pair.unwrap_or_default(),
             beginning(&wrong.wanted, ANSWER),
             beginning(&wrong.found, ANSWER),
+            score.unwrap_or_default(),
         )
     };
     let rows: String = worst.iter().map(row).collect();
@@ -367,7 +376,7 @@ fn worst(worst: &[Wrong], wrong: usize, file: &str) -> String {
         "<h2>Worst errors</h2>\n<p class=\"note\">{} of {wrong} answers that are not right, those of the highest loss first; \
          lines of {}.</p>\n<div class=\"wide\"><table class=\"worst\"><thead><tr><th scope=\"col\">line</th>\
          <th scope=\"col\">loss</th><th scope=\"col\">text</th><th scope=\"col\">wanted</th><th scope=\"col\">found</th>\
-         <th scope=\"col\">score</th></tr></thead><tbody>\n{rows}</tbody></table></div>\n",
+         {head}</tr></thead><tbody>\n{rows}</tbody></table></div>\n",
         worst.len(),
         escaped(file)
     )

@@ -19,7 +19,10 @@ pub struct Review {
     /// Which label was taken for which.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub confusion: Option<Confusion>,
-    /// How well each label, or each type of entity, is found.
+    /// What [`Review::rows`] are of: labels, or types of entities.
+    #[serde(skip)]
+    pub rows_of: &'static str,
+    /// How well each is found.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub rows: Vec<Row>,
     /// Whether predictions are right as often as they claim.
@@ -28,6 +31,9 @@ pub struct Review {
     /// Of a regression, what was wanted and what was predicted.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub numbers: Vec<(f64, f64)>,
+    /// What the scores of wrong answers are; none where they have none.
+    #[serde(skip)]
+    pub scores: Option<&'static str>,
     /// Wrong answers, the worst first.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub worst: Vec<Wrong>,

@@ -39,6 +39,6 @@ impl QuestionAnswering {
                 loss: loss / windows.len() as f64,
             });
         }
-        Ok(Review::default().with_wrong(wrong))
+        Ok(Review { scores: Some("F1"), ..Review::default() }.with_wrong(wrong))
     }
 }

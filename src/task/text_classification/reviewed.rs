@@ -62,6 +62,8 @@ impl TextClassification {
                 let rows = confusion.rows();
                 Review {
                     rows,
+                    rows_of: "label",
+                    scores: Some("score"),
                     confusion: Some(confusion),
                     calibration: Calibration::new(claims),
                     ..Review::default()
@@ -74,7 +76,8 @@ impl TextClassification {
                     scores.map(move |(score, id)| (f64::from(score), wanted.contains(&id)))
                 });
                 let calibration = Calibration::new(claims);
-                Review { rows: self.rows_of_several(texts), calibration, ..Review::default() }
+                let rows = self.rows_of_several(texts);
+                Review { rows, rows_of: "label", calibration, ..Review::default() }
             }
             ProblemType::Regression => {
                 let number = |(logits, target): &(Vec<f32>, &Window)| match target.wanted {

@@ -50,7 +50,8 @@ impl TokenClassification {
         let row = |(kind, [right, predicted, support]): (&String, &[usize; 3])| {
             Row::new(kind, *right, *predicted, *support)
         };
-        Ok(Review { rows: counts.iter().map(row).collect(), ..Review::default() }.with_wrong(wrong))
+        let rows_of = if self.scheme == Scheme::None { "tag" } else { "type" };
+        Ok(Review { rows: counts.iter().map(row).collect(), rows_of, ..Review::default() }.with_wrong(wrong))
     }
 
     /// The entities of a sentence, or each word by its tag where tags mark none.
