@@ -148,7 +148,7 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
         }
     }
     if let Some(best) = &outcome.progress.best {
-        prepared.tune(&best.measured());
+        prepared.tune(&best.measured(), &say);
     }
     output::write_model(&args.output, &prepared, args.settings.max_length)?;
     report(args, &outcome, &say)

@@ -231,6 +231,8 @@ impl Run<'_> {
             ("epoch".to_owned(), json!(plan.epochs(progress.step))),
         ]);
         line.extend(new.metrics.iter().map(|(name, value)| (format!("eval_{name}"), json!(value))));
+        let numbers = new.details.iter().filter(|(_, value)| value.is_number());
+        line.extend(numbers.map(|(name, value)| (format!("eval_{name}"), value.clone())));
         log.write(&Value::Object(line))?;
         let shown: Vec<String> =
             new.metrics.iter().map(|(name, value)| format!("{name} {value:.4}")).collect();
