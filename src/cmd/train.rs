@@ -231,7 +231,7 @@ fn train(args: &Args, world: &dyn World, say: Say) -> Result<()> {
         return Ok(());
     }
     if let Some(best) = &outcome.progress.best {
-        prepared.tune(&best.measured());
+        prepared.tune(&best.measured(), &say);
     }
     output::write_model(&args.output, &prepared, &args.settings)?;
     report(args, &outcome, &say)

@@ -118,8 +118,8 @@ impl Started {
             Ok(files) => files,
             Err(error) => return Ok(Err(format!("what the run measured on is not there: {error:#}"))),
         };
-        if let Some(path) = files.all().into_iter().find(|path| !path.is_file()) {
-            return Ok(Err(format!("{}, which the run measured on, is not there", path.display())));
+        if let Some(gone) = files.all().into_iter().find(|path| !path.is_file()) {
+            return Ok(Err(format!("{}, which the run measured on, is not there", gone.display())));
         }
         let of_eval = |name: &str| name == "eval" || name.starts_with("eval ");
         let mut was: Vec<&str> =

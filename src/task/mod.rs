@@ -648,6 +648,11 @@ macro_rules! tasks {
                 match self { $(Self::$task(task) => task.tuned(best).map(Self::$task)),+ }
             }
 
+            /// See [`Objective::tuning_told`].
+            pub fn tuning_told(&self, best: &Measured) -> Option<String> {
+                match self { $(Self::$task(task) => task.tuning_told(best)),+ }
+            }
+
             /// See [`Objective::check_room`].
             pub fn check_room(&self, asking: &Asking) -> Result<()> {
                 match self { $(Self::$task(task) => task.check_room(asking)),+ }

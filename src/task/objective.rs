@@ -403,6 +403,11 @@ pub trait Objective: Clone + Into<Task> {
         None
     }
 
+    /// What is told of what was found in the best evaluation.
+    fn tuning_told(&self, _best: &Measured) -> Option<String> {
+        None
+    }
+
     /// The columns of a record to answer.
     fn columns(flags: &AnswerFlags) -> Columns;
 

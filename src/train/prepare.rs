@@ -95,9 +95,12 @@ pub struct Prepared {
 
 impl Prepared {
     /// Takes over what the task has found in the evaluation whose weights are kept.
-    pub fn tune(&mut self, best: &Measured) {
+    pub fn tune(&mut self, best: &Measured, say: &Say) {
         if let Some(tuned) = self.learning.task.tuned(best) {
             tuned.write_config(&mut self.config);
+            if let Some(told) = tuned.tuning_told(best) {
+                say.line(told);
+            }
         }
     }
 
@@ -127,6 +130,9 @@ impl Prepared {
         settings.check_task(task)?;
         let encoder = Encoder { records, training, tokenizer: &learning.tokenizer, max_length };
         let eval = job.eval.map(|files| task.examples(files, &encoder)).transpose()?;
+        if let (Some(flag), None) = (training.text_classification.needs_eval(), &eval) {
+            bail_unusable!("{flag} finds what suits the records that are measured on: give --eval");
+        }
 
         let adapted = settings.lora.chosen(&config.family, task.head())?;
         if let Some(lora) = &adapted

@@ -249,7 +249,8 @@ impl Run<'_> {
             progress.best.as_ref().and_then(|best| best.number(name)),
             more_is_better,
         );
-        let numbers = new.metrics.iter().map(|(name, value)| (name.clone(), *value)).collect();
+        let details = new.details.iter().filter_map(|(name, value)| Some((name.clone(), value.as_f64()?)));
+        let numbers = new.metrics.iter().map(|(name, value)| (name.clone(), *value)).chain(details).collect();
         let epoch = plan.epochs(progress.step);
         log.write(&Entry { step: progress.step, epoch, phase: Phase::Eval, tokens: None, numbers })?;
         let shown: Vec<String> =

@@ -5,6 +5,7 @@ pub(super) mod metrics;
 mod reviewed;
 #[cfg(test)]
 mod tests;
+mod tuning;
 mod windows;
 
 use anyhow::Context;
@@ -12,11 +13,12 @@ use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
+pub use self::tuning::Tuning;
 pub use self::windows::{Aggregation, Window, WindowFlags};
 use super::flags::refuse_records;
 use super::id2label::{self, default_names};
 use super::review::{Review, Source};
-use super::scores::{argmax, short, softmax};
+use super::scores::{argmax, short};
 use super::weighting::{self, Weighting, softplus};
 use super::{
     Answer, Asking, Beside, Dim, Encoder, Example, Form, Learning, Look, Measured, Metric, Metrics,
@@ -40,6 +42,8 @@ pub struct TextClassification {
     pub aggregation: Aggregation,
     /// How much examples count in the loss that is learnt.
     pub weighting: Weighting,
+    /// What was found on evaluation data.
+    pub tuning: Tuning,
 }
 
 /// The key of config.json that keeps it.
@@ -77,6 +81,26 @@ pub struct TrainingFlags {
     #[arg(long, value_enum)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub problem_type: Option<ProblemType>,
+    /// Where a text may have several labels, find for each the probability above which it is said, by its F1 on the --eval
+    /// records, instead of 0.5. They are kept in config.json, and evaluations are measured with them.
+    #[arg(long, help_heading = "Evaluation and checkpoints")]
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub tune_thresholds: bool,
+    /// Where a text has one label, find the temperature with which the scores are as sure as they are right, on the --eval
+    /// records. It is kept in config.json and divides the logits where they become scores; they themselves, the labels and
+    /// the loss stay as they are.
+    #[arg(long, help_heading = "Evaluation and checkpoints")]
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub calibrate: bool,
+}
+
+impl TrainingFlags {
+    /// The flag that asks for records to measure on, if one does.
+    pub fn needs_eval(&self) -> Option<&'static str> {
+        [("--tune-thresholds", self.tune_thresholds), ("--calibrate", self.calibrate)]
+            .into_iter()
+            .find_map(|(flag, given)| given.then_some(flag))
+    }
 }
 
 /// Flags of answers.
@@ -171,7 +195,8 @@ impl Objective for TextClassification {
             Some(value) => serde_json::from_value(value.clone())
                 .map_err(|_| unusable!("{AGGREGATION} is {value}, expected first, mean or max"))?,
         };
-        Ok(Self { aggregation, ..Self::new(problem, labels) })
+        let tuning = Tuning::from_config(&config.raw, problem, &labels)?;
+        Ok(Self { aggregation, tuning, ..Self::new(problem, labels) })
     }
 
     fn write_config(&self, config: &mut ModelConfig) {
@@ -180,6 +205,7 @@ impl Objective for TextClassification {
         let raw = &mut config.raw;
         raw.insert("problem_type".to_owned(), json!(self.problem.name()));
         raw.remove(AGGREGATION);
+        self.tuning.write(raw, &self.labels);
         if self.aggregation != Aggregation::First {
             raw.insert(AGGREGATION.to_owned(), json!(self.aggregation));
         }
@@ -210,7 +236,8 @@ impl Objective for TextClassification {
         )?;
         let task = Self::from_labels(&labels, problem, known).with_context(|| start.train.to_string())?;
         let asked = start.records.text_classification.windows.window_aggregation;
-        let task = Self { aggregation: asked.unwrap_or_default(), ..task };
+        let tuning = Tuning::asked(&start.training.text_classification, task.problem)?;
+        let task = Self { aggregation: asked.unwrap_or_default(), tuning, ..task };
         let examples = task.encode(&records, start.train, &tokenizer, start.max_length, task.aggregation)?;
         let task = Self { weighting: task.weighting_of(start, &examples)?, ..task };
         Ok(Learning { task, tokenizer, examples, files: Vec::new() })
@@ -310,7 +337,7 @@ impl Objective for TextClassification {
         const F1_MACRO: Metric = Metric::rising("f1_macro");
         const ACCURACY: Metric = Metric::rising("accuracy");
         match self.problem {
-            ProblemType::SingleLabelClassification => const { &[ACCURACY, F1_MACRO] },
+            ProblemType::SingleLabelClassification => const { &[ACCURACY, F1_MACRO, Metric::falling("ece")] },
             ProblemType::MultiLabelClassification => {
                 const { &[Metric::rising("f1_micro"), ACCURACY, F1_MACRO] }
             }
@@ -350,13 +377,21 @@ impl Objective for TextClassification {
             return super::scores::agreement(wanted, found);
         }
         let (Ok(wanted), Ok(found)) = (self.logits(wanted), self.logits(found)) else { return 0.0 };
-        let of = |(&a, &b): (&f32, &f32)| match self.problem {
+        let of = |(label, (&a, &b)): (usize, (&f32, &f32))| match self.problem {
             _ if !b.is_finite() => 0.0,
             ProblemType::Regression => (1.0 - f64::from((a - b).abs() / a.abs().max(1.0))).max(0.0),
-            _ => f64::from(u8::from((a > 0.0) == (b > 0.0))),
+            _ => f64::from(u8::from(self.tuning.says(label, a) == self.tuning.says(label, b))),
         };
-        let pairs = wanted.iter().zip(&found).map(of);
+        let pairs = wanted.iter().zip(&found).enumerate().map(of);
         pairs.sum::<f64>() / wanted.len().max(1) as f64
+    }
+
+    fn tuned(&self, best: &Measured) -> Option<Self> {
+        Some(Self { tuning: self.tuning.of(best, &self.labels)?, ..self.clone() })
+    }
+
+    fn tuning_told(&self, best: &Measured) -> Option<String> {
+        self.tuning.told(best, &self.labels)
     }
 
     fn columns(flags: &super::AnswerFlags) -> Columns {
@@ -418,7 +453,13 @@ fn read(files: &Files, flags: &super::RecordFlags) -> Result<Vec<Labelled>> {
 impl TextClassification {
     /// Of texts whose beginning is read.
     pub fn new(problem: ProblemType, labels: Vec<String>) -> Self {
-        Self { problem, labels, aggregation: Aggregation::First, weighting: Weighting::default() }
+        Self {
+            problem,
+            labels,
+            aggregation: Aggregation::First,
+            weighting: Weighting::default(),
+            tuning: Tuning::default(),
+        }
     }
 
     /// What a text is labelled with, as it is written.
@@ -496,9 +537,13 @@ impl TextClassification {
         let targets: Vec<&Wanted> = texts.iter().map(|(_, target)| &target.wanted).collect();
         let matrix = Tensor::from_vec(logits.concat(), (logits.len(), self.labels.len()), &Device::Cpu)?;
         let loss = self.sum_of_losses(&matrix.to_dtype(DType::F64)?, &targets, 0.0)?.to_scalar::<f32>()?;
-        let mut metrics = self.compare(&logits, &targets);
+        let (tuning, details) = match self.tuning.found(self, &logits, &targets) {
+            Some((tuning, details)) => (tuning, details),
+            None => (self.tuning.clone(), Map::new()),
+        };
+        let mut metrics = Self { tuning, ..self.clone() }.compare(&logits, &targets);
         metrics.insert("loss".to_owned(), f64::from(loss) / logits.len() as f64);
-        Ok(metrics.into())
+        Ok(Measured { metrics, details })
     }
 
     /// The sum over the examples. A mean over the labels of an example with several, as in
@@ -635,7 +680,7 @@ impl TextClassification {
     /// Softmax, sigmoids, or the number itself.
     fn scores(&self, logits: &[f32]) -> Vec<f32> {
         match self.problem {
-            ProblemType::SingleLabelClassification => softmax(logits),
+            ProblemType::SingleLabelClassification => self.tuning.probabilities(logits),
             ProblemType::MultiLabelClassification => {
                 logits.iter().map(|x| 1.0 / (1.0 + (-x).exp())).collect()
             }
@@ -670,17 +715,22 @@ impl TextClassification {
                     ProblemType::MultiLabelClassification => {
                         metrics::multi_label(&predicted, &wanted, self.labels.len())
                     }
-                    _ => metrics::single_label(&predicted, &wanted, self.labels.len()),
+                    _ => {
+                        let mut metrics = metrics::single_label(&predicted, &wanted, self.labels.len());
+                        metrics.insert("ece".to_owned(), self.tuning.ece(logits, targets));
+                        metrics
+                    }
                 }
             }
         }
     }
 
-    /// The predicted label ids, ascending: the largest logit, or of several labels each with a logit above 0.
+    /// The predicted label ids, ascending: the largest logit, or of several labels each above its threshold.
     fn predicted(&self, logits: &[f32]) -> Vec<u32> {
         match self.problem {
             ProblemType::MultiLabelClassification => {
-                (0..).zip(logits).filter(|&(_, &x)| x > 0.0).map(|(id, _)| id).collect()
+                let said = logits.iter().enumerate().filter(|&(label, &x)| self.tuning.says(label, x));
+                said.map(|(label, _)| label as u32).collect()
             }
             _ => vec![argmax(logits) as u32],
         }
