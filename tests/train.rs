@@ -230,6 +230,12 @@ fn a_resumed_run_refuses_other_settings_and_other_data() {
     };
     let said = stderr(&resume(&["--learning-rate", "3e-5"]));
     assert!(said.contains("learning-rate (0.00003, was 0.001)"), "{said}");
+    // a flag that is off is one that an older tk did not know
+    let settings = bench.path("out/training/settings.toml");
+    let text = std::fs::read_to_string(&settings).unwrap();
+    assert!(text.contains("rslora = false\n"), "{text}");
+    std::fs::write(&settings, text.replace("rslora = false\n", "")).unwrap();
+    tk().args(["train", "--resume", "--output"]).arg(bench.path("out")).assert().success();
     records_file("tiny-bert-single", 5, &bench.path("train.jsonl"));
     let said = stderr(&resume(&[]));
     assert!(said.contains("inputs have changed") && said.contains("train"), "{said}");

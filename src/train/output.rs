@@ -82,8 +82,12 @@ fn saved_settings(folder: &Folder) -> Result<toml::Table> {
 fn differences(now: &toml::Table, then: &toml::Table) -> Vec<String> {
     let keys: std::collections::BTreeSet<&String> = now.keys().chain(then.keys()).collect();
     let shown = |value: Option<&toml::Value>| value.map_or("not set".to_owned(), toml::Value::to_string);
+    // a run that an older tk has started knows nothing of a flag that came since
+    fn set<'t>(table: &'t toml::Table, key: &str) -> Option<&'t toml::Value> {
+        table.get(key).filter(|value| **value != toml::Value::Boolean(false))
+    }
     keys.into_iter()
-        .filter(|key| now.get(*key) != then.get(*key))
+        .filter(|key| set(now, key) != set(then, key))
         .map(|key| format!("{key} ({}, was {})", shown(now.get(key)), shown(then.get(key))))
         .collect()
 }
