@@ -227,7 +227,7 @@ impl Prepared {
             say.line(format!("LoRA: {} numbers beside {} maps", grouped(beside), lora.maps.len()));
             if job.settings.learning_rate < SLOW_FOR_LORA {
                 say.line(format!(
-                    "LoRA is usually trained at ten times the learning rate of a whole model; --learning-rate is {:e}",
+                    "LoRA is usually trained at ten to forty times the learning rate of a whole model; --learning-rate is {:e}",
                     job.settings.learning_rate
                 ));
             }
