@@ -3,29 +3,12 @@
 
 mod common;
 
-use std::path::PathBuf;
-
 use assert_cmd::assert::Assert;
-use common::{copy_dir, models, records_file, tk};
+use common::tk;
+use common::training::Bench;
 use serde_json::Value;
 
-struct Bench {
-    dir: tempfile::TempDir,
-    task: &'static str,
-}
-
 impl Bench {
-    fn new(task: &'static str, model: &str) -> Self {
-        let bench = Self { dir: tempfile::tempdir().unwrap(), task };
-        copy_dir(&models(model), &bench.path("model"));
-        records_file(model, 4, &bench.path("train.jsonl"));
-        bench
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
     fn train(&self, output: &str, more: &[&str]) -> Assert {
         let mut run = tk();
         run.args(["train", "--max-length", "48", "--dropout", "0", "--task", self.task]);

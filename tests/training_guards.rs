@@ -6,30 +6,14 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use assert_cmd::assert::Assert;
-use common::{copy_dir, models, records_file, tk};
+use common::training::Bench;
+use common::{models, tk};
 use serde_json::{Value, json};
 use tk::checkpoint::{Weights, write_safetensors};
 
-/// A directory with a model and data, and room for outputs.
-struct Bench {
-    dir: tempfile::TempDir,
-    task: &'static str,
-}
-
 impl Bench {
-    fn new(task: &'static str, model: &str) -> Self {
-        let bench = Self { dir: tempfile::tempdir().unwrap(), task };
-        copy_dir(&models(model), &bench.path("model"));
-        records_file(model, 4, &bench.path("train.jsonl"));
-        bench
-    }
-
     fn classifier() -> Self {
         Self::new("text-classification", "tiny-bert-single")
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
     }
 
     fn train(&self, output: &str, more: &[&str]) -> Assert {

@@ -149,10 +149,6 @@ impl PeftConfig {
         }
         Ok(self.lora_alpha)
     }
-
-    fn scale(&self, alpha: f64, rank: usize) -> f64 {
-        if self.use_rslora { alpha / (rank as f64).sqrt() } else { alpha / rank as f64 }
-    }
 }
 
 /// An adapter that was read.
@@ -284,7 +280,7 @@ impl Adapter {
                 bail_unusable!("{}: {module} has matrices of the ranks {rank} and {also}", place());
             }
             let alpha = self.config.alpha(module)?;
-            maps.insert(module.to_owned(), LowRank { rank, scale: self.config.scale(alpha, rank) });
+            maps.insert(module.to_owned(), LowRank::new(rank, alpha, self.config.use_rslora));
         }
         Ok(Lora { maps, dropout: self.config.lora_dropout as f32 })
     }

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::data::cache::Cache;
-use crate::data::records::Files;
+use crate::data::records::{Files, file_names};
 use crate::error::{self, Stopped};
 use crate::say::{Say, peak_rss_bytes, tell};
 use crate::task::{Learning, Metrics, RecordFlags, Task, TrainingFlags};
@@ -37,11 +37,11 @@ pub struct Args {
     /// Each may be packed: .jsonl.gz, .csv.zst.
     /// Several files are read as one: name them, a folder (all files of these kinds below it) or a pattern ('data/*.jsonl').
     #[arg(long, value_name = "FILE", alias = "train-file", required = true, num_args = 1..)]
-    #[serde(with = "names")]
+    #[serde(with = "file_names")]
     train: Vec<PathBuf>,
     /// Records to measure on, named in the same ways; the best evaluation's weights are kept.
     #[arg(long, value_name = "FILE", alias = "validation-file", num_args = 1..)]
-    #[serde(with = "names", default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(with = "file_names", default, skip_serializing_if = "Vec::is_empty")]
     eval: Vec<PathBuf>,
     /// The directory to write. In its training/ the log grows: log.jsonl, and the same numbers for `tensorboard --logdir DIR`.
     #[arg(long, value_name = "DIR", alias = "output-dir")]
@@ -98,34 +98,6 @@ pub struct Args {
     #[command(flatten)]
     #[serde(flatten)]
     settings: Settings,
-}
-
-/// Names as a file of settings has them: one as it is, several as a list.
-mod names {
-    use std::path::PathBuf;
-
-    use serde::{Deserialize, Deserializer, Serialize, Serializer};
-
-    #[derive(Deserialize)]
-    #[serde(untagged)]
-    enum Names {
-        One(PathBuf),
-        Several(Vec<PathBuf>),
-    }
-
-    pub fn serialize<S: Serializer>(names: &[PathBuf], serializer: S) -> Result<S::Ok, S::Error> {
-        match names {
-            [name] => name.serialize(serializer),
-            names => names.serialize(serializer),
-        }
-    }
-
-    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<PathBuf>, D::Error> {
-        Ok(match Names::deserialize(deserializer)? {
-            Names::One(name) => vec![name],
-            Names::Several(names) => names,
-        })
-    }
 }
 
 /// Trains and writes the model, as one of several processes where several were started.

@@ -7,6 +7,7 @@ mod columns;
 mod conll;
 mod encoding;
 mod exact;
+pub mod file_names;
 mod files;
 mod packed;
 mod parquet;

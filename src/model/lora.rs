@@ -26,6 +26,14 @@ pub struct LowRank {
     pub scale: f64,
 }
 
+impl LowRank {
+    /// Of a rank and an alpha, by rsLoRA's rule or LoRA's own.
+    pub fn new(rank: usize, alpha: f64, rslora: bool) -> Self {
+        let root = if rslora { (rank as f64).sqrt() } else { rank as f64 };
+        Self { rank, scale: alpha / root }
+    }
+}
+
 /// The module of a map: its weight's name without what all have.
 pub fn module(weight: &str) -> &str {
     weight.strip_suffix(".weight").unwrap_or(weight)

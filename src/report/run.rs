@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use crate::checkpoint::file_hash;
-use crate::data::records::Files;
+use crate::data::records::{Files, file_names};
 use crate::task::RecordFlags;
 use crate::train::checkpoint::Folder;
 use crate::{Result, unusable};
@@ -25,34 +25,13 @@ pub struct Started {
 #[serde(rename_all = "kebab-case", default)]
 struct Known {
     model: Option<String>,
-    train: Names,
-    eval: Names,
+    #[serde(with = "file_names")]
+    train: Vec<PathBuf>,
+    #[serde(with = "file_names")]
+    eval: Vec<PathBuf>,
     best_metric: Option<String>,
     #[serde(flatten)]
     records: RecordFlags,
-}
-
-/// One name, or several.
-#[derive(Debug, Deserialize)]
-#[serde(untagged)]
-enum Names {
-    One(PathBuf),
-    Several(Vec<PathBuf>),
-}
-
-impl Default for Names {
-    fn default() -> Self {
-        Self::Several(Vec::new())
-    }
-}
-
-impl Names {
-    fn all(&self) -> &[PathBuf] {
-        match self {
-            Self::One(path) => std::slice::from_ref(path),
-            Self::Several(paths) => paths,
-        }
-    }
 }
 
 #[derive(Deserialize)]
@@ -88,12 +67,12 @@ impl Started {
 
     /// The files that it learnt from.
     pub fn train(&self) -> &[PathBuf] {
-        self.known.train.all()
+        &self.known.train
     }
 
     /// The files that it measured on.
     pub fn eval(&self) -> &[PathBuf] {
-        self.known.eval.all()
+        &self.known.eval
     }
 
     /// How its records were read.

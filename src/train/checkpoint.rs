@@ -3,6 +3,7 @@
 //! There is no generator to save: the order of the examples is a function of (seed, epoch) and every dropout
 //! mask one of (seed, step, place), so the number of steps says where both stand.
 
+use std::ffi::OsString;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
@@ -246,20 +247,27 @@ impl Folder {
     }
 }
 
+/// The names of what stands in a folder; none where there is no such folder.
+///
+/// # Errors
+/// The folder can't be read.
+pub(super) fn names_in(folder: &Path) -> Result<Vec<OsString>> {
+    let place = || folder.display().to_string();
+    let entries = match std::fs::read_dir(folder) {
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.with_context(place)?,
+    };
+    entries.map(|entry| Ok(entry.with_context(place)?.file_name())).collect()
+}
+
 /// What stands in a folder under the names that `path` gives numbers, by number; others' files are none of it.
 fn numbered(
     folder: &Path,
     number: impl Fn(&str) -> Option<usize>,
     path: impl Fn(usize) -> PathBuf,
 ) -> Result<Vec<(usize, PathBuf)>> {
-    let place = || folder.display().to_string();
-    let entries = match std::fs::read_dir(folder) {
-        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
-        entries => entries.with_context(place)?,
-    };
     let mut found = Vec::new();
-    for entry in entries {
-        let name = entry.with_context(place)?.file_name();
+    for name in names_in(folder)? {
         if let Some(number) = name.to_str().and_then(&number)
             && path(number) == folder.join(&name)
         {

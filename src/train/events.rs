@@ -12,6 +12,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use anyhow::Context;
 use prost::Message;
 
+use super::checkpoint::names_in;
 use crate::{Result, files, process};
 
 /// How the names begin of files that TensorBoard reads.
@@ -114,14 +115,8 @@ impl Events {
 /// # Errors
 /// The folder can't be read.
 pub fn written(folder: &Path) -> Result<Vec<PathBuf>> {
-    let place = || folder.display().to_string();
-    let entries = match std::fs::read_dir(folder) {
-        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
-        entries => entries.with_context(place)?,
-    };
     let mut found = Vec::new();
-    for entry in entries {
-        let name = entry.with_context(place)?.file_name();
+    for name in names_in(folder)? {
         if name.to_str().is_some_and(|name| name.starts_with(PREFIX) && name.ends_with(SUFFIX)) {
             found.push(folder.join(name));
         }

@@ -80,8 +80,7 @@ impl LoraFlags {
     pub fn chosen(&self, family: &Family, head: Head) -> Result<Option<Lora>> {
         let Some(rank) = self.lora_rank else { return Ok(None) };
         let maps = maps_of(family, head)?;
-        let root = if self.rslora { (rank as f64).sqrt() } else { rank as f64 };
-        let low_rank = LowRank { rank, scale: self.alpha(rank) / root };
+        let low_rank = LowRank::new(rank, self.alpha(rank), self.rslora);
         let mut chosen = BTreeMap::new();
         for target in self.targets(family) {
             let means = Target::read(&target)?;
@@ -89,8 +88,7 @@ impl LoraFlags {
             let before = chosen.len();
             chosen.extend(names.filter(|name| means.means(name)).map(|name| (name.to_owned(), low_rank)));
             if chosen.len() == before {
-                let last =
-                    |map: &Linear| module(&map.weight.name).rsplit('.').next().unwrap_or_default().to_owned();
+                let last = |map: &Linear| name_of(map).rsplit('.').next().unwrap_or_default().to_owned();
                 let known: BTreeSet<String> = maps.iter().map(last).collect();
                 bail_unusable!(
                     "--lora-targets {target:?} is no linear map of this model that isn't named yet; their names end with {}",

@@ -4,6 +4,7 @@
 pub mod events;
 pub mod schema;
 pub mod server;
+pub mod training;
 
 use std::path::PathBuf;
 

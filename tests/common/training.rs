@@ -1,0 +1,25 @@
+//! A model and its own records, to be trained.
+
+use std::path::PathBuf;
+
+use super::{copy_dir, models, records_file};
+
+/// A directory with a model and data, and room for outputs.
+pub struct Bench {
+    pub dir: tempfile::TempDir,
+    pub task: &'static str,
+}
+
+impl Bench {
+    /// A reference model, and its records four times over in `train.jsonl`.
+    pub fn new(task: &'static str, model: &str) -> Self {
+        let bench = Self { dir: tempfile::tempdir().unwrap(), task };
+        copy_dir(&models(model), &bench.path("model"));
+        records_file(model, 4, &bench.path("train.jsonl"));
+        bench
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+}
