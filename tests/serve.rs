@@ -461,9 +461,10 @@ fn the_page_needs_no_key_and_nothing_from_elsewhere() {
     assert_eq!(server.request("GET", "/info", "Authorization: Bearer secret\r\n", "").0, 200);
 }
 
-/// The paths that README.md's table of routes names.
-fn paths_in_the_readme() -> BTreeSet<String> {
-    let text = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).unwrap();
+/// The paths that the table of routes in the documentation names.
+fn paths_in_the_book() -> BTreeSet<String> {
+    let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/src/commands/serve.md");
+    let text = std::fs::read_to_string(page).unwrap();
     let table = text.split("\n| route | ").nth(1).unwrap().split("\n\n").next().unwrap();
     let routes = table.lines().skip(2).filter_map(|line| line.split(" | ").next());
     let paths = routes.flat_map(|cell| cell.split('`')).filter(|text| text.starts_with('/'));
@@ -471,7 +472,7 @@ fn paths_in_the_readme() -> BTreeSet<String> {
 }
 
 #[test]
-fn the_document_the_readme_and_the_server_name_the_same_addresses() {
+fn the_document_the_book_and_the_server_name_the_same_addresses() {
     let (_guard, dir) = exported("tiny-bert-single");
     let server = Server::start(&[&dir], &[]);
     let paths = server.document()["paths"].as_object().unwrap();
@@ -489,7 +490,7 @@ fn the_document_the_readme_and_the_server_name_the_same_addresses() {
         !(of_one || of_version && paths.contains_key(&path.replace("/versions/{version}", "")))
     };
     let documented: BTreeSet<String> = paths.keys().filter(of_all).cloned().collect();
-    assert_eq!(documented, paths_in_the_readme());
+    assert_eq!(documented, paths_in_the_book());
     let (status, head, _) = server.request("DELETE", "/predict", "", "");
     assert!(status == 405 && head.contains("allow: POST"), "{head}");
     // a name that is no UTF-8 is the name of no model
