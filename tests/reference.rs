@@ -175,8 +175,14 @@ fn logits_are_those_of_transformers() {
         let r = Reference::load(name);
         let encodings: Vec<Encoding> = r.examples.iter().map(|e| e.encoding.clone()).collect();
         let Reference { params, config, task, .. } = &r;
-        let forward =
-            Forward { params, family: &config.family, task, device: &Device::Cpu, world: &tk::world::Alone };
+        let forward = Forward {
+            params,
+            family: &config.family,
+            task,
+            device: &Device::Cpu,
+            world: &tk::world::Alone,
+            stopped: None,
+        };
         for (i, outputs) in forward.outputs(&encodings).unwrap().iter().enumerate() {
             let row: Vec<f32> = outputs[0].iter().copied().collect();
             let (worst, _) = max_abs(&row, &numbers(&r.json["logits"][i]));
@@ -189,8 +195,14 @@ fn logits_are_those_of_transformers() {
 fn embeddings_are_those_of_transformers() {
     let r = Reference::load(EMBEDDER);
     let Reference { params, config, task, .. } = &r;
-    let forward =
-        Forward { params, family: &config.family, task, device: &Device::Cpu, world: &tk::world::Alone };
+    let forward = Forward {
+        params,
+        family: &config.family,
+        task,
+        device: &Device::Cpu,
+        world: &tk::world::Alone,
+        stopped: None,
+    };
     let texts: Vec<Encoding> = r.examples.iter().flat_map(Example::encodings).cloned().collect();
     for (i, outputs) in forward.outputs(&texts).unwrap().iter().enumerate() {
         let row: Vec<f32> = outputs[1].iter().copied().collect();
