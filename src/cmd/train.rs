@@ -12,12 +12,14 @@ use crate::data::cache::Cache;
 use crate::data::records::{Files, file_names};
 use crate::error::{self, Stopped};
 use crate::say::{Say, peak_rss_bytes, tell};
-use crate::task::{Learning, Metrics, RecordFlags, Task, TrainingFlags};
+use crate::task::{Encoder, Learning, Metrics, RecordFlags, Task, TrainingFlags};
 use crate::train::checkpoint::Folder;
 use crate::train::dry_run::DryRun;
 use crate::train::output::{self, EarlierRun};
 use crate::train::prepare::{Job, Prepared};
 use crate::train::split::SplitFlags;
+use crate::train::stream::Stream;
+use crate::train::supply::Streamed;
 use crate::train::verify::verify_resume;
 use crate::train::{End, Outcome, Run, Settings};
 use crate::world::{self, World};
@@ -83,7 +85,7 @@ pub struct Args {
     #[arg(long)]
     #[serde(skip)]
     no_cache: bool,
-    /// Where to compute: cpu, cuda or cuda:N.
+    /// Where to compute: cpu, cuda or cuda:N. Of several processes on a machine (mpirun), cuda gives each a GPU of its own.
     #[arg(long, default_value = "cpu")]
     device: String,
     #[command(flatten)]
@@ -144,7 +146,7 @@ fn train(args: &Args, world: &dyn World, say: Say) -> Result<()> {
     if world.leads() {
         output::check(&args.output, asked, &settings)?;
     }
-    let device = device::open(&args.device)?;
+    let device = device::open(&world.device(&args.device))?;
     args.settings.precision.check(&device)?;
     if args.settings.checkpoint_activations && !device.is_cpu() {
         bail_unusable!("--checkpoint-activations works with --device cpu; here, try a smaller --batch-size");
@@ -158,9 +160,20 @@ fn train(args: &Args, world: &dyn World, say: Say) -> Result<()> {
         None => job,
     };
     divided.iter().flat_map(|divided| &divided.told).for_each(|text| say.line(text));
+    let (how, _) = Task::reading_of(&args.task, &args.records)?;
+    let mut stream = Stream::of(&job, &how);
+    let first = stream.as_mut().map(Stream::first).transpose()?;
+    let job = match &first {
+        // what is passed by once is not worth keeping
+        Some(first) => Job { train: first, cache: None, ..job },
+        None => job,
+    };
     let mut prepared = Prepared::new(&job, &device, &say)?;
+    if let Some(stream) = &mut stream {
+        stream.check(&job, &prepared.learning.task, &say)?;
+    }
     if args.dry_run {
-        return dry_run(args, &job, &prepared, &device, &say);
+        return dry_run(args, &job, &prepared, stream.as_ref(), &device, &say);
     }
     prepared.describe(&job, &say);
     let _held = match world.leads() {
@@ -171,6 +184,8 @@ fn train(args: &Args, world: &dyn World, say: Say) -> Result<()> {
 
     let Prepared { config, learning, params, eval, .. } = &prepared;
     let Learning { task, examples: train, .. } = learning;
+    let (records, training, max_length) = (&args.records, &args.training, args.settings.max_length);
+    let encoder = Encoder { records, training, tokenizer: &learning.tokenizer, max_length };
     let run = Run {
         settings: &args.settings,
         family: &config.family,
@@ -178,6 +193,7 @@ fn train(args: &Args, world: &dyn World, say: Say) -> Result<()> {
         params,
         device: &device,
         train,
+        streamed: stream.map(|stream| Streamed { stream, encoder }),
         eval,
         folder: &Folder::of(&args.output),
         say,
@@ -225,8 +241,15 @@ impl Args {
     }
 }
 
-fn dry_run(args: &Args, job: &Job, prepared: &Prepared, device: &Device, say: &Say) -> Result<()> {
-    let found = DryRun::new(job, prepared, device)?;
+fn dry_run(
+    args: &Args,
+    job: &Job,
+    prepared: &Prepared,
+    stream: Option<&Stream>,
+    device: &Device,
+    say: &Say,
+) -> Result<()> {
+    let found = DryRun::new(job, prepared, stream, device)?;
     say.result(found.told(), &found)?;
     match found.warnings.len() {
         count if args.strict && count > 0 => {

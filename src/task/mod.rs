@@ -426,6 +426,18 @@ macro_rules! tasks {
                 }
             }
 
+            /// See [`Objective::learnt`].
+            pub fn learnt(&self, files: &Files, encoder: &Encoder) -> Result<Vec<Example>> {
+                match self {
+                    $(Self::$task(task) => Ok(listed(task.learnt(files, encoder)?, Target::$task)),)+
+                }
+            }
+
+            /// See [`Objective::check_learnt`].
+            pub fn check_learnt(&self, files: &Files, flags: &RecordFlags) -> Result<()> {
+                match self { $(Self::$task(task) => task.check_learnt(files, flags)),+ }
+            }
+
             /// See [`Objective::reading`].
             pub fn reading(&self, flags: &RecordFlags) -> (How, Columns) {
                 match self { $(Self::$task(_) => $task::reading(flags)),+ }

@@ -63,6 +63,14 @@ impl Job<'_> {
                  takes for known"
             );
         }
+        if self.settings.shuffle_buffer.is_some()
+            && self.training.shared.class_weights == Some(ClassWeights::Balanced)
+        {
+            bail_unusable!(
+                "--class-weights balanced counts the labels of all records, and --shuffle-buffer holds some of them at a \
+                 time: give a FILE"
+            );
+        }
         self.records.check(self.task, &files)
     }
 

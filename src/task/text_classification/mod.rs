@@ -249,6 +249,10 @@ impl Objective for TextClassification {
         self.encode(&read(files, records)?, files, tokenizer, max_length, asked.unwrap_or(self.aggregation))
     }
 
+    fn check_learnt(&self, files: &Files, flags: &super::RecordFlags) -> Result<()> {
+        self.wanted(&read(files, flags)?, files).map(drop)
+    }
+
     fn look(&self, files: &Files, flags: &super::RecordFlags) -> Result<Vec<Look>> {
         let records = read(files, flags)?;
         let labels: Vec<&Value> = records.iter().map(|record| &record.label).collect();
@@ -472,6 +476,23 @@ impl TextClassification {
         }
     }
 
+    /// Reads records' labels.
+    ///
+    /// # Errors
+    /// Unusable: labels that the task does not have; the first of them are listed with file and line.
+    fn wanted(&self, records: &[Labelled], files: &Files) -> Result<Vec<Wanted>> {
+        let (mut targets, mut wrong) = (Vec::with_capacity(records.len()), Vec::new());
+        let labels: Vec<&Value> = records.iter().map(|record| &record.label).collect();
+        for (record, target) in records.iter().zip(self.targets(&labels)) {
+            match target {
+                Ok(target) => targets.push(target),
+                Err(error) => wrong.push((record.place, error.to_string())),
+            }
+        }
+        refuse_records(files, WRONG_LABELS, wrong)?;
+        Ok(targets)
+    }
+
     /// Encodes records and reads their labels.
     ///
     /// # Errors
@@ -484,15 +505,7 @@ impl TextClassification {
         max_length: usize,
         aggregation: Aggregation,
     ) -> Result<Vec<Example<Window>>> {
-        let (mut targets, mut wrong) = (Vec::with_capacity(records.len()), Vec::new());
-        let labels: Vec<&Value> = records.iter().map(|record| &record.label).collect();
-        for (record, target) in records.iter().zip(self.targets(&labels)) {
-            match target {
-                Ok(target) => targets.push(target),
-                Err(error) => wrong.push((record.place, error.to_string())),
-            }
-        }
-        refuse_records(files, WRONG_LABELS, wrong)?;
+        let targets = self.wanted(records, files)?;
         let windows = |record: &Labelled| {
             aggregation.windows(tokenizer, &record.text, record.pair.as_deref(), max_length)
         };
