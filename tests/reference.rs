@@ -646,7 +646,7 @@ fn each_micro_batch_is_added_up_by_itself() {
             let trainer = Trainer::new(&settings, &r.config.family, &r.task, &r.params, &Device::Cpu, 10);
             let mut trainer = trainer.unwrap();
             trainer.step(micro_batches).unwrap();
-            trainer.optimizer.state().unwrap().into_iter().map(|(gradient, _)| gradient.into()).collect()
+            trainer.optimizer.state().unwrap().into_iter().map(|(gradient, _)| gradient).collect()
         };
         let [first, second] = halves.clone().map(|half| gradients(&[half]));
         let whole = gradients(&halves);
