@@ -17,13 +17,13 @@ use crate::train::checkpoint::Folder;
 use crate::train::dry_run::DryRun;
 use crate::train::output::{self, EarlierRun};
 use crate::train::prepare::{Job, Prepared};
-use crate::train::split::SplitFlags;
+use crate::train::split::{SplitFlags, Whole};
 use crate::train::stream::Stream;
 use crate::train::supply::Streamed;
 use crate::train::verify::verify_resume;
 use crate::train::{End, Outcome, Run, Settings};
 use crate::world::{self, World};
-use crate::{Result, bail_unusable, device, process};
+use crate::{Result, bail_unusable, device, process, report};
 
 /// Fine-tune a model, or pre-train one from scratch.
 #[derive(Clone, Debug, PartialEq, clap::Args, Serialize, Deserialize)]
@@ -151,7 +151,8 @@ fn train(args: &Args, world: &dyn World, say: Say) -> Result<()> {
     if args.settings.checkpoint_activations && !device.is_cpu() {
         bail_unusable!("--checkpoint-activations works with --device cpu; here, try a smaller --batch-size");
     }
-    let divided = args.split.divide(&job)?;
+    let (task, records, training, seed) = (&*args.task, &args.records, &args.training, args.settings.seed);
+    let divided = args.split.divide(&Whole { task, train: &train, records, training, seed })?;
     // a dry run writes nothing
     let cache = (!args.no_cache && !args.dry_run).then(|| Cache::of_user(say)).flatten();
     let job = Job { cache: cache.as_ref(), ..job };
@@ -184,8 +185,8 @@ fn train(args: &Args, world: &dyn World, say: Say) -> Result<()> {
 
     let Prepared { config, learning, params, eval, .. } = &prepared;
     let Learning { task, examples: train, .. } = learning;
-    let (records, training, max_length) = (&args.records, &args.training, args.settings.max_length);
-    let encoder = Encoder { records, training, tokenizer: &learning.tokenizer, max_length };
+    let (tokenizer, max_length) = (&learning.tokenizer, args.settings.max_length);
+    let encoder = Encoder { records, training, tokenizer, max_length };
     let run = Run {
         settings: &args.settings,
         family: &config.family,
@@ -197,7 +198,7 @@ fn train(args: &Args, world: &dyn World, say: Say) -> Result<()> {
         eval,
         folder: &Folder::of(&args.output),
         say,
-        tokenizer: &learning.tokenizer,
+        tokenizer,
         world,
         stopped: stopped(),
         stop_at: args.stop_at,
@@ -221,8 +222,9 @@ fn train(args: &Args, world: &dyn World, say: Say) -> Result<()> {
     if let Some(best) = &outcome.progress.best {
         prepared.tune(&best.measured(), &say);
     }
+    report::remove(&args.output)?; // an earlier model's
     output::write_model(&args.output, &prepared, &args.settings)?;
-    report(args, &outcome, &say)
+    tell_outcome(args, &outcome, &say)
 }
 
 impl Args {
@@ -260,7 +262,7 @@ fn dry_run(
     }
 }
 
-fn report(args: &Args, outcome: &Outcome, say: &Say) -> Result<()> {
+fn tell_outcome(args: &Args, outcome: &Outcome, say: &Say) -> Result<()> {
     let progress = &outcome.progress;
     let metrics: Metrics = progress.best.as_ref().map(|best| best.metrics.clone()).unwrap_or_default();
     let shown: Vec<String> = metrics.iter().map(|(name, value)| format!("{name} {value:.4}")).collect();

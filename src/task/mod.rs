@@ -470,6 +470,14 @@ macro_rules! tasks {
                 }
             }
 
+            /// See [`Objective::needs_eval`]; of the task of this name.
+            pub fn needs_eval(name: &str, flags: &TrainingFlags) -> Option<&'static str> {
+                match name {
+                    $($task::NAME => $task::needs_eval(flags),)+
+                    _ => None,
+                }
+            }
+
             /// See [`Objective::look`].
             pub fn look(&self, files: &Files, flags: &RecordFlags) -> Result<Vec<Look>> {
                 match self { $(Self::$task(task) => task.look(files, flags)),+ }

@@ -238,6 +238,11 @@ pub trait Objective: Clone + Into<Task> {
         None
     }
 
+    /// The flag that asks for records to measure on, if one does.
+    fn needs_eval(_flags: &TrainingFlags) -> Option<&'static str> {
+        None
+    }
+
     /// Whether every record has one of the labels.
     fn has_one_label(&self) -> bool {
         false

@@ -96,7 +96,7 @@ impl DryRun {
         // on a thread of the pool, as a run is
         let mut found = rayon::scope(|_| Self::look(job, prepared, device))?;
         found.plan.epochs = passes(found.plan.epochs);
-        found.train.drawn_from = stream.and_then(Stream::len).or(found.train.drawn_from);
+        found.train.drawn_from = stream.and_then(Stream::counted).or(found.train.drawn_from);
         Ok(found)
     }
 

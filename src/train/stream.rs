@@ -74,7 +74,7 @@ impl<'a> Stream<'a> {
     }
 
     /// How many records there are, once they were counted.
-    pub fn len(&self) -> Option<usize> {
+    pub fn counted(&self) -> Option<usize> {
         self.records
     }
 

@@ -94,15 +94,6 @@ pub struct TrainingFlags {
     pub calibrate: bool,
 }
 
-impl TrainingFlags {
-    /// The flag that asks for records to measure on, if one does.
-    pub fn needs_eval(&self) -> Option<&'static str> {
-        [("--tune-thresholds", self.tune_thresholds), ("--calibrate", self.calibrate)]
-            .into_iter()
-            .find_map(|(flag, given)| given.then_some(flag))
-    }
-}
-
 /// Flags of answers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::Args, Serialize)]
 #[group(skip)]
@@ -271,6 +262,13 @@ impl Objective for TextClassification {
 
     fn classes(labels: &[&Value], flags: &super::TrainingFlags) -> Option<Vec<String>> {
         Self::classes_of(labels, flags.text_classification.problem_type)
+    }
+
+    fn needs_eval(flags: &super::TrainingFlags) -> Option<&'static str> {
+        let own = &flags.text_classification;
+        [("--tune-thresholds", own.tune_thresholds), ("--calibrate", own.calibrate)]
+            .into_iter()
+            .find_map(|(flag, given)| given.then_some(flag))
     }
 
     fn has_one_label(&self) -> bool {
