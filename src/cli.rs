@@ -50,6 +50,7 @@ pub enum Command {
     ServeBatch(Box<cmd::serve_batch::Args>),
     Serve(Box<cmd::serve::Args>),
     Bench(Box<cmd::bench::Args>),
+    Sweep(cmd::sweep::Args),
     Models(cmd::models::Args),
     Doctor(cmd::doctor::Args),
     Completions(cmd::completions::Args),
@@ -177,6 +178,17 @@ fn is_option(arg: &OsString, name: &str) -> bool {
     text.is_some_and(|text| text.split('=').next() == Some(name))
 }
 
+/// The long options of a command.
+fn options_of(command: &str) -> Vec<String> {
+    let mut cli = Cli::command();
+    cli.build();
+    let command = cli.find_subcommand(command).into_iter();
+    command
+        .flat_map(|command| command.get_arguments())
+        .filter_map(|arg| arg.get_long().map(str::to_owned))
+        .collect()
+}
+
 /// Runs the parsed command.
 pub fn run(cli: Cli) -> Result<()> {
     let say = cli.say();
@@ -189,6 +201,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::ServeBatch(args) => cmd::serve_batch::run(&args, say),
         Command::Serve(args) => cmd::serve::run(&args, say),
         Command::Bench(args) => cmd::bench::run(&args, say),
+        Command::Sweep(args) => cmd::sweep::run(&args, &options_of("train"), say),
         Command::Models(args) => cmd::models::run(&args, say),
         Command::Doctor(args) => cmd::doctor::run(&args, say),
         Command::Completions(args) => cmd::completions::run(&args),

@@ -62,6 +62,24 @@ pub fn on_stop(mut handler: impl FnMut(i32) + Send + 'static) {
     }
 }
 
+/// Asks a process that was started here to end, as `kill` does; where there are no such signals, ends it.
+///
+/// # Errors
+/// It can't be asked.
+pub fn terminate(child: &mut std::process::Child) -> std::io::Result<()> {
+    #[cfg(unix)]
+    {
+        let id = i32::try_from(child.id()).map_err(std::io::Error::other)?;
+        // SAFETY: `kill` takes two numbers; the child has not been waited for, so the number is still its own.
+        match unsafe { libc::kill(id, SIGTERM) } {
+            0 => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        }
+    }
+    #[cfg(not(unix))]
+    child.kill()
+}
+
 /// The exit code of a process that a signal has ended.
 pub fn exit_code(signal: i32) -> i32 {
     128 + signal

@@ -10,6 +10,7 @@ pub mod models;
 pub mod parity;
 pub mod serve;
 pub mod serve_batch;
+pub mod sweep;
 pub mod train;
 
 use std::time::Duration;

@@ -10,7 +10,7 @@ use serde_json::json;
 
 use crate::error::Stopped;
 use crate::say::{Say, peak_rss_bytes};
-use crate::task::{Learning, Metrics, RecordFlags, Task, TrainingFlags};
+use crate::task::{Learning, Metric, Metrics, RecordFlags, Task, TrainingFlags};
 use crate::train::checkpoint::Folder;
 use crate::train::dry_run::DryRun;
 use crate::train::output::{self, EarlierRun};
@@ -151,7 +151,8 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
         prepared.tune(&best.measured(), &say);
     }
     output::write_model(&args.output, &prepared, args.settings.max_length)?;
-    report(args, &outcome, &say)
+    let best = prepared.learning.task.deciding_metric(args.settings.best_metric.as_deref())?;
+    report(args, &outcome, best, &say)
 }
 
 impl Args {
@@ -178,7 +179,7 @@ fn dry_run(args: &Args, job: &Job, prepared: &Prepared, device: &Device, say: &S
     }
 }
 
-fn report(args: &Args, outcome: &Outcome, say: &Say) -> Result<()> {
+fn report(args: &Args, outcome: &Outcome, best: Metric, say: &Say) -> Result<()> {
     let progress = &outcome.progress;
     let metrics: Metrics = progress.best.as_ref().map(|best| best.metrics.clone()).unwrap_or_default();
     let shown: Vec<String> = metrics.iter().map(|(name, value)| format!("{name} {value:.4}")).collect();
@@ -208,6 +209,8 @@ fn report(args: &Args, outcome: &Outcome, say: &Say) -> Result<()> {
             "steps": progress.step,
             "train_loss": progress.loss_sum / progress.step.max(1) as f64,
             "eval": metrics,
+            "best_metric": best.name,
+            "more_is_better": best.more_is_better,
             "peak_rss_bytes": peak,
         }),
     )

@@ -142,6 +142,12 @@ impl Folder {
         self.bests(steps)?.iter().try_for_each(|path| remove_file(path))
     }
 
+    /// Drops all weights, of a run that is not gone on with.
+    pub fn drop_weights(&self) -> Result<()> {
+        self.keep_best(&[])?;
+        self.list()?.iter().try_for_each(|path| remove_dir(path))
+    }
+
     fn best(&self, step: usize) -> PathBuf {
         self.path.join(format!("best-{step:08}.safetensors"))
     }
