@@ -37,6 +37,7 @@ use crate::eager::{Eager, Forward, X};
 use crate::model::ops::{Ops, Param};
 use crate::model::{Family, Head, ModelConfig, manifest, token_ids};
 use crate::runtime::Slots;
+use crate::say::nearest;
 use crate::{Result, bail_unusable, unusable};
 pub use causal_lm::CausalLm;
 pub use embedding::Embedding;
@@ -798,9 +799,11 @@ impl Task {
             Some(name) => all.find(|metric| metric.name == name),
         };
         found.ok_or_else(|| {
-            let known: Vec<&str> = others.map(|metric| metric.name).collect();
+            let known: Vec<&str> = ["loss"].into_iter().chain(others.map(|metric| metric.name)).collect();
             let asked = asked.unwrap_or_default();
-            unusable!("--best-metric {asked}: {} has loss, {}", self.name(), known.join(", "))
+            let meant = nearest(asked, &known).map(|near| format!("; did you mean \"{near}\"?"));
+            let meant = meant.unwrap_or_default();
+            unusable!("--best-metric {asked}: {} has {}{meant}", self.name(), known.join(", "))
         })
     }
 }
