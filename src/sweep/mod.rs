@@ -58,9 +58,10 @@ impl Sweep {
                 Ended::Interrupted => return Err(self.interrupted(name, &state, stopped)),
                 Ended::Failed { error, is_unusable: true } if state.runs.is_empty() && !child.is_begun() => {
                     child.remove()?;
+                    std::fs::remove_dir(&runs).with_context(place)?;
                     state.remove(&self.output)?;
-                    let place = self.path.display();
-                    return Err(unusable!("{place}: run {name} ({}) is refused: {error}", told(point)));
+                    let file = self.path.display();
+                    return Err(unusable!("{file}: run {name} ({}) is refused: {error}", told(point)));
                 }
                 ended => state.ran(ended, |metric| child.evaluations(metric))?,
             };
