@@ -201,7 +201,7 @@ fn differing(table: &Table, name: &str, train: &Table) -> Result<()> {
 fn choices<'t>(key: &str, value: &'t Value) -> Result<&'t [Value]> {
     let list = match value.as_array() {
         Some(list) if !list.is_empty() => list,
-        _ => bail_unusable!("{key} is {value}, expected a list of values"),
+        _ => bail_unusable!("{key} is {value}, expected a list of values, one at least"),
     };
     for (at, value) in list.iter().enumerate() {
         if list[..at].contains(value) {
@@ -409,8 +409,8 @@ mod tests {
             (format!("{TOP}batch_size = 1\nbatch-size = 2\n{grid}"), "batch-size stands there twice"),
             (format!("{TOP}resume = true\n{grid}"), "[train] has resume"),
             (format!("{TOP}[grid]\nbest-metric = [\"loss\"]\n"), "put it into [train]"),
-            (format!("{TOP}[grid]\nepochs = 3\n"), "expected a list of values"),
-            (format!("{TOP}[grid]\nepochs = []\n"), "expected a list of values"),
+            (format!("{TOP}[grid]\nepochs = 3\n"), "expected a list of values, one at least"),
+            (format!("{TOP}[grid]\nepochs = []\n"), "expected a list of values, one at least"),
             (format!("{TOP}[grid]\noutput = [\"a\"]\n"), "[grid] has output"),
             (format!("{TOP}epochs = 1\n{grid}"), "epochs stands in [train] and in [grid]"),
             (format!("{TOP}[random]\nepochs = [1]\n"), "[random] has no runs"),

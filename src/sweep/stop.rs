@@ -86,7 +86,7 @@ mod tests {
         let even = Stop::Median { evaluations: 1, runs: 2 };
         assert!(
             even.is_hopeless(&[0.14], &finished[..2], true)
-                && !even.is_hopeless(&[0.15], &finished[..2], true)
+                && !even.is_hopeless(&[0.16], &finished[..2], true)
         );
     }
 }
