@@ -63,6 +63,14 @@ impl Job<'_> {
                  takes for known"
             );
         }
+        if self.settings.shuffle_buffer.is_some()
+            && self.training.shared.class_weights == Some(ClassWeights::Balanced)
+        {
+            bail_unusable!(
+                "--class-weights balanced counts the labels of all records, and --shuffle-buffer holds some of them at a \
+                 time: give a FILE"
+            );
+        }
         self.records.check(self.task, &files)
     }
 
@@ -110,6 +118,9 @@ impl Prepared {
     /// Unusable: a model that can't be trained for the task, or records that can't be learnt from.
     pub fn new(job: &Job, device: &Device, say: &Say) -> Result<Self> {
         let Job { settings, records, training, from_scratch, train, cache, .. } = *job;
+        if let (Some(flag), None) = (Task::needs_eval(job.task, training), job.eval) {
+            bail_unusable!("{flag} finds what suits the records that are measured on: give --eval");
+        }
         let max_length = settings.max_length;
         let model = hub::model_dir(job.model, say.quiet)?;
         let mut config = ModelConfig::read(&model)?;
@@ -123,6 +134,12 @@ impl Prepared {
             );
         }
         let model = model.as_path();
+        if settings.lora.lora_rank.is_some() && adapter::is_in(model) {
+            bail_unusable!(
+                "{} is an adapter, and --lora-rank would put another beside it: merge it first (`tk export --merged`)",
+                model.display()
+            );
+        }
         let mut start =
             Start { model, config, from_scratch, train, records, training, max_length, cache, say };
         let learning = Task::learn(job.task, &mut start)?;
@@ -130,20 +147,8 @@ impl Prepared {
         settings.check_task(task)?;
         let encoder = Encoder { records, training, tokenizer: &learning.tokenizer, max_length };
         let eval = job.eval.map(|files| task.examples(files, &encoder)).transpose()?;
-        if let (Some(flag), None) = (training.text_classification.needs_eval(), &eval) {
-            bail_unusable!("{flag} finds what suits the records that are measured on: give --eval");
-        }
 
         let adapted = settings.lora.chosen(&config.family, task.head())?;
-        if let Some(lora) = &adapted
-            && adapter::is_in(model)
-        {
-            bail_unusable!(
-                "{} is an adapter, and --lora-rank would put {} maps beside it: merge it first (`tk export --merged`)",
-                model.display(),
-                lora.maps.len()
-            );
-        }
         config.family = config.family.adapted(adapted);
         let manifest = task.params(&config.family)?;
         let init = Init { seed: settings.seed, std: config.initializer_range() };
