@@ -4,7 +4,7 @@ use super::metrics::{ChrF, rouge_l};
 use super::{CausalLm, Document, documents};
 use crate::Result;
 use crate::data::records::Files;
-use crate::generate::{Ends, Engine, GenerationConfig, Limits, Prompts};
+use crate::generate::{Ends, Engine, GenerationConfig, Limits, Prompt, Prompts, Request};
 use crate::runtime::Slots;
 use crate::saved::Saved;
 use crate::say::Say;
@@ -25,22 +25,15 @@ pub struct Completions<'a> {
 
 impl Completions<'_> {
     /// Generates a text for each prompt, the likeliest token at every place, and measures `rouge_l`, the mean over the
-    /// records, and `chrf`, that of all texts together; both from 0 to 100. Of a prompt that leaves too little room the front
-    /// is cut.
+    /// records, and `chrf`, that of all texts together; both from 0 to 100. As where losses are measured, the front of a
+    /// prompt is cut that leaves its completion no room, and that is said.
     ///
     /// # Errors
     /// Unusable: a prompt that can't be gone on with, or that takes too much memory. As [`Engine::run`].
     pub fn measure(&self, slots: Slots, say: Say) -> Result<Metrics> {
-        let Self { saved, lm, files, documents, positions, max_new_tokens } = self;
-        let mut settings = GenerationConfig::default();
-        settings.max_new_tokens = max_new_tokens.unwrap_or(settings.max_new_tokens);
-        let ends = Ends::of(&saved.dir, lm)?;
-        let prompts = Prompts::new(saved, lm, &ends, *positions, true)?;
-        let request = |document: &Document| {
-            let prompt = prompts.request(document.prompt.as_deref().unwrap_or_default(), settings.clone());
-            prompt.map(|prompt| prompt.request).map_err(|error| error.context(files.at(document.place)))
-        };
-        let requests = documents.iter().map(request).collect::<Result<Vec<_>>>()?;
+        let Self { saved, documents, positions, .. } = self;
+        let ends = Ends::of(&saved.dir, self.lm)?;
+        let requests = self.requests(&ends, say)?;
         let limits = Limits::of(None, None)?;
         let mut engine = Engine::new(slots, saved.tokenizer.inner(), ends.ends, *positions, limits);
         let bar = say.bar(requests.len() as u64, "{bar:24} {pos}/{len} texts  {eta} left")?;
@@ -63,6 +56,29 @@ impl Completions<'_> {
         }
         let rouge = rouge / documents.len() as f64;
         Ok(Metrics::from([("rouge_l".to_owned(), rouge), ("chrf".to_owned(), chrf.score())]))
+    }
+
+    /// What the engine is asked for.
+    fn requests(&self, ends: &Ends, say: Say) -> Result<Vec<Request>> {
+        let Self { saved, positions, .. } = self;
+        let prompts = Prompts::new(saved, self.lm, ends, *positions, true)?;
+        let settings = GenerationConfig::default();
+        let most = self.max_new_tokens.unwrap_or(settings.max_new_tokens);
+        let request = |document: &Document| -> Result<Prompt> {
+            let wanted = saved.tokenizer.body(&document.text)?.ids.len();
+            let room = wanted.clamp(1, most.min(positions / 2).max(1));
+            let with_room = GenerationConfig { max_new_tokens: room, ..settings.clone() };
+            let mut prompt = prompts.request(document.prompt.as_deref().unwrap_or_default(), with_room)?;
+            prompt.request.settings.max_new_tokens = most; // a text may be longer than what is wanted
+            Ok(prompt)
+        };
+        let placed = |document| request(document).map_err(|e| e.context(self.files.at(document.place)));
+        let prompts = self.documents.iter().map(placed).collect::<Result<Vec<_>>>()?;
+        let (cut, all) = (prompts.iter().filter(|prompt| prompt.truncated).count(), prompts.len());
+        if cut > 0 {
+            say.warn(format!("{cut} of {all} prompts are cut in front, to leave room for a text"));
+        }
+        Ok(prompts.into_iter().map(|prompt| prompt.request).collect())
     }
 }
 
