@@ -18,6 +18,7 @@ mod run;
 pub mod schedule;
 pub mod settings;
 pub mod split;
+pub mod teacher;
 pub mod trainer;
 pub mod verify;
 
