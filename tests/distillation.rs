@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use assert_cmd::assert::Assert;
 use candle_core::Device;
 use common::training::Bench;
-use common::{copy_dir, floats, gradient, json, max_abs, models, records_file, relative, tk};
+use common::{copy_dir, floats, gradient, json, max_abs, models, relative, tk};
 use serde_json::{Value, json};
 use tk::checkpoint::{Weights, write_safetensors};
 use tk::data::records::Files;
@@ -283,13 +283,14 @@ fn a_teacher_is_learnt_though_the_labels_lie_and_they_count_nothing() {
     let model = "tiny-bert-single";
     relabelled(model, &bench.path("says.jsonl"), |i, _| NAMES[likeliest(i)].into());
     let says = bench.path("says.jsonl").display().to_string();
-    let all = ["--distillation-weight", "1", "--epochs", "12", "--batch-size", "4"];
-    let all = [&all[..], &["--learning-rate", "3e-3", "--dropout", "0", "--json", "--eval", &says]].concat();
+    let all = ["--distillation-weight", "1", "--max-steps", "52", "--epochs", "4", "--eval-every", "52"];
+    let all = [&all[..], &["--batch-size", "4", "--learning-rate", "3e-3", "--dropout", "0"]].concat();
+    let all = [&all[..], &["--json", "--eval", &says]].concat();
     for (output, shift) in [("one", 1), ("two", 2)] {
         relabelled(model, &bench.path("train.jsonl"), |i, _| NAMES[(likeliest(i) + shift) % 3].into());
         let done = bench.train(output, &all).success();
         let accuracy = number(&stdout(&done)["eval"], "accuracy");
-        assert!(accuracy >= 0.9, "{accuracy}");
+        assert!(accuracy > 0.8, "{accuracy}");
         let log = bench.log(output);
         assert!(log.iter().all(|line| number(line, "label_loss") == 0.0));
         assert!(number(&log[log.len() - 1], "teacher_loss") < 0.5 * number(&log[0], "teacher_loss"));
@@ -315,7 +316,7 @@ fn every_kind_of_label_has_a_teacher() {
         (TOKENS, "tiny-bert-tokens"),
     ] {
         let bench = bench(task, model, model);
-        let same = ["--max-steps", "2", "--batch-size", "8", "--dropout", "0"];
+        let same = ["--max-steps", "2", "--batch-size", "8", "--dropout", "0", "--warmup-ratio", "0"];
         bench.train("taught", &[&same[..], &["--distillation-weight", "0.25"]].concat()).success();
         let mut plain = tk();
         plain.args(["train", "--max-length", "48", "--task", task]).args(same);
@@ -337,7 +338,7 @@ fn every_kind_of_label_has_a_teacher() {
 #[test]
 fn micro_batches_are_one_batch_with_weights_and_smoothing_in_the_labels_part() {
     for (task, student, teacher, more) in [
-        (TEXT, "tiny-bert-single", "tiny-gpt2-single", ["--label-smoothing", "0.1"]),
+        (TEXT, "tiny-bert-single", "tiny-electra-single", ["--label-smoothing", "0.1"]),
         (TEXT, "tiny-bert-multi", "tiny-bert-multi", ["--focal-gamma", "1.5"]),
         (TOKENS, "tiny-bert-tokens", "tiny-roberta-tokens", ["--label-smoothing", "0.1"]),
     ] {
@@ -441,6 +442,9 @@ fn an_adapter_teaches_as_the_model_that_it_makes() {
     let adapter = models("lora-bert").display().to_string();
     let merged = bench.path("merged");
     tk().arg("export").arg(&adapter).arg("--merged").arg(&merged).assert().success();
+    for name in ["tokenizer.json", "tokenizer_config.json"] {
+        std::fs::copy(models("tiny-bert-single").join(name), merged.join(name)).unwrap();
+    }
     for (output, teacher) in [("apart", &*adapter), ("whole", merged.to_str().unwrap())] {
         bench.train(output, &["--max-steps", "3", "--teacher", teacher]).success();
     }
@@ -497,6 +501,11 @@ fn what_a_teacher_can_not_read_is_told() {
     std::fs::write(&path, config.to_string()).unwrap();
     let said = stderr(&texts.train("out", &["--max-steps", "2"]).success());
     assert!(said.contains("52 examples are longer than the 9 tokens that the teacher reads"), "{said}");
+
+    // GPT-2 has no token for an empty text
+    let empty = bench(TEXT, "tiny-bert-single", "tiny-gpt2-single");
+    let said = stderr(&empty.train("out", &["--max-steps", "2"]).code(2));
+    assert!(said.contains("--teacher ") && said.contains("train.jsonl:2: the text is empty"), "{said}");
 
     let broken = bench(TEXT, "tiny-bert-single", "tiny-distilbert-single");
     let file = broken.path("teacher/model.safetensors");
@@ -598,7 +607,10 @@ fn what_teaches_nothing_is_refused_by_name_by_a_run_and_by_a_dry_run() {
 #[test]
 fn windows_of_a_text_learn_what_is_said_of_all_of_it() {
     let bench = bench(TEXT, "tiny-bert-single", "tiny-distilbert-single");
-    records_file("tiny-bert-single", 1, &bench.path("train.jsonl"));
+    let text = std::fs::read_to_string(bench.path("train.jsonl")).unwrap();
+    let lines = text.lines().take(13).filter(|line| !line.contains("text_pair"));
+    std::fs::write(bench.path("train.jsonl"), lines.map(|line| format!("{line}\n")).collect::<String>())
+        .unwrap();
     let windows = ["--window-aggregation", "mean", "--max-length", "12", "--max-steps", "2"];
     let said = stderr(&bench.train("out", &windows).success());
     let (_, read) = said.split_once("the teacher has read ").unwrap_or_else(|| panic!("{said}"));
