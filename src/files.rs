@@ -3,7 +3,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
-use std::io::{ErrorKind, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
@@ -315,6 +315,23 @@ fn check_descriptor(_: i32) -> std::io::Result<()> {
 #[cfg(not(unix))]
 fn duplicate(_: i32) -> std::io::Result<File> {
     Err(ErrorKind::Unsupported.into())
+}
+
+/// Bytes that [`beginning`] reads.
+const BEGINNING: u64 = 1 << 20;
+
+/// The first part of a text file; none where there is no file.
+///
+/// # Errors
+/// Unusable: it can't be read.
+pub fn beginning(path: &Path) -> Result<Option<String>> {
+    let file = match std::fs::File::open(path) {
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
+        file => file.map_err(|e| unusable!("{}: {e}", path.display()))?,
+    };
+    let mut bytes = Vec::new();
+    file.take(BEGINNING).read_to_end(&mut bytes).map_err(|e| unusable!("{}: {e}", path.display()))?;
+    Ok(Some(String::from_utf8_lossy(&bytes).into_owned()))
 }
 
 #[cfg(all(test, unix))]

@@ -19,12 +19,15 @@ code { font: 13px ui-monospace, monospace; overflow-wrap: anywhere; } td.text { 
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2em 1.5em; } dt { color: var(--soft); } dd { margin: 0;
   overflow-wrap: anywhere; }";
 
+/// By which a page is known to be tk's.
+pub const MARK: &str = "<meta name=\"generator\" content=\"tk\">";
+
 /// A page from its title, styles of its own and what stands in its body, which is HTML.
 pub fn page(title: &str, style: &str, body: &str) -> String {
     let title = escaped(title);
     format!(
         "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" \
-         content=\"width=device-width, initial-scale=1\"><title>{title}</title>\n<style>\n{STYLE}\n{style}\n</style></head>\
+         content=\"width=device-width, initial-scale=1\">{MARK}<title>{title}</title>\n<style>\n{STYLE}\n{style}\n</style></head>\
          <body>\n{body}</body></html>\n"
     )
 }

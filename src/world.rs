@@ -5,8 +5,12 @@
 
 #[cfg(feature = "mpi")]
 mod mpi;
+#[cfg(feature = "nccl")]
+mod nccl;
 
 use std::sync::OnceLock;
+
+use candle_core::{DType, Tensor};
 
 use crate::Result;
 
@@ -17,6 +21,9 @@ pub trait World: Send + Sync {
 
     /// How many there are.
     fn size(&self) -> usize;
+
+    /// Which of those on the same machine this is, from 0.
+    fn local_rank(&self) -> usize;
 
     /// Each number's sum over the processes, in the order of their ranks, in place: the same bits in all of them.
     ///
@@ -49,6 +56,10 @@ impl World for Alone {
         1
     }
 
+    fn local_rank(&self) -> usize {
+        0
+    }
+
     fn sum(&self, _: &mut [f32]) -> Result<()> {
         Ok(())
     }
@@ -68,6 +79,14 @@ impl dyn World + '_ {
         self.rank() == 0
     }
 
+    /// The device that a command line asks for: of several processes on a machine, `cuda` gives each a GPU of its own.
+    pub fn device(&self, asked: &str) -> String {
+        match asked {
+            "cuda" if self.size() > 1 => format!("cuda:{}", self.local_rank()),
+            asked => asked.to_owned(),
+        }
+    }
+
     /// Each number's sum over the processes, in the order of their ranks.
     ///
     /// # Errors
@@ -84,6 +103,21 @@ impl dyn World + '_ {
             }
         }
         Ok(())
+    }
+
+    /// A tensor's sum over the processes, in the order of their ranks, in f32, where the tensor is. On GPUs the numbers go
+    /// from one to the other with the feature `nccl`, else by way of the processes' memory.
+    ///
+    /// # Errors
+    /// Another process can't be reached.
+    pub fn sum_tensor(&self, tensor: &Tensor) -> Result<Tensor> {
+        #[cfg(feature = "nccl")]
+        if tensor.device().is_cuda() && self.size() > 1 {
+            return nccl::sum(self, tensor);
+        }
+        let mut values: Vec<f32> = tensor.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?;
+        self.sum(&mut values)?;
+        Ok(Tensor::from_vec(values, tensor.shape(), tensor.device())?)
     }
 
     /// The largest of a number of each.
@@ -153,6 +187,8 @@ fn open(size: usize) -> Result<Box<dyn World>> {
 pub mod tests {
     use std::sync::{Arc, Barrier, Mutex};
 
+    use candle_core::Device;
+
     use super::*;
 
     /// Threads that are processes to each other.
@@ -169,6 +205,10 @@ pub mod tests {
 
         fn size(&self) -> usize {
             self.places.lock().unwrap().len()
+        }
+
+        fn local_rank(&self) -> usize {
+            self.rank
         }
 
         fn sum(&self, values: &mut [f32]) -> Result<()> {
@@ -217,6 +257,16 @@ pub mod tests {
                 values[1] = -1e16;
             }
             world.sums(&mut values).unwrap();
+            assert_eq!(world.device("cuda"), format!("cuda:{}", world.rank()));
+            assert_eq!(
+                (world.device("cpu"), world.device("cuda:1")),
+                ("cpu".to_owned(), "cuda:1".to_owned())
+            );
+            let alone: &dyn World = &Alone;
+            assert_eq!(alone.device("cuda"), "cuda");
+            let summed =
+                world.sum_tensor(&Tensor::new(&[[world.rank() as f32, 1.0]], &Device::Cpu).unwrap()).unwrap();
+            assert_eq!(summed.to_vec2::<f32>().unwrap(), [[3.0, 3.0]]);
             (
                 (0..7).filter(|n| world.has(*n)).collect::<Vec<_>>(),
                 values,

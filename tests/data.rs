@@ -345,8 +345,8 @@ fn a_part_that_is_drawn_keeps_the_labels_shares() {
         assert!(said.contains(part), "{part:?} is not in:\n{said}");
     }
     let told = String::from_utf8_lossy(&told.get_output().stdout).into_owned();
-    assert!(told.contains("training    all.jsonl: 16 records, drawn from 43"), "{told}");
-    assert!(told.contains("evaluation  all.jsonl: 11 records, drawn from 43"), "{told}");
+    assert!(told.contains("training    all.jsonl: 16 records, of 43"), "{told}");
+    assert!(told.contains("evaluation  all.jsonl: 11 records, of 43"), "{told}");
 }
 
 #[test]

@@ -595,6 +595,8 @@ fn what_teaches_nothing_is_refused_by_name_by_a_run_and_by_a_dry_run() {
         let all = [&more[..], &["--distillation-weight", "1"]].concat();
         refused(TEXT, single, single, &all, &[more[0], "which count nothing with --distillation-weight 1"]);
     }
+    let says = ["--teacher is asked for all records before the first step, and --shuffle-buffer"];
+    refused(TEXT, single, single, &["--shuffle-buffer", "8"], &says);
     let number = "tiny-bert-regression";
     let says = ["--distillation-temperature is for labels"];
     refused(TEXT, number, number, &["--distillation-temperature", "2"], &says);

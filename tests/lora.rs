@@ -106,7 +106,7 @@ fn outputs_of_an_adapter_are_those_of_peft_apart_and_merged() {
         let Reference { config, task, params, .. } = &r;
         let encodings: Vec<Encoding> = r.examples.iter().map(|example| example.encoding.clone()).collect();
         let forward = |family, params| {
-            Forward { params, family, task, device: &Device::Cpu, world: &tk::world::Alone }
+            Forward { params, family, task, device: &Device::Cpu, world: &tk::world::Alone, stopped: None }
                 .outputs(&encodings)
                 .unwrap()
                 .concat()

@@ -175,8 +175,14 @@ fn logits_are_those_of_transformers() {
         let r = Reference::load(name);
         let encodings: Vec<Encoding> = r.examples.iter().map(|e| e.encoding.clone()).collect();
         let Reference { params, config, task, .. } = &r;
-        let forward =
-            Forward { params, family: &config.family, task, device: &Device::Cpu, world: &tk::world::Alone };
+        let forward = Forward {
+            params,
+            family: &config.family,
+            task,
+            device: &Device::Cpu,
+            world: &tk::world::Alone,
+            stopped: None,
+        };
         for (i, outputs) in forward.outputs(&encodings).unwrap().iter().enumerate() {
             let row: Vec<f32> = outputs[0].iter().copied().collect();
             let (worst, _) = max_abs(&row, &numbers(&r.json["logits"][i]));
@@ -189,8 +195,14 @@ fn logits_are_those_of_transformers() {
 fn embeddings_are_those_of_transformers() {
     let r = Reference::load(EMBEDDER);
     let Reference { params, config, task, .. } = &r;
-    let forward =
-        Forward { params, family: &config.family, task, device: &Device::Cpu, world: &tk::world::Alone };
+    let forward = Forward {
+        params,
+        family: &config.family,
+        task,
+        device: &Device::Cpu,
+        world: &tk::world::Alone,
+        stopped: None,
+    };
     let texts: Vec<Encoding> = r.examples.iter().flat_map(Example::encodings).cloned().collect();
     for (i, outputs) in forward.outputs(&texts).unwrap().iter().enumerate() {
         let row: Vec<f32> = outputs[1].iter().copied().collect();
@@ -612,6 +624,41 @@ fn a_parameter_that_no_gradient_reaches_ends_training_at_the_first_step() {
     let error = trainer.step(&[vec![&r.examples[0], &r.examples[1]]]).unwrap_err().to_string();
     assert!(error.contains("no gradient reaches 1 of") && error.contains("forgotten.weight"), "{error}");
     assert_eq!(params.values().unwrap(), before);
+}
+
+/// So processes that share micro-batches out come to the gradient of one that takes them one by one.
+#[test]
+fn each_micro_batch_is_added_up_by_itself() {
+    for name in CLASSIFIERS.into_iter().chain(ANSWERERS) {
+        let r = Reference::load(name);
+        // twice the same number of losses, so that a half's gradient is exactly twice its share of the whole
+        let half = r.examples.len() / 2;
+        let halves =
+            [&r.examples[..half], &r.examples[half..2 * half]].map(|half| half.iter().collect::<Vec<_>>());
+        let settings = Settings {
+            learning_rate: 0.0,
+            adam_beta1: 0.0, // the mean of the gradient is then the gradient itself
+            max_grad_norm: 0.0,
+            dropout: Some(0.0),
+            ..Settings::default()
+        };
+        let gradients = |micro_batches: &[Vec<&Example>]| -> Vec<Vec<f32>> {
+            let trainer = Trainer::new(&settings, &r.config.family, &r.task, &r.params, &Device::Cpu, 10);
+            let mut trainer = trainer.unwrap();
+            trainer.step(micro_batches).unwrap();
+            trainer.optimizer.state().unwrap().into_iter().map(|(gradient, _)| gradient).collect()
+        };
+        let [first, second] = halves.clone().map(|half| gradients(&[half]));
+        let whole = gradients(&halves);
+        for (((param, _), whole), (first, second)) in
+            r.params.iter().zip(&whole).zip(first.iter().zip(&second))
+        {
+            let sum: Vec<f32> = first.iter().zip(second).map(|(a, b)| 0.5 * a + 0.5 * b).collect();
+            // what is used more than once a pass adds more than once: MPNet's table, and DeBERTa's maps, of positions, too
+            let is_shared = param.name.contains("relative_attention_bias") || name.contains("deberta");
+            assert!(*whole == sum || is_shared, "{name}: {}", param.name);
+        }
+    }
 }
 
 /// The padded formulation is transformers' batch of all records; here they stand back to back, cut by tokens.

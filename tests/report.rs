@@ -277,6 +277,33 @@ fn a_card_has_what_the_hub_reads_and_somebody_elses_readme_stays() {
     assert!(!card.contains(&folder), "a place of this machine stands in it");
     bench.report(&["--card"]); // which is tk's now
 
+    // a new model's directory has no page of the one before
+    std::fs::write(bench.path("run/notes.html"), "mine").unwrap();
+    let again = ["--task", "text-classification", "--max-length", "48", "--max-steps", "1", "--overwrite"];
+    let train = |more: &[&str]| {
+        let mut train = tk();
+        train.args(["train", "--quiet"]).args(again).arg("--model").arg(models("tiny-bert-single"));
+        train
+            .arg("--train")
+            .arg(bench.path("records.jsonl"))
+            .arg("--output")
+            .arg(bench.path("run"))
+            .args(more);
+        train.assert().success();
+    };
+    train(&["--validation-split", "0.2"]);
+    assert!(
+        !readme.exists() && !bench.path("run/report.html").exists() && bench.path("run/notes.html").exists()
+    );
+
+    // what was drawn to be measured on is drawn again
+    let (told, _) = bench.report(&[]);
+    assert_eq!(told["metrics"], told["best"]["metrics"]);
+    assert_eq!(told["examples"], 6);
+    std::fs::write(&readme, "# my own").unwrap();
+    train(&[]);
+    assert_eq!(std::fs::read_to_string(&readme).unwrap(), "# my own");
+
     let other = bench.path("other");
     copy_dir(&bench.path("run"), &other);
     refused(&["--overwrite"], &other, "--card");

@@ -150,6 +150,22 @@ fn resumes_to_the_same_bits(bench: &Bench) {
     }
 }
 
+#[test]
+fn a_signal_ends_a_long_evaluation_and_a_resumed_run_makes_it_first() {
+    let bench = Bench::new("tiny-bert-single");
+    records_file("tiny-bert-single", 80, &bench.path("eval.jsonl"));
+    let more = ["--max-steps", "6", "--eval-every", "3"];
+    bench.train("whole", &more).success();
+    let status = bench.interrupt("out", &more, "step 3/", libc::SIGTERM);
+    assert_eq!(status.code(), Some(143));
+    let checkpoint = bench.path("out/training/checkpoints/step-00000003/progress.json");
+    let progress: Value = serde_json::from_slice(&std::fs::read(checkpoint).unwrap()).unwrap();
+    assert_eq!(progress["unmeasured"], true);
+    tk().args(["train", "--resume", "--output"]).arg(bench.path("out")).assert().success();
+    assert_eq!(bench.weights("out"), bench.weights("whole"));
+    assert_eq!(bench.log("out"), bench.log("whole"));
+}
+
 /// What TensorBoard shows of a run, which is what stands in its log; without what a clock decides.
 fn shown_by_tensorboard(bench: &Bench, output: &str) -> BTreeMap<(u64, String), f32> {
     let shown = common::events::scalars(&bench.path(output).join("training"));

@@ -165,7 +165,8 @@ fn what_finds_nothing_is_refused() {
         ("tiny-bert-multi", "--tune-thresholds", "give --eval"),
     ] {
         let dir = tempfile::tempdir().unwrap();
-        let said = stderr(&train(dir.path(), model, &[flag]).code(2));
+        let measured: &[&str] = if says == "give --eval" { &[] } else { &["--validation-split", "0.3"] };
+        let said = stderr(&train(dir.path(), model, &[&[flag], measured].concat()).code(2));
         assert!(said.contains(says), "{said}");
         assert!(!dir.path().join("out").exists());
     }

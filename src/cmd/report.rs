@@ -6,7 +6,7 @@ use serde_json::json;
 
 use crate::data::records::Files;
 use crate::files::Destination;
-use crate::report::{Asked, Report, card, page};
+use crate::report::{self, Asked, Report, card, page};
 use crate::saved::{Saved, TaskFlag};
 use crate::say::Say;
 use crate::task::RecordFlags;
@@ -51,7 +51,7 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     let output = match &args.output {
         Some(path) if path.as_os_str() == "-" => Destination::STDOUT,
         Some(path) => Destination::of(path)?,
-        None => Destination::of(&args.dir.join("report.html"))?,
+        None => Destination::of(&args.dir.join(report::PAGE))?,
     };
     let is_printed = output == Destination::STDOUT;
     if is_printed && say.json {

@@ -12,16 +12,18 @@ use crate::data::cache::Cache;
 use crate::data::records::{Files, file_names};
 use crate::error::{self, Stopped};
 use crate::say::{Say, peak_rss_bytes, tell};
-use crate::task::{Learning, Metrics, RecordFlags, Task, TrainingFlags};
+use crate::task::{Encoder, Learning, Metrics, RecordFlags, Task, TrainingFlags};
 use crate::train::checkpoint::Folder;
 use crate::train::dry_run::DryRun;
 use crate::train::output::{self, EarlierRun};
 use crate::train::prepare::{Job, Prepared};
-use crate::train::split::SplitFlags;
+use crate::train::split::{SplitFlags, Whole};
+use crate::train::stream::Stream;
+use crate::train::supply::Streamed;
 use crate::train::verify::verify_resume;
 use crate::train::{End, Outcome, Run, Settings};
 use crate::world::{self, World};
-use crate::{Result, bail_unusable, device, process};
+use crate::{Result, bail_unusable, device, process, report};
 
 /// Fine-tune a model, or pre-train one from scratch.
 #[derive(Clone, Debug, PartialEq, clap::Args, Serialize, Deserialize)]
@@ -83,7 +85,7 @@ pub struct Args {
     #[arg(long)]
     #[serde(skip)]
     no_cache: bool,
-    /// Where to compute: cpu, cuda or cuda:N.
+    /// Where to compute: cpu, cuda or cuda:N. Of several processes on a machine (mpirun), cuda gives each a GPU of its own.
     #[arg(long, default_value = "cpu")]
     device: String,
     #[command(flatten)]
@@ -144,12 +146,13 @@ fn train(args: &Args, world: &dyn World, say: Say) -> Result<()> {
     if world.leads() {
         output::check(&args.output, asked, &settings)?;
     }
-    let device = device::open(&args.device)?;
+    let device = device::open(&world.device(&args.device))?;
     args.settings.precision.check(&device)?;
     if args.settings.checkpoint_activations && !device.is_cpu() {
         bail_unusable!("--checkpoint-activations works with --device cpu; here, try a smaller --batch-size");
     }
-    let divided = args.split.divide(&job)?;
+    let (task, records, training, seed) = (&*args.task, &args.records, &args.training, args.settings.seed);
+    let divided = args.split.divide(&Whole { task, train: &train, records, training, seed })?;
     // a dry run writes nothing
     let cache = (!args.no_cache && !args.dry_run).then(|| Cache::of_user(say)).flatten();
     let job = Job { cache: cache.as_ref(), ..job };
@@ -158,9 +161,20 @@ fn train(args: &Args, world: &dyn World, say: Say) -> Result<()> {
         None => job,
     };
     divided.iter().flat_map(|divided| &divided.told).for_each(|text| say.line(text));
+    let (how, _) = Task::reading_of(&args.task, &args.records)?;
+    let mut stream = Stream::of(&job, &how);
+    let first = stream.as_mut().map(Stream::first).transpose()?;
+    let job = match &first {
+        // what is passed by once is not worth keeping
+        Some(first) => Job { train: first, cache: None, ..job },
+        None => job,
+    };
     let mut prepared = Prepared::new(&job, &device, &say)?;
+    if let Some(stream) = &mut stream {
+        stream.check(&job, &prepared.learning.task, &say)?;
+    }
     if args.dry_run {
-        return dry_run(args, &job, &prepared, &device, &say);
+        return dry_run(args, &job, &prepared, stream.as_ref(), &device, &say);
     }
     prepared.describe(&job, &say);
     let _held = match world.leads() {
@@ -172,6 +186,8 @@ fn train(args: &Args, world: &dyn World, say: Say) -> Result<()> {
 
     let Prepared { config, learning, params, eval, .. } = &prepared;
     let Learning { task, examples: train, .. } = learning;
+    let (tokenizer, max_length) = (&learning.tokenizer, args.settings.max_length);
+    let encoder = Encoder { records, training, tokenizer, max_length };
     let run = Run {
         settings: &args.settings,
         family: &config.family,
@@ -179,10 +195,11 @@ fn train(args: &Args, world: &dyn World, say: Say) -> Result<()> {
         params,
         device: &device,
         train,
+        streamed: stream.map(|stream| Streamed { stream, encoder }),
         eval,
         folder: &Folder::of(&args.output),
         say,
-        tokenizer: &learning.tokenizer,
+        tokenizer,
         world,
         stopped: stopped(),
         stop_at: args.stop_at,
@@ -206,8 +223,9 @@ fn train(args: &Args, world: &dyn World, say: Say) -> Result<()> {
     if let Some(best) = &outcome.progress.best {
         prepared.tune(&best.measured(), &say);
     }
+    report::remove(&args.output)?; // an earlier model's
     output::write_model(&args.output, &prepared, &args.settings)?;
-    report(args, &outcome, &say)
+    tell_outcome(args, &outcome, &say)
 }
 
 impl Args {
@@ -226,8 +244,15 @@ impl Args {
     }
 }
 
-fn dry_run(args: &Args, job: &Job, prepared: &Prepared, device: &Device, say: &Say) -> Result<()> {
-    let found = DryRun::new(job, prepared, device)?;
+fn dry_run(
+    args: &Args,
+    job: &Job,
+    prepared: &Prepared,
+    stream: Option<&Stream>,
+    device: &Device,
+    say: &Say,
+) -> Result<()> {
+    let found = DryRun::new(job, prepared, stream, device)?;
     say.result(found.told(), &found)?;
     match found.warnings.len() {
         count if args.strict && count > 0 => {
@@ -238,7 +263,7 @@ fn dry_run(args: &Args, job: &Job, prepared: &Prepared, device: &Device, say: &S
     }
 }
 
-fn report(args: &Args, outcome: &Outcome, say: &Say) -> Result<()> {
+fn tell_outcome(args: &Args, outcome: &Outcome, say: &Say) -> Result<()> {
     let progress = &outcome.progress;
     let metrics: Metrics = progress.best.as_ref().map(|best| best.metrics.clone()).unwrap_or_default();
     let shown: Vec<String> = metrics.iter().map(|(name, value)| format!("{name} {value:.4}")).collect();

@@ -1,6 +1,7 @@
 //! A model in candle: encoded examples → its outputs, without dropout or gradients.
 
 use std::borrow::Borrow;
+use std::sync::atomic::{AtomicI32, Ordering};
 
 use anyhow::Context;
 use candle_core::{Device, Tensor};
@@ -29,7 +30,14 @@ pub struct Forward<'a> {
     pub device: &'a Device,
     /// Those that compute the same together, where there are several.
     pub world: &'a dyn World,
+    /// Set from outside to a signal's number, it ends the work by [`Interrupted`].
+    pub stopped: Option<&'a AtomicI32>,
 }
+
+/// Work that was ended by a signal.
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+#[error("interrupted")]
+pub struct Interrupted;
 
 impl Forward<'_> {
     /// Each example's outputs, in order.
@@ -53,6 +61,7 @@ impl Forward<'_> {
         let mut of_examples = vec![Outputs::new(); examples.len()];
         let batches = batches(examples.iter().map(|example| example.borrow().len()));
         for batch in self.own(&batches) {
+            let batch = batch?;
             let packed = PackedBatch::new(batch.iter().map(|&i| examples[i].borrow()));
             let lengths: Vec<usize> = packed.spans.iter().map(|span| span.len()).collect();
             self.compute(&packed, ahead, &scopes, &lengths, |i, output| of_examples[batch[i]].push(output))?;
@@ -61,10 +70,12 @@ impl Forward<'_> {
         Ok(of_examples)
     }
 
-    /// Of batches those that this process computes.
-    fn own<'b>(&self, batches: &'b [Vec<usize>]) -> impl Iterator<Item = &'b Vec<usize>> {
-        let world = self.world;
-        batches.iter().enumerate().filter(|(n, _)| world.has(*n)).map(|(_, batch)| batch)
+    /// Of batches those that this process computes, as long as no signal ends it.
+    fn own<'b>(&self, batches: &'b [Vec<usize>]) -> impl Iterator<Item = Result<&'b Vec<usize>>> {
+        let Self { world, stopped, .. } = *self;
+        let is_stopped = move || stopped.is_some_and(|signal| signal.load(Ordering::Relaxed) != 0);
+        let own = batches.iter().enumerate().filter(|(n, _)| world.has(*n));
+        own.map(move |(_, batch)| if is_stopped() { Err(Interrupted.into()) } else { Ok(batch) })
     }
 
     /// Puts in place what other processes have computed.
@@ -98,28 +109,34 @@ impl Forward<'_> {
         Ok(())
     }
 
-    /// Each example's outputs where some of its tokens are asked for: a row for the first token, and one for each of
-    /// `places` of an example that is not the first. They are handed on as they come, in any order.
+    /// What is kept of each example's outputs where some of its tokens are asked for: a row for the first token, and one
+    /// for each of `places` of an example that is not the first.
     ///
     /// # Errors
-    /// As [`Forward::outputs`], and what `take` fails with.
+    /// As [`Forward::outputs`], and what `keep` fails with.
     pub fn asked(
         &self,
         examples: &[&Encoding],
         places: impl Fn(usize) -> Option<Vec<usize>>,
-        mut take: impl FnMut(usize, Outputs) -> Result<()>,
-    ) -> Result<()> {
+        keep: impl Fn(usize, Outputs) -> Result<Outputs>,
+    ) -> Result<Vec<Outputs>> {
         let scopes = self.task.scopes();
-        for batch in batches(examples.iter().map(|example| example.len())) {
+        let mut kept = vec![Outputs::new(); examples.len()];
+        let batches = batches(examples.iter().map(|example| example.len()));
+        for batch in self.own(&batches) {
+            let batch = batch?;
             let places: Vec<_> = batch.iter().map(|&i| places(i)).collect();
             let packed = PackedBatch::new(batch.iter().map(|&i| examples[i])).asking(&places);
             let lengths: Vec<usize> =
                 packed.asked.iter().flat_map(|asked| asked.spans.iter()).map(|span| span.len()).collect();
             let mut of_examples = vec![Outputs::new(); batch.len()];
             self.compute(&packed, 0, &scopes, &lengths, |i, output| of_examples[i].push(output))?;
-            batch.iter().zip(of_examples).try_for_each(|(&i, outputs)| take(i, outputs))?;
+            for (&i, outputs) in batch.iter().zip(of_examples) {
+                kept[i] = keep(i, outputs)?;
+            }
         }
-        Ok(())
+        self.exchange(&mut kept)?;
+        Ok(kept)
     }
 
     /// Hands on each output of each sequence of a batch, but for those ahead; of tokens, a sequence has so many rows.
@@ -154,6 +171,7 @@ impl Forward<'_> {
         let mut losses = 0.0;
         let batches = batches(examples.iter().map(|example| example.len()));
         for batch in self.own(&batches) {
+            let batch = batch?;
             let packed = PackedBatch::new(batch.iter().map(|&i| examples[i]));
             let eager = Eager::new(self.params, &packed, self.device, Mode::Evaluation);
             let scores = self.task.define(&eager, self.family)?;
@@ -217,7 +235,7 @@ impl Evaluator {
 
     fn forward(&self) -> Forward<'_> {
         let Self { params, family, task, device } = self;
-        Forward { params, family, task, device, world: &world::Alone }
+        Forward { params, family, task, device, world: &world::Alone, stopped: None }
     }
 
     /// Each example's outputs, in order.

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use anyhow::Context;
 use candle_core::{DType, Device, Tensor};
 
-pub use evaluator::{Evaluator, Forward};
+pub use evaluator::{Evaluator, Forward, Interrupted};
 pub use kernels::{Kernels, Weight};
 pub use params::{Init, Params, Trainable};
 pub use x::X;

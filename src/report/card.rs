@@ -8,42 +8,30 @@ use indicatif::HumanCount;
 use super::run::Started;
 use super::{Report, file_name};
 use crate::checkpoint::adapter;
-use crate::{Result, bail_unusable, files, unusable};
+use crate::{Result, bail_unusable, files};
+
+/// What it is called in a model's directory.
+pub const NAME: &str = "README.md";
 
 /// Says that a card is tk's. Whoever takes it out keeps the file.
-const MARK: &str =
+pub const MARK: &str =
     "<!-- Written by tk report, which replaces this file as long as this line stands here. -->";
 
 /// Stands where the author has to say something.
 const ASKED: &str = "[More information needed]";
-
-/// Bytes of a README.md that are looked at.
-const LONGEST: u64 = 1 << 20;
 
 /// Where the card of a directory is written.
 ///
 /// # Errors
 /// Unusable: a README.md stands there that is not tk's, and may not be replaced.
 pub fn destination(dir: &Path, overwrite: bool) -> Result<PathBuf> {
-    let path = files::behind_links(&dir.join("README.md"))?;
-    match beginning(&path)? {
+    let path = files::behind_links(&dir.join(NAME))?;
+    match files::beginning(&path)? {
         Some(text) if !overwrite && !text.contains(MARK) => {
             bail_unusable!("{} is not tk's: --overwrite replaces it, or move it away", path.display())
         }
         _ => Ok(path),
     }
-}
-
-/// The first part of a text file; none where there is no file.
-fn beginning(path: &Path) -> Result<Option<String>> {
-    use std::io::Read;
-    let file = match std::fs::File::open(path) {
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        file => file.map_err(|e| unusable!("{}: {e}", path.display()))?,
-    };
-    let mut bytes = Vec::new();
-    file.take(LONGEST).read_to_end(&mut bytes).map_err(|e| unusable!("{}: {e}", path.display()))?;
-    Ok(Some(String::from_utf8_lossy(&bytes).into_owned()))
 }
 
 /// The card.
@@ -180,7 +168,7 @@ fn is_hub_id(name: &str) -> bool {
 
 /// License and language of the model that a run started from, where it is a directory with a card that says so.
 fn known_of_base(base: &str) -> Vec<(&'static str, String)> {
-    let Ok(Some(text)) = beginning(&Path::new(base).join("README.md")) else { return Vec::new() };
+    let Ok(Some(text)) = files::beginning(&Path::new(base).join("README.md")) else { return Vec::new() };
     let Some(front) = text.strip_prefix("---\n").and_then(|rest| Some(rest.split_once("\n---")?.0)) else {
         return Vec::new();
     };

@@ -9,6 +9,7 @@ pub mod run;
 
 use std::path::Path;
 
+use anyhow::Context;
 use candle_core::Device;
 use chrono::{DateTime, SecondsFormat, Utc};
 use serde_json::{Map, Value, json};
@@ -22,7 +23,7 @@ use crate::saved::Saved;
 use crate::say::{Say, listed};
 use crate::task::{Measured, Metric, Metrics, RecordFlags, Review, Source};
 use crate::train::checkpoint::Folder;
-use crate::{Result, bail_unusable};
+use crate::{Result, bail_unusable, files, html};
 
 /// Files that are named.
 const FILES: usize = 3;
@@ -73,6 +74,23 @@ pub struct Best {
     pub step: u64,
     /// All that was measured then.
     pub metrics: Metrics,
+}
+
+/// What a report's page is called in a model's directory.
+pub const PAGE: &str = "report.html";
+
+/// Removes the page and the card of a directory whose model is about to be replaced, if they are tk's.
+///
+/// # Errors
+/// One can't be read or removed.
+pub fn remove(dir: &Path) -> Result<()> {
+    for (name, mark) in [(PAGE, html::MARK), (card::NAME, card::MARK)] {
+        let path = dir.join(name);
+        if files::beginning(&path)?.is_some_and(|text| text.contains(mark)) {
+            std::fs::remove_file(&path).with_context(|| path.display().to_string())?;
+        }
+    }
+    Ok(())
 }
 
 impl<'a> Report<'a> {

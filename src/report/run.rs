@@ -6,8 +6,9 @@ use serde::Deserialize;
 
 use crate::checkpoint::file_hash;
 use crate::data::records::{Files, file_names};
-use crate::task::RecordFlags;
+use crate::task::{RecordFlags, TrainingFlags};
 use crate::train::checkpoint::Folder;
+use crate::train::split::{SplitFlags, Whole};
 use crate::{Result, unusable};
 
 /// What a run was started with.
@@ -24,7 +25,9 @@ pub struct Started {
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "kebab-case", default)]
 struct Known {
+    task: Option<String>,
     model: Option<String>,
+    seed: u64,
     #[serde(with = "file_names")]
     train: Vec<PathBuf>,
     #[serde(with = "file_names")]
@@ -32,6 +35,10 @@ struct Known {
     best_metric: Option<String>,
     #[serde(flatten)]
     records: RecordFlags,
+    #[serde(flatten)]
+    training: TrainingFlags,
+    #[serde(flatten)]
+    split: SplitFlags,
 }
 
 #[derive(Deserialize)]
@@ -85,24 +92,43 @@ impl Started {
         self.known.best_metric.as_deref()
     }
 
-    /// The files that it measured on, if they are still the same; else why not.
+    /// The records that it measured on, if their files are still the same; else why not.
     ///
     /// # Errors
     /// One is there, but can't be read.
     pub fn measured_on(&self) -> Result<Result<Files, String>> {
-        if self.eval().is_empty() {
+        if !self.eval().is_empty() {
+            return self.unchanged("eval", self.eval());
+        }
+        let Known { task: Some(task), seed, records, training, split, .. } = &self.known else {
+            return Ok(Err("the run had no --eval".to_owned()));
+        };
+        if split.validation_split.is_none() {
             return Ok(Err("the run had no --eval".to_owned()));
         }
-        let files = match Files::named(self.eval(), self.known.records.reading.format) {
+        let train = match self.unchanged("train", self.train())? {
+            Ok(train) => train,
+            why => return Ok(why),
+        };
+        let divided = split.divide(&Whole { task, train: &train, records, training, seed: *seed })?;
+        Ok(divided
+            .and_then(|divided| divided.eval)
+            .ok_or_else(|| "nothing was drawn to measure on".to_owned()))
+    }
+
+    /// The files that a run was given by this flag, if they are still the same; else why not.
+    fn unchanged(&self, flag: &str, names: &[PathBuf]) -> Result<Result<Files, String>> {
+        let files = match Files::named(names, self.known.records.reading.format) {
             Ok(files) => files,
             Err(error) => return Ok(Err(format!("what the run measured on is not there: {error:#}"))),
         };
         if let Some(gone) = files.all().into_iter().find(|path| !path.is_file()) {
             return Ok(Err(format!("{}, which the run measured on, is not there", gone.display())));
         }
-        let of_eval = |name: &str| name == "eval" || name.starts_with("eval ");
+        let is_own =
+            |name: &str| name.strip_prefix(flag).is_some_and(|rest| rest.is_empty() || rest.starts_with(' '));
         let mut was: Vec<&str> =
-            self.inputs.iter().filter(|(name, _)| of_eval(name)).map(|(_, hash)| hash.as_str()).collect();
+            self.inputs.iter().filter(|(name, _)| is_own(name)).map(|(_, hash)| hash.as_str()).collect();
         let now = files.all().into_iter().map(file_hash).collect::<Result<Vec<_>>>()?;
         let mut now: Vec<&str> = now.iter().map(String::as_str).collect();
         was.sort_unstable();

@@ -428,6 +428,18 @@ macro_rules! tasks {
                 }
             }
 
+            /// See [`Objective::learnt`].
+            pub fn learnt(&self, files: &Files, encoder: &Encoder) -> Result<Vec<Example>> {
+                match self {
+                    $(Self::$task(task) => Ok(listed(task.learnt(files, encoder)?, Target::$task)),)+
+                }
+            }
+
+            /// See [`Objective::check_learnt`].
+            pub fn check_learnt(&self, files: &Files, flags: &RecordFlags) -> Result<()> {
+                match self { $(Self::$task(task) => task.check_learnt(files, flags)),+ }
+            }
+
             /// See [`Objective::reading`].
             pub fn reading(&self, flags: &RecordFlags) -> (How, Columns) {
                 match self { $(Self::$task(_) => $task::reading(flags)),+ }
@@ -456,6 +468,14 @@ macro_rules! tasks {
             pub fn classes(name: &str, labels: &[&Value], flags: &TrainingFlags) -> Option<Vec<String>> {
                 match name {
                     $($task::NAME => $task::classes(labels, flags),)+
+                    _ => None,
+                }
+            }
+
+            /// See [`Objective::needs_eval`]; of the task of this name.
+            pub fn needs_eval(name: &str, flags: &TrainingFlags) -> Option<&'static str> {
+                match name {
+                    $($task::NAME => $task::needs_eval(flags),)+
                     _ => None,
                 }
             }

@@ -207,6 +207,22 @@ pub trait Objective: Clone + Into<Task> {
     /// Unusable: records that the model can't be measured on, with file and line.
     fn examples(&self, files: &Files, encoder: &Encoder) -> Result<Vec<Example<Self::Target>>>;
 
+    /// Reads more records to learn from, now that the task is found.
+    ///
+    /// # Errors
+    /// Unusable: as [`Objective::learn`], and records that others than the first were needed to know of.
+    fn learnt(&self, files: &Files, encoder: &Encoder) -> Result<Vec<Example<Self::Target>>> {
+        self.examples(files, encoder)
+    }
+
+    /// Reads the same without making anything of them, and refuses what [`Objective::learnt`] would refuse.
+    ///
+    /// # Errors
+    /// As [`Objective::learnt`], as far as records are read.
+    fn check_learnt(&self, files: &Files, flags: &RecordFlags) -> Result<()> {
+        self.look(files, flags).map(drop)
+    }
+
     /// Reads records to learn from, or to measure on, as they are.
     ///
     /// # Errors
@@ -219,6 +235,11 @@ pub trait Objective: Clone + Into<Task> {
     /// The class of each record, of what stands in [`Objective::CLASS`], where every record has one: a part that is drawn
     /// of them keeps the classes' shares.
     fn classes(_labels: &[&Value], _flags: &TrainingFlags) -> Option<Vec<String>> {
+        None
+    }
+
+    /// The flag that asks for records to measure on, if one does.
+    fn needs_eval(_flags: &TrainingFlags) -> Option<&'static str> {
         None
     }
 

@@ -92,14 +92,13 @@ impl Objective for PreTraining {
         let (tokenizer, _) = start.tokenizer_of(&texts.iter().map(String::as_str).collect::<Vec<_>>())?;
         let task = Self::from_config(&start.config).map_err(|error| start.in_config(error))?;
         let masking = Masking::learnt(&tokenizer, task.vocabulary, &start.training.shared)?;
-        let chunks = Corpus::new(&texts, start.train, &tokenizer)?.chunks(start.max_length)?;
-        let of_chunk = |chunk: Chunk| {
-            let Pair { encoding, words, follows } = chunk.pair(0)?;
-            let masked = Masked { wanted: vec![None; words.len()], words: words.into() };
-            Ok(Example { encoding, target: Pretrained { chunk: Some(chunk), follows, masked } })
-        };
-        let examples = chunks.into_iter().map(of_chunk).collect::<Result<_>>()?;
+        let examples = learnt(&texts, start.train, &tokenizer, start.max_length)?;
         Ok(Learning { task: Self { masking: Some(masking), ..task }, tokenizer, examples, files: Vec::new() })
+    }
+
+    fn learnt(&self, files: &Files, encoder: &Encoder) -> Result<Vec<Example<Pretrained>>> {
+        let texts = masked_lm::read(files, encoder.records, UNIT)?;
+        learnt(&texts, files, encoder.tokenizer, encoder.max_length)
     }
 
     /// Each chunk parts and is masked in the same way every time.
@@ -179,17 +178,15 @@ impl Objective for PreTraining {
     }
 
     fn measure(&self, model: &Forward, examples: &[(&Encoding, &Pretrained)]) -> Result<Measured> {
-        let mut kept = vec![Outputs::new(); examples.len()];
         let encodings: Vec<&Encoding> = examples.iter().map(|(encoding, _)| *encoding).collect();
-        model.asked(
+        let kept = model.asked(
             &encodings,
             |i| Some(examples[i].1.masked.places()),
             |i, mut outputs| {
                 let wanted: Vec<Option<u32>> = examples[i].1.masked.of_rows().collect();
                 let scores = outputs.first_mut().ok_or_else(|| anyhow::anyhow!("the model has no output"))?;
                 *scores = found(scores, &wanted)?;
-                kept[i] = outputs;
-                Ok(())
+                Ok(outputs)
             },
         )?;
         let targets: Vec<&Pretrained> = examples.iter().map(|(_, target)| *target).collect();
@@ -251,6 +248,22 @@ impl Objective for PreTraining {
         }
         Ok(Ok(fields))
     }
+}
+
+/// Documents' chunks, which part elsewhere and are masked otherwise at every step.
+fn learnt(
+    texts: &[String],
+    files: &Files,
+    tokenizer: &Tokenizer,
+    max_length: usize,
+) -> Result<Vec<Example<Pretrained>>> {
+    let chunks = Corpus::new(texts, files, tokenizer)?.chunks(max_length)?;
+    let of_chunk = |chunk: Chunk| {
+        let Pair { encoding, words, follows } = chunk.pair(0)?;
+        let masked = Masked { wanted: vec![None; words.len()], words: words.into() };
+        Ok(Example { encoding, target: Pretrained { chunk: Some(chunk), follows, masked } })
+    };
+    chunks.into_iter().map(of_chunk).collect()
 }
 
 /// The pair that a key draws, and the words that are to be found in it.

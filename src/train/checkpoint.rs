@@ -1,7 +1,7 @@
 //! A run's state on disk: the parameters that it trains, optimizer and progress, whole or not at all.
 //!
 //! There is no generator to save: the order of the examples is a function of (seed, epoch) and every dropout
-//! mask one of (seed, step, place), so the number of steps says where both stand.
+//! mask one of (seed, step, place), so the number of steps says where both stand; and of a stream the number of the buffer.
 
 use std::ffi::OsString;
 use std::io::ErrorKind;
@@ -14,6 +14,7 @@ use serde_json::{Map, Value};
 use super::ema::Ema;
 use super::events;
 use super::optimizer::AdamW;
+use super::supply::Buffer;
 use crate::checkpoint::{self, Weights};
 use crate::eager::{Params, Trainable};
 use crate::task::{Measured, Metrics};
@@ -33,6 +34,12 @@ pub struct Progress {
     pub best: Option<Best>,
     /// Evaluations since the best one.
     pub evaluations_without_gain: usize,
+    /// Whether the evaluation that is due behind this step was not made: a signal has ended it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub unmeasured: bool,
+    /// Where a stream stands; see [`super::supply`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub buffer: Option<Buffer>,
 }
 
 /// The best evaluation so far; its weights stand in `best-NNNNNNNN.safetensors`, by its step. Where the metric that

@@ -18,6 +18,7 @@ use super::plan::{Budget, Plan};
 use super::prepare::{Job, Prepared};
 use super::rates::{Group, Rates};
 use super::schedule::warmup_steps;
+use super::stream::Stream;
 use super::teacher::{AboutTeacher, Teacher};
 use crate::Result;
 use crate::eager::kernels::dropout::mix;
@@ -94,9 +95,13 @@ impl DryRun {
     ///
     /// # Errors
     /// Unusable: what a run would refuse, too.
-    pub fn new(job: &Job, prepared: &Prepared, device: &Device) -> Result<Self> {
+    pub fn new(job: &Job, prepared: &Prepared, stream: Option<&Stream>, device: &Device) -> Result<Self> {
+        let passes = |epochs| stream.map_or(epochs, |stream| stream.passes(epochs));
         // on a thread of the pool, as a run is
-        rayon::scope(|_| Self::look(job, prepared, device))
+        let mut found = rayon::scope(|_| Self::look(job, prepared, device))?;
+        found.plan.epochs = passes(found.plan.epochs);
+        found.train.drawn_from = stream.and_then(Stream::counted).or(found.train.drawn_from);
+        Ok(found)
     }
 
     fn look(job: &Job, prepared: &Prepared, device: &Device) -> Result<Self> {

@@ -1,6 +1,6 @@
 //! The sum of a step's gradients over all processes: whole matrices, and of tables the rows that one of them looked up.
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 use super::optimizer::Gradients;
 use crate::Result;
@@ -20,13 +20,14 @@ pub fn sum_gradients(world: &dyn World, params: &Params, gradients: &mut Gradien
         Gradients::Slots => sum_slots(world, params),
         Gradients::Tensors(sums) => {
             for (own, place) in params.trainable().zip(0..) {
-                let shape = own.param.shape.as_slice();
-                let mut values: Vec<f32> = match sums.get(place) {
-                    Some(sum) => sum.flatten_all()?.to_dtype(candle_core::DType::F32)?.to_vec1()?,
-                    None => vec![0.0; own.param.numel()],
+                let sum = match sums.get(place) {
+                    Some(sum) => world.sum_tensor(sum)?,
+                    None => world.sum_tensor(&Tensor::zeros(
+                        own.param.shape.as_slice(),
+                        DType::F32,
+                        own.var.device(),
+                    )?)?,
                 };
-                world.sum(&mut values)?;
-                let sum = Tensor::from_vec(values, shape, own.var.device())?;
                 match sums.get_mut(place) {
                     Some(own) => *own = sum,
                     None => sums.push(sum),

@@ -18,6 +18,8 @@ mod run;
 pub mod schedule;
 pub mod settings;
 pub mod split;
+pub mod stream;
+pub mod supply;
 pub mod teacher;
 pub mod trainer;
 pub mod verify;

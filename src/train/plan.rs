@@ -63,9 +63,41 @@ impl Plan {
         plan
     }
 
+    /// Plans the steps behind `start` over the examples of one part of the data, in the order of this epoch.
+    pub fn of_part(
+        settings: &Settings,
+        lengths: Vec<usize>,
+        processes: usize,
+        epoch: usize,
+        start: usize,
+    ) -> Self {
+        let mut plan = Self::of_processes(settings, lengths, processes);
+        (plan.epoch, plan.start) = (epoch, start);
+        plan.steps = plan.steps_of(epoch);
+        plan
+    }
+
+    /// The step behind the current epoch's last one.
+    pub fn end(&self) -> usize {
+        self.start + self.steps.len()
+    }
+
     /// Optimizer steps of the whole run.
     pub fn total_steps(&self) -> usize {
         self.total
+    }
+
+    /// Goes to the epoch whose steps `taken` ends or stands in.
+    pub fn go_behind(&mut self, taken: usize) {
+        while taken > self.end() && !self.steps.is_empty() {
+            self.next_epoch();
+        }
+    }
+
+    fn next_epoch(&mut self) {
+        self.start = self.end();
+        self.epoch += 1;
+        self.steps = self.steps_of(self.epoch);
     }
 
     /// The micro-batches of the step that comes after `taken` steps; a run only goes forward.
@@ -73,10 +105,8 @@ impl Plan {
     /// # Errors
     /// There are no examples, or the step is before the current epoch.
     pub fn step(&mut self, taken: usize) -> Result<&[MicroBatch]> {
-        while taken >= self.start + self.steps.len() && !self.steps.is_empty() {
-            self.start += self.steps.len();
-            self.epoch += 1;
-            self.steps = self.steps_of(self.epoch);
+        while taken >= self.end() && !self.steps.is_empty() {
+            self.next_epoch();
         }
         let place = taken.checked_sub(self.start).and_then(|place| self.steps.get(place));
         Ok(place.with_context(|| format!("no examples are planned for step {}", taken + 1))?.as_slice())
@@ -85,8 +115,7 @@ impl Plan {
     /// Whether what is done every so many steps, or else after every epoch, is due after `taken` steps; after the
     /// last one it is.
     pub fn is_due(&self, every: Option<usize>, taken: usize) -> bool {
-        let ends_epoch = taken == self.start + self.steps.len();
-        taken == self.total || every.map_or(ends_epoch, |every| taken.is_multiple_of(every))
+        taken == self.total || every.map_or(taken == self.end(), |every| taken.is_multiple_of(every))
     }
 
     /// How many epochs `taken` steps are, the current one counted by its share.

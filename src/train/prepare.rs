@@ -67,14 +67,29 @@ impl Job<'_> {
                  takes for known"
             );
         }
+        if self.settings.shuffle_buffer.is_some()
+            && self.training.shared.class_weights == Some(ClassWeights::Balanced)
+        {
+            bail_unusable!(
+                "--class-weights balanced counts the labels of all records, and --shuffle-buffer holds some of them at a \
+                 time: give a FILE"
+            );
+        }
         self.records.check(self.task, &files)
     }
 
-    /// Refuses flags of a teacher where there is none, and of labels where they count nothing.
+    /// Refuses flags of a teacher where there is none, those of labels where they count nothing, and a teacher who could not be
+    /// asked for all records at once.
     fn check_teacher(&self) -> Result<()> {
         let shared = &self.training.shared;
-        let taught = Distillation::asked(shared)?;
-        if taught.is_none_or(|taught| taught.takes_labels()) {
+        let Some(taught) = Distillation::asked(shared)? else { return Ok(()) };
+        if self.settings.shuffle_buffer.is_some() {
+            bail_unusable!(
+                "--teacher is asked for all records before the first step, and --shuffle-buffer holds some of them at a time: \
+                 leave one of them out"
+            );
+        }
+        if taught.takes_labels() {
             return Ok(());
         }
         for (flag, given) in [
@@ -148,6 +163,9 @@ impl Prepared {
     /// Unusable: a model that can't be trained for the task, or records that can't be learnt from.
     pub fn new(job: &Job, device: &Device, say: &Say) -> Result<Self> {
         let Job { settings, records, training, from_scratch, train, cache, .. } = *job;
+        if let (Some(flag), None) = (Task::needs_eval(job.task, training), job.eval) {
+            bail_unusable!("{flag} finds what suits the records that are measured on: give --eval");
+        }
         let max_length = settings.max_length;
         let model = hub::model_dir(job.model, say.quiet)?;
         let mut config = ModelConfig::read(&model)?;
@@ -161,6 +179,12 @@ impl Prepared {
             );
         }
         let model = model.as_path();
+        if settings.lora.lora_rank.is_some() && adapter::is_in(model) {
+            bail_unusable!(
+                "{} is an adapter, and --lora-rank would put another beside it: merge it first (`tk export --merged`)",
+                model.display()
+            );
+        }
         let mut start =
             Start { model, config, from_scratch, train, records, training, max_length, cache, say };
         let learning = Task::learn(job.task, &mut start)?;
@@ -169,20 +193,8 @@ impl Prepared {
         let teacher = Teacher::of(job, task)?;
         let encoder = Encoder { records, training, tokenizer: &learning.tokenizer, max_length };
         let eval = job.eval.map(|files| task.examples(files, &encoder)).transpose()?;
-        if let (Some(flag), None) = (training.text_classification.needs_eval(), &eval) {
-            bail_unusable!("{flag} finds what suits the records that are measured on: give --eval");
-        }
 
         let adapted = settings.lora.chosen(&config.family, task.head())?;
-        if let Some(lora) = &adapted
-            && adapter::is_in(model)
-        {
-            bail_unusable!(
-                "{} is an adapter, and --lora-rank would put {} maps beside it: merge it first (`tk export --merged`)",
-                model.display(),
-                lora.maps.len()
-            );
-        }
         config.family = config.family.adapted(adapted);
         let manifest = task.params(&config.family)?;
         let init = Init { seed: settings.seed, std: config.initializer_range() };

@@ -10,11 +10,11 @@ use serde_json::json;
 use super::checkpoint::{Best, Folder, Progress};
 use super::log::{Entry, Log, Phase, RunLog};
 use super::not_finite::NotFinite;
-use super::plan::Plan;
+use super::supply::{Streamed, Supply};
 use super::trainer::{StepReport, Trainer};
 use super::{Settings, audit};
 use crate::data::tokens::Tokenizer;
-use crate::eager::{Forward, Params};
+use crate::eager::{Forward, Interrupted, Params};
 use crate::model::Family;
 use crate::say::Say;
 use crate::task::{Example, Metric, Task};
@@ -28,7 +28,10 @@ pub struct Run<'a> {
     pub task: &'a Task,
     pub params: &'a Params,
     pub device: &'a Device,
+    /// What is learnt from: all of it, or the first buffer.
     pub train: &'a [Example],
+    /// What the other buffers come from.
+    pub streamed: Option<Streamed<'a>>,
     pub eval: &'a [Example],
     pub folder: &'a Folder,
     pub tokenizer: &'a Tokenizer,
@@ -65,15 +68,15 @@ impl Run<'_> {
     ///
     /// # Errors
     /// A step fails (see [`Trainer::step`]), or a file can't be written.
-    pub fn go(&self, resume: bool) -> Result<Outcome> {
+    pub fn go(self, resume: bool) -> Result<Outcome> {
         // on a thread of the pool, which then works itself instead of waiting for the others
-        rayon::scope(|_| self.train(resume))
+        rayon::scope(move |_| self.train(resume))
     }
 
-    fn train(&self, resume: bool) -> Result<Outcome> {
-        let lengths = self.train.iter().map(Example::tokens).collect();
-        let mut plan = Plan::of_processes(self.settings, lengths, self.world.size());
-        let total = plan.total_steps();
+    fn train(mut self, resume: bool) -> Result<Outcome> {
+        let streamed = self.streamed.take();
+        let mut supply = Supply::new(self.settings, self.task, self.world.size(), self.train, streamed);
+        let total = supply.total_steps();
         if let Some(step) = self.stop_at.filter(|&step| step > total) {
             bail_unusable!("the whole run has {total} steps, fewer than {step}");
         }
@@ -85,6 +88,7 @@ impl Run<'_> {
             false => None,
         };
         let mut progress = restored.unwrap_or_default();
+        supply.go_behind(progress.step, progress.buffer)?;
         let best_step = |progress: &Progress| progress.best.as_ref().map(|best| best.step);
         // of the newest checkpoint: a run that goes on from it asks for these weights
         let mut saved_best = best_step(&progress);
@@ -101,44 +105,52 @@ impl Run<'_> {
         let bar = self.say.bar(total as u64, "{bar:24} {pos}/{len} steps  {msg}  {eta} left")?;
         bar.set_position(progress.step as u64);
         let (started, seconds_before) = (Instant::now(), progress.seconds);
-        while progress.step < total && !self.is_patience_gone(&progress) {
-            let micro_batches: Vec<Vec<&Example>> = plan
-                .step(progress.step)?
-                .iter()
-                .map(|batch| batch.iter().map(|&i| &self.train[i]).collect())
-                .collect();
-            let before = Instant::now();
-            let step = trainer.step(&micro_batches).map_err(|error| self.not_finite(error))?;
-            progress.step += 1;
-            progress.tokens += step.tokens as u64;
-            progress.loss_sum += step.loss;
-            progress.seconds = seconds_before + started.elapsed().as_secs_f64();
-            let speed = step.tokens as f64 / before.elapsed().as_secs_f64();
-            self.report(&mut log, &bar, &progress, &plan, &step, speed)?;
-            if let (Some(audits), Some(rows)) = (&mut audits, &step.audit) {
-                audits.write(&json!({"step": progress.step, "parameters": rows}))?;
-                bar.suspend(|| self.say.line(audit::told(progress.step, rows)));
-            }
-
-            let last = progress.step == total;
-            if plan.is_due(self.settings.eval_every, progress.step) && !self.eval.is_empty() {
-                let mut evaluate = || self.evaluate(&mut log, &bar, &mut progress, &plan);
-                match &trainer.ema {
-                    Some(ema) => ema.instead(self.params, evaluate)?,
-                    None => evaluate()?,
+        let goes_on = |progress: &Progress| progress.step < total && !self.is_patience_gone(progress);
+        while progress.unmeasured || goes_on(&progress) {
+            if !progress.unmeasured {
+                let micro_batches = supply.step(progress.step)?;
+                let before = Instant::now();
+                let step = trainer.step(&micro_batches).map_err(|error| self.not_finite(error))?;
+                progress.step += 1;
+                progress.buffer = supply.buffer();
+                progress.tokens += step.tokens as u64;
+                progress.loss_sum += step.loss;
+                progress.seconds = seconds_before + started.elapsed().as_secs_f64();
+                let speed = step.tokens as f64 / before.elapsed().as_secs_f64();
+                self.report(&mut log, &bar, &progress, &supply, &step, speed)?;
+                if let (Some(audits), Some(rows)) = (&mut audits, &step.audit) {
+                    audits.write(&json!({"step": progress.step, "parameters": rows}))?;
+                    bar.suspend(|| self.say.line(audit::told(progress.step, rows)));
                 }
-                if leads {
-                    let kept = [saved_best, best_step(&progress)].into_iter().flatten();
-                    self.folder.keep_best(&kept.collect::<Vec<_>>())?;
+                progress.unmeasured =
+                    supply.is_due(self.settings.eval_every, progress.step) && !self.eval.is_empty();
+            }
+            if progress.unmeasured {
+                let mut evaluate = || self.evaluate(&mut log, &bar, &mut progress, &supply);
+                let evaluated = match &trainer.ema {
+                    Some(ema) => ema.instead(self.params, evaluate),
+                    None => evaluate(),
+                };
+                match evaluated {
+                    Err(error) if error.is::<Interrupted>() => {}
+                    evaluated => {
+                        evaluated?;
+                        progress.unmeasured = false;
+                        if leads {
+                            let kept = [saved_best, best_step(&progress)].into_iter().flatten();
+                            self.folder.keep_best(&kept.collect::<Vec<_>>())?;
+                        }
+                    }
                 }
             }
+            let last = progress.step == total && !progress.unmeasured;
             let signal = self.world.largest(self.stopped.load(Ordering::Relaxed))?;
             let end = match self.stop_at {
                 _ if signal != 0 => Some(End::Stopped(signal)),
                 Some(step) if step == progress.step => Some(End::StopAt),
                 _ => None,
             };
-            if plan.is_due(self.settings.save_every, progress.step) || end.is_some() {
+            if supply.is_due(self.settings.save_every, progress.step) || end.is_some() {
                 if leads {
                     self.folder.save(
                         &progress,
@@ -196,11 +208,11 @@ impl Run<'_> {
         log: &mut RunLog,
         bar: &ProgressBar,
         progress: &Progress,
-        plan: &Plan,
+        supply: &Supply,
         step: &StepReport,
         tokens_per_second: f64,
     ) -> Result<()> {
-        let total = plan.total_steps();
+        let total = supply.total_steps();
         let mut numbers = vec![
             ("loss", step.loss),
             ("learning_rate", step.learning_rate),
@@ -210,7 +222,7 @@ impl Run<'_> {
         let names = self.task.loss_names();
         numbers.extend(names.iter().copied().zip(step.losses.iter().copied()).filter(|_| names.len() > 1));
         let numbers = numbers.into_iter().map(|(name, number)| (name.to_owned(), number)).collect();
-        let epoch = plan.epochs(progress.step);
+        let epoch = supply.epochs(progress.step);
         log.write(&Entry {
             step: progress.step,
             epoch,
@@ -226,7 +238,7 @@ impl Run<'_> {
             self.say.line(format!(
                 "step {}/{total}  epoch {:.2}  loss {:.4}  {mean_speed:.0} tokens/s  {left:.0} s left",
                 progress.step,
-                plan.epochs(progress.step),
+                supply.epochs(progress.step),
                 step.loss,
             ));
         }
@@ -238,10 +250,14 @@ impl Run<'_> {
         log: &mut RunLog,
         bar: &ProgressBar,
         progress: &mut Progress,
-        plan: &Plan,
+        supply: &Supply,
     ) -> Result<()> {
         let Self { params, family, task, device, world, .. } = *self;
-        let measured = task.measure(&Forward { params, family, task, device, world }, self.eval)?;
+        let measured = {
+            // several processes meet in an evaluation: one alone can't leave it
+            let stopped = (world.size() == 1).then_some(self.stopped);
+            task.measure(&Forward { params, family, task, device, world, stopped }, self.eval)?
+        };
         let Metric { name, more_is_better, .. } = self.deciding_metric()?;
         let new = Best { step: progress.step, metrics: measured.metrics, details: measured.details };
         let is_better = is_better(
@@ -251,7 +267,7 @@ impl Run<'_> {
         );
         let details = new.details.iter().filter_map(|(name, value)| Some((name.clone(), value.as_f64()?)));
         let numbers = new.metrics.iter().map(|(name, value)| (name.clone(), *value)).chain(details).collect();
-        let epoch = plan.epochs(progress.step);
+        let epoch = supply.epochs(progress.step);
         log.write(&Entry { step: progress.step, epoch, phase: Phase::Eval, tokens: None, numbers })?;
         let shown: Vec<String> =
             new.metrics.iter().map(|(name, value)| format!("{name} {value:.4}")).collect();

@@ -27,6 +27,12 @@ pub struct Settings {
     #[arg(long, value_name = "N", help_heading = "Regime")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_steps: Option<usize>,
+    /// Hold this many training records at a time instead of all: for data that is larger than memory. What is held is
+    /// shuffled; then come the next ones, and behind the last the first again. Evaluations and checkpoints come after each
+    /// of these buffers where --eval-every and --save-every say nothing else. Needs --max-steps.
+    #[arg(long, value_name = "RECORDS", help_heading = "Regime")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shuffle_buffer: Option<usize>,
     /// Examples of one forward pass.
     #[arg(
         long,
@@ -204,6 +210,17 @@ impl Settings {
         ] {
             if value == 0 {
                 wrong.push(format!("--{name} is 0, expected at least 1"));
+            }
+        }
+        if let Some(records) = self.shuffle_buffer {
+            let step = self.batch_size.unwrap_or(1).saturating_mul(self.gradient_accumulation);
+            if records < step {
+                wrong.push(format!(
+                    "--shuffle-buffer is {records}, expected at least the {step} examples of a step"
+                ));
+            }
+            if self.max_steps.is_none() {
+                wrong.push("--shuffle-buffer needs --max-steps: where data comes in parts, nobody knows how many steps an epoch has".to_owned());
             }
         }
         if self.batch_size.is_some() == self.batch_tokens.is_some() {

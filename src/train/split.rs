@@ -9,12 +9,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::plan::shuffle;
-use super::prepare::Job;
 use crate::data::records::{Columns, Files, Numbered, Place};
 use crate::eager::kernels::dropout::mix;
 use crate::say::listed;
-use crate::task::Task;
 use crate::task::flags::refuse_records;
+use crate::task::{RecordFlags, Task, TrainingFlags};
 use crate::{Result, bail_unusable};
 
 /// Labels that are told by name.
@@ -38,6 +37,17 @@ pub struct SplitFlags {
     #[arg(long, value_name = "NAME", help_heading = "Splits")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub group_column: Option<String>,
+}
+
+/// The training records before a split, and all that a split depends on.
+#[derive(Clone, Copy, Debug)]
+pub struct Whole<'a> {
+    /// The task's name.
+    pub task: &'a str,
+    pub train: &'a Files,
+    pub records: &'a RecordFlags,
+    pub training: &'a TrainingFlags,
+    pub seed: u64,
 }
 
 /// The training records after a split.
@@ -70,17 +80,17 @@ impl SplitFlags {
         Ok(())
     }
 
-    /// Draws from the job's training records; none where nothing is to be drawn.
+    /// Draws from the training records; none where nothing is to be drawn.
     ///
     /// # Errors
     /// Unusable: records that can't be read, one without a group, a share that is less than a record or than a group.
-    pub fn divide(&self, job: &Job) -> Result<Option<Divided>> {
+    pub fn divide(&self, whole: &Whole) -> Result<Option<Divided>> {
         self.check()?;
         let fraction = self.train_fraction.filter(|share| *share < 1.0);
         if self.validation_split.is_none() && fraction.is_none() {
             return Ok(None);
         }
-        let mut records = Records::read(job, self.group_column.as_deref())?;
+        let mut records = Records::read(whole, self.group_column.as_deref())?;
         let mut told = Vec::new();
         if let (Some(column), false) = (&self.group_column, records.parts.is_empty()) {
             told.push(format!(
@@ -94,7 +104,7 @@ impl SplitFlags {
         }
         let mut keeps = vec![true; records.all];
         let mut draw = |records: &mut Records, share: f64, salt: u64, flag: &str| -> Result<Vec<usize>> {
-            let drawn = records.draw(share, mix(job.settings.seed ^ mix(salt)), flag)?;
+            let drawn = records.draw(share, mix(whole.seed ^ mix(salt)), flag)?;
             drawn.iter().for_each(|&record| keeps[record] = false);
             Ok(drawn)
         };
@@ -105,14 +115,14 @@ impl SplitFlags {
             told.push(format!("{flag}: {} of {before} records are measured on", drawn.len()));
             let mut measured = vec![false; records.all];
             drawn.iter().for_each(|&record| measured[record] = true);
-            eval = Some(job.train.keeping(measured));
+            eval = Some(whole.train.keeping(measured));
         }
         if let Some(share) = fraction {
             let (flag, before) = (format!("--train-fraction {share}"), records.len());
             draw(&mut records, 1.0 - share, 2, &flag)?;
             told.push(format!("{flag}: {} of {before} records are learnt from", records.len()));
         }
-        Ok(Some(Divided { train: job.train.keeping(keeps), eval, told }))
+        Ok(Some(Divided { train: whole.train.keeping(keeps), eval, told }))
     }
 }
 
@@ -127,12 +137,12 @@ struct Records {
 }
 
 impl Records {
-    fn read(job: &Job, group_column: Option<&str>) -> Result<Self> {
-        let (how, columns) = Task::reading_of(job.task, job.records)?;
+    fn read(whole: &Whole, group_column: Option<&str>) -> Result<Self> {
+        let (how, columns) = Task::reading_of(whole.task, whole.records)?;
         let groups = Columns::default().with("group", group_column.map(str::to_owned));
         let (mut all, mut numbers, mut values) = (0, Vec::new(), Vec::new());
         let mut wrong: Vec<(Place, String)> = Vec::new();
-        for numbered in job.train.read(&how) {
+        for numbered in whole.train.read(&how) {
             let Numbered { number, file, row } = numbered?;
             all = number + 1;
             let Ok(mut row) = row else { continue };
@@ -141,7 +151,7 @@ impl Records {
                 Some(_) => {
                     row.value(&groups, "group").map(drop).and_then(|()| row.take_any(&groups, "group"))
                 }
-                None => Ok(Task::class_field(job.task).and_then(|field| row.take(&columns, field))),
+                None => Ok(Task::class_field(whole.task).and_then(|field| row.take(&columns, field))),
             };
             match value {
                 Ok(value) => {
@@ -151,10 +161,10 @@ impl Records {
                 Err(bad) => wrong.push((place, bad.message)),
             }
         }
-        refuse_records(job.train, "records without a group", wrong)?;
+        refuse_records(whole.train, "records without a group", wrong)?;
         let names = match group_column {
             Some(_) => values.iter().map(name).collect(),
-            None => Task::classes(job.task, &values.iter().collect::<Vec<_>>(), job.training)
+            None => Task::classes(whole.task, &values.iter().collect::<Vec<_>>(), whole.training)
                 .unwrap_or_else(|| vec![String::new(); values.len()]),
         };
         let mut parts: BTreeMap<String, Vec<usize>> = BTreeMap::new();

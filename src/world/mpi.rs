@@ -20,6 +20,7 @@ pub struct Mpi {
     universe: Mutex<Option<Universe>>,
     rank: usize,
     size: usize,
+    local_rank: usize,
 }
 
 // SAFETY: MPI is initialised for calls from any thread, one at a time, and training makes its calls one after the other.
@@ -42,12 +43,13 @@ impl Mpi {
         );
         let world = universe.world();
         let (rank, size) = (world.rank() as usize, world.size() as usize);
+        let here = world.split_shared(rank as i32);
         if std::env::var_os("RAYON_NUM_THREADS").is_none() {
-            let here = world.split_shared(rank as i32).size() as usize;
-            let threads = (process::cores() / here).max(1);
+            let threads = (process::cores() / here.size() as usize).max(1);
             rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
         }
-        Ok(Self { universe: Mutex::new(Some(universe)), rank, size })
+        let local_rank = here.rank() as usize;
+        Ok(Self { universe: Mutex::new(Some(universe)), rank, size, local_rank })
     }
 
     fn all(&self) -> SimpleCommunicator {
@@ -62,6 +64,10 @@ impl World for Mpi {
 
     fn size(&self) -> usize {
         self.size
+    }
+
+    fn local_rank(&self) -> usize {
+        self.local_rank
     }
 
     fn sum(&self, values: &mut [f32]) -> Result<()> {

@@ -14,15 +14,17 @@ use crate::{Result, bail_unusable, unusable};
 const WILD: [char; 3] = ['*', '?', '['];
 
 /// Files of records, in the order in which they are read. There is one at least.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Files {
     paths: Vec<PathBuf>,
     /// Whether each record is read, by its number; all are where there is nothing.
     kept: Option<Arc<[bool]>>,
+    /// Those that were read before, where these stand for all.
+    held: Option<Arc<[Numbered]>>,
 }
 
 /// What stands in the place of a record.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Numbered {
     /// Its number among all of the files', read or not, from 0.
     pub number: usize,
@@ -42,7 +44,7 @@ pub struct Place {
 
 impl From<&Path> for Files {
     fn from(path: &Path) -> Self {
-        Self { paths: vec![path.to_owned()], kept: None }
+        Self { paths: vec![path.to_owned()], kept: None, held: None }
     }
 }
 
@@ -95,7 +97,7 @@ impl Files {
         if paths.is_empty() {
             bail_unusable!("no file of records is named");
         }
-        Ok(Self { paths, kept: None })
+        Ok(Self { paths, kept: None, held: None })
     }
 
     /// Each file.
@@ -110,7 +112,12 @@ impl Files {
 
     /// The same files, of which these records alone are read, by their numbers.
     pub fn keeping(&self, records: Vec<bool>) -> Self {
-        Self { paths: self.paths.clone(), kept: Some(records.into()) }
+        Self { paths: self.paths.clone(), kept: Some(records.into()), held: None }
+    }
+
+    /// The same files, of which these records, that [`Files::read`] gave, are all there is.
+    pub fn holding(&self, records: Vec<Numbered>) -> Self {
+        Self { paths: self.paths.clone(), kept: None, held: Some(records.into()) }
     }
 
     /// How many records there are, where some of them are not read.
@@ -119,7 +126,7 @@ impl Files {
     }
 
     /// The records, in order. After an error nothing follows.
-    pub fn read<'a>(&'a self, how: &'a How) -> impl Iterator<Item = Result<Numbered>> + 'a {
+    pub fn read<'a>(&'a self, how: &'a How) -> impl Iterator<Item = Result<Numbered>> + Send + 'a {
         Reading {
             files: self,
             how,
@@ -161,6 +168,10 @@ struct Reading<'a> {
 
 impl Reading<'_> {
     fn step(&mut self) -> Result<Option<Numbered>> {
+        if let Some(held) = &self.files.held {
+            self.number += 1;
+            return Ok(held.get(self.number - 1).cloned());
+        }
         while self.ready.is_empty() && self.file < self.files.paths.len() {
             self.read()?;
         }
@@ -428,7 +439,11 @@ mod tests {
 
     #[test]
     fn a_place_is_told_with_its_file() {
-        let of = |names: &[&str]| Files { paths: names.iter().map(PathBuf::from).collect(), kept: None };
+        let of = |names: &[&str]| Files {
+            paths: names.iter().map(PathBuf::from).collect(),
+            kept: None,
+            held: None,
+        };
         let place = Place { file: 0, line: 7 };
         assert_eq!(of(&["a.txt"]).to_string(), "a.txt");
         assert_eq!(

@@ -72,7 +72,9 @@ impl Gradient {
         });
     }
 
-    /// Adds `dy`, (T, C), to the rows of a table that `ids`, (T), names, in the order of the tokens.
+    /// Adds `dy`, (T, C), to the rows of a table that `ids`, (T), names. Each row's part is added up in the order of the
+    /// tokens first, then to what an earlier micro-batch has left: so it is what processes that share the micro-batches
+    /// out add up, too.
     pub fn add_rows(&self, ids: &[u32], dy: &[f32]) {
         let mut slot = self.lock();
         slot.allocate();
@@ -80,17 +82,11 @@ impl Gradient {
             slot.values.fill(0.0);
             slot.stale = false;
         }
-        slot.rows = match std::mem::replace(&mut slot.rows, GradientRows::None) {
-            GradientRows::All => GradientRows::All,
-            earlier => {
-                let mut rows = ids.to_vec();
-                if let GradientRows::Some(earlier) = earlier {
-                    rows.extend(earlier);
-                }
-                rows.sort_unstable();
-                rows.dedup();
-                GradientRows::Some(rows)
-            }
+        let earlier = std::mem::replace(&mut slot.rows, GradientRows::None);
+        let is_new = |id: u32| match &earlier {
+            GradientRows::None => true,
+            GradientRows::Some(rows) => rows.binary_search(&id).is_err(),
+            GradientRows::All => false,
         };
         // tokens by their row: a row is one task's, and the order of its tokens is kept
         let mut order: Vec<(u32, u32)> = ids.iter().zip(0..).map(|(&id, token)| (id, token)).collect();
@@ -103,10 +99,29 @@ impl Gradient {
             assert!(at + width <= length, "an id outside of its table");
             // SAFETY: inside the buffer, and every run has a row of its own.
             let row = unsafe { start.slice(at, width) };
-            for &(_, token) in *run {
-                add_here(row, &dy[token as usize * width..][..width]);
+            let add_all = |sum: &mut [f32]| {
+                run.iter().for_each(|&(_, token)| add_here(sum, &dy[token as usize * width..][..width]));
+            };
+            if run.len() == 1 || is_new(run[0].0) {
+                add_all(row);
+            } else {
+                let mut sum = vec![0.0; width];
+                add_all(&mut sum);
+                add_here(row, &sum);
             }
         });
+        slot.rows = match earlier {
+            GradientRows::All => GradientRows::All,
+            earlier => {
+                let mut rows = ids.to_vec();
+                if let GradientRows::Some(earlier) = earlier {
+                    rows.extend(earlier);
+                }
+                rows.sort_unstable();
+                rows.dedup();
+                GradientRows::Some(rows)
+            }
+        };
     }
 }
 
@@ -252,5 +267,14 @@ mod tests {
         gradient.add_values(&[2.0; 8]);
         gradient.add_rows(&[0], &[1.0, 1.0]);
         assert_eq!(gradient.lock().dense().unwrap(), [3.0, 3.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0]);
+    }
+
+    #[test]
+    fn a_micro_batch_is_added_up_before_it_is_added() {
+        let gradient = Gradient::new(&[2, 1]);
+        let large = 16_777_216.0; // to which 1 can't be added in f32, and 2 can
+        gradient.add_rows(&[1], &[large]);
+        gradient.add_rows(&[1, 1], &[1.0, 1.0]);
+        assert_eq!(gradient.lock().dense().unwrap(), [0.0, large + 2.0]);
     }
 }

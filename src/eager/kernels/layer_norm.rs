@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use super::buffer::Buffer;
 use super::gemm::{Shared, row_blocks, share};
-use super::{Numbers, Weight, simd, wide};
+use super::{Numbers, Weight, add_here, simd, wide};
 use crate::eager::tape::{Tape, TapeValue};
 
 /// x (…, C), weight (C), bias (C) → (…, C), with the biased variance, in candle's operations.
@@ -105,10 +105,15 @@ impl NormWeights {
                 (dw, db)
             })
             .collect();
-        for (dw, db) in &partial {
-            for (weight, part) in [(Some(&self.weight), dw), (self.bias.as_ref(), db)] {
+        let sums = partial.into_iter().reduce(|(mut dw, mut db), (more_w, more_b)| {
+            add_here(&mut dw, &more_w);
+            add_here(&mut db, &more_b);
+            (dw, db)
+        });
+        if let Some((dw, db)) = sums {
+            for (weight, sum) in [(Some(&self.weight), dw), (self.bias.as_ref(), db)] {
                 if let Some(gradient) = weight.and_then(|weight| weight.gradient.as_ref()) {
-                    gradient.add_values(part);
+                    gradient.add_values(&sum);
                 }
             }
         }

@@ -88,6 +88,13 @@ pub struct TrainingFlags {
     pub concatenate: bool,
 }
 
+impl TrainingFlags {
+    /// How documents to learn from become examples.
+    fn learnt(&self) -> Cutting {
+        if self.concatenate { Cutting::Concatenated } else { Cutting::Training }
+    }
+}
+
 /// Flags of answers.
 #[derive(Clone, Debug, Default, PartialEq, clap::Args, Serialize)]
 #[group(skip)]
@@ -173,8 +180,7 @@ impl Objective for CausalLm {
         let texts: Vec<&str> = texts.map(String::as_str).collect();
         let (mut tokenizer, new_tokenizer) = start.tokenizer_of(&texts)?;
         let mut lm = Self::from_config(&start.config).map_err(|error| start.in_config(error))?;
-        let cutting =
-            if start.training.causal_lm.concatenate { Cutting::Concatenated } else { Cutting::Training };
+        let cutting = start.training.causal_lm.learnt();
         if let (true, Some(first)) = (start.from_scratch, lm.start)
             && tokenizer.around()?.0.is_empty()
         {
@@ -198,6 +204,12 @@ impl Objective for CausalLm {
         let files = config.into_iter().map(|text| (GENERATION_CONFIG, text)).collect();
         let examples = lm.examples_of_file(&documents, start.train, &tokenizer, start.max_length, cutting)?;
         Ok(Learning { task: lm, tokenizer, examples, files })
+    }
+
+    fn learnt(&self, files: &Files, encoder: &Encoder) -> Result<Vec<Example<NextTokens>>> {
+        let documents = documents::read(files, encoder.records)?;
+        let cutting = encoder.training.causal_lm.learnt();
+        self.examples_of_file(&documents, files, encoder.tokenizer, encoder.max_length, cutting)
     }
 
     fn look(&self, files: &Files, flags: &super::RecordFlags) -> Result<Vec<Look>> {

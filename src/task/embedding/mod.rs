@@ -198,6 +198,10 @@ impl Objective for Embedding {
         Ok(Learning { task, tokenizer, examples, files })
     }
 
+    fn check_learnt(&self, files: &Files, flags: &super::RecordFlags) -> Result<()> {
+        self.refuse_unfit(&read(files, flags)?, files)
+    }
+
     fn look(&self, files: &Files, flags: &super::RecordFlags) -> Result<Vec<Look>> {
         let look = |record: records::Record| {
             let texts = record.texts.into_iter().map(|text| (text, None)).collect();
@@ -471,18 +475,8 @@ impl Embedding {
         }
     }
 
-    /// Encodes records.
-    ///
-    /// # Errors
-    /// Unusable: records of another kind than the first, scores that the loss can't take, texts without tokens; the
-    /// first of them are listed with file and line.
-    fn encode(
-        &self,
-        records: Vec<Record>,
-        files: &Files,
-        encoder: &Encoder,
-    ) -> Result<Vec<Example<Related>>> {
-        let prompts = self.prompts_of(&encoder.records.embedding.prompts)?;
+    /// Refuses records of another kind than the first, and scores that the loss can't take.
+    fn refuse_unfit(&self, records: &[Record], files: &Files) -> Result<()> {
         let kind = self.kind.or(records.first().map(Record::kind));
         let other_kind = records.iter().filter(|record| Some(record.kind()) != kind);
         let why = match kind {
@@ -501,6 +495,23 @@ impl Embedding {
                 wide.map(|(place, score)| (place, format!("the score is {score}; {why}"))),
             )?;
         }
+        Ok(())
+    }
+
+    /// Encodes records.
+    ///
+    /// # Errors
+    /// Unusable: records of another kind than the first, scores that the loss can't take, texts without tokens; the
+    /// first of them are listed with file and line.
+    fn encode(
+        &self,
+        records: Vec<Record>,
+        files: &Files,
+        encoder: &Encoder,
+    ) -> Result<Vec<Example<Related>>> {
+        let prompts = self.prompts_of(&encoder.records.embedding.prompts)?;
+        self.refuse_unfit(&records, files)?;
+        let kind = self.kind.or(records.first().map(Record::kind));
         let document = if kind == Some(Kind::Scored) { prompts.0 } else { prompts.1 };
         let mut texts: Vec<String> = Vec::with_capacity(2 * records.len());
         let mut places = Vec::with_capacity(texts.capacity());

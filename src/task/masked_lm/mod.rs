@@ -133,16 +133,14 @@ impl Objective for MaskedLm {
         let (tokenizer, _) = start.tokenizer_of(&texts.iter().map(String::as_str).collect::<Vec<_>>())?;
         let task = Self::from_config(&start.config).map_err(|error| start.in_config(error))?;
         let masking = Masking::learnt(&tokenizer, task.vocabulary, &start.training.shared)?;
-        let texts = framed(&texts, start.train, &tokenizer, start.max_length)?;
-        let of_text = |(encoding, words): (Encoding, Vec<Option<u32>>)| Example {
-            target: Masked { wanted: vec![None; words.len()], words: words.into() },
-            encoding,
-        };
-        let examples = texts.into_iter().map(of_text).collect();
+        let examples = learnt(&texts, start.train, &tokenizer, start.max_length)?;
         Ok(Learning { task: Self { masking: Some(masking), ..task }, tokenizer, examples, files: Vec::new() })
     }
 
-    /// Each text is masked in the same way every time.
+    fn learnt(&self, files: &Files, encoder: &Encoder) -> Result<Vec<Example<Masked>>> {
+        learnt(&read(files, encoder.records, None)?, files, encoder.tokenizer, encoder.max_length)
+    }
+
     fn look(&self, files: &Files, flags: &super::RecordFlags) -> Result<Vec<Look>> {
         look(files, flags, None)
     }
@@ -151,6 +149,7 @@ impl Objective for MaskedLm {
         target.beside(tokenizer)
     }
 
+    /// Each text is masked in the same way every time.
     fn examples(&self, files: &Files, encoder: &Encoder) -> Result<Vec<Example<Masked>>> {
         let Encoder { records, tokenizer, max_length, .. } = *encoder;
         let masking = Masking::measured(tokenizer, self.vocabulary)?;
@@ -200,16 +199,13 @@ impl Objective for MaskedLm {
 
     /// The scores of places that nobody asks for are not computed.
     fn measure(&self, model: &Forward, examples: &[(&Encoding, &Masked)]) -> Result<Measured> {
-        let mut kept = vec![Outputs::new(); examples.len()];
         let encodings: Vec<&Encoding> = examples.iter().map(|(encoding, _)| *encoding).collect();
-        model.asked(
+        let kept = model.asked(
             &encodings,
             |i| Some(examples[i].1.places()),
             |i, outputs| {
-                let scores = one(&outputs)?;
                 let wanted: Vec<Option<u32>> = examples[i].1.of_rows().collect();
-                kept[i] = vec![found(scores, &wanted)?];
-                Ok(())
+                Ok(vec![found(one(&outputs)?, &wanted)?])
             },
         )?;
         let targets: Vec<&Masked> = examples.iter().map(|(_, target)| *target).collect();
@@ -325,6 +321,23 @@ pub(super) fn look(files: &Files, flags: &super::RecordFlags, unit: Option<TextU
 /// file and line.
 pub(super) fn read(files: &Files, flags: &super::RecordFlags, unit: Option<TextUnit>) -> Result<Vec<String>> {
     Ok(look(files, flags, unit)?.into_iter().flat_map(|look| look.texts).map(|(text, _)| text).collect())
+}
+
+/// Texts of which every step masks other tokens.
+///
+/// # Errors
+/// As [`framed`].
+fn learnt(
+    texts: &[String],
+    files: &Files,
+    tokenizer: &Tokenizer,
+    max_length: usize,
+) -> Result<Vec<Example<Masked>>> {
+    let of_text = |(encoding, words): (Encoding, Vec<Option<u32>>)| Example {
+        target: Masked { wanted: vec![None; words.len()], words: words.into() },
+        encoding,
+    };
+    Ok(framed(texts, files, tokenizer, max_length)?.into_iter().map(of_text).collect())
 }
 
 /// Texts between the tokens that the tokenizer puts around them, with their words. One that is longer than `max_length`

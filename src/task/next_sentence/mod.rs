@@ -85,9 +85,12 @@ impl Objective for NextSentence {
     fn learn(start: &mut Start) -> Result<Learning<Self, Follows>> {
         let texts = read(start.train, start.records, UNIT)?;
         let (tokenizer, _) = start.tokenizer_of(&texts.iter().map(String::as_str).collect::<Vec<_>>())?;
-        let chunks = Corpus::new(&texts, start.train, &tokenizer)?.chunks(start.max_length)?;
-        let examples = chunks.into_iter().map(|chunk| example(chunk, 0)).collect::<Result<_>>()?;
+        let examples = learnt(&texts, start.train, &tokenizer, start.max_length)?;
         Ok(Learning { task: Self, tokenizer, examples, files: Vec::new() })
+    }
+
+    fn learnt(&self, files: &Files, encoder: &Encoder) -> Result<Vec<Example<Follows>>> {
+        learnt(&read(files, encoder.records, UNIT)?, files, encoder.tokenizer, encoder.max_length)
     }
 
     /// Each chunk parts in the same way every time.
@@ -161,6 +164,17 @@ impl Objective for NextSentence {
     fn answer(&self, (): &(), outputs: &[Outputs], _: &Asking) -> Result<Answer> {
         Ok(answer(&row(outputs.first().and_then(|outputs| outputs.first()))?))
     }
+}
+
+/// Documents' chunks, which part elsewhere at every step.
+fn learnt(
+    texts: &[String],
+    files: &Files,
+    tokenizer: &Tokenizer,
+    max_length: usize,
+) -> Result<Vec<Example<Follows>>> {
+    let chunks = Corpus::new(texts, files, tokenizer)?.chunks(max_length)?;
+    chunks.into_iter().map(|chunk| example(chunk, 0)).collect()
 }
 
 /// The pair that a key draws.

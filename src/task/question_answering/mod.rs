@@ -187,18 +187,23 @@ impl Objective for QuestionAnswering {
     fn learn(start: &mut Start) -> Result<Learning<Self, Wanted>> {
         let tokenizer = start.tokenizer()?;
         let records = read(start.train, start.records)?;
-        let unplaced = records.iter().filter(|record| record.place.is_none() && !record.answers.is_empty());
-        let why = "an answer that is learnt needs its answer_start".to_owned();
-        refuse_records(
-            start.train,
-            "answers without a place",
-            unplaced.map(|record| (record.at, why.clone())),
-        )?;
+        refuse_unplaced(&records, start.train)?;
         let some_have_none = records.iter().any(|record| record.answers.is_empty());
         let task = Self { null_threshold: some_have_none.then_some(0.0) };
         let flags = &start.records.question_answering.questions;
         let examples = examples_of(&records, start.train, &tokenizer, start.max_length, flags)?;
         Ok(Learning { task, tokenizer, examples, files: Vec::new() })
+    }
+
+    fn check_learnt(&self, files: &Files, flags: &super::RecordFlags) -> Result<()> {
+        let records = read(files, flags)?;
+        refuse_unplaced(&records, files)?;
+        let without = records.iter().filter(|record| record.answers.is_empty());
+        let without = without.filter(|_| self.null_threshold.is_none());
+        let why =
+            "all questions before it have one, and a model that may find none has to know it from the start";
+        let without = without.map(|record| (record.at, why.to_owned()));
+        refuse_records(files, "questions without an answer", without)
     }
 
     fn look(&self, files: &Files, flags: &super::RecordFlags) -> Result<Vec<Look>> {
@@ -355,6 +360,14 @@ impl Objective for QuestionAnswering {
         let threshold = best.details.get(NULL_THRESHOLD)?.as_f64()?;
         self.null_threshold.map(|_| Self { null_threshold: Some(threshold) })
     }
+}
+
+/// Refuses answers to learn of which nobody says where they stand.
+fn refuse_unplaced(records: &[records::Record], files: &Files) -> Result<()> {
+    let unplaced = records.iter().filter(|record| record.place.is_none() && !record.answers.is_empty());
+    let why = "an answer that is learnt needs its answer_start";
+    let unplaced = unplaced.map(|record| (record.at, why.to_owned()));
+    refuse_records(files, "answers without a place", unplaced)
 }
 
 /// A question, and the scores of what it was asked with.

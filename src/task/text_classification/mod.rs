@@ -100,15 +100,6 @@ pub struct TrainingFlags {
     pub calibrate: bool,
 }
 
-impl TrainingFlags {
-    /// The flag that asks for records to measure on, if one does.
-    pub fn needs_eval(&self) -> Option<&'static str> {
-        [("--tune-thresholds", self.tune_thresholds), ("--calibrate", self.calibrate)]
-            .into_iter()
-            .find_map(|(flag, given)| given.then_some(flag))
-    }
-}
-
 /// Flags of answers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::Args, Serialize)]
 #[group(skip)]
@@ -256,6 +247,10 @@ impl Objective for TextClassification {
         self.encode(&read(files, records)?, files, tokenizer, max_length, asked.unwrap_or(self.aggregation))
     }
 
+    fn check_learnt(&self, files: &Files, flags: &super::RecordFlags) -> Result<()> {
+        self.wanted(&read(files, flags)?, files).map(drop)
+    }
+
     fn look(&self, files: &Files, flags: &super::RecordFlags) -> Result<Vec<Look>> {
         let records = read(files, flags)?;
         let labels: Vec<&Value> = records.iter().map(|record| &record.label).collect();
@@ -274,6 +269,13 @@ impl Objective for TextClassification {
 
     fn classes(labels: &[&Value], flags: &super::TrainingFlags) -> Option<Vec<String>> {
         Self::classes_of(labels, flags.text_classification.problem_type)
+    }
+
+    fn needs_eval(flags: &super::TrainingFlags) -> Option<&'static str> {
+        let own = &flags.text_classification;
+        [("--tune-thresholds", own.tune_thresholds), ("--calibrate", own.calibrate)]
+            .into_iter()
+            .find_map(|(flag, given)| given.then_some(flag))
     }
 
     fn has_one_label(&self) -> bool {
@@ -538,6 +540,23 @@ impl TextClassification {
         }
     }
 
+    /// Reads records' labels.
+    ///
+    /// # Errors
+    /// Unusable: labels that the task does not have; the first of them are listed with file and line.
+    fn wanted(&self, records: &[Labelled], files: &Files) -> Result<Vec<Wanted>> {
+        let (mut targets, mut wrong) = (Vec::with_capacity(records.len()), Vec::new());
+        let labels: Vec<&Value> = records.iter().map(|record| &record.label).collect();
+        for (record, target) in records.iter().zip(self.targets(&labels)) {
+            match target {
+                Ok(target) => targets.push(target),
+                Err(error) => wrong.push((record.place, error.to_string())),
+            }
+        }
+        refuse_records(files, WRONG_LABELS, wrong)?;
+        Ok(targets)
+    }
+
     /// Encodes records and reads their labels.
     ///
     /// # Errors
@@ -550,15 +569,7 @@ impl TextClassification {
         max_length: usize,
         aggregation: Aggregation,
     ) -> Result<Vec<Example<Window>>> {
-        let (mut targets, mut wrong) = (Vec::with_capacity(records.len()), Vec::new());
-        let labels: Vec<&Value> = records.iter().map(|record| &record.label).collect();
-        for (record, target) in records.iter().zip(self.targets(&labels)) {
-            match target {
-                Ok(target) => targets.push(target),
-                Err(error) => wrong.push((record.place, error.to_string())),
-            }
-        }
-        refuse_records(files, WRONG_LABELS, wrong)?;
+        let targets = self.wanted(records, files)?;
         let windows = |record: &Labelled| {
             aggregation.windows(tokenizer, &record.text, record.pair.as_deref(), max_length)
         };

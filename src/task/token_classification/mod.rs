@@ -198,7 +198,7 @@ impl Objective for TokenClassification {
         let task = Self::of_sentences(&sentences, start.train, asked, &start.config)?;
         let mut examples =
             task.examples_of(&sentences, start.train, &tokenizer, start.max_length, all_pieces)?;
-        examples.retain(|example| example.target.count() > 0);
+        keep_learnt(&mut examples);
         if examples.is_empty() {
             bail_unusable!("{}: no word has a token that could be learnt", start.train);
         }
@@ -217,6 +217,16 @@ impl Objective for TokenClassification {
         let Encoder { records, tokenizer, max_length, .. } = *encoder;
         let all_pieces = records.token_classification.label_all_pieces;
         self.examples_of(&read(files, records)?, files, tokenizer, max_length, all_pieces)
+    }
+
+    fn learnt(&self, files: &Files, encoder: &Encoder) -> Result<Vec<Example<Tags>>> {
+        let mut examples = self.examples(files, encoder)?;
+        keep_learnt(&mut examples);
+        Ok(examples)
+    }
+
+    fn check_learnt(&self, files: &Files, flags: &super::RecordFlags) -> Result<()> {
+        self.refuse_unknown(&read(files, flags)?, files)
     }
 
     fn look(&self, files: &Files, flags: &super::RecordFlags) -> Result<Vec<Look>> {
@@ -394,6 +404,11 @@ fn read(files: &Files, flags: &super::RecordFlags) -> Result<Vec<Sentence>> {
     })
 }
 
+/// Leaves out windows without a word to learn.
+fn keep_learnt(examples: &mut Vec<Example<Tags>>) {
+    examples.retain(|example| example.target.count() > 0);
+}
+
 /// What was predicted of a sentence.
 struct Predicted<'a> {
     /// The label ids of its words.
@@ -536,6 +551,20 @@ impl TokenClassification {
         (0..self.labels.len() as u32).map(|id| (id.to_string(), id)).chain(names).collect()
     }
 
+    /// Refuses tags that the model does not have; the first of them are listed with file and line.
+    fn refuse_unknown(&self, sentences: &[Sentence], files: &Files) -> Result<()> {
+        let ids = self.ids();
+        let unknown = sentences.iter().filter_map(|sentence| {
+            let at = sentence.tags.iter().position(|tag| !ids.contains_key(tag))?;
+            let (tag, place) = (&sentence.tags[at], sentence.tagged().place(at));
+            Some((
+                place,
+                format!("tag \"{tag}\" is not one of the model's: {}", id2label::told(&self.labels)),
+            ))
+        });
+        refuse_records(files, "tags that can't be used", unknown)
+    }
+
     /// Sentences as examples: windows of at most `max_length` tokens, each of which predicts words of its own, so that
     /// nothing is cut. A word is learnt at its first token, or at all of them with `all_pieces`: the later ones have the
     /// label that is [inside](labels::inside) its entity.
@@ -550,16 +579,8 @@ impl TokenClassification {
         max_length: usize,
         all_pieces: bool,
     ) -> Result<Vec<Example<Tags>>> {
+        self.refuse_unknown(sentences, files)?;
         let ids = self.ids();
-        let unknown = sentences.iter().filter_map(|sentence| {
-            let at = sentence.tags.iter().position(|tag| !ids.contains_key(tag))?;
-            let (tag, place) = (&sentence.tags[at], sentence.tagged().place(at));
-            Some((
-                place,
-                format!("tag \"{tag}\" is not one of the model's: {}", id2label::told(&self.labels)),
-            ))
-        });
-        refuse_records(files, "tags that can't be used", unknown)?;
         let inside = labels::inside(&self.labels);
         let windows = |sentence: &Sentence| {
             let pieces =

@@ -31,7 +31,7 @@ pub struct Split {
     pub path: String,
     pub files: Vec<PathBuf>,
     pub records: usize,
-    /// How many the files have, where some were drawn of them.
+    /// How many the files have, where these are some of them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub drawn_from: Option<usize>,
     /// Each column of the first record, and what it is read as, where it is read.

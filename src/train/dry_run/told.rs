@@ -127,8 +127,8 @@ impl Split {
                 format!("{} files ({})", files.len(), listed(names.iter().map(String::as_str), FILES))
             }
         };
-        let drawn = self.drawn_from.map(|all| format!(", drawn from {}", grouped(all))).unwrap_or_default();
-        writeln!(out, "{:12}{place}: {} records{drawn}", self.name, grouped(self.records))?;
+        let of = self.drawn_from.map(|all| format!(", of {}", grouped(all))).unwrap_or_default();
+        writeln!(out, "{:12}{place}: {} records{of}", self.name, grouped(self.records))?;
         let (mut read, mut not) = (Vec::new(), Vec::new());
         for (column, read_as) in &self.columns {
             match read_as {

@@ -353,18 +353,15 @@ impl Relative<Arc<TapeValue>> {
         match (self, sums) {
             (Self::Bias { table, rows }, Sums::Bias(sums)) => {
                 let Some(gradient) = &table.gradient else { return };
-                gradient.add(|to, write| {
-                    if write == Write::Replace {
-                        to.fill(0.0);
-                    }
-                    for of_group in sums.chunks_exact(heads * rows.len()) {
-                        for (head, of_head) in of_group.chunks_exact(rows.len()).enumerate() {
-                            for (dx, &row) in of_head.iter().zip(rows.rows.iter().rev()) {
-                                to[row as usize * heads + head] += dx;
-                            }
+                let mut own = vec![0.0; table.values.elem_count()];
+                for of_group in sums.chunks_exact(heads * rows.len()) {
+                    for (head, of_head) in of_group.chunks_exact(rows.len()).enumerate() {
+                        for (dx, &row) in of_head.iter().zip(rows.rows.iter().rev()) {
+                            own[row as usize * heads + head] += dx;
                         }
                     }
-                });
+                }
+                gradient.add_values(&own);
             }
             (Self::Products { keys, queries, .. }, Sums::Products(sums)) => {
                 for (table, sums) in [keys, queries].into_iter().zip(sums) {
