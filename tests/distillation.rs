@@ -596,7 +596,7 @@ fn what_teaches_nothing_is_refused_by_name_by_a_run_and_by_a_dry_run() {
         refused(TEXT, single, single, &all, &[more[0], "which count nothing with --distillation-weight 1"]);
     }
     let says = ["--teacher is asked for all records before the first step, and --shuffle-buffer"];
-    refused(TEXT, single, single, &["--shuffle-buffer", "8"], &says);
+    refused(TEXT, single, single, &["--shuffle-buffer", "16", "--max-steps", "2"], &says);
     let number = "tiny-bert-regression";
     let says = ["--distillation-temperature is for labels"];
     refused(TEXT, number, number, &["--distillation-temperature", "2"], &says);

@@ -23,7 +23,7 @@ use crate::task::{Distillation, Encoder, Example, Task};
 use crate::{Result, bail_unusable};
 
 /// Examples that are answered between two looks at the progress bar.
-const BLOCK: usize = 256;
+const BLOCK: usize = 64;
 
 /// Tokens that tell how long all of them take.
 const TRIED_TOKENS: usize = 2048;
