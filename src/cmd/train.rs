@@ -79,8 +79,8 @@ pub struct Args {
     #[arg(long)]
     #[serde(default)]
     from_scratch: bool,
-    /// Tokenize everything anew, and keep none of it. Else the tokens of large data are kept in TK_CACHE (or tk in XDG_CACHE_HOME,
-    /// or in ~/.cache), 8 GiB at most: what was used the longest ago goes first.
+    /// Tokenize everything anew, ask a --teacher anew, and keep none of it. Else the tokens of large data and a teacher's logits
+    /// are kept in TK_CACHE (or tk in XDG_CACHE_HOME, or in ~/.cache), 8 GiB at most: what was used the longest ago goes first.
     #[arg(long)]
     #[serde(skip)]
     no_cache: bool,
@@ -177,6 +177,7 @@ fn train(args: &Args, world: &dyn World, say: Say) -> Result<()> {
         false => None,
     };
     world.meet()?; // what a killed run has left is gone now
+    prepared.be_taught(&device, job.cache, &say)?;
 
     let Prepared { config, learning, params, eval, .. } = &prepared;
     let Learning { task, examples: train, .. } = learning;
