@@ -1,12 +1,13 @@
 //! The command line: arguments (and `--config` files) → one command's settings.
 
 use std::ffi::OsString;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use anyhow::Context;
 use clap::{ArgAction, CommandFactory, Parser, Subcommand};
 
 use crate::cmd;
-use crate::say::Say;
+use crate::say::{Say, nearest};
 use crate::train::checkpoint::Folder;
 use crate::{Result, bail_unusable, unusable};
 
@@ -35,7 +36,7 @@ pub struct Cli {
     /// Read options from a TOML file: `learning-rate = 3e-5` stands for `--learning-rate 3e-5`. The command
     /// line wins.
     #[arg(long, global = true, value_name = "FILE", help_heading = "General")]
-    config: Option<std::path::PathBuf>,
+    config: Option<PathBuf>,
 }
 
 /// What tk does.
@@ -51,6 +52,7 @@ pub enum Command {
     ServeBatch(Box<cmd::serve_batch::Args>),
     Serve(Box<cmd::serve::Args>),
     Bench(Box<cmd::bench::Args>),
+    Sweep(cmd::sweep::Args),
     Models(cmd::models::Args),
     Doctor(cmd::doctor::Args),
     Completions(cmd::completions::Args),
@@ -123,17 +125,20 @@ fn value_of(args: &[OsString], option: &str) -> Option<OsString> {
 fn config_options(path: &Path, command: &clap::Command, later: &[OsString]) -> Result<Vec<String>> {
     let text = std::fs::read_to_string(path).map_err(|e| unusable!("{}: {e}", path.display()))?;
     let table: toml::Table = toml::from_str(&text).map_err(|e| unusable!("{}: {e}", path.display()))?;
+    table_options(&table, command, later).map_err(|error| error.context(path.display().to_string()))
+}
+
+fn table_options(table: &toml::Table, command: &clap::Command, later: &[OsString]) -> Result<Vec<String>> {
     let known: Vec<&str> = command.get_arguments().filter_map(|arg| arg.get_long()).collect();
     let mut options = Vec::new();
-    for (key, value) in &table {
+    for (key, value) in table {
         let key = key.replace('_', "-");
         if !known.contains(&key.as_str()) {
-            bail_unusable!(
-                "{}: tk {} has no option \"{key}\"; it has {}",
-                path.display(),
-                command.get_name(),
-                known.join(", ")
-            );
+            let hint = match nearest(&key, &known) {
+                Some(near) => format!("did you mean \"{near}\"?"),
+                None => format!("it has {}", known.join(", ")),
+            };
+            bail_unusable!("tk {} has no option \"{key}\"; {hint}", command.get_name());
         }
         if excluded(&key, command, later) {
             continue;
@@ -141,7 +146,7 @@ fn config_options(path: &Path, command: &clap::Command, later: &[OsString]) -> R
         let text = |value: &toml::Value| match value {
             toml::Value::String(text) => Ok(text.clone()),
             toml::Value::Integer(_) | toml::Value::Float(_) => Ok(value.to_string()),
-            other => Err(unusable!("{}: {key} is {other}, expected a string or a number", path.display())),
+            other => Err(unusable!("{key} is {other}, expected a string or a number")),
         };
         match value {
             toml::Value::Boolean(true) => options.push(format!("--{key}")),
@@ -192,6 +197,26 @@ fn is_option(arg: &OsString, name: &str) -> bool {
     text.is_some_and(|text| text.split('=').next() == Some(name))
 }
 
+/// Reads settings, named as in a `--config` file, as `tk train` does, and refuses what needs no look into a file; the files
+/// of records that they name.
+fn training_files(settings: &toml::Table) -> Result<Vec<PathBuf>> {
+    let cli = Cli::command();
+    let train = cli.find_subcommand("train").context("no command train")?;
+    let options = table_options(settings, train, &[])?;
+    let args = ["tk", "train", "--output=-"].map(str::to_owned);
+    let parsed = Cli::try_parse_from(args.into_iter().chain(options));
+    match parsed.map(|cli| cli.command) {
+        Ok(Command::Train(args)) => args.looked_at(),
+        Ok(_) => bail_unusable!("no settings of tk train"),
+        Err(error) => {
+            // what is wrong stands in the first paragraph, how the command is used in others
+            let said = error.to_string();
+            let wrong = said.split("\n\n").next().unwrap_or_default().trim_start_matches("error: ");
+            bail_unusable!("{}", wrong.split_whitespace().collect::<Vec<_>>().join(" "))
+        }
+    }
+}
+
 /// Runs the parsed command.
 pub fn run(cli: Cli) -> Result<()> {
     let say = cli.say();
@@ -205,6 +230,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::ServeBatch(args) => cmd::serve_batch::run(&args, say),
         Command::Serve(args) => cmd::serve::run(&args, say),
         Command::Bench(args) => cmd::bench::run(&args, say),
+        Command::Sweep(args) => cmd::sweep::run(&args, training_files, say),
         Command::Models(args) => cmd::models::run(&args, say),
         Command::Doctor(args) => cmd::doctor::run(&args, say),
         Command::Completions(args) => cmd::completions::run(&args),

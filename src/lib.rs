@@ -22,6 +22,7 @@ pub mod runtime;
 pub mod saved;
 pub mod say;
 pub mod server;
+pub mod sweep;
 pub mod task;
 pub mod train;
 pub mod world;

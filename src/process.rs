@@ -1,6 +1,8 @@
 //! What this process asks of the C library, of candle and of ONNX Runtime before it computes, and the cores that it has.
 
 use std::path::Path;
+use std::process::{Child, Command};
+use std::sync::atomic::{AtomicI32, Ordering};
 
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -60,6 +62,55 @@ pub fn on_stop(mut handler: impl FnMut(i32) + Send + 'static) {
     if let Ok(mut signals) = Signals::new([SIGINT, SIGTERM, SIGHUP]) {
         std::thread::spawn(move || signals.forever().for_each(&mut handler));
     }
+}
+
+/// The number of the signal that has asked the process to end, once one has; a second one ends it at once.
+pub fn stop_signal() -> &'static AtomicI32 {
+    static STOPPED: AtomicI32 = AtomicI32::new(0);
+    on_stop(|signal| {
+        if STOPPED.swap(signal, Ordering::Relaxed) != 0 {
+            std::process::exit(exit_code(signal));
+        }
+    });
+    &STOPPED
+}
+
+/// Lets a process that is to be started hear of signals only from this one, and be asked to end where this one is killed
+/// (on Linux). It has to be started by the main thread.
+pub fn lead(command: &mut Command) {
+    #[cfg(unix)]
+    {
+        use std::os::unix::process::CommandExt;
+        command.process_group(0); // a terminal's Ctrl-C reaches the group of its own
+        #[cfg(target_os = "linux")]
+        // SAFETY: between fork and exec, one system call that allocates nothing.
+        unsafe {
+            command.pre_exec(|| match libc::prctl(libc::PR_SET_PDEATHSIG, SIGTERM) {
+                0 => Ok(()),
+                _ => Err(std::io::Error::last_os_error()),
+            });
+        }
+    }
+    #[cfg(not(unix))]
+    let _ = command;
+}
+
+/// Asks a process that was started here to end, as `kill` does; where there are no such signals, ends it.
+///
+/// # Errors
+/// It can't be asked.
+pub fn terminate(child: &mut Child) -> std::io::Result<()> {
+    #[cfg(unix)]
+    {
+        let id = i32::try_from(child.id()).map_err(std::io::Error::other)?;
+        // SAFETY: `kill` takes two numbers; the child has not been waited for, so the number is still its own.
+        match unsafe { libc::kill(id, SIGTERM) } {
+            0 => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        }
+    }
+    #[cfg(not(unix))]
+    child.kill()
 }
 
 /// The exit code of a process that a signal has ended.

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use tk::runtime::decoder::{Decoder, Tokens};
 use tk::runtime::{Provider, Providers};
 use tk::say::Say;
+use tk::task::causal_lm::metrics::{ChrF, rouge_l};
 
 struct Bench {
     dir: tempfile::TempDir,
@@ -415,4 +416,68 @@ fn what_is_cut_is_said_in_eval_too() {
     write(json!({"prompt": long, "completion": " home"}));
     let said = stderr(&eval().success());
     assert!(said.contains("1 of 1 examples are longer than --max-length 128 and are cut"), "{said}");
+}
+
+#[test]
+fn completions_are_generated_and_held_against_those_that_are_wanted() {
+    let bench = Bench::new();
+    let model = bench.path("model");
+    copy_dir(&models("tiny-gpt2-lm"), &model);
+    common::exported(&model);
+    let lines = |name: &str, records: &[Value]| {
+        let lines: String = records.iter().map(|record| format!("{record}\n")).collect();
+        std::fs::write(bench.path(name), lines).unwrap();
+    };
+    let long = "the cat sat on the mat ".repeat(40);
+    let prompts = ["the cat", "the dog sat on the log and", &long];
+    lines("prompts.jsonl", &prompts.map(|prompt| json!({ "prompt": prompt })));
+    let served = tk()
+        .args(["serve-batch", "--quiet", "--max-new-tokens", "9", "--truncate-prompt", "--input"])
+        .args([bench.path("prompts.jsonl"), model.clone()])
+        .assert()
+        .success();
+    let served = String::from_utf8_lossy(&served.get_output().stdout).into_owned();
+    let text = |line: &str| serde_json::from_str::<Value>(line).unwrap()["text"].as_str().unwrap().to_owned();
+    let texts: Vec<String> = served.lines().map(text).collect();
+    let eval = |name: &str, more: &[&str]| {
+        tk().args(["eval", "--json", "--input"]).args([bench.path(name), model.clone()]).args(more).assert()
+    };
+    let measured = |assert: &assert_cmd::assert::Assert| -> Value {
+        serde_json::from_slice::<Value>(&assert.get_output().stdout).unwrap()["metrics"].clone()
+    };
+    let onnx = ["--runtime", "onnx", "--max-new-tokens", "9"];
+
+    let record = |(prompt, completion): (&&str, &String)| json!({"prompt": prompt, "completion": completion});
+    lines("same.jsonl", &prompts.iter().zip(&texts[..2]).map(record).collect::<Vec<_>>());
+    let metrics = measured(&eval("same.jsonl", &onnx).success());
+    assert_eq!(metrics["chrf"], 100.0, "{metrics}");
+    let loss = &measured(&eval("same.jsonl", &[]).success())["loss"];
+    assert!((metrics["loss"].as_f64().unwrap() - loss.as_f64().unwrap()).abs() < 1e-4);
+
+    let (mut rouge, mut chrf) = (0.0, ChrF::default());
+    // the last, of more tokens than are asked for, leaves the cut prompt the room that serve-batch does
+    let wanted = ["the mat", "ran home", " sat on the mat and the dog ran home"].map(str::to_owned);
+    for (wanted, found) in wanted.iter().zip(&texts) {
+        rouge += rouge_l(wanted, found) / 3.0;
+        chrf.add(wanted, found);
+    }
+    let mut others: Vec<Value> = prompts.iter().zip(&wanted).map(record).collect();
+    others.insert(1, json!({"text": "a text without a prompt"}));
+    lines("other.jsonl", &others);
+    let done = eval("other.jsonl", &onnx).success();
+    assert!(stderr(&done).contains("1 of 3 prompts are cut in front"), "{}", stderr(&done));
+    let metrics = measured(&done);
+    for (name, expected) in [("rouge_l", rouge), ("chrf", chrf.score())] {
+        let found = metrics[name].as_f64().unwrap();
+        assert!((found - expected).abs() < 1e-9 && found < 100.0, "{name}: {metrics}, expected {expected}");
+    }
+
+    // in candle nothing is generated, and that is said
+    let eager = eval("same.jsonl", &[]).success();
+    assert!(stderr(&eager).contains("--runtime onnx") && measured(&eager).get("chrf").is_none());
+    lines("texts.jsonl", &[json!({"text": "the cat sat on the mat"})]);
+    assert!(measured(&eval("texts.jsonl", &onnx[..2]).success()).get("chrf").is_none());
+    for (name, flags) in [("texts.jsonl", &onnx[..]), ("same.jsonl", &onnx[2..])] {
+        assert!(stderr(&eval(name, flags).code(2)).contains("--max-new-tokens"), "{name}");
+    }
 }

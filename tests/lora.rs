@@ -85,7 +85,13 @@ fn examples(base: &Path, task: &Task) -> Vec<Example> {
             _ => {
                 let wanted: Vec<i64> = serde_json::from_value(reference["targets"][i].clone()).unwrap();
                 let wanted = wanted.into_iter().map(|id| u32::try_from(id).ok()).collect();
-                Target::TokenClassification(Tags { sentence: 0, gold: [].into(), wanted, words: Vec::new() })
+                Target::TokenClassification(Tags {
+                    sentence: 0,
+                    gold: [].into(),
+                    wanted,
+                    words: Vec::new(),
+                    taught: None,
+                })
             }
         };
         Example { encoding, target }

@@ -126,7 +126,7 @@ fn ids(targets: &Value) -> Vec<Option<u32>> {
 
 /// What is learnt of a sentence.
 fn tags(targets: &Value) -> Tags {
-    Tags { sentence: 0, gold: Arc::new([]), wanted: ids(targets), words: Vec::new() }
+    Tags { sentence: 0, gold: Arc::new([]), wanted: ids(targets), words: Vec::new(), taught: None }
 }
 
 /// What is to be found in a text.

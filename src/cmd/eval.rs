@@ -12,7 +12,8 @@ use crate::predict::{Options, Predictor, graphs};
 use crate::runtime::{EpFlags, Slots};
 use crate::saved::{Saved, TaskFlag, cut};
 use crate::say::Say;
-use crate::task::{AnswerFlags, RecordFlags};
+use crate::task::causal_lm::Completions;
+use crate::task::{AnswerFlags, CausalLm, RecordFlags};
 use crate::{Result, bail_unusable, device, generate, process};
 
 /// Measure a trained model on labelled records.
@@ -40,6 +41,10 @@ pub struct Args {
     /// or q4. With --ep openvino also bf16.
     #[arg(long, value_enum, default_value_t)]
     precision: Precision,
+    /// Of a language model that is measured in ONNX Runtime: tokens of the text that is generated behind each prompt, for
+    /// rouge_l and chrf, at most [default: 128].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    max_new_tokens: Option<u32>,
     #[command(flatten)]
     records: RecordFlags,
 }
@@ -61,6 +66,7 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
     let max_length = saved.checked_max_length(args.max_length)?;
     let input = Files::named(&args.input, args.records.reading.format)?;
     let examples = saved.examples(&input, &args.records, max_length, say)?;
+    let completions = completions(args, &saved, &input, say)?;
     let started = Instant::now();
     let measured = match args.runtime {
         MeasuredIn::Eager => Evaluator::open(&saved, &device::open(&args.device)?)?.measure(&examples)?,
@@ -68,7 +74,11 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
             let providers = generate::providers(&args.ep, args.precision, say)?;
             let graph = graphs::checked_generating(&saved, args.precision)?;
             let mut slots = Slots::open(&graph, &providers, process::cores(), say)?;
-            saved.task.measure_in_place(&mut slots, &examples)?
+            let mut measured = saved.task.measure_in_place(&mut slots, &examples)?;
+            if let Some(completions) = completions {
+                measured.metrics.extend(completions.measure(slots, say)?);
+            }
+            measured
         }
         MeasuredIn::Onnx => {
             let flags = &AnswerFlags::default();
@@ -85,4 +95,37 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
         human,
         &json!({"records": examples.len(), "truncated": cut(&examples), "seconds": seconds, "metrics": measured}),
     )
+}
+
+/// What is generated and measured beside the losses of a language model; none where it is none, or has no prompts.
+fn completions<'a>(
+    args: &Args,
+    saved: &'a Saved,
+    files: &'a Files,
+    say: Say,
+) -> Result<Option<Completions<'a>>> {
+    let documents = match saved.task.language_model() {
+        Some(_) => CausalLm::prompted(files, &args.records, say)?,
+        None => Vec::new(),
+    };
+    let max_new_tokens = args.max_new_tokens.map(|most| most as usize);
+    let lm = saved.task.language_model().filter(|_| !documents.is_empty());
+    match lm {
+        Some(lm) if args.runtime == MeasuredIn::Onnx => {
+            // what training cut texts at doesn't bound what is written
+            let most = saved.config.max_positions();
+            let positions = saved.checked_max_length(args.max_length.or(Some(most)))?;
+            Ok(Some(Completions { saved, lm, files, documents, positions, max_new_tokens }))
+        }
+        _ if max_new_tokens.is_some() => bail_unusable!(
+            "--max-new-tokens is of the texts that a language model generates behind prompts, with --runtime onnx"
+        ),
+        Some(_) => {
+            say.line(
+                "rouge_l and chrf are of generated texts: --runtime onnx measures them, of an exported model",
+            );
+            Ok(None)
+        }
+        None => Ok(None),
+    }
 }

@@ -11,6 +11,7 @@ pub mod parity;
 pub mod report;
 pub mod serve;
 pub mod serve_batch;
+pub mod sweep;
 pub mod train;
 
 use std::time::Duration;

@@ -1,7 +1,6 @@
 //! `tk train`: a model, labelled records and a regime → a directory with the trained model.
 
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicI32, Ordering};
 
 use candle_core::Device;
 use indicatif::HumanCount;
@@ -12,7 +11,7 @@ use crate::data::cache::Cache;
 use crate::data::records::{Files, file_names};
 use crate::error::{self, Stopped};
 use crate::say::{Say, peak_rss_bytes, tell};
-use crate::task::{Encoder, Learning, Metrics, RecordFlags, Task, TrainingFlags};
+use crate::task::{Encoder, Learning, Metric, Metrics, RecordFlags, Task, TrainingFlags};
 use crate::train::checkpoint::Folder;
 use crate::train::dry_run::DryRun;
 use crate::train::output::{self, EarlierRun};
@@ -80,8 +79,8 @@ pub struct Args {
     #[arg(long)]
     #[serde(default)]
     from_scratch: bool,
-    /// Tokenize everything anew, and keep none of it. Else the tokens of large data are kept in TK_CACHE (or tk in XDG_CACHE_HOME,
-    /// or in ~/.cache), 8 GiB at most: what was used the longest ago goes first.
+    /// Tokenize everything anew, ask a --teacher anew, and keep none of it. Else the tokens of large data and a teacher's logits
+    /// are kept in TK_CACHE (or tk in XDG_CACHE_HOME, or in ~/.cache), 8 GiB at most: what was used the longest ago goes first.
     #[arg(long)]
     #[serde(skip)]
     no_cache: bool,
@@ -118,13 +117,9 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
 
 fn train(args: &Args, world: &dyn World, say: Say) -> Result<()> {
     let say = Say { quiet: say.quiet || !world.leads(), ..say };
-    args.settings.check()?;
-    let named = |names| Files::named(names, args.records.reading.format);
-    let train = named(&args.train)?;
-    let eval = if args.eval.is_empty() { None } else { Some(named(&args.eval)?) };
+    let (train, eval) = args.files()?;
     let job = args.job(&train, eval.as_ref());
-    job.check()?;
-    args.split.check()?;
+    args.check(&job)?;
     let asked = match (args.resume, args.overwrite) {
         (true, _) => EarlierRun::Resume,
         (false, true) => EarlierRun::Overwrite,
@@ -182,6 +177,7 @@ fn train(args: &Args, world: &dyn World, say: Say) -> Result<()> {
         false => None,
     };
     world.meet()?; // what a killed run has left is gone now
+    prepared.be_taught(&device, job.cache, &say)?;
 
     let Prepared { config, learning, params, eval, .. } = &prepared;
     let Learning { task, examples: train, .. } = learning;
@@ -200,7 +196,7 @@ fn train(args: &Args, world: &dyn World, say: Say) -> Result<()> {
         say,
         tokenizer,
         world,
-        stopped: stopped(),
+        stopped: process::stop_signal(),
         stop_at: args.stop_at,
     };
     let outcome = run.go(args.resume)?;
@@ -224,10 +220,30 @@ fn train(args: &Args, world: &dyn World, say: Say) -> Result<()> {
     }
     report::remove(&args.output)?; // an earlier model's
     output::write_model(&args.output, &prepared, &args.settings)?;
-    tell_outcome(args, &outcome, &say)
+    let best = prepared.learning.task.deciding_metric(args.settings.best_metric.as_deref())?;
+    tell_outcome(args, &outcome, best, &say)
 }
 
 impl Args {
+    /// Refuses what no look into a file is needed for; the files of records that are named.
+    pub fn looked_at(&self) -> Result<Vec<PathBuf>> {
+        let (train, eval) = self.files()?;
+        self.check(&self.job(&train, eval.as_ref()))?;
+        Ok([&train].into_iter().chain(&eval).flat_map(Files::paths).cloned().collect())
+    }
+
+    fn check(&self, job: &Job) -> Result<()> {
+        self.settings.check()?;
+        job.check()?;
+        self.split.check()
+    }
+
+    fn files(&self) -> Result<(Files, Option<Files>)> {
+        let named = |names| Files::named(names, self.records.reading.format);
+        let eval = if self.eval.is_empty() { None } else { Some(named(&self.eval)?) };
+        Ok((named(&self.train)?, eval))
+    }
+
     fn job<'a>(&'a self, train: &'a Files, eval: Option<&'a Files>) -> Job<'a> {
         Job {
             task: &self.task,
@@ -262,7 +278,7 @@ fn dry_run(
     }
 }
 
-fn tell_outcome(args: &Args, outcome: &Outcome, say: &Say) -> Result<()> {
+fn tell_outcome(args: &Args, outcome: &Outcome, best: Metric, say: &Say) -> Result<()> {
     let progress = &outcome.progress;
     let metrics: Metrics = progress.best.as_ref().map(|best| best.metrics.clone()).unwrap_or_default();
     let shown: Vec<String> = metrics.iter().map(|(name, value)| format!("{name} {value:.4}")).collect();
@@ -292,18 +308,9 @@ fn tell_outcome(args: &Args, outcome: &Outcome, say: &Say) -> Result<()> {
             "steps": progress.step,
             "train_loss": progress.loss_sum / progress.step.max(1) as f64,
             "eval": metrics,
+            "best_metric": best.name,
+            "more_is_better": best.more_is_better,
             "peak_rss_bytes": peak,
         }),
     )
-}
-
-/// Set to the number of the signal that asks the process to end; the second one ends it at once.
-fn stopped() -> &'static AtomicI32 {
-    static STOPPED: AtomicI32 = AtomicI32::new(0);
-    process::on_stop(|signal| {
-        if STOPPED.swap(signal, Ordering::Relaxed) != 0 {
-            std::process::exit(process::exit_code(signal));
-        }
-    });
-    &STOPPED
 }

@@ -1,4 +1,4 @@
-//! What tokenizing gives → a file of the user's cache, by the hash of the texts and of all that it depends on.
+//! What tokenizing gives, or a teacher → a file of the user's cache, by the hash of the texts and of all that it depends on.
 
 use std::fs::File;
 use std::io::{BufReader, BufWriter, ErrorKind, Read, Seek, SeekFrom, Write};
@@ -22,7 +22,7 @@ const MOST_BYTES: u64 = 8 << 30;
 const LEAST_TEXT: usize = 1 << 20;
 
 /// How a file begins.
-const MAGIC: &[u8] = b"tk tokens 1\n";
+const MAGIC: &[u8] = b"tk tokens 2\n";
 
 /// Bytes of the hash that a file ends with.
 const HASH: usize = 32;
@@ -39,7 +39,7 @@ pub struct Cache {
     say: Say,
 }
 
-/// All that an item's tokens depend on.
+/// All that what is made of items depends on.
 pub struct Key {
     hash: Sha256,
     bytes: usize,
@@ -97,9 +97,10 @@ impl Cache {
         if key.bytes < self.least_text {
             return in_order(items, make, take);
         }
-        let path = self.folder.join(checkpoint::hex(&key.hash.finalize())).with_extension(ENDING);
+        let place = self.place(key);
+        let path = &place.path;
         let mut taken = 0;
-        match Stored::open(&path, items.len()) {
+        match Stored::open(&place, items.len()) {
             Ok(mut stored) => {
                 while taken < items.len() {
                     // what was whole a moment ago is so, unless somebody changes it: the rest is made anew
@@ -118,10 +119,9 @@ impl Cache {
                     return Ok(());
                 }
             }
-            Err(error) if error.downcast_ref::<std::io::Error>().is_some_and(is_missing) => {}
-            Err(error) => self.say.detail(format!("{}: {error:#}: it is made anew", path.display())),
+            Err(error) => self.tell_unread(path, &error),
         }
-        let mut kept = (taken == 0).then(|| Writing::begin(&self.folder, items.len()));
+        let mut kept = (taken == 0).then(|| Writing::begin(&place, items.len()));
         in_order::blocks(&items[taken..], make, |made| {
             if let Some(Ok(writing)) = &mut kept {
                 let good: Option<Vec<&O>> = made.iter().map(|made| made.as_ref().ok()).collect();
@@ -140,14 +140,65 @@ impl Cache {
             }
             Ok(())
         })?;
-        if let Some(kept) = kept
-            && let Err(error) = kept.and_then(|writing| writing.put(&path)).and_then(|()| self.tidy())
-        {
-            let folder = self.folder.display();
-            self.say
-                .warn(format!("tokens can't be kept in {folder}: {error:#} (TK_CACHE names another folder)"));
+        if let Some(kept) = kept {
+            self.put("tokens", kept, path);
         }
         Ok(())
+    }
+
+    /// What is made of so many items at once, or what was made under the same key before, if all of it `fits`; however short
+    /// the texts are. Returns where it was read, if it was.
+    ///
+    /// # Errors
+    /// Those of `make`; nothing is kept then.
+    pub fn at_once<O: Serialize + DeserializeOwned>(
+        &self,
+        what: &str,
+        key: Key,
+        items: usize,
+        fits: impl Fn(usize, &O) -> bool,
+        make: impl FnOnce() -> Result<Vec<O>>,
+    ) -> Result<(Vec<O>, Option<PathBuf>)> {
+        let place = self.place(key);
+        let read = || -> Result<Vec<O>> {
+            let mut stored = Stored::open(&place, items)?;
+            let all: Vec<O> = stored.block(items)?;
+            ensure!(all.iter().enumerate().all(|(i, one)| fits(i, one)), "it holds something else");
+            Ok(all)
+        };
+        match read() {
+            Ok(all) => return Ok((all, Some(place.path))),
+            Err(error) => self.tell_unread(&place.path, &error),
+        }
+        let made = make()?;
+        let kept = Writing::begin(&place, items).and_then(|mut writing| {
+            writing.block(&made)?;
+            Ok(writing)
+        });
+        self.put(what, kept, &place.path);
+        Ok((made, None))
+    }
+
+    /// The file of what is made under a key.
+    fn place(&self, key: Key) -> Place {
+        let key: [u8; HASH] = key.hash.finalize().into();
+        Place { path: self.folder.join(checkpoint::hex(&key)).with_extension(ENDING), key }
+    }
+
+    /// Tells of a file that is there and can't be used.
+    fn tell_unread(&self, path: &Path, error: &anyhow::Error) {
+        if !error.downcast_ref::<std::io::Error>().is_some_and(is_missing) {
+            self.say.detail(format!("{}: {error:#}: it is made anew", path.display()));
+        }
+    }
+
+    /// Puts a file that was written in its place; where that can't be done, that is told.
+    fn put(&self, what: &str, written: Result<Writing>, path: &Path) {
+        if let Err(error) = written.and_then(|writing| writing.put(path)).and_then(|()| self.tidy()) {
+            let folder = self.folder.display();
+            self.say
+                .warn(format!("{what} can't be kept in {folder}: {error:#} (TK_CACHE names another folder)"));
+        }
     }
 
     /// Removes what was used the longest ago, until the rest is not too much.
@@ -188,8 +239,20 @@ fn is_missing(error: &std::io::Error) -> bool {
     error.kind() == ErrorKind::NotFound
 }
 
-/// A file that is being written: the magic, how many items there are, blocks each behind its number of bytes, and the hash
-/// of all this.
+/// A file, and the key that what stands in it was made under.
+struct Place {
+    path: PathBuf,
+    key: [u8; HASH],
+}
+
+impl Place {
+    /// How the file begins that holds so many items: the magic, the key, the number.
+    fn head(&self, items: usize) -> Vec<u8> {
+        [MAGIC, &self.key, &(items as u64).to_le_bytes()].concat()
+    }
+}
+
+/// A file that is being written: its [head](Place::head), blocks each behind its number of bytes, and the hash of all this.
 struct Writing {
     path: TempPath,
     file: BufWriter<File>,
@@ -197,13 +260,12 @@ struct Writing {
 }
 
 impl Writing {
-    fn begin(folder: &Path, items: usize) -> Result<Self> {
-        files::create_folder(folder)?;
-        let path = files::temporary_beside(&folder.join(ENDING))?;
+    fn begin(place: &Place, items: usize) -> Result<Self> {
+        files::create_folder(place.path.parent().context("no folder")?)?;
+        let path = files::temporary_beside(&place.path.with_file_name(ENDING))?;
         let file = BufWriter::new(File::create(&path)?);
         let mut new = Self { path, file, hash: Sha256::new() };
-        new.write(MAGIC)?;
-        new.write(&(items as u64).to_le_bytes())?;
+        new.write(&place.head(items))?;
         Ok(new)
     }
 
@@ -236,9 +298,10 @@ struct Stored {
 impl Stored {
     /// # Errors
     /// It is not there, or not whole.
-    fn open(path: &Path, items: usize) -> Result<Self> {
-        let mut file = BufReader::with_capacity(1 << 20, File::open(path)?);
-        let start = (MAGIC.len() + size_of::<u64>()) as u64;
+    fn open(place: &Place, items: usize) -> Result<Self> {
+        let mut file = BufReader::with_capacity(1 << 20, File::open(&place.path)?);
+        let wanted = place.head(items);
+        let start = wanted.len() as u64;
         let all = file.get_ref().metadata()?.len();
         let left = all.checked_sub(start + HASH as u64).context("it is cut off")?;
         let (mut hash, mut unread, mut buffer) = (Sha256::new(), all - HASH as u64, vec![0; 1 << 16]);
@@ -252,9 +315,8 @@ impl Stored {
         file.read_exact(&mut written)?;
         ensure!(hash.finalize()[..] == written, "it is damaged");
         file.seek(SeekFrom::Start(0))?;
-        let mut head = vec![0; start as usize];
+        let mut head = vec![0; wanted.len()];
         file.read_exact(&mut head)?;
-        let wanted = [MAGIC, &(items as u64).to_le_bytes()].concat();
         ensure!(head == wanted, "it holds something else");
         // used: among the last to go
         let _ = file.get_ref().set_modified(SystemTime::now());
@@ -365,6 +427,40 @@ mod tests {
             assert_eq!(bench.ask(&cache, "a", &some), (wanted.clone(), some.len()), "damaged at {at}");
         }
         assert_eq!(bench.files().len(), 1);
+    }
+
+    #[test]
+    fn what_is_made_at_once_is_read_as_long_as_it_is_whole_and_fits() {
+        let bench = Bench(tempfile::tempdir().unwrap());
+        let cache = bench.cache();
+        let made = [vec![1.5f32, -2.0], vec![0.25]];
+        let ask = |fits: fn(usize, &Vec<f32>) -> bool| {
+            let (found, read) = cache.at_once("rows", Key::new("a"), 2, fits, || Ok(made.to_vec())).unwrap();
+            assert_eq!(found, made);
+            read
+        };
+        let fits = |i: usize, row: &Vec<f32>| row.len() == 2 - i;
+        assert_eq!(ask(fits), None);
+        let path = bench.files().remove(0);
+        assert_eq!(ask(fits), Some(path.clone()));
+        assert_eq!(ask(|_, row| row.len() == 2), None, "rows of another length");
+        let whole = std::fs::read(&path).unwrap();
+        for at in [0, 5, 13, whole.len() / 2, whole.len() - 1] {
+            let mut damaged = whole.clone();
+            damaged[at] ^= 1;
+            for bytes in [&damaged[..], &whole[..at]] {
+                std::fs::write(&path, bytes).unwrap();
+                assert_eq!(ask(fits), None, "at {at}");
+                assert_eq!(std::fs::read(&path).unwrap(), whole, "it is written anew");
+            }
+        }
+        // what was made under another key, in its place
+        cache.at_once("rows", Key::new("other"), 2, fits, || Ok(vec![vec![7.0f32, 7.0], vec![7.0]])).unwrap();
+        let other = bench.files().into_iter().find(|own| *own != path).unwrap();
+        std::fs::copy(other, &path).unwrap();
+        assert_eq!(ask(fits), None, "another's file");
+        let failed = cache.at_once("rows", Key::new("b"), 2, fits, || anyhow::bail!("no"));
+        assert!(failed.is_err() && bench.files().len() == 2);
     }
 
     #[test]

@@ -239,7 +239,7 @@ impl Evaluator {
     }
 
     /// Each example's outputs, in order.
-    pub fn outputs(&self, examples: &[Encoding]) -> Result<Vec<Outputs>> {
+    pub fn outputs<E: Borrow<Encoding>>(&self, examples: &[E]) -> Result<Vec<Outputs>> {
         self.forward().outputs(examples)
     }
 

@@ -1,7 +1,7 @@
 //! What several tasks have in common on the command line: how records stand in files, and the columns of texts. Flags of
 //! its own a task declares in its file.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -122,7 +122,24 @@ pub struct SharedTrainingFlags {
     #[arg(long, value_name = "G", help_heading = "Loss")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub focal_gamma: Option<f64>,
+    /// For text-classification and token-classification, a trained model of the same labels to learn from: what it says of
+    /// the training data, by its own tokenizer, is learnt beside the labels. It is asked once, before the first step.
+    #[arg(long, value_name = "DIR", help_heading = "Distillation")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub teacher: Option<PathBuf>,
+    /// What the logits of both models are divided by, so that what is unlikely counts, too [default: 2].
+    #[arg(long, value_name = "T", help_heading = "Distillation")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub distillation_temperature: Option<f64>,
+    /// The teacher's share of the loss; the labels have the rest. At 1 the labels say nothing [default: 0.5].
+    #[arg(long, value_name = "A", help_heading = "Distillation")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub distillation_weight: Option<f64>,
 }
+
+/// Those of them that the tasks take which give labels.
+pub(super) const LABEL_FLAGS: &[&str] =
+    &["--class-weights", "--focal-gamma", "--teacher", "--distillation-temperature", "--distillation-weight"];
 
 /// Flags of answers that mean something to several tasks; [`super::Objective::ANSWER_FLAGS`] says to which.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::Args, Serialize)]

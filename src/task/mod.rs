@@ -2,6 +2,7 @@
 //! nothing else names one.
 
 pub mod causal_lm;
+pub mod distillation;
 pub mod embedding;
 pub mod flags;
 mod id2label;
@@ -37,8 +38,10 @@ use crate::eager::{Eager, Forward, X};
 use crate::model::ops::{Ops, Param};
 use crate::model::{Family, Head, ModelConfig, manifest, token_ids};
 use crate::runtime::Slots;
+use crate::say::nearest;
 use crate::{Result, bail_unusable, unusable};
 pub use causal_lm::CausalLm;
+pub use distillation::Distillation;
 pub use embedding::Embedding;
 pub use flags::{Reading, SharedFlags, SharedRecordFlags, SharedTrainingFlags, TextColumns};
 pub use look::{Beside, Look};
@@ -559,9 +562,9 @@ macro_rules! tasks {
                 }
             }
 
-            /// See [`Objective::LOSSES`].
+            /// See [`Objective::loss_names`].
             pub fn loss_names(&self) -> &'static [&'static str] {
-                match self { $(Self::$task(_) => $task::LOSSES),+ }
+                match self { $(Self::$task(task) => task.loss_names()),+ }
             }
 
             /// See [`Objective::weights`].
@@ -575,6 +578,52 @@ macro_rules! tasks {
             /// See [`Objective::class_weights`].
             pub fn class_weights(&self) -> Vec<(&str, f32)> {
                 match self { $(Self::$task(task) => task.class_weights()),+ }
+            }
+
+            /// See [`Objective::distillation`].
+            pub fn distillation(&self) -> Option<Distillation> {
+                match self { $(Self::$task(task) => task.distillation()),+ }
+            }
+
+            /// Whether another model can be this one's teacher.
+            ///
+            /// # Errors
+            /// Unusable: it is one for another task, or as [`Objective::places_in`].
+            pub fn check_teacher(&self, teacher: &Self) -> Result<()> {
+                match (self, teacher) {
+                    $((Self::$task(task), Self::$task(teacher)) => task.places_in(teacher).map(drop),)+
+                    _ => bail_unusable!("it is a {} model, and this is {}", teacher.name(), self.name()),
+                }
+            }
+
+            /// See [`Objective::said`].
+            pub fn said(&self, outputs: &Outputs, example: &Example) -> Result<Vec<f32>> {
+                match (self, &example.target) {
+                    $((Self::$task(task), Target::$task(target)) => task.said(outputs, target),)+
+                    _ => anyhow::bail!("an example of another task than {}", self.name()),
+                }
+            }
+
+            /// See [`Objective::teach`]; `heard` are the teacher's examples, and `said` is what it has said of each.
+            pub fn teach(
+                &self,
+                examples: &mut [Example],
+                teacher: &Self,
+                heard: &[Example],
+                said: &[Vec<f32>],
+            ) -> Result<usize> {
+                match (self, teacher) {
+                    $((Self::$task(task), Self::$task(teacher)) => {
+                        let targets = examples.iter_mut().map(|example| match &mut example.target {
+                            Target::$task(target) => Ok(target),
+                            _ => anyhow::bail!("an example of another task than {}", $task::NAME),
+                        });
+                        let heard = own::<$task>(heard)?.into_iter().zip(said);
+                        let said: Vec<_> = heard.map(|((_, target), said)| (target, &said[..])).collect();
+                        task.teach(targets.collect::<Result<_>>()?, teacher, &said)
+                    })+
+                    _ => anyhow::bail!("a teacher for another task than {}", self.name()),
+                }
             }
 
             /// See [`Objective::drawn`].
@@ -818,9 +867,11 @@ impl Task {
             Some(name) => all.find(|metric| metric.name == name),
         };
         found.ok_or_else(|| {
-            let known: Vec<&str> = others.map(|metric| metric.name).collect();
+            let known: Vec<&str> = ["loss"].into_iter().chain(others.map(|metric| metric.name)).collect();
             let asked = asked.unwrap_or_default();
-            unusable!("--best-metric {asked}: {} has loss, {}", self.name(), known.join(", "))
+            let meant = nearest(asked, &known).map(|near| format!("; did you mean \"{near}\"?"));
+            let meant = meant.unwrap_or_default();
+            unusable!("--best-metric {asked}: {} has {}{meant}", self.name(), known.join(", "))
         })
     }
 }

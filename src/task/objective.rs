@@ -16,8 +16,8 @@ use serde_json::Value;
 
 use super::review::{Review, Source};
 use super::{
-    Answer, AnswerFlags, Beside, CausalLm, Example, Look, Measured, Metric, Output, Outputs, RecordFlags,
-    Task, TrainingFlags, scores,
+    Answer, AnswerFlags, Beside, CausalLm, Distillation, Example, Look, Measured, Metric, Output, Outputs,
+    RecordFlags, Task, TrainingFlags, scores,
 };
 use crate::data::batch::Encoding;
 use crate::data::cache::Cache;
@@ -271,12 +271,53 @@ pub trait Objective: Clone + Into<Task> {
         &[]
     }
 
+    /// The same as this run learns: a teacher's loss is one of its own.
+    fn loss_names(&self) -> &'static [&'static str] {
+        Self::LOSSES
+    }
+
+    /// How it learns from a teacher, if it has one.
+    fn distillation(&self) -> Option<Distillation> {
+        None
+    }
+
+    /// Where each of its labels stands among a teacher's.
+    ///
+    /// # Errors
+    /// Unusable: they are other labels, or the teacher's numbers mean something else.
+    fn places_in(&self, _teacher: &Self) -> Result<Vec<usize>> {
+        bail_unusable!("a {} model learns from no teacher", Self::NAME)
+    }
+
+    /// What students learn of an example's outputs where this model is their teacher: a row of numbers for each of the
+    /// target's [losses](Objective::losses).
+    ///
+    /// # Errors
+    /// They are not those of the target.
+    fn said(&self, _outputs: &Outputs, _target: &Self::Target) -> Result<Vec<f32>> {
+        bail_unusable!("a {} model teaches nothing", Self::NAME)
+    }
+
+    /// Puts beside targets what a teacher has [said](Objective::said) of the same records, each beside the teacher's own
+    /// target. Returns how many losses it has said nothing of.
+    ///
+    /// # Errors
+    /// As [`Objective::places_in`]; or it is what was said of other records.
+    fn teach(
+        &self,
+        _targets: Vec<&mut Self::Target>,
+        _teacher: &Self,
+        _said: &[(&Self::Target, &[f32])],
+    ) -> Result<usize> {
+        bail_unusable!("a {} model learns from no teacher", Self::NAME)
+    }
+
     /// How many losses of each of [`Objective::LOSSES`] a target has: a step's loss is their mean.
     fn losses(_target: &Self::Target) -> Vec<usize> {
         vec![1]
     }
 
-    /// How much a target's losses count together, of each of [`Objective::LOSSES`], in the loss that is learnt: how many
+    /// How much a target's losses count together, of each of [`Objective::loss_names`], in the loss that is learnt: how many
     /// they are, where each counts alike.
     fn weights(&self, target: &Self::Target) -> Vec<f64> {
         Self::losses(target).into_iter().map(|count| count as f64).collect()
@@ -344,7 +385,7 @@ pub trait Objective: Clone + Into<Task> {
     /// The outputs of a graph of this form.
     fn outputs(&self, form: Form) -> Vec<Output>;
 
-    /// For each of [`Objective::LOSSES`] the sum of the examples' losses over the outputs of [`Objective::define`],
+    /// For each of [`Objective::loss_names`] the sum of the examples' losses over the outputs of [`Objective::define`],
     /// divided by the number that `of` has for it, the sum of the whole step's [weights](Objective::weights); gradients flow back through them. The examples are those of the batch.
     ///
     /// # Errors

@@ -70,7 +70,7 @@ fn a_flag_is_taken_by_its_own_task_alone_and_refused_by_name_elsewhere() {
         let tasks = takers(&given, TrainingFlags::check);
         match given[0].as_str() {
             "--mask-probability" | "--whole-words" => assert_eq!(tasks, [MaskedLm::NAME, PreTraining::NAME]),
-            "--class-weights" | "--focal-gamma" => {
+            flag if flags::LABEL_FLAGS.contains(&flag) => {
                 assert_eq!(tasks, [TextClassification::NAME, TokenClassification::NAME]);
             }
             flag => assert_eq!(tasks.len(), 1, "{flag}: {tasks:?}"),
@@ -121,11 +121,8 @@ fn a_flag_that_says_nothing_of_the_files_is_refused() {
 
 #[test]
 fn an_example_of_another_task_is_an_error() {
-    let task = Task::from(TokenClassification {
-        labels: vec!["O".to_owned()],
-        scheme: token_classification::scheme::Scheme::None,
-        weighting: Default::default(),
-    });
+    let scheme = token_classification::scheme::Scheme::None;
+    let task = Task::from(TokenClassification::new(vec!["O".to_owned()], scheme));
     let target = Target::TextClassification(text_classification::Window::whole(
         0,
         text_classification::Wanted::Class(0),

@@ -152,6 +152,15 @@ impl Folder {
         self.bests(steps)?.iter().try_for_each(|path| remove_file(path))
     }
 
+    /// Drops all weights, of a run that nobody goes on with; its logs stay.
+    ///
+    /// # Errors
+    /// A file can't be removed.
+    pub fn drop_weights(&self) -> Result<()> {
+        self.keep_best(&[])?;
+        self.list()?.iter().try_for_each(|path| remove_dir(path))
+    }
+
     fn best(&self, step: usize) -> PathBuf {
         self.path.join(format!("best-{step:08}.safetensors"))
     }

@@ -19,6 +19,7 @@ use super::prepare::{Job, Prepared};
 use super::rates::{Group, Rates};
 use super::schedule::warmup_steps;
 use super::stream::Stream;
+use super::teacher::{AboutTeacher, Teacher};
 use crate::Result;
 use crate::eager::kernels::dropout::mix;
 use crate::task::{Beside, Example};
@@ -31,6 +32,9 @@ const SHOWN: usize = 3;
 pub struct DryRun {
     pub warnings: Vec<Warning>,
     pub model: About,
+    /// What is learnt from beside labels. It is not asked here, but for a few examples.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub teacher: Option<AboutTeacher>,
     pub train: Split,
     pub eval: Option<Split>,
     /// Records to measure on that stand among those to learn from.
@@ -143,7 +147,8 @@ impl DryRun {
             drawn_anew: prepared.new.clone(),
             unused: prepared.unused.clone(),
         };
-        Ok(Self { warnings, model, train, eval, shared, examples, plan: planned, estimate })
+        let teacher = prepared.teacher.as_ref().map(Teacher::about).cloned();
+        Ok(Self { warnings, model, teacher, train, eval, shared, examples, plan: planned, estimate })
     }
 }
 

@@ -20,6 +20,7 @@ pub mod settings;
 pub mod split;
 pub mod stream;
 pub mod supply;
+pub mod teacher;
 pub mod trainer;
 pub mod verify;
 

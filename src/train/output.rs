@@ -79,16 +79,22 @@ fn saved_settings(folder: &Folder) -> Result<toml::Table> {
     toml::from_str(&text).map_err(|e| unusable!("{}: {e}", path.display()))
 }
 
-fn differences(now: &toml::Table, then: &toml::Table) -> Vec<String> {
+/// The keys of settings whose values differ; of a table inside, as `TABLE.KEY`.
+pub fn differences(now: &toml::Table, then: &toml::Table) -> Vec<String> {
     let keys: std::collections::BTreeSet<&String> = now.keys().chain(then.keys()).collect();
     let shown = |value: Option<&toml::Value>| value.map_or("not set".to_owned(), toml::Value::to_string);
     // a run that an older tk has started knows nothing of a flag that came since
     fn set<'t>(table: &'t toml::Table, key: &str) -> Option<&'t toml::Value> {
         table.get(key).filter(|value| **value != toml::Value::Boolean(false))
     }
-    keys.into_iter()
-        .filter(|key| set(now, key) != set(then, key))
-        .map(|key| format!("{key} ({}, was {})", shown(now.get(key)), shown(then.get(key))))
+    let differing = keys.into_iter().filter(|key| set(now, key) != set(then, key));
+    differing
+        .flat_map(|key| match (now.get(key), then.get(key)) {
+            (Some(toml::Value::Table(now)), Some(toml::Value::Table(then))) => {
+                differences(now, then).into_iter().map(|inside| format!("{key}.{inside}")).collect()
+            }
+            (now, then) => vec![format!("{key} ({}, was {})", shown(now), shown(then))],
+        })
         .collect()
 }
 

@@ -6,6 +6,7 @@ use anyhow::Context;
 use candle_core::Device;
 use indicatif::HumanCount;
 
+use super::teacher::Teacher;
 use super::{Settings, lora, rates};
 use crate::checkpoint::{self, Weights, adapter, file_hash};
 use crate::data::cache::Cache;
@@ -16,7 +17,9 @@ use crate::model::ModelConfig;
 use crate::model::ops::{Param, Part};
 use crate::say::Say;
 use crate::task::weighting::ClassWeights;
-use crate::task::{Encoder, Example, Learning, Measured, RecordFlags, Start, Target, Task, TrainingFlags};
+use crate::task::{
+    Distillation, Encoder, Example, Learning, Measured, RecordFlags, Start, Target, Task, TrainingFlags,
+};
 use crate::world::World;
 use crate::{Result, bail_unusable};
 
@@ -55,6 +58,7 @@ impl Job<'_> {
             }
         }
         self.training.check(self.task)?;
+        self.check_teacher()?;
         if self.settings.label_smoothing > 0.0
             && self.training.shared.focal_gamma.is_some_and(|gamma| gamma > 0.0)
         {
@@ -72,6 +76,32 @@ impl Job<'_> {
             );
         }
         self.records.check(self.task, &files)
+    }
+
+    /// Refuses flags of a teacher where there is none, those of labels where they count nothing, and a teacher who could not be
+    /// asked for all records at once.
+    fn check_teacher(&self) -> Result<()> {
+        let shared = &self.training.shared;
+        let Some(taught) = Distillation::asked(shared)? else { return Ok(()) };
+        if self.settings.shuffle_buffer.is_some() {
+            bail_unusable!(
+                "--teacher is asked for all records before the first step, and --shuffle-buffer holds some of them at a time: \
+                 leave one of them out"
+            );
+        }
+        if taught.takes_labels() {
+            return Ok(());
+        }
+        for (flag, given) in [
+            ("--label-smoothing", self.settings.label_smoothing > 0.0),
+            ("--class-weights", shared.class_weights.is_some()),
+            ("--focal-gamma", shared.focal_gamma.is_some()),
+        ] {
+            if given {
+                bail_unusable!("{flag} is for labels, which count nothing with --distillation-weight 1");
+            }
+        }
+        Ok(())
     }
 
     /// All files of records.
@@ -99,6 +129,8 @@ pub struct Prepared {
     pub unused: Vec<String>,
     /// What is measured on.
     pub eval: Vec<Example>,
+    /// What is learnt from beside labels.
+    pub teacher: Option<Teacher>,
 }
 
 impl Prepared {
@@ -109,6 +141,19 @@ impl Prepared {
             if let Some(told) = tuned.tuning_told(best) {
                 say.line(told);
             }
+        }
+    }
+
+    /// Asks the teacher, if there is one, before the first step; it is needed no more then.
+    ///
+    /// # Errors
+    /// As [`Teacher::teach`].
+    pub fn be_taught(&mut self, device: &Device, cache: Option<&Cache>, say: &Say) -> Result<()> {
+        match self.teacher.take() {
+            Some(teacher) => {
+                teacher.teach(&self.learning.task, &mut self.learning.examples, device, cache, say)
+            }
+            None => Ok(()),
         }
     }
 
@@ -145,6 +190,7 @@ impl Prepared {
         let learning = Task::learn(job.task, &mut start)?;
         let (task, mut config) = (&learning.task, start.config);
         settings.check_task(task)?;
+        let teacher = Teacher::of(job, task)?;
         let encoder = Encoder { records, training, tokenizer: &learning.tokenizer, max_length };
         let eval = job.eval.map(|files| task.examples(files, &encoder)).transpose()?;
 
@@ -189,7 +235,7 @@ impl Prepared {
         }
         let (unused, eval) = (fit.unused, eval.unwrap_or_default());
         let (model, asked) = (model.to_owned(), job.model.to_owned());
-        Ok(Self { model, asked, config, learning, params, new, unused, eval })
+        Ok(Self { model, asked, config, learning, params, new, unused, eval, teacher })
     }
 
     /// What an adapter's base is called: the place of a directory, or a hub id and its revision.
@@ -279,6 +325,9 @@ impl Prepared {
                 ));
             }
         }
+        if let Some(teacher) = &self.teacher {
+            say.line(format!("teacher: {}", teacher.about().told()));
+        }
     }
 
     /// What a run's result depends on beside its settings: the hash of each file, and how many processes there are.
@@ -302,6 +351,9 @@ impl Prepared {
         }
         if let Some(ClassWeights::File(path)) = &job.training.shared.class_weights {
             inputs.push(("class-weights".to_owned(), file_hash(path)?));
+        }
+        if let Some(teacher) = &self.teacher {
+            inputs.push(("teacher".to_owned(), teacher.content().to_owned()));
         }
         let of_tasks = Task::files();
         if adapter::is_in(&self.model) {

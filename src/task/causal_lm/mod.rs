@@ -1,7 +1,9 @@
 //! Causal language modelling: every token of a text from those before it.
 
+mod completions;
 mod documents;
 mod generation_config;
+pub mod metrics;
 #[cfg(test)]
 mod tests;
 
@@ -11,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::convert::Infallible;
 
+pub use self::completions::Completions;
 pub use self::documents::{Cutting, Document};
 use super::{
     Answer, Asking, Beside, Dim, Encoder, Example, Form, Learning, Look, Measured, Metric, Metrics,

@@ -8,6 +8,9 @@ mod tests;
 mod tuning;
 mod windows;
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
 use anyhow::Context;
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
@@ -15,14 +18,15 @@ use serde_json::{Map, Value, json};
 
 pub use self::tuning::Tuning;
 pub use self::windows::{Aggregation, Window, WindowFlags};
-use super::flags::refuse_records;
+use super::distillation;
+use super::flags::{LABEL_FLAGS, refuse_records};
 use super::id2label::{self, default_names};
 use super::review::{Review, Source};
 use super::scores::{argmax, short};
 use super::weighting::{self, Weighting, softplus};
 use super::{
-    Answer, Asking, Beside, Dim, Encoder, Example, Form, Learning, Look, Measured, Metric, Metrics,
-    Objective, Output, Outputs, Start, TextColumns,
+    Answer, Asking, Beside, Dim, Distillation, Encoder, Example, Form, Learning, Look, Measured, Metric,
+    Metrics, Objective, Output, Outputs, Start, TextColumns,
 };
 use crate::data::batch::Encoding;
 use crate::data::cache::Key;
@@ -42,6 +46,8 @@ pub struct TextClassification {
     pub aggregation: Aggregation,
     /// How much examples count in the loss that is learnt.
     pub weighting: Weighting,
+    /// How it learns from a teacher, if it has one.
+    pub distillation: Option<Distillation>,
     /// What was found on evaluation data.
     pub tuning: Tuning,
 }
@@ -147,7 +153,7 @@ impl Objective for TextClassification {
     const HEAD: Head = Head::SequenceClassification { labels: 0 };
     const TEXTS_LEARNT: &'static [&'static str] = &["text", "text_pair"];
     const TEXTS_ASKED: &'static [&'static str] = Self::TEXTS_LEARNT;
-    const TRAINING_FLAGS: &'static [&'static str] = &["--class-weights", "--focal-gamma"];
+    const TRAINING_FLAGS: &'static [&'static str] = LABEL_FLAGS;
     const FIELDS_ANSWERED: &'static [&'static str] = &["label", "labels", "score", "scores", "logits"];
 
     type Target = Window;
@@ -228,7 +234,8 @@ impl Objective for TextClassification {
         let task = Self::from_labels(&labels, problem, known).with_context(|| start.train.to_string())?;
         let asked = start.records.text_classification.windows.window_aggregation;
         let tuning = Tuning::asked(&start.training.text_classification, task.problem)?;
-        let task = Self { aggregation: asked.unwrap_or_default(), tuning, ..task };
+        let distillation = task.distillation_of(start)?;
+        let task = Self { aggregation: asked.unwrap_or_default(), distillation, tuning, ..task };
         let examples = task.encode(&records, start.train, &tokenizer, start.max_length, task.aggregation)?;
         let task = Self { weighting: task.weighting_of(start, &examples)?, ..task };
         Ok(Learning { task, tokenizer, examples, files: Vec::new() })
@@ -299,10 +306,57 @@ impl Objective for TextClassification {
     }
 
     fn weights(&self, target: &Window) -> Vec<f64> {
-        match target.wanted {
-            Wanted::Class(id) => vec![self.weighting.of(id)],
-            _ => vec![1.0],
+        let of_label = match target.wanted {
+            Wanted::Class(id) => self.weighting.of(id),
+            _ => 1.0,
+        };
+        // a teacher's rows count alike
+        [of_label].into_iter().chain(self.distillation.map(|_| 1.0)).collect()
+    }
+
+    fn loss_names(&self) -> &'static [&'static str] {
+        if self.distillation.is_some() { Distillation::LOSSES } else { Self::LOSSES }
+    }
+
+    fn distillation(&self) -> Option<Distillation> {
+        self.distillation
+    }
+
+    fn places_in(&self, teacher: &Self) -> Result<Vec<usize>> {
+        if self.problem != teacher.problem {
+            bail_unusable!(
+                "its problem_type is {}, and {} is to be learnt",
+                teacher.problem.name(),
+                self.problem.name()
+            );
         }
+        match self.problem {
+            ProblemType::Regression => Ok(vec![0]), // a number needs no name
+            _ => distillation::places(&self.labels, &teacher.labels),
+        }
+    }
+
+    fn said(&self, outputs: &Outputs, _: &Window) -> Result<Vec<f32>> {
+        self.logits(outputs)
+    }
+
+    /// Every window of a text learns what is said of all of it.
+    fn teach(&self, targets: Vec<&mut Window>, teacher: &Self, said: &[(&Window, &[f32])]) -> Result<usize> {
+        let places = self.places_in(teacher)?;
+        let mut texts: BTreeMap<usize, Arc<[f32]>> = BTreeMap::new();
+        for own in said.chunk_by(|(a, _), (b, _)| a.text == b.text) {
+            let windows: Vec<Vec<f32>> = own.iter().map(|(_, row)| row.to_vec()).collect();
+            let Window { text, aggregation, .. } = own[0].0;
+            let logits = aggregation.of(&windows);
+            anyhow::ensure!(logits.len() == teacher.labels.len(), "a text's logits are not one a label");
+            texts.insert(*text, places.iter().map(|&at| logits[at]).collect());
+        }
+        let mut untaught = 0;
+        for target in targets {
+            target.taught = texts.get(&target.text).cloned();
+            untaught += usize::from(target.taught.is_none());
+        }
+        Ok(untaught)
     }
 
     fn class_weights(&self) -> Vec<(&str, f32)> {
@@ -328,11 +382,22 @@ impl Objective for TextClassification {
         let outputs = tensors(outputs)?;
         let logits = outputs.first().context("the model has no output")?;
         let targets: Vec<&Wanted> = examples.iter().map(|(_, target)| &target.wanted).collect();
-        let sum = match self.weighting.is_plain() {
-            true => self.sum_of_losses(logits, &targets, label_smoothing)?,
-            false => self.weighted_sum_of_losses(logits, &targets, label_smoothing)?,
+        let of_labels = || -> Result<Tensor> {
+            let sum = match self.weighting.is_plain() {
+                true => self.sum_of_losses(logits, &targets, label_smoothing)?,
+                false => self.weighted_sum_of_losses(logits, &targets, label_smoothing)?,
+            };
+            Ok((sum / of[0])?)
         };
-        Ok(vec![(sum / of[0])?])
+        let Some(distillation) = self.distillation else { return Ok(vec![of_labels()?]) };
+        let taught: Vec<Option<&[f32]>> =
+            examples.iter().map(|(_, target)| target.taught.as_deref()).collect();
+        let sum = match self.problem {
+            ProblemType::SingleLabelClassification => distillation.of_rows(logits, &taught)?,
+            ProblemType::MultiLabelClassification => distillation.of_labels(logits, &taught)?,
+            ProblemType::Regression => distillation.of_numbers(logits, &taught)?,
+        };
+        distillation.terms(of_labels, &(sum / of[1])?)
     }
 
     fn metrics(&self) -> &'static [Metric] {
@@ -460,6 +525,7 @@ impl TextClassification {
             labels,
             aggregation: Aggregation::First,
             weighting: Weighting::default(),
+            distillation: None,
             tuning: Tuning::default(),
         }
     }
@@ -519,7 +585,7 @@ impl TextClassification {
                 empty.push((records[text].place, "the text is empty".to_owned()));
             }
             let wanted = targets.next().context("a record has no target")?;
-            let target = Window { wanted, text, aggregation };
+            let target = Window { wanted, text, aggregation, taught: None };
             let example = |encoding| Example { encoding, target: target.clone() };
             examples.extend(windows.into_iter().map(example));
             Ok(())
@@ -589,6 +655,18 @@ impl TextClassification {
         }
         let wanted = Tensor::from_vec(self.matrix(targets, 0.0), logits.shape(), logits.device())?;
         self.weighting.of_labels(logits, &wanted)
+    }
+
+    /// How it learns from a teacher, as the flags ask for it.
+    ///
+    /// # Errors
+    /// Unusable: a regression with a temperature; or as [`Distillation::asked`].
+    fn distillation_of(&self, start: &Start) -> Result<Option<Distillation>> {
+        let flags = &start.training.shared;
+        if self.problem == ProblemType::Regression && flags.distillation_temperature.is_some() {
+            bail_unusable!("--distillation-temperature is for labels, and these are numbers: a regression");
+        }
+        Distillation::asked(flags)
     }
 
     /// How much the examples to learn from count, as the flags ask for it.

@@ -1,5 +1,7 @@
 //! Texts that are longer than the model: what is read of them, and what is said of them by what is said of their windows.
 
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 
 use super::Wanted;
@@ -40,12 +42,14 @@ pub struct Window {
     /// Which of the file's texts it is of; those of one text stand one behind the other.
     pub text: usize,
     pub aggregation: Aggregation,
+    /// A teacher's logits of the whole text, in the order of the labels, where it has said something.
+    pub taught: Option<Arc<[f32]>>,
 }
 
 impl Window {
     /// A text that stands by itself.
     pub fn whole(text: usize, wanted: Wanted) -> Self {
-        Self { wanted, text, aggregation: Aggregation::First }
+        Self { wanted, text, aggregation: Aggregation::First, taught: None }
     }
 }
 

@@ -21,14 +21,15 @@ use serde_json::{Map, Value, json};
 pub use self::answer::{AnswerFlags, Question};
 use self::scheme::{OUTSIDE, Scheme, TagScheme, Tagged};
 use self::windowed::Windowed;
-use super::flags::refuse_records;
+use super::distillation;
+use super::flags::{LABEL_FLAGS, refuse_records};
 use super::id2label::{self, default_names};
 use super::review::{Review, Source};
 use super::scores::{argmax, cross_entropy};
 use super::weighting::{self, Weighting};
 use super::{
-    Answer, Asking, Beside, Dim, Encoder, Example, Form, Learning, Look, Measured, Metric, Metrics,
-    Objective, Output, Outputs, Start,
+    Answer, Asking, Beside, Dim, Distillation, Encoder, Example, Form, Learning, Look, Measured, Metric,
+    Metrics, Objective, Output, Outputs, Start,
 };
 use crate::data::batch::Encoding;
 use crate::data::cache::Key;
@@ -46,6 +47,8 @@ pub struct TokenClassification {
     pub scheme: Scheme,
     /// How much words count in the loss that is learnt.
     pub weighting: Weighting,
+    /// How it learns from a teacher, if it has one.
+    pub distillation: Option<Distillation>,
 }
 
 /// The key of config.json that keeps the scheme, which labels alone do not always tell.
@@ -114,7 +117,12 @@ pub struct Tags {
     pub wanted: Vec<Option<u32>>,
     /// The tokens that this window predicts words by, and which words they are the first of.
     pub words: Vec<(usize, usize)>,
+    /// What a teacher has said of its tokens.
+    pub taught: Option<Arc<[Taught]>>,
 }
+
+/// A token that a teacher has said something of, and its logits in the order of the labels.
+pub type Taught = (usize, Box<[f32]>);
 
 impl Tags {
     /// How many tokens are learnt.
@@ -130,7 +138,7 @@ impl Objective for TokenClassification {
     const TEXTS_LEARNT: &'static [&'static str] = &[];
     const TEXTS_ASKED: &'static [&'static str] = &["text"];
     const FIELDS_ANSWERED: &'static [&'static str] = &["entities", "tags"];
-    const TRAINING_FLAGS: &'static [&'static str] = &["--class-weights", "--focal-gamma"];
+    const TRAINING_FLAGS: &'static [&'static str] = LABEL_FLAGS;
     const ANSWER_FLAGS: &'static [&'static str] = &["--offset-unit"];
 
     type Target = Tags;
@@ -150,7 +158,7 @@ impl Objective for TokenClassification {
             Some(name) => serde_json::from_value(name.clone())
                 .map_err(|_| unusable!("{SCHEME} is {name}, expected iob1, iob2, bioes, io or none"))?,
         };
-        Ok(Self { labels, scheme, weighting: Weighting::default() })
+        Ok(Self::new(labels, scheme))
     }
 
     fn write_config(&self, config: &mut ModelConfig) {
@@ -176,11 +184,18 @@ impl Objective for TokenClassification {
     }
 
     fn learn(start: &mut Start) -> Result<Learning<Self, Tags>> {
+        let all_pieces = start.records.token_classification.label_all_pieces;
+        let distillation = Distillation::asked(&start.training.shared)?;
+        if distillation.is_some() && all_pieces {
+            bail_unusable!(
+                "--label-all-pieces and --teacher exclude each other: a teacher of another tokenizer says something of \
+                 words, not of their pieces"
+            );
+        }
         let tokenizer = start.tokenizer()?.for_words()?;
         let sentences = read(start.train, start.records)?;
         let asked = start.training.token_classification.tag_scheme;
         let task = Self::of_sentences(&sentences, start.train, asked, &start.config)?;
-        let all_pieces = start.records.token_classification.label_all_pieces;
         let mut examples =
             task.examples_of(&sentences, start.train, &tokenizer, start.max_length, all_pieces)?;
         keep_learnt(&mut examples);
@@ -194,7 +209,7 @@ impl Objective for TokenClassification {
             }
             weighting::balanced(&counts)
         })?;
-        let task = Self { weighting, ..task };
+        let task = Self { weighting, distillation, ..task };
         Ok(Learning { task, tokenizer, examples, files: Vec::new() })
     }
 
@@ -242,7 +257,49 @@ impl Objective for TokenClassification {
     }
 
     fn weights(&self, target: &Tags) -> Vec<f64> {
-        vec![target.wanted.iter().flatten().map(|&id| self.weighting.of(id)).sum()]
+        let of_labels = target.wanted.iter().flatten().map(|&id| self.weighting.of(id)).sum();
+        // a teacher's rows count alike
+        [of_labels].into_iter().chain(self.distillation.map(|_| target.count() as f64)).collect()
+    }
+
+    fn loss_names(&self) -> &'static [&'static str] {
+        if self.distillation.is_some() { Distillation::LOSSES } else { Self::LOSSES }
+    }
+
+    fn distillation(&self) -> Option<Distillation> {
+        self.distillation
+    }
+
+    fn places_in(&self, teacher: &Self) -> Result<Vec<usize>> {
+        distillation::places(&self.labels, &teacher.labels)
+    }
+
+    /// The rows of the words' first tokens.
+    fn said(&self, outputs: &Outputs, target: &Tags) -> Result<Vec<f32>> {
+        let [logits] = &outputs[..] else { anyhow::bail!("the model gives {} outputs", outputs.len()) };
+        self.check_rows(logits.dim(), target)?;
+        Ok(target.words.iter().flat_map(|&(token, _)| logits.row(token).to_vec()).collect())
+    }
+
+    fn teach(&self, targets: Vec<&mut Tags>, teacher: &Self, said: &[(&Tags, &[f32])]) -> Result<usize> {
+        let places = self.places_in(teacher)?;
+        let mut words = BTreeMap::new();
+        for (tags, said) in said {
+            let rows = said.chunks_exact(places.len());
+            anyhow::ensure!(rows.len() == tags.words.len(), "what was said is not a row a word");
+            words.extend(tags.words.iter().zip(rows).map(|(&(_, word), row)| ((tags.sentence, word), row)));
+        }
+        let mut untaught = 0;
+        for target in targets {
+            let own = |&(token, word): &(usize, usize)| {
+                let row = words.get(&(target.sentence, word))?;
+                Some((token, places.iter().map(|&at| row[at]).collect()))
+            };
+            let taught: Arc<[Taught]> = target.words.iter().filter_map(own).collect();
+            untaught += target.words.len() - taught.len();
+            target.taught = Some(taught);
+        }
+        Ok(untaught)
     }
 
     fn class_weights(&self) -> Vec<(&str, f32)> {
@@ -268,9 +325,14 @@ impl Objective for TokenClassification {
         let wanted: Vec<Option<u32>> =
             examples.iter().flat_map(|(_, tags)| tags.wanted.iter().copied()).collect();
         let scores = outputs.first().context("the model has no output")?;
-        if !self.weighting.is_plain() {
+        if self.distillation.is_some() || !self.weighting.is_plain() {
             let scores = scores.tensor()?.to_dtype(DType::F32)?;
-            return Ok(vec![(self.weighting.of_rows(&scores, &wanted, label_smoothing)? / of[0])?]);
+            let of_labels = || -> Result<Tensor> {
+                Ok((self.weighting.of_rows(&scores, &wanted, label_smoothing)? / of[0])?)
+            };
+            let Some(distillation) = self.distillation else { return Ok(vec![of_labels()?]) };
+            let sum = distillation.of_rows(&scores, &taught(examples))?;
+            return distillation.terms(of_labels, &(sum / of[1])?);
         }
         Ok(vec![eager.cross_entropy(scores, &wanted, label_smoothing as f32, 1.0 / of[0] as f32)?])
     }
@@ -358,7 +420,25 @@ struct Predicted<'a> {
     count: usize,
 }
 
+/// What a teacher has said of each token of a batch.
+fn taught<'t>(examples: &[(&Encoding, &'t Tags)]) -> Vec<Option<&'t [f32]>> {
+    let mut rows = Vec::new();
+    for (_, tags) in examples {
+        let start = rows.len();
+        rows.resize(start + tags.wanted.len(), None);
+        for (token, logits) in tags.taught.iter().flat_map(|taught| taught.iter()) {
+            rows[start + token] = Some(&logits[..]);
+        }
+    }
+    rows
+}
+
 impl TokenClassification {
+    /// With labels that all count alike, and no teacher.
+    pub fn new(labels: Vec<String>, scheme: Scheme) -> Self {
+        Self { labels, scheme, weighting: Weighting::default(), distillation: None }
+    }
+
     /// What was predicted of each sentence, by its place in the file.
     ///
     /// # Errors
@@ -371,12 +451,7 @@ impl TokenClassification {
         let mut sentences = BTreeMap::new();
         for (outputs, tags) in outputs.iter().zip(targets) {
             let [logits] = &outputs[..] else { anyhow::bail!("the model gives {} outputs", outputs.len()) };
-            let due = (tags.wanted.len(), self.labels.len());
-            anyhow::ensure!(
-                logits.dim() == due,
-                "the model gives logits of {:?} where {due:?} are due",
-                logits.dim()
-            );
+            self.check_rows(logits.dim(), tags)?;
             let sentence = sentences.entry(tags.sentence).or_insert_with(|| Predicted {
                 gold: &tags.gold,
                 words: vec![None; tags.gold.len()],
@@ -394,6 +469,13 @@ impl TokenClassification {
             }
         }
         Ok(sentences)
+    }
+
+    /// Whether a window's logits are a row a token.
+    fn check_rows(&self, found: (usize, usize), tags: &Tags) -> Result<()> {
+        let due = (tags.wanted.len(), self.labels.len());
+        anyhow::ensure!(found == due, "the model gives logits of {found:?} where {due:?} are due");
+        Ok(())
     }
 
     /// The wanted and the predicted tags of a sentence.
@@ -450,18 +532,14 @@ impl TokenClassification {
         let tags = || sentences.iter().flat_map(|sentence| &sentence.tags).map(String::as_str);
         if asked.is_none() && !base.is_empty() {
             // ids of the base's labels
-            let known = Self {
-                scheme: Scheme::of_labels(base.iter().map(String::as_str)),
-                labels: base.clone(),
-                weighting: Weighting::default(),
-            };
+            let known = Self::new(base.clone(), Scheme::of_labels(base.iter().map(String::as_str)));
             let ids = known.ids();
             if tags().all(|tag| ids.contains_key(tag) && tag.parse::<u32>().is_ok()) {
                 return Ok(known);
             }
         }
         let labels = labels::labels(tags(), base).with_context(place)?;
-        Ok(Self { labels, scheme, weighting: Weighting::default() })
+        Ok(Self::new(labels, scheme))
     }
 
     /// The ids of tags: by name; by number as well, where no label is an integer itself.
@@ -530,7 +608,7 @@ impl TokenClassification {
                         wanted[token] = Some(inside[gold[word] as usize]);
                     }
                 }
-                let target = Tags { sentence: i, gold: gold.clone(), wanted, words };
+                let target = Tags { sentence: i, gold: gold.clone(), wanted, words, taught: None };
                 examples.push(Example { encoding: window.encoding, target });
             }
             Ok(())

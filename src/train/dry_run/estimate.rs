@@ -23,7 +23,7 @@ pub struct Estimate {
     /// A micro-batch of ordinary size, with its optimizer step.
     pub step_seconds: f64,
     pub step_tokens: usize,
-    /// Training and evaluations.
+    /// Training and evaluations, and asking a teacher, where it was not asked before.
     pub seconds: f64,
     /// The memory of this process, after a step of the largest micro-batch; 0 where the system does not tell.
     pub peak_rss_bytes: u64,
@@ -35,7 +35,7 @@ impl Estimate {
     /// # Errors
     /// A step fails, as it would in a run.
     pub fn new(prepared: &Prepared, settings: &Settings, device: &Device, plan: &Plan) -> Result<Self> {
-        let Prepared { config, learning, params, eval, .. } = prepared;
+        let Prepared { config, learning, params, eval, teacher, .. } = prepared;
         let examples = &learning.examples;
         let tokens = |batch: &[usize]| batch.iter().map(|&i| examples[i].tokens()).sum::<usize>();
         let epoch = plan.steps_of(0);
@@ -63,7 +63,8 @@ impl Estimate {
             None => epochs.ceil(),
         };
         let measured = eval.iter().map(Example::tokens).sum::<usize>() as f64 * evaluations * FORWARD;
-        let seconds = (all as f64 * epochs + measured) * second_per_token;
+        let asked = teacher.as_ref().map_or(Ok(0.0), |teacher| teacher.seconds(device))?;
+        let seconds = (all as f64 * epochs + measured) * second_per_token + asked;
         Ok(Self { step_seconds, step_tokens, seconds, peak_rss_bytes })
     }
 }

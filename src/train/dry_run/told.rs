@@ -26,7 +26,7 @@ impl DryRun {
     }
 
     fn write(&self, out: &mut String) -> std::fmt::Result {
-        let Self { model, train, eval, plan, estimate, warnings, .. } = self;
+        let Self { model, teacher, train, eval, plan, estimate, warnings, .. } = self;
         writeln!(
             out,
             "model       {} for {}; {} parameters are trained, {} frozen",
@@ -42,6 +42,9 @@ impl DryRun {
             if !names.is_empty() {
                 writeln!(out, "            {what}: {}", listed(names.iter().map(String::as_str), LISTED))?;
             }
+        }
+        if let Some(teacher) = teacher {
+            writeln!(out, "teacher     {}", teacher.told())?;
         }
         for split in [Some(train), eval.as_ref()].into_iter().flatten() {
             split.write(plan.max_length, out)?;
@@ -92,8 +95,9 @@ impl DryRun {
         };
         writeln!(
             out,
-            "estimate    {} for the whole run, evaluations included, by a step of {} tokens in {:.2} s{memory}",
+            "estimate    {} for the whole run, evaluations {}included, by a step of {} tokens in {:.2} s{memory}",
             duration(estimate.seconds),
+            if teacher.is_some() { "and the teacher " } else { "" },
             grouped(estimate.step_tokens),
             estimate.step_seconds
         )?;
