@@ -259,6 +259,10 @@ fn a_trained_adapter_is_evaluated_exported_and_served_as_the_model_that_it_makes
         assert_eq!(merged.weights.f32(&own.name).unwrap(), saved.weights.f32(&own.name).unwrap());
     }
     assert!(Evaluator::open(&merged, &Device::Cpu).is_ok());
+    // what a folder of PEFT's own lacks is its base's
+    tk().arg("export").arg(models("lora-bert")).arg("--merged").arg(path("of-peft")).assert().success();
+    let of_peft = Saved::open(&path("of-peft")).unwrap();
+    assert_eq!(of_peft.tokenizer.hash(), Saved::open(&models("lora-bert")).unwrap().tokenizer.hash());
     let said = tk().arg("export").arg(path("merged")).arg("--merged").arg(path("again")).assert().code(2);
     assert!(String::from_utf8_lossy(&said.get_output().stderr).contains("no adapter"));
 

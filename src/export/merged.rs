@@ -7,6 +7,7 @@ use candle_core::Device;
 
 use super::records;
 use crate::checkpoint::{adapter, write_safetensors};
+use crate::data::tokens::Tokenizer;
 use crate::eager::Evaluator;
 use crate::parity::TOLERANCE;
 use crate::saved::Saved;
@@ -54,7 +55,10 @@ pub fn write(saved: &Saved, to: &Path) -> Result<f32> {
         bail_unusable!("--merged {} is there already: name a new or an empty directory", to.display());
     }
     files::create_folder(to).map_err(unwritable)?;
-    saved.tokenizer.save(&saved.dir, to)?;
+    // a folder of PEFT's may have none of its own
+    let has_own = Tokenizer::is_in(&saved.dir);
+    let from = if has_own { saved.dir.clone() } else { adapter::base_of(&saved.dir)? };
+    saved.tokenizer.save(&from, to)?;
     for name in Task::files() {
         let (from, target) = (saved.dir.join(name), to.join(name));
         if from.is_file() {

@@ -116,6 +116,20 @@ fn a_trained_tokenizer_gives_every_text_back_and_is_the_same_every_time() {
 }
 
 #[test]
+fn a_vocabulary_is_the_same_in_every_run() {
+    // many pairs of letters that are as frequent, so that which come first decides
+    let word = |i: usize| -> String {
+        (0..5).map(|at| char::from(b'a' + ((i * 7 + at * i + at) % 26) as u8)).collect()
+    };
+    let texts: Vec<String> = (0..200).map(|i| format!("{} {}", word(i), word(i))).collect();
+    for kind in [Vocabulary::Gpt2, Vocabulary::Roberta, Vocabulary::WordPiece] {
+        let train = || kind.tokenizer_json(&texts, 400).unwrap();
+        let first = train();
+        assert!((0..5).all(|_| train() == first), "{kind:?}");
+    }
+}
+
+#[test]
 fn a_built_tokenizer_obeys_its_config() {
     let ids = |config: Value, text: &str| {
         let files = [

@@ -1,19 +1,27 @@
 //! Texts → a vocabulary of their own: GPT-2's byte-level BPE, RoBERTa's, or BERT's WordPiece.
 
+use std::collections::HashMap;
+
+use ahash::{AHashMap, RandomState};
+use compact_str::CompactString;
 use serde_json::{Map, Value, json};
 use tokenizers::decoders::DecoderWrapper;
 use tokenizers::decoders::wordpiece::WordPiece as WordPieceDecoder;
 use tokenizers::models::TrainerWrapper;
 use tokenizers::models::bpe::{BPE, BpeTrainer};
-use tokenizers::models::wordpiece::{WordPiece, WordPieceTrainer};
+use tokenizers::models::wordpiece::WordPiece;
 use tokenizers::normalizers::BertNormalizer;
 use tokenizers::pre_tokenizers::bert::BertPreTokenizer;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::processors::bert::BertProcessing;
 use tokenizers::processors::roberta::RobertaProcessing;
-use tokenizers::{AddedToken, PostProcessorWrapper, Tokenizer};
+use tokenizers::{
+    AddedToken, NormalizedString, Normalizer, OffsetReferential, OffsetType, PostProcessorWrapper,
+    PreTokenizedString, PreTokenizer, Tokenizer,
+};
 
 use super::byte_level::END;
+use crate::data::in_order;
 use crate::{Result, bail_unusable};
 
 /// What kind of vocabulary a family's models have.
@@ -108,24 +116,26 @@ impl Vocabulary {
                 Tokenizer::new(model.map_err(|error| anyhow::anyhow!(error))?)
             }
         };
-        let (mut trainer, ends): (TrainerWrapper, PostProcessorWrapper) = match self {
+        let of = |error: tokenizers::Error| anyhow::anyhow!(error).context("training a tokenizer");
+        let ends: PostProcessorWrapper = match self {
             Self::Gpt2 | Self::Roberta => {
                 let bytes = ByteLevel::new(false, true, true);
                 tokenizer.with_pre_tokenizer(Some(bytes)).with_decoder(Some(bytes));
-                let trainer = BpeTrainer::builder()
+                let mut trainer: TrainerWrapper = BpeTrainer::builder()
                     .show_progress(false)
                     .vocab_size(size)
                     .min_frequency(2)
                     .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
                     .special_tokens(special)
-                    .build();
-                let ends = match self {
+                    .build()
+                    .into();
+                tokenizer.train(&mut trainer, texts.iter().map(AsRef::as_ref)).map_err(of)?;
+                match self {
                     Self::Gpt2 => ByteLevel::new(true, false, true).into(),
                     _ => RobertaProcessing::new(("</s>".to_owned(), 2), ("<s>".to_owned(), 0))
                         .add_prefix_space(false)
                         .into(),
-                };
-                (trainer.into(), ends)
+                }
             }
             Self::WordPiece => {
                 let lower_cased = BertNormalizer::new(true, true, None, true);
@@ -133,19 +143,55 @@ impl Vocabulary {
                 tokenizer
                     .with_pre_tokenizer(Some(BertPreTokenizer))
                     .with_decoder(Some(DecoderWrapper::from(WordPieceDecoder::default())));
-                let trainer = WordPieceTrainer::builder()
-                    .show_progress(false)
-                    .vocab_size(size)
-                    .min_frequency(2)
-                    .special_tokens(special)
-                    .build();
-                let ends = BertProcessing::new(("[SEP]".to_owned(), 3), ("[CLS]".to_owned(), 2));
-                (trainer.into(), ends.into())
+                let words = words(&tokenizer, texts).map_err(of)?;
+                tokenizer.with_model(word_pieces(&words, &special, size).map_err(of)?);
+                tokenizer.add_special_tokens(special).map_err(of)?;
+                BertProcessing::new(("[SEP]".to_owned(), 3), ("[CLS]".to_owned(), 2)).into()
             }
         };
         tokenizer.with_post_processor(Some(ends));
-        let of = |error: tokenizers::Error| anyhow::anyhow!(error).context("training a tokenizer");
-        tokenizer.train(&mut trainer, texts.iter().map(AsRef::as_ref)).map_err(of)?;
         tokenizer.to_string(true).map_err(of)
     }
+}
+
+/// How often each word stands in texts. The map's order is the same in every run.
+fn words<S: AsRef<str> + Sync>(
+    tokenizer: &Tokenizer,
+    texts: &[S],
+) -> tokenizers::Result<AHashMap<CompactString, u64>> {
+    let words_of = |text: &S| -> tokenizers::Result<Vec<CompactString>> {
+        let mut text = NormalizedString::from(text.as_ref());
+        tokenizer.get_normalizer().map_or(Ok(()), |normalizer| normalizer.normalize(&mut text))?;
+        let mut text = PreTokenizedString::from(text);
+        tokenizer.get_pre_tokenizer().map_or(Ok(()), |cut| cut.pre_tokenize(&mut text))?;
+        let parts = text.get_splits(OffsetReferential::Original, OffsetType::Byte);
+        Ok(parts.into_iter().map(|(word, ..)| word.into()).collect())
+    };
+    let mut counts = HashMap::with_hasher(RandomState::with_seeds(1, 2, 3, 4));
+    in_order(texts, words_of, |_, words| {
+        for word in words.map_err(|error| anyhow::anyhow!(error))? {
+            *counts.entry(word).or_default() += 1;
+        }
+        Ok(())
+    })?;
+    Ok(counts.into())
+}
+
+/// The pieces that the library's `WordPieceTrainer` learns. That one counts words in a map whose order is another one in
+/// every run, numbers the pieces of one letter in this order, and by their numbers decides between pairs that are as
+/// frequent.
+fn word_pieces(
+    words: &AHashMap<CompactString, u64>,
+    special: &[AddedToken],
+    size: usize,
+) -> tokenizers::Result<WordPiece> {
+    let mut pairs = BPE::default();
+    let trainer = BpeTrainer::builder()
+        .show_progress(false)
+        .vocab_size(size)
+        .min_frequency(2)
+        .special_tokens(special.to_vec())
+        .continuing_subword_prefix("##".to_owned());
+    trainer.build().do_train(words, &mut pairs)?;
+    Ok(WordPiece::from_bpe(&pairs))
 }
