@@ -57,18 +57,14 @@ impl Saved {
                 dir.display()
             );
         }
-        // PEFT's own folders have the adapter alone
-        let is_bare = adapter::is_in(dir) && !dir.join("config.json").is_file();
-        let config = if is_bare { config_of_adapter(dir)? } else { ModelConfig::read(dir)? };
+        let config = if is_bare(dir) { config_of_adapter(dir)? } else { ModelConfig::read(dir)? };
         let task = match &asked.task {
             Some(name) => Task::open_as(name, dir, &config)?,
             None => Task::open(dir, &config)?,
         };
         let longest = [model_max_length(dir)?, task.max_length()].into_iter().flatten();
         let max_length = longest.fold(config.max_positions(), usize::min);
-        let has_tokenizer = !is_bare || Tokenizer::is_in(dir);
-        let mut tokenizer =
-            if has_tokenizer { Tokenizer::open(dir)? } else { Tokenizer::open(&adapter::base_of(dir)?)? };
+        let mut tokenizer = Tokenizer::open(&tokenizer_folder(dir)?)?;
         tokenizer.check_fits(config.vocab_size(), config.token_types())?;
         let weights = Weights::open(dir, config.family.names())?;
         let task_was_asked = asked.task.is_some();
@@ -154,6 +150,19 @@ fn config_of_adapter(dir: &Path) -> Result<ModelConfig> {
 /// How many examples something was cut off.
 pub fn cut(examples: &[Example]) -> usize {
     examples.iter().filter(|example| example.is_cut()).count()
+}
+
+/// Whether a folder is one of PEFT's own, which have the adapter alone.
+fn is_bare(dir: &Path) -> bool {
+    adapter::is_in(dir) && !dir.join("config.json").is_file()
+}
+
+/// Where a model's tokenizer stands: in its directory, or with the base, of a folder of PEFT's that has none.
+///
+/// # Errors
+/// The base can't be found.
+pub fn tokenizer_folder(dir: &Path) -> Result<PathBuf> {
+    if is_bare(dir) && !Tokenizer::is_in(dir) { adapter::base_of(dir) } else { Ok(dir.to_owned()) }
 }
 
 /// Writes the length that a model was trained with into its `tokenizer_config.json`, so that transformers and tk cut

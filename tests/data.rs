@@ -3,31 +3,18 @@
 
 mod common;
 
-use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::Command;
 
-use common::{copy_dir, json, models, tk};
+use common::training::started_until;
+use common::{Bench, json, models, tk};
 use serde_json::{Value, json};
 use tk::data::cache::Cache;
 use tk::data::records::Files;
 use tk::model::ModelConfig;
 use tk::task::{Encoder, Start, Task};
 
-/// A model in a folder with room for inputs and outputs.
-struct Bench(tempfile::TempDir);
-
 impl Bench {
-    fn new(model: &str) -> Self {
-        let bench = Self(tempfile::tempdir().unwrap());
-        copy_dir(&models(model), &bench.path("model"));
-        bench
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-
     fn write(&self, name: &str, bytes: impl AsRef<[u8]>) {
         std::fs::create_dir_all(self.path(name).parent().unwrap()).unwrap();
         std::fs::write(self.path(name), bytes).unwrap();
@@ -83,7 +70,7 @@ fn csv(records: &[(String, &str)]) -> String {
 
 /// Twelve records in one file, and in three of `data/` among what is none.
 fn classifier() -> Bench {
-    let bench = Bench::new("tiny-bert-single");
+    let bench = Bench::with("tiny-bert-single");
     bench.write("all.jsonl", jsonl(&records(0, 12)));
     bench.write("data/a.jsonl", jsonl(&records(0, 5)));
     bench.write("data/b/part.csv.zst", zstd::encode_all(csv(&records(5, 9)).as_bytes(), 1).unwrap());
@@ -236,7 +223,7 @@ fn a_dry_run_tells_the_files_and_where_twins_stand() {
 
 #[test]
 fn sentences_of_several_files_are_those_of_one() {
-    let bench = Bench::new("tiny-bert-tokens");
+    let bench = Bench::with("tiny-bert-tokens");
     let (first, second) = ("good\tB-PER\nfilm\tI-PER\n\nbad\tO\n", "the\tO\nfilm\tB-LOC\n");
     bench.write("all.conll", format!("{first}\n{second}"));
     bench.write("data/1.conll", first);
@@ -252,7 +239,7 @@ fn sentences_of_several_files_are_those_of_one() {
 
 #[test]
 fn a_document_ends_with_its_file() {
-    let bench = Bench::new("tiny-bert-pairs");
+    let bench = Bench::with("tiny-bert-pairs");
     let document = |words: [&str; 2]| format!("{}. {}.\nThe {}.\n", words[0], words[1], words[0]);
     let (first, second) = (document(["Good film", "Bad"]), document(["Bad film", "Good"]));
     bench.write("all.txt", format!("{first}\n{second}"));
@@ -264,7 +251,7 @@ fn a_document_ends_with_its_file() {
             == weights("next-sentence", "two", &["--train", "data"])
     );
 
-    let bench = Bench::new("tiny-gpt2-lm");
+    let bench = Bench::with("tiny-gpt2-lm");
     let verse = "the cat sat\non the mat\n";
     bench.write("data/1.txt", verse);
     bench.write("data/2.txt", "the dog ran\n\nhome\n");
@@ -274,7 +261,7 @@ fn a_document_ends_with_its_file() {
 
 #[test]
 fn questions_of_several_files_are_those_of_one() {
-    let bench = Bench::new("tiny-bert-answers");
+    let bench = Bench::with("tiny-bert-answers");
     let paragraph = |context: &str, question: &str, start: usize| {
         let answer = &context[start..start + 4];
         json!({"context": context, "qas": [{"id": question, "question": question, "answers": [{"text": answer, "answer_start": start}]}]})
@@ -301,7 +288,7 @@ fn labels(split: &Value) -> Vec<(String, u64)> {
 
 /// Records of three labels: 29, 13 and 1.
 fn uneven() -> Bench {
-    let bench = Bench::new("tiny-bert-single");
+    let bench = Bench::with("tiny-bert-single");
     let label = |i| {
         if i == 20 {
             "neutral"
@@ -381,18 +368,9 @@ fn a_resumed_run_draws_the_same() {
     let args = ["--train", "data", "--validation-split", "0.2", "--epochs", "12", "--batch-size", "2"];
     let fixed = ["train", "--task", "text-classification", "--model", "model", "--max-length", "32"];
     bench.train("text-classification", "whole", &args).success();
-    let mut run = Command::new(assert_cmd::cargo::cargo_bin!("tk"))
-        .current_dir(bench.0.path())
-        .args([&fixed[..], &["--output", "killed"], &args].concat())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut lines = BufReader::new(run.stderr.take().unwrap()).lines();
-    lines
-        .by_ref()
-        .map(Result::unwrap)
-        .find(|line| line.starts_with("step 55/"))
-        .expect("the run tells of the step");
+    let mut run = Command::new(assert_cmd::cargo::cargo_bin!("tk"));
+    run.current_dir(bench.0.path()).args([&fixed[..], &["--output", "killed"], &args].concat());
+    let (mut run, _lines) = started_until("step 55/", &mut run);
     run.kill().unwrap();
     run.wait().unwrap();
     assert!(!bench.path("killed/model.safetensors").exists());
@@ -403,7 +381,7 @@ fn a_resumed_run_draws_the_same() {
 
 #[test]
 fn a_group_stays_together() {
-    let bench = Bench::new("tiny-bert-single");
+    let bench = Bench::with("tiny-bert-single");
     // eight writers, who say the same every time
     let texts = ["good", "bad", "the film", "good film", "bad film", "the", "film", "good bad"];
     let record = |i: usize| {
@@ -469,18 +447,18 @@ fn shares_that_are_none_are_refused() {
 
 #[test]
 fn every_task_takes_a_split() {
-    let bench = Bench::new("tiny-bert-tokens");
+    let bench = Bench::with("tiny-bert-tokens");
     let sentences: String = (0..10).map(|_| "good\tB-PER\nfilm\tI-PER\n\nbad\tO\nfilm\tB-LOC\n\n").collect();
     bench.write("all.conll", sentences);
     let found = bench.dry_run("token-classification", &["--train", "all.conll", "--validation-split", "0.3"]);
     assert_eq!((&found["train"]["records"], &found["eval"]["records"]), (&json!(14), &json!(6)));
-    let bench = Bench::new("tiny-gpt2-lm");
+    let bench = Bench::with("tiny-gpt2-lm");
     bench.write("all.txt", (0..20).map(|i| format!("the cat {i}\nsat\n\n")).collect::<String>());
     let documents = ["--train", "all.txt", "--validation-split", "0.1", "--text-unit", "document"];
     let found = bench.dry_run("causal-lm", &documents);
     assert_eq!((&found["train"]["records"], &found["eval"]["records"]), (&json!(18), &json!(2)));
     // numbers are no classes
-    let bench = Bench::new("tiny-bert-regression");
+    let bench = Bench::with("tiny-bert-regression");
     bench.write(
         "all.csv",
         "text,label\n".to_owned() + &(0..20).map(|i| format!("film,{i}.5\n")).collect::<String>(),
@@ -565,7 +543,7 @@ fn examples_are_the_same_whatever_the_number_of_threads_and_out_of_the_cache() {
 
 #[test]
 fn tokens_of_large_data_are_kept_and_change_no_bit() {
-    let bench = Bench::new("tiny-bert-single");
+    let bench = Bench::with("tiny-bert-single");
     let text = |i: usize| format!("{} {}", ["good", "bad"][i % 2], "the film ".repeat(10_000));
     let records: Vec<(String, &str)> = (0..13).map(|i| (text(i), ["positive", "negative"][i % 2])).collect();
     bench.write("all.jsonl", jsonl(&records));

@@ -4,34 +4,21 @@
 mod common;
 
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
-use common::{copy_dir, json, models, records_file, tk};
+use common::{Bench, json, records_file, tk};
 use parquet::basic::{BrotliLevel, Compression, GzipLevel, ZstdLevel};
 use parquet::data_type::{ByteArray, ByteArrayType, FixedLenByteArray, FixedLenByteArrayType};
 use parquet::file::properties::WriterProperties;
 use parquet::file::writer::SerializedFileWriter;
 use serde_json::{Value, json};
 
-/// A model in a folder with room for inputs and outputs.
-struct Bench(tempfile::TempDir);
-
 impl Bench {
-    fn new(model: &str) -> Self {
-        let bench = Self(tempfile::tempdir().unwrap());
-        copy_dir(&models(model), &bench.path("model"));
-        bench
-    }
-
     fn exported(model: &str) -> Self {
-        let bench = Self::new(model);
+        let bench = Self::with(model);
         bench.run("export", &[]).success();
         bench
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
     }
 
     fn write(&self, name: &str, bytes: impl AsRef<[u8]>) {
@@ -110,7 +97,7 @@ fn text_in_a_named_encoding_is_that_text_in_every_command() {
     bench.write("utf8.csv", "text,label\ncafé,positive\ngood,negative\n");
     assert_eq!(bench.serve(&latin), bench.serve(&["--input", "utf8.csv"]));
 
-    let bench = Bench::new("tiny-gpt2-lm");
+    let bench = Bench::with("tiny-gpt2-lm");
     bench.write("a.jsonl", text);
     bench.write("w.jsonl", utf_16le(text));
     let measured = |args: &[&str]| {
@@ -126,7 +113,7 @@ fn text_in_a_named_encoding_is_that_text_in_every_command() {
 
 #[test]
 fn a_text_unit_makes_one_text_of_lines_and_is_refused_where_it_says_nothing() {
-    let bench = Bench::new("tiny-gpt2-lm");
+    let bench = Bench::with("tiny-gpt2-lm");
     bench.write("verse.txt", "the cat sat\non the mat\n\n\nthe dog ran\nhome\n");
     bench.write("two.jsonl", "{\"text\":\"the cat sat\\non the mat\"}\n{\"text\":\"the dog ran\\nhome\"}\n");
     let loss = |args: &[&str]| bench.eval("model", args)["metrics"]["loss"].clone();
@@ -145,7 +132,7 @@ fn a_text_unit_makes_one_text_of_lines_and_is_refused_where_it_says_nothing() {
     assert!(said.contains("--text-unit is for .txt files"), "{said}");
     let said = stderr(&bench.run("eval", &["--input", "two.jsonl", "--text-unit", "file"]).code(2));
     assert!(said.contains("--text-unit is for .txt files"), "{said}");
-    let bench = Bench::new("tiny-bert-single");
+    let bench = Bench::with("tiny-bert-single");
     records_file("tiny-bert-single", 1, &bench.path("in.jsonl"));
     let unit = ["--text-unit", "file"];
     let train = bench.train("text-classification", "out", &[&["--train", "in.jsonl"], &unit[..]].concat());
@@ -158,7 +145,7 @@ fn a_text_unit_makes_one_text_of_lines_and_is_refused_where_it_says_nothing() {
 
 #[test]
 fn multi_hot_lists_are_learnt_measured_and_served_as_such() {
-    let bench = Bench::new("tiny-bert-single");
+    let bench = Bench::with("tiny-bert-single");
     let lines = |labels: [Value; 4]| -> String {
         let texts = ["good", "bad", "good film", "the"];
         let record = |(text, label)| json!({"text": text, "label": label}).to_string() + "\n";
@@ -200,7 +187,7 @@ fn multi_hot_lists_are_learnt_measured_and_served_as_such() {
 
 #[test]
 fn labels_that_cannot_be_used_are_listed_with_file_and_line() {
-    let bench = Bench::new("tiny-bert-single");
+    let bench = Bench::with("tiny-bert-single");
     let lines = |labels: &[Value]| -> String {
         labels.iter().map(|label| json!({"text": "good", "label": label}).to_string() + "\n").collect()
     };
@@ -273,7 +260,7 @@ fn packed_records_are_those_of_the_plain_file_in_every_command() {
 #[test]
 #[cfg(unix)]
 fn training_from_a_pipe_is_refused_and_does_not_wait() {
-    let bench = Bench::new("tiny-bert-single");
+    let bench = Bench::with("tiny-bert-single");
     records_file("tiny-bert-single", 1, &bench.path("in.jsonl"));
     let name = std::ffi::CString::new(bench.path("pipe.jsonl").to_str().unwrap()).unwrap();
     // SAFETY: the name is a whole C string.

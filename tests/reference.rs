@@ -56,6 +56,11 @@ struct Reference {
 }
 
 impl Reference {
+    fn forward(&self) -> Forward<'_> {
+        let (Self { params, config, task, .. }, world) = (self, &tk::world::Alone);
+        Forward { params, family: &config.family, task, device: &Device::Cpu, world, stopped: None }
+    }
+
     fn load(name: &'static str) -> Self {
         let dir = models(name);
         let mut config = ModelConfig::read(&dir).unwrap();
@@ -174,16 +179,7 @@ fn logits_are_those_of_transformers() {
     for name in CLASSIFIERS.into_iter().chain([FOLLOWER]) {
         let r = Reference::load(name);
         let encodings: Vec<Encoding> = r.examples.iter().map(|e| e.encoding.clone()).collect();
-        let Reference { params, config, task, .. } = &r;
-        let forward = Forward {
-            params,
-            family: &config.family,
-            task,
-            device: &Device::Cpu,
-            world: &tk::world::Alone,
-            stopped: None,
-        };
-        for (i, outputs) in forward.outputs(&encodings).unwrap().iter().enumerate() {
+        for (i, outputs) in r.forward().outputs(&encodings).unwrap().iter().enumerate() {
             let row: Vec<f32> = outputs[0].iter().copied().collect();
             let (worst, _) = max_abs(&row, &numbers(&r.json["logits"][i]));
             assert!(worst <= 1e-5, "{name}, record {i}: {worst:e}");
@@ -194,17 +190,8 @@ fn logits_are_those_of_transformers() {
 #[test]
 fn embeddings_are_those_of_transformers() {
     let r = Reference::load(EMBEDDER);
-    let Reference { params, config, task, .. } = &r;
-    let forward = Forward {
-        params,
-        family: &config.family,
-        task,
-        device: &Device::Cpu,
-        world: &tk::world::Alone,
-        stopped: None,
-    };
     let texts: Vec<Encoding> = r.examples.iter().flat_map(Example::encodings).cloned().collect();
-    for (i, outputs) in forward.outputs(&texts).unwrap().iter().enumerate() {
+    for (i, outputs) in r.forward().outputs(&texts).unwrap().iter().enumerate() {
         let row: Vec<f32> = outputs[1].iter().copied().collect();
         let (worst, _) = max_abs(&row, &numbers(&r.json["embeddings"][i]));
         assert!(worst <= 1e-6, "text {i}: {worst:e}");

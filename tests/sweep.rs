@@ -6,9 +6,8 @@ mod common;
 use std::path::{Path, PathBuf};
 
 use assert_cmd::assert::Assert;
-use common::{copy_dir, models, records_file, tk};
+use common::{change_weights, copy_dir, models, records_file, tk};
 use serde_json::Value;
-use tk::checkpoint::{Weights, write_safetensors};
 
 /// A directory with a model, data and a sweep's file.
 struct Bench {
@@ -153,20 +152,7 @@ fn every_combination_is_trained_and_the_best_model_kept() {
 
 /// A model of finite weights, of which nothing finite can be computed.
 fn break_model(dir: &Path) {
-    let path = dir.join("model.safetensors");
-    let weights = Weights::open_file(&path).unwrap();
-    let mut all: Vec<(String, Vec<usize>, Vec<f32>)> = weights
-        .names()
-        .map(|name| {
-            (name.to_owned(), weights.shape(name).unwrap().to_vec(), weights.f32(name).unwrap().into_owned())
-        })
-        .collect();
-    for (_, _, values) in all.iter_mut().filter(|(name, ..)| name.ends_with("intermediate.dense.weight")) {
-        values.iter_mut().for_each(|value| *value = 3e38 * value.signum());
-    }
-    let views = all.iter().map(|(name, shape, values)| (name.as_str(), shape.as_slice(), &values[..]));
-    write_safetensors(&dir.join("broken.safetensors"), views).unwrap();
-    std::fs::rename(dir.join("broken.safetensors"), &path).unwrap();
+    change_weights(dir, |name| name.ends_with("intermediate.dense.weight"), |value| 3e38 * value.signum());
 }
 
 #[test]

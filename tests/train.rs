@@ -4,10 +4,10 @@
 mod common;
 
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use common::training::started_until;
 use common::{copy_dir, models, records_file, tk};
 use serde_json::Value;
 
@@ -69,18 +69,8 @@ impl Bench {
 
     /// Starts a run and ends it by `signal` once it has told of step `step`.
     fn interrupt(&self, output: &str, more: &[&str], step: &str, signal: i32) -> std::process::ExitStatus {
-        let mut run = Command::new(assert_cmd::cargo::cargo_bin!("tk"))
-            .args(self.args(output))
-            .args(more)
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut lines = BufReader::new(run.stderr.take().unwrap()).lines();
-        lines
-            .by_ref()
-            .map(Result::unwrap)
-            .find(|line| line.starts_with(step))
-            .expect("the run tells of the step");
+        let mut run = Command::new(assert_cmd::cargo::cargo_bin!("tk"));
+        let (mut run, lines) = started_until(step, run.args(self.args(output)).args(more));
         // SAFETY: the child is ours and has not been waited for, so the number is its own.
         unsafe { libc::kill(run.id() as i32, signal) };
         lines.for_each(drop);

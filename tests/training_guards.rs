@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use assert_cmd::assert::Assert;
 use common::training::Bench;
-use common::{models, tk};
+use common::{change_weights, models, tk};
 use serde_json::{Value, json};
 use tk::checkpoint::{Weights, write_safetensors};
 
@@ -194,22 +194,8 @@ fn a_step_that_is_not_finite_names_tensor_step_and_examples_and_keeps_them() {
 #[test]
 fn activations_that_are_not_finite_are_named() {
     let bench = Bench::classifier();
-    let path = bench.path("model/model.safetensors");
-    let weights = Weights::open_file(&path).unwrap();
-    let mut all: Vec<(String, Vec<usize>, Vec<f32>)> = weights
-        .names()
-        .map(|name| {
-            (name.to_owned(), weights.shape(name).unwrap().to_vec(), weights.f32(name).unwrap().into_owned())
-        })
-        .collect();
-    for (name, _, values) in &mut all {
-        if name.ends_with("layer.1.intermediate.dense.weight") {
-            values.iter_mut().for_each(|value| *value = 3e38 * value.signum());
-        }
-    }
-    let views = all.iter().map(|(name, shape, values)| (name.as_str(), shape.as_slice(), &values[..]));
-    write_safetensors(&bench.path("broken.safetensors"), views).unwrap();
-    std::fs::rename(bench.path("broken.safetensors"), &path).unwrap();
+    let is_broken = |name: &str| name.ends_with("layer.1.intermediate.dense.weight");
+    change_weights(&bench.path("model"), is_broken, |value| 3e38 * value.signum());
     let said = stderr(&bench.train("out", &["--max-steps", "9"]).code(1));
     assert!(
         said.contains("step 1") && said.contains("the activations") && said.contains("layer.1"),

@@ -7,10 +7,9 @@ use candle_core::Device;
 
 use super::records;
 use crate::checkpoint::{adapter, write_safetensors};
-use crate::data::tokens::Tokenizer;
 use crate::eager::Evaluator;
 use crate::parity::TOLERANCE;
-use crate::saved::Saved;
+use crate::saved::{Saved, tokenizer_folder};
 use crate::task::Task;
 use crate::{Result, bail_unusable, files, unusable};
 
@@ -55,10 +54,7 @@ pub fn write(saved: &Saved, to: &Path) -> Result<f32> {
         bail_unusable!("--merged {} is there already: name a new or an empty directory", to.display());
     }
     files::create_folder(to).map_err(unwritable)?;
-    // a folder of PEFT's may have none of its own
-    let has_own = Tokenizer::is_in(&saved.dir);
-    let from = if has_own { saved.dir.clone() } else { adapter::base_of(&saved.dir)? };
-    saved.tokenizer.save(&from, to)?;
+    saved.tokenizer.save(&tokenizer_folder(&saved.dir)?, to)?;
     for name in Task::files() {
         let (from, target) = (saved.dir.join(name), to.join(name));
         if from.is_file() {

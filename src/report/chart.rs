@@ -62,25 +62,7 @@ pub fn curve(points: &[Point], line: Line, last: u64, told: &str) -> Result<Opti
     let steps = (0.0, (last as f64).max(1.0));
     let (low, high) = padded(finite.iter().map(|(_, value)| *value));
     let svg = drawn(told, |area| {
-        let mut chart = ChartBuilder::on(&area)
-            .margin(8)
-            .margin_right(18)
-            .x_label_area_size(26)
-            .y_label_area_size(62)
-            .build_cartesian_2d(steps.0..steps.1, low..high)?;
-        let grid = LINE.stroke_width(1);
-        chart
-            .configure_mesh()
-            .disable_x_mesh()
-            .x_labels(6)
-            .y_labels(6)
-            .bold_line_style(grid)
-            .light_line_style(TRANSPARENT)
-            .axis_style(grid)
-            .label_style(("sans-serif", 15).into_font().color(&TEXT))
-            .x_label_formatter(&|x| short(*x))
-            .y_label_formatter(&|y| short(*y))
-            .draw()?;
+        let mut chart = plane(&area, steps.0..steps.1, low..high, None)?;
         let is_smoothed = line == Line::Smoothed && finite.len() > SMOOTH_FROM;
         let thin = thinned(&finite, PLACES);
         let raw = if is_smoothed { FIRST.mix(0.35).stroke_width(1) } else { FIRST.stroke_width(2) };
@@ -163,7 +145,7 @@ fn padded(numbers: impl Iterator<Item = f64>) -> (f64, f64) {
 /// It can't be drawn.
 pub fn reliability(calibration: &Calibration, told: &str) -> Result<String> {
     drawn(told, |area| {
-        let mut chart = square(&area, 0.0..1.0, 0.0..1.0, "probability", "share that is right")?;
+        let mut chart = plane(&area, 0.0..1.0, 0.0..1.0, Some(("probability", "share that is right")))?;
         let width = 1.0 / calibration.bins.len() as f64;
         let filled = calibration.bins.iter().enumerate().filter(|(_, bin)| bin.count > 0);
         chart.draw_series(filled.clone().map(|(i, bin)| {
@@ -190,7 +172,7 @@ pub fn cloud(numbers: &[(f64, f64)], told: &str) -> Result<String> {
     let drawn_ones: Vec<(f64, f64)> = numbers.iter().filter(is_drawn).copied().collect();
     let (low, high) = padded(drawn_ones.iter().flat_map(|&(a, b)| [a, b]));
     drawn(told, |area| {
-        let mut chart = square(&area, low..high, low..high, "wanted", "predicted")?;
+        let mut chart = plane(&area, low..high, low..high, Some(("wanted", "predicted")))?;
         chart.draw_series(LineSeries::new([(low, low), (high, high)], TEXT.stroke_width(1)))?;
         let every = drawn_ones.len().div_ceil(CLOUD).max(1);
         let points = drawn_ones.iter().step_by(every);
@@ -205,37 +187,38 @@ type Plane<'a, 'b> = ChartContext<
     Cartesian2d<plotters::coord::types::RangedCoordf64, plotters::coord::types::RangedCoordf64>,
 >;
 
-/// A plane with named axes.
-fn square<'a, 'b>(
+/// A plane whose axes have names, across and up; or none, and no lines at the places across.
+fn plane<'a, 'b>(
     area: &'a DrawingArea<SVGBackend<'b>, Shift>,
     x: std::ops::Range<f64>,
     y: std::ops::Range<f64>,
-    across: &str,
-    up: &str,
+    names: Option<(&str, &str)>,
 ) -> Result<Plane<'a, 'b>> {
+    let (below, beside) = if names.is_some() { (46, 72) } else { (26, 62) };
     let mut chart = ChartBuilder::on(area)
         .margin(8)
         .margin_right(18)
-        .x_label_area_size(46)
-        .y_label_area_size(72)
+        .x_label_area_size(below)
+        .y_label_area_size(beside)
         .build_cartesian_2d(x, y)
         .map_err(told_of)?;
     let grid = LINE.stroke_width(1);
-    chart
-        .configure_mesh()
-        .x_labels(6)
+    let text = || ("sans-serif", 15).into_font().color(&TEXT);
+    let (across, up) = (|x: &f64| short(*x), |y: &f64| short(*y));
+    let mut mesh = chart.configure_mesh();
+    mesh.x_labels(6)
         .y_labels(6)
         .bold_line_style(grid)
         .light_line_style(TRANSPARENT)
         .axis_style(grid)
-        .label_style(("sans-serif", 15).into_font().color(&TEXT))
-        .axis_desc_style(("sans-serif", 15).into_font().color(&TEXT))
-        .x_desc(across)
-        .y_desc(up)
-        .x_label_formatter(&|x| short(*x))
-        .y_label_formatter(&|y| short(*y))
-        .draw()
-        .map_err(told_of)?;
+        .label_style(text())
+        .x_label_formatter(&across)
+        .y_label_formatter(&up);
+    match names {
+        Some((across, up)) => mesh.axis_desc_style(text()).x_desc(across).y_desc(up),
+        None => mesh.disable_x_mesh(),
+    };
+    mesh.draw().map_err(told_of)?;
     Ok(chart)
 }
 

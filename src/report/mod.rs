@@ -21,7 +21,7 @@ use crate::data::records::Files;
 use crate::eager::Evaluator;
 use crate::saved::Saved;
 use crate::say::{Say, listed};
-use crate::task::{Measured, Metric, Metrics, RecordFlags, Review, Source};
+use crate::task::{Measured, Metric, Metrics, RecordFlags, Review, Source, is_better};
 use crate::train::checkpoint::Folder;
 use crate::{Result, bail_unusable, files, html};
 
@@ -205,10 +205,10 @@ fn best(saved: &Saved, history: &History, asked: Option<&str>) -> Result<Option<
     let metric = saved.task.deciding_metric(asked)?;
     let points = history.of(&format!("eval_{}", metric.name)).iter();
     // the first of equals, as training keeps it
-    let best = points.filter(|(_, value)| value.is_finite()).copied().reduce(|best, new| {
-        let is_better = if metric.more_is_better { new.1 > best.1 } else { new.1 < best.1 };
-        if is_better { new } else { best }
-    });
+    let best = points
+        .filter(|(_, value)| value.is_finite())
+        .copied()
+        .reduce(|best, new| if is_better(new.1, best.1, metric.more_is_better) { new } else { best });
     let Some((step, _)) = best else { return Ok(None) };
     let then = |points: &[history::Point]| points.iter().find(|(at, _)| *at == step).map(|(_, value)| *value);
     let metrics = history.evaluations().filter_map(|(name, points)| Some((name.to_owned(), then(points)?)));

@@ -1,5 +1,6 @@
 //! When a run is hopeless: its evaluations so far, and those of the runs that are finished → whether it ends.
 
+use crate::task::is_better;
 use crate::{Result, bail_unusable};
 
 /// When a run ends before its end.
@@ -46,11 +47,6 @@ impl Stop {
         let Some(median) = median(&mut reached) else { return false };
         best_of(evaluations, more_is_better).is_none_or(|own| is_better(median, own, more_is_better))
     }
-}
-
-/// Whether a value is better than another.
-pub fn is_better(a: f64, b: f64, more_is_better: bool) -> bool {
-    if more_is_better { a > b } else { a < b }
 }
 
 /// The best of the values that are numbers.

@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::Sweep;
 use super::space::told;
 use super::state::{State, Status};
-use super::stop::is_better;
+use crate::task::is_better;
 
 /// What came of a sweep.
 #[derive(Clone, Debug, Serialize)]

@@ -101,6 +101,11 @@ impl From<Metrics> for Measured {
     }
 }
 
+/// Whether a metric's value is better than another; both are numbers.
+pub fn is_better(new: f64, old: f64, more_is_better: bool) -> bool {
+    if more_is_better { new > old } else { new < old }
+}
+
 /// A metric's name, and whether more of it is better.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Metric {

@@ -133,13 +133,11 @@ impl Folder {
     /// Removes what an earlier run wrote, and nothing else; its settings, which say that the folder is one of ours, are
     /// to be replaced.
     pub fn clear(&self) -> Result<()> {
-        for path in
-            [self.inputs(), self.log(), self.audit(), self.not_finite()].into_iter().chain(self.bests(&[])?)
-        {
+        for path in [self.inputs(), self.log(), self.audit(), self.not_finite()] {
             remove_file(&path)?;
         }
         events::written(&self.path)?.iter().try_for_each(|path| remove_file(path))?;
-        self.list()?.iter().try_for_each(|path| remove_dir(path))
+        self.drop_weights()
     }
 
     /// Writes the weights of the evaluation behind `step`, the best one so far.

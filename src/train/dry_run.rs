@@ -96,11 +96,13 @@ impl DryRun {
     /// # Errors
     /// Unusable: what a run would refuse, too.
     pub fn new(job: &Job, prepared: &Prepared, stream: Option<&Stream>, device: &Device) -> Result<Self> {
-        let passes = |epochs| stream.map_or(epochs, |stream| stream.passes(epochs));
         // on a thread of the pool, as a run is
         let mut found = rayon::scope(|_| Self::look(job, prepared, device))?;
-        found.plan.epochs = passes(found.plan.epochs);
-        found.train.drawn_from = stream.and_then(Stream::counted).or(found.train.drawn_from);
+        if let Some(stream) = stream {
+            // what was looked at is its first buffer
+            found.plan.epochs = stream.passes(found.plan.epochs);
+            found.train.drawn_from = stream.counted();
+        }
         Ok(found)
     }
 

@@ -47,20 +47,7 @@ impl Plan {
 
     /// The same where each of so many processes takes the forward passes that one would take of a step.
     pub fn of_processes(settings: &Settings, lengths: Vec<usize>, processes: usize) -> Self {
-        let mut plan = Self {
-            lengths,
-            budget: settings.budget(),
-            accumulation: settings.gradient_accumulation.saturating_mul(processes),
-            seed: (!settings.no_shuffle).then_some(settings.seed),
-            total: 0,
-            epoch: 0,
-            start: 0,
-            steps: Vec::new(),
-        };
-        let planned = || (0..settings.epochs).map(|epoch| plan.steps_of(epoch).len()).sum();
-        plan.total = settings.max_steps.unwrap_or_else(planned);
-        plan.steps = plan.steps_of(0);
-        plan
+        Self::of_part(settings, lengths, processes, 0, 0)
     }
 
     /// Plans the steps behind `start` over the examples of one part of the data, in the order of this epoch.
@@ -71,8 +58,18 @@ impl Plan {
         epoch: usize,
         start: usize,
     ) -> Self {
-        let mut plan = Self::of_processes(settings, lengths, processes);
-        (plan.epoch, plan.start) = (epoch, start);
+        let mut plan = Self {
+            lengths,
+            budget: settings.budget(),
+            accumulation: settings.gradient_accumulation.saturating_mul(processes),
+            seed: (!settings.no_shuffle).then_some(settings.seed),
+            total: 0,
+            epoch,
+            start,
+            steps: Vec::new(),
+        };
+        let planned = || (0..settings.epochs).map(|epoch| plan.steps_of(epoch).len()).sum();
+        plan.total = settings.max_steps.unwrap_or_else(planned);
         plan.steps = plan.steps_of(epoch);
         plan
     }

@@ -17,7 +17,7 @@ use crate::data::tokens::Tokenizer;
 use crate::eager::{Forward, Interrupted, Params};
 use crate::model::Family;
 use crate::say::Say;
-use crate::task::{Example, Metric, Task};
+use crate::task::{Example, Metric, Task, is_better};
 use crate::world::World;
 use crate::{Result, bail_unusable, files};
 
@@ -260,7 +260,7 @@ impl Run<'_> {
         };
         let Metric { name, more_is_better, .. } = self.deciding_metric()?;
         let new = Best { step: progress.step, metrics: measured.metrics, details: measured.details };
-        let is_better = is_better(
+        let is_gain = is_gain(
             new.number(name),
             progress.best.as_ref().and_then(|best| best.number(name)),
             more_is_better,
@@ -272,8 +272,8 @@ impl Run<'_> {
         let shown: Vec<String> =
             new.metrics.iter().map(|(name, value)| format!("{name} {value:.4}")).collect();
         let text = format!("step {}  evaluation: {}", progress.step, shown.join("  "));
-        bar.suspend(|| self.say.line(text + if is_better { "  (the best so far)" } else { "" }));
-        if is_better {
+        bar.suspend(|| self.say.line(text + if is_gain { "  (the best so far)" } else { "" }));
+        if is_gain {
             if self.world.leads() {
                 self.folder.save_best(new.step, self.params)?;
             }
@@ -296,32 +296,26 @@ impl Run<'_> {
 
 /// Whether a metric's new value is better than the best one before; none stands for what is not a number, which is
 /// worse than every number.
-fn is_better(new: Option<f64>, best: Option<f64>, more_is_better: bool) -> bool {
+fn is_gain(new: Option<f64>, best: Option<f64>, more_is_better: bool) -> bool {
     match (new, best) {
         (None, _) => false,
         (Some(_), None) => true,
-        (Some(new), Some(best)) => {
-            if more_is_better {
-                new > best
-            } else {
-                new < best
-            }
-        }
+        (Some(new), Some(best)) => is_better(new, best, more_is_better),
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::is_better;
+    use super::is_gain;
 
     #[test]
     fn what_is_not_a_number_never_wins_over_one() {
         for more in [true, false] {
-            assert!(is_better(Some(1.0), None, more));
-            assert!(!is_better(None, Some(1.0), more));
-            assert!(!is_better(None, None, more));
-            assert!(!is_better(Some(1.0), Some(1.0), more));
+            assert!(is_gain(Some(1.0), None, more));
+            assert!(!is_gain(None, Some(1.0), more));
+            assert!(!is_gain(None, None, more));
+            assert!(!is_gain(Some(1.0), Some(1.0), more));
         }
-        assert!(is_better(Some(2.0), Some(1.0), true) && !is_better(Some(2.0), Some(1.0), false));
+        assert!(is_gain(Some(2.0), Some(1.0), true) && !is_gain(Some(2.0), Some(1.0), false));
     }
 }

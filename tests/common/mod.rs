@@ -72,6 +72,25 @@ pub fn predictors() -> impl Iterator<Item = &'static str> {
     CLASSIFIERS.into_iter().chain(TAGGERS).chain(MASKERS).chain([FOLLOWER, PRE_TRAINED, EMBEDDER])
 }
 
+/// Changes every number of some of a model's weights.
+pub fn change_weights(dir: &std::path::Path, is_changed: impl Fn(&str) -> bool, change: impl Fn(f32) -> f32) {
+    let path = dir.join("model.safetensors");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let start = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header: serde_json::Map<String, serde_json::Value> =
+        serde_json::from_slice(&bytes[8..start]).unwrap();
+    let mut changed = 0;
+    for (_, about) in header.iter().filter(|(name, _)| *name != "__metadata__" && is_changed(name)) {
+        let place = |i: usize| start + about["data_offsets"][i].as_u64().unwrap() as usize;
+        for number in bytes[place(0)..place(1)].as_chunks_mut().0 {
+            *number = change(f32::from_le_bytes(*number)).to_le_bytes();
+        }
+        changed += 1;
+    }
+    assert!(changed > 0, "no weight is to be changed");
+    std::fs::write(path, bytes).unwrap();
+}
+
 /// A directory under `models/`.
 pub fn models(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("models").join(name)
@@ -193,4 +212,19 @@ pub fn gradient(
             .map(|g| g.flatten_all().unwrap().to_vec1().unwrap()),
     };
     found.unwrap_or_else(|| panic!("no gradient reaches {name}"))
+}
+
+/// A model in a folder with room for inputs and outputs.
+pub struct Bench(pub tempfile::TempDir);
+
+impl Bench {
+    pub fn with(model: &str) -> Self {
+        let bench = Self(tempfile::tempdir().unwrap());
+        copy_dir(&models(model), &bench.path("model"));
+        bench
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
 }
