@@ -122,6 +122,7 @@ impl Bench {
             sees: Sees::All,
             queries: Queries::All,
             mask: Some(mask),
+            factors: self.factors,
         };
         let (matrix, bias): (&[usize], &[usize]) = (&[c, c], &[c]);
         self.compare(
@@ -447,7 +448,7 @@ fn forget(weight: &Weight) {
 }
 
 fn map(weight: &Weight, bias: &Weight) -> candle_core::Result<LinearMap> {
-    LinearMap::new(weight, Some(bias), Layout::OutIn)
+    LinearMap::new(weight, Some(bias), Layout::OutIn, Factors::F32)
 }
 
 /// What [`map`] computes, in candle's operations.

@@ -3,6 +3,7 @@
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
+use crate::eager::kernels::gemm;
 use crate::{Result, bail_unusable, unusable};
 
 /// Opens `cpu`, `cuda` or `cuda:N`.
@@ -27,41 +28,59 @@ pub fn open(name: &str) -> Result<Device> {
     Device::new_cuda(index).map_err(|e| unusable!("--device {name}: {e}"))
 }
 
-/// What training computes in. Parameters, the optimizer's state and all that is saved are fp32 in both.
+/// What training computes in. Parameters, the optimizer's state and all that is saved are fp32 in all.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum TrainingPrecision {
     #[default]
     Fp32,
-    /// Products and activations in bf16; layer norms, softmax, non-linearities and the loss in fp32.
+    /// Products of bf16 numbers; layer norms, softmax, non-linearities and the loss in fp32.
     Bf16,
+    /// bf16 where the device has products in it, else fp32.
+    Auto,
 }
 
 impl TrainingPrecision {
-    /// The activations' type.
-    pub fn dtype(self) -> DType {
-        match self {
-            Self::Fp32 => DType::F32,
-            Self::Bf16 => DType::BF16,
+    /// What an interpreter is to compute in there ([`crate::eager::Eager::with_dtype`]).
+    pub fn dtype(self, device: &Device) -> DType {
+        if self.taken(device).0 == Self::Bf16 { DType::BF16 } else { DType::F32 }
+    }
+
+    /// What `Auto` stands for on the device, and why, for people.
+    pub fn taken(self, device: &Device) -> (Self, Option<String>) {
+        if self != Self::Auto {
+            return (self, None);
+        }
+        match Self::Bf16.check(device) {
+            Ok(()) => {
+                let unit = gemm::bf16::unit().filter(|_| device.is_cpu());
+                let by = unit.map(|unit| format!(" by {}", unit.name())).unwrap_or_default();
+                (Self::Bf16, Some(format!("--precision auto: products in bf16{by}")))
+            }
+            Err(error) => (Self::Fp32, Some(format!("--precision auto: fp32 ({error})"))),
         }
     }
 
-    /// Whether the device computes in it, found out by a small product.
+    /// Whether the device computes in it; of a GPU, found out by a small product.
     ///
     /// # Errors
-    /// It does not: the CPU, or a GPU (or kernels built for one) older than Ampere.
+    /// It does not: a CPU without a unit for bf16, or a GPU (or kernels built for one) older than Ampere.
     pub fn check(self, device: &Device) -> Result<()> {
-        if self == Self::Fp32 {
+        if self != Self::Bf16 {
             return Ok(());
         }
         if device.is_cpu() {
-            bail_unusable!(
-                "--precision bf16 needs --device cuda: the CPU's fused operations compute in fp32, and candle \
-                 multiplies bf16 there by way of fp32; leave --precision out, or train on a GPU"
-            );
+            if gemm::bf16::unit().is_none() {
+                bail_unusable!(
+                    "--precision bf16: this processor has neither AMX-BF16 nor AVX512-BF16 (or its system keeps them \
+                     back), and without one bf16 is slower than fp32; leave --precision out, take --precision auto, or \
+                     train on a GPU"
+                );
+            }
+            return Ok(());
         }
         let probe = || {
-            let ones = Tensor::ones((2, 2), self.dtype(), device)?;
+            let ones = Tensor::ones((2, 2), DType::BF16, device)?;
             (ones.matmul(&ones)? + &ones)?.to_dtype(DType::F32)?.sum_all()?.to_scalar::<f32>()
         };
         match probe() {

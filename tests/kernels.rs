@@ -13,6 +13,7 @@ use tk::eager::kernels::attention::{Attention, ByDistance, Queries, Relative};
 use tk::eager::kernels::buffer::Buffer;
 use tk::eager::kernels::cross_entropy::{self, composite_losses, linear_cross_entropy, linear_losses};
 use tk::eager::kernels::dropout::Mask;
+use tk::eager::kernels::gemm::Factors;
 use tk::eager::kernels::gradient::Gradient;
 use tk::eager::kernels::layer_norm::NormWeights;
 use tk::eager::kernels::linear::LinearMap;
@@ -33,8 +34,14 @@ const QUERY_TOLERANCE: f64 = 2e-5;
 fn attention_with_tables_over_long_sequences_is_its_composite() {
     let spans = Arc::new(Spans::of_lengths([290, 3, 40, 7, 5, 270, 6]));
     let rows = || Arc::new(ByDistance::new(Buckets::Signed { span: 16, most: Some(100) }, 290));
-    let how =
-        Attention { spans: spans.clone(), heads: 2, sees: Sees::All, queries: Queries::All, mask: None };
+    let how = Attention {
+        spans: spans.clone(),
+        heads: 2,
+        sees: Sees::All,
+        queries: Queries::All,
+        mask: None,
+        factors: Factors::F32,
+    };
     let x = |i: u64, rows: usize| random(i, &[rows, 12]);
     let inputs = [x(1, spans.tokens()), x(2, spans.tokens()), x(3, spans.tokens()), x(4, 32), x(5, 32)];
     compare_within(
@@ -133,7 +140,7 @@ fn with_slot(var: &Var) -> Weight {
 }
 
 fn map(weight: &Weight, bias: &Weight) -> LinearMap {
-    LinearMap::new(weight, Some(bias), Layout::OutIn).unwrap()
+    LinearMap::new(weight, Some(bias), Layout::OutIn, Factors::F32).unwrap()
 }
 
 /// What [`map`] computes, in candle's operations.
@@ -166,7 +173,7 @@ proptest! {
                     &[random(seed, &[rows, input])],
                     &parameters,
                     |t, p| linear::composite(&t[0], &p[0], p.get(1), layout),
-                    |tape, t, p| linear::linear(tape, &t[0], &LinearMap::new(&p[0], p.get(1), layout)?),
+                    |tape, t, p| linear::linear(tape, &t[0], &LinearMap::new(&p[0], p.get(1), layout, Factors::F32)?),
                 );
             }
         }
@@ -305,7 +312,7 @@ proptest! {
         let parameters = [small(1), bias(2), small(3), small(4), bias(6)];
         let key_bias = Weight { values: key_bias.as_detached_tensor(), gradient: None };
         for sees in [Sees::All, Sees::Causal] {
-            let how = Attention { spans: spans.clone(), heads, sees, queries: Queries::All, mask };
+            let how = Attention { spans: spans.clone(), heads, sees, queries: Queries::All, mask, factors: Factors::F32 };
             compare_within(
                 QUERY_TOLERANCE,
                 std::slice::from_ref(&x),
@@ -389,7 +396,7 @@ proptest! {
             let shapes = [[asking, heads * d], [spans.tokens(), heads * d]];
             let variables =
                 [random(seed, &shapes[0]), random(seed ^ 1, &shapes[1]), random(seed ^ 2, &shapes[1])];
-            let how = Attention { spans: spans.clone(), heads, sees, queries, mask };
+            let how = Attention { spans: spans.clone(), heads, sees, queries, mask, factors: Factors::F32 };
             compare(
                 &variables,
                 &[],
@@ -421,7 +428,7 @@ proptest! {
             (Sees::Near { reach }, Queries::Last),
         ] {
             let asking = if matches!(queries, Queries::All) { spans.tokens() } else { spans.len() };
-            let how = Attention { spans: spans.clone(), heads, sees, queries, mask };
+            let how = Attention { spans: spans.clone(), heads, sees, queries, mask, factors: Factors::F32 };
             let x = |i: u64, rows: usize| random(seed ^ i, &[rows, width]);
             let inputs = [x(0, asking), x(1, spans.tokens()), x(2, spans.tokens())];
             compare_within(
@@ -492,6 +499,7 @@ proptest! {
             sees: Sees::Near { reach },
             queries: Queries::All,
             mask: p.map(|p| Mask::new(seed, p)),
+            factors: Factors::F32,
         };
         let theta = 100.0;
         compare_within(
@@ -503,7 +511,7 @@ proptest! {
                 attention::composite(&of(&p[0])?, &of(&p[1])?, &of(&p[2])?, &how, &Relative::Rotary { theta })
             },
             |tape, t, p| {
-                let maps = [&p[0], &p[1], &p[2]].map(|w| LinearMap::new(w, None, Layout::OutIn).unwrap());
+                let maps = [&p[0], &p[1], &p[2]].map(|w| LinearMap::new(w, None, Layout::OutIn, Factors::F32).unwrap());
                 attention::self_attention(tape, &t[0], maps.each_ref(), &how, &Relative::Rotary { theta })
             },
         );
@@ -524,7 +532,7 @@ proptest! {
                     attention::composite(&parts[0], &parts[1], &parts[2], &how, &of_tensors)
                 },
                 |tape, t, p| {
-                    let map = LinearMap::new(&p[0], None, Layout::OutIn)?;
+                    let map = LinearMap::new(&p[0], None, Layout::OutIn, Factors::F32)?;
                     attention::self_attention_of_parts(tape, &t[0], &map, &how, &relative)
                 },
             );
@@ -574,7 +582,7 @@ proptest! {
                     residual::composite(&branch, None, &t[0], &p[2], None, 1e-5)
                 },
                 |tape, t, p| {
-                    let of = |w: &Weight| LinearMap::new(w, None, Layout::OutIn);
+                    let of = |w: &Weight| LinearMap::new(w, None, Layout::OutIn, Factors::F32);
                     let (first, second) = (of(&p[0])?, of(&p[1])?);
                     let branch = Branch::FeedForward { x: t[0].clone(), first, how, gated: true, second };
                     let norm = NormWeights { weight: p[2].clone(), bias: None, eps: 1e-5 };
@@ -596,7 +604,7 @@ proptest! {
         let x = random(seed, &[spans.tokens(), 3 * heads * d]);
         let mask = p.map(|p| Mask::new(seed, p));
         for sees in [Sees::All, Sees::Causal] {
-            let how = Attention { spans: spans.clone(), heads, sees, queries: Queries::All, mask };
+            let how = Attention { spans: spans.clone(), heads, sees, queries: Queries::All, mask, factors: Factors::F32 };
             compare(
                 std::slice::from_ref(&x),
                 &[],
@@ -654,8 +662,8 @@ proptest! {
         let slots: Vec<Weight> = parameters.iter().map(with_slot).collect();
         let xs = numbers(x.as_tensor());
         let (total, dx) =
-            linear_cross_entropy(&xs, &slots[0], slots.get(1), &targets, smoothing, scale).unwrap();
-        let losses = linear_losses(&xs, &slots[0], slots.get(1), &targets, smoothing).unwrap();
+            linear_cross_entropy(&xs, &slots[0], slots.get(1), &targets, smoothing, scale, Factors::F32).unwrap();
+        let losses = linear_losses(&xs, &slots[0], slots.get(1), &targets, smoothing, Factors::F32).unwrap();
         prop_assert_eq!(total, losses.iter().copied().map(f64::from).sum::<f64>());
         let mut fused = vec![losses, dx];
         fused.extend(slots.iter().map(|w| w.gradient.as_ref().unwrap().lock().dense().expect("a gradient")));
@@ -695,6 +703,7 @@ fn a_later_token_changes_no_earlier_output_and_receives_no_gradient_from_it() {
         sees: Sees::Causal,
         queries: Queries::All,
         mask: Some(Mask::new(3, 0.2)),
+        factors: Factors::F32,
     };
     const WIDTH: usize = 12;
     let later = (5 + 80) * WIDTH..(5 + 150) * WIDTH;
@@ -766,7 +775,14 @@ fn results_do_not_depend_on_the_number_of_threads() {
 
 fn assert_independent_of_threads(sees: Sees) {
     let spans = Arc::new(Spans::of_lengths([70, 3, 129]));
-    let how = Attention { spans, heads: 4, sees, queries: Queries::All, mask: Some(Mask::new(5, 0.1)) };
+    let how = Attention {
+        spans,
+        heads: 4,
+        sees,
+        queries: Queries::All,
+        mask: Some(Mask::new(5, 0.1)),
+        factors: Factors::F32,
+    };
     let work = || {
         let shapes: [&[usize]; 8] =
             [&[48, 48], &[48], &[48, 48], &[48], &[300, 48], &[300], &[48, 300], &[48]];
@@ -814,7 +830,14 @@ fn attention_that_counts_distances_does_not_depend_on_the_number_of_threads() {
     ];
     for (i, (tables, parameters, sees, relative)) in forms.into_iter().enumerate() {
         let mask = Some(Mask::new(5, 0.1));
-        let how = Attention { spans: spans.clone(), heads: 4, sees, queries: Queries::All, mask };
+        let how = Attention {
+            spans: spans.clone(),
+            heads: 4,
+            sees,
+            queries: Queries::All,
+            mask,
+            factors: Factors::F32,
+        };
         let activations = [&inputs[..], tables].concat();
         let work = || -> Vec<Vec<u32>> {
             let found = on_tape(&activations, parameters, &cotangent, |tape, t, p| {

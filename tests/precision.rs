@@ -1,4 +1,5 @@
-//! `--precision bf16`: candle's CPU computes in bf16 too, slowly, so what a GPU is to do is held against fp32 here.
+//! `--precision bf16`, held against fp32: the fused operations of processors, on whatever unit this one has, and the
+//! composite ones of GPUs, which candle computes on a processor, too, slowly.
 
 mod common;
 
@@ -7,6 +8,7 @@ use common::{gradient, json, models, records_file, relative, tk};
 use tk::checkpoint::Weights;
 use tk::data::batch::{Encoding, PackedBatch};
 use tk::device::TrainingPrecision;
+use tk::eager::kernels::gemm::bf16;
 use tk::eager::{Eager, Init, Kernels, Mode, Params};
 use tk::model::ModelConfig;
 use tk::task::text_classification::Window;
@@ -50,9 +52,10 @@ impl Tiny {
     }
 
     /// The losses of `steps` steps on all the records at once.
-    fn train(&self, settings: &Settings, steps: usize) -> Vec<f64> {
+    fn train(&self, settings: &Settings, steps: usize, kernels: Kernels) -> Vec<f64> {
         let (family, task) = (&self.config.family, &self.task);
-        let mut trainer = Trainer::new(settings, family, task, &self.params, &Device::Cpu, steps).unwrap();
+        let trainer = Trainer::new(settings, family, task, &self.params, &Device::Cpu, steps);
+        let mut trainer = trainer.and_then(|trainer| trainer.with_kernels(kernels)).unwrap();
         let examples: Vec<&Example> = self.examples.iter().collect();
         (0..steps).map(|_| trainer.step(std::slice::from_ref(&examples)).unwrap().loss).collect()
     }
@@ -71,12 +74,25 @@ fn settings(precision: TrainingPrecision, learning_rate: f64) -> Settings {
 
 #[test]
 fn losses_in_bf16_follow_those_in_fp32() {
-    let losses = |precision| Tiny::load().train(&settings(precision, 1e-3), 30);
-    let (fp32, bf16) = (losses(TrainingPrecision::Fp32), losses(TrainingPrecision::Bf16));
-    assert!(fp32[29] < 0.7 * fp32[0], "the test needs a run that learns: {fp32:?}");
-    let worst = fp32.iter().zip(&bf16).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
-    assert!(worst <= 0.02, "{worst}: {bf16:?}, {fp32:?}");
-    assert!(worst > 1e-6, "nothing was computed in bf16");
+    for kernels in [Kernels::Fused, Kernels::Composite] {
+        let losses = |precision| Tiny::load().train(&settings(precision, 1e-3), 30, kernels);
+        let (fp32, bf16) = (losses(TrainingPrecision::Fp32), losses(TrainingPrecision::Bf16));
+        assert!(fp32[29] < 0.7 * fp32[0], "the test needs a run that learns: {fp32:?}");
+        let worst = fp32.iter().zip(&bf16).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+        assert!(worst <= 0.02, "{kernels:?}, {worst}: {bf16:?}, {fp32:?}");
+        assert!(worst > 1e-6, "nothing was computed in bf16");
+    }
+}
+
+#[test]
+fn auto_takes_what_the_machine_has() {
+    let losses = |precision| Tiny::load().train(&settings(precision, 1e-3), 3, Kernels::Fused);
+    let taken = match bf16::unit() {
+        Some(_) => TrainingPrecision::Bf16,
+        None => TrainingPrecision::Fp32,
+    };
+    assert_eq!(TrainingPrecision::Auto.taken(&Device::Cpu).0, taken);
+    assert_eq!(losses(TrainingPrecision::Auto), losses(taken));
 }
 
 #[test]
@@ -85,16 +101,20 @@ fn every_gradient_in_bf16_is_near_that_in_fp32() {
     // more rows than bf16 can count: a sum of as many in bf16 would stall
     let examples: Vec<&Example> = tiny.examples.iter().cycle().take(100).collect();
     let batch = PackedBatch::new(examples.iter().map(|example| &example.encoding));
-    let gradients = |dtype| -> Vec<(String, Vec<f32>)> {
+    let gradients = |kernels, dtype| -> Vec<(String, Vec<f32>)> {
         let eager = Eager::new(&tiny.params, &batch, &Device::Cpu, Mode::Training { key: 3 });
-        let eager = eager.with_kernels(Kernels::Composite).with_dtype(dtype);
+        let eager = eager.with_kernels(kernels).with_dtype(dtype);
         let outputs = tiny.task.define(&eager, &tiny.config.family).unwrap();
         let loss = tiny.task.loss(&eager, outputs, &examples, 0.0, &[1.0]).unwrap().remove(0);
         let store = loss.backward().unwrap();
-        let of = |name: &str| gradient(&tiny.params, name, &store, Kernels::Composite);
-        tiny.params.iter().map(|(param, _)| (param.name.clone(), of(&param.name))).collect()
+        let of = |name: &str| gradient(&tiny.params, name, &store, kernels);
+        let all = tiny.params.iter().map(|(param, _)| (param.name.clone(), of(&param.name))).collect();
+        tiny.params.trainable().for_each(|own| own.gradient.lock().clear());
+        all
     };
-    for ((name, fp32), (_, bf16)) in gradients(DType::F32).iter().zip(&gradients(DType::BF16)) {
+    let fp32 = gradients(Kernels::Composite, DType::F32);
+    let bf16 = [Kernels::Composite, Kernels::Fused].map(|kernels| gradients(kernels, DType::BF16));
+    for ((name, fp32), (_, bf16)) in bf16.iter().flat_map(|bf16| fp32.iter().zip(bf16)) {
         let is = |part: &str| name.contains(part);
         // the worst by dropout's key is 0.03 to 0.04; the gradient of what a query or a key is made of is a
         // difference of nearly equal sums
@@ -109,11 +129,15 @@ fn every_gradient_in_bf16_is_near_that_in_fp32() {
 
 #[test]
 fn updates_that_bf16_could_not_hold_are_kept() {
+    [Kernels::Fused, Kernels::Composite].into_iter().for_each(updates_are_kept);
+}
+
+fn updates_are_kept(kernels: Kernels) {
     let (rate, steps) = (1e-6, 20);
     let run = |precision| {
         let tiny = Tiny::load();
         let before = tiny.params.values().unwrap().concat();
-        tiny.train(&settings(precision, rate), steps);
+        tiny.train(&settings(precision, rate), steps, kernels);
         for (param, var) in tiny.params.iter() {
             assert_eq!(var.dtype(), DType::F32, "{}", param.name);
         }
@@ -134,7 +158,7 @@ fn updates_that_bf16_could_not_hold_are_kept() {
 }
 
 #[test]
-fn the_cpu_refuses_bf16_before_anything_is_written() {
+fn a_processor_without_bf16_refuses_it_before_anything_is_written_and_one_that_has_it_trains() {
     let dir = tempfile::tempdir().unwrap();
     let (records, output, file) =
         (dir.path().join("train.jsonl"), dir.path().join("out"), dir.path().join("run.toml"));
@@ -149,17 +173,30 @@ fn the_cpu_refuses_bf16_before_anything_is_written() {
     let said = |assert: assert_cmd::assert::Assert| {
         String::from_utf8_lossy(&assert.get_output().stderr).into_owned()
     };
+    let saved = || std::fs::read_to_string(output.join("training/settings.toml")).unwrap();
     for more in [["--precision", "bf16"], ["--config", file.to_str().unwrap()]] {
+        if bf16::unit().is_some() {
+            train(&[&more[..], &["--max-steps", "1", "--overwrite"]].concat()).success();
+            assert!(saved().contains("precision = \"bf16\""), "{}", saved());
+            continue;
+        }
         let text = said(train(&more).code(2));
-        assert!(text.contains("--precision bf16 needs --device cuda"), "{text}");
+        assert!(text.contains("this processor has neither AMX-BF16 nor AVX512-BF16"), "{text}");
         assert!(!output.exists());
     }
     let text = said(train(&["--precision", "fp16"]).code(2));
     assert!(text.contains("fp32, bf16"), "{text}");
 
-    train(&["--max-steps", "1", "--quiet"]).success();
-    let saved = std::fs::read_to_string(output.join("training/settings.toml")).unwrap();
-    assert!(saved.contains("precision = \"fp32\""), "{saved}");
-    let text = said(train(&["--resume", "--max-steps", "1", "--precision", "bf16"]).code(2));
-    assert!(text.contains("precision (\"bf16\", was \"fp32\")"), "{text}");
+    let text = said(train(&["--max-steps", "1", "--overwrite", "--precision", "auto"]).success());
+    let taken = if bf16::unit().is_some() { "bf16" } else { "fp32" };
+    assert!(text.contains("--precision auto: ") && text.contains(taken), "{text}");
+    assert!(saved().contains(&format!("precision = \"{taken}\"")), "{}", saved());
+    train(&["--resume", "--max-steps", "1", "--precision", "auto"]).success();
+
+    train(&["--max-steps", "1", "--overwrite", "--quiet"]).success();
+    assert!(saved().contains("precision = \"fp32\""), "{}", saved());
+    if bf16::unit().is_some() {
+        let text = said(train(&["--resume", "--max-steps", "1", "--precision", "bf16"]).code(2));
+        assert!(text.contains("precision (\"bf16\", was \"fp32\")"), "{text}");
+    }
 }

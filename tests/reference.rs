@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use tk::checkpoint::Weights;
 use tk::data::batch::{Encoding, PackedBatch};
 use tk::data::tokens::Tokenizer;
+use tk::device::TrainingPrecision;
 use tk::eager::{Eager, Forward, Init, Kernels, Mode, Params, X, tensors};
 
 use tk::model::ModelConfig;
@@ -772,5 +773,31 @@ fn ten_steps_are_those_of_pytorch_with_and_without_accumulation() {
                 );
             }
         }
+    }
+}
+
+/// In bf16 a product is off by up to 2⁻⁸ of its size, and what is a difference of such by more.
+#[test]
+fn ten_steps_in_bf16_stay_near_those_of_pytorch_in_fp32() {
+    for name in all() {
+        let r = Reference::load(name);
+        let steps = &r.json["steps"];
+        let settings = Settings { precision: TrainingPrecision::Bf16, ..settings(steps) };
+        let (losses, norms) = (numbers(&steps["losses"]), numbers(&steps["gradient_norms"]));
+        let mut trainer =
+            Trainer::new(&settings, &r.config.family, &r.task, &r.params, &Device::Cpu, losses.len())
+                .and_then(|trainer| trainer.with_kernels(Kernels::Fused))
+                .unwrap();
+        let mut worst = 0.0f32;
+        for step in 0..losses.len() {
+            let batch: Vec<&Example> =
+                (0..4).map(|j| &r.examples[(4 * step + j) % r.examples.len()]).collect();
+            let did = trainer.step(&[batch]).unwrap();
+            let off = (did.loss as f32 - losses[step]).abs() / losses[step].max(1.0);
+            let off_norm = (did.grad_norm as f32 / norms[step] - 1.0).abs();
+            println!("{name} step {step}: {off} {off_norm}");
+            worst = worst.max(off);
+        }
+        assert!(worst > 1e-6, "{name}: nothing was computed in bf16");
     }
 }

@@ -7,6 +7,7 @@ use std::process::Command;
 use serde_json::{Value, json};
 
 use crate::Result;
+use crate::eager::kernels::gemm::bf16;
 use crate::process;
 use crate::runtime::{Provider, library, probe};
 use crate::say::Say;
@@ -115,7 +116,8 @@ fn nvidia() -> Value {
 
 fn cpu() -> Value {
     let threads = process::cores();
-    json!({"model": process::cpu_model(), "threads": threads, "features": features()})
+    let bf16 = bf16::unit().map(bf16::Unit::name);
+    json!({"model": process::cpu_model(), "threads": threads, "features": features(), "bf16_training": bf16})
 }
 
 /// What the kernels here and in ONNX Runtime choose their code by.
@@ -197,6 +199,11 @@ fn human(report: &Value) -> String {
         text(&cpu["threads"]),
         list(&cpu["features"])
     );
+    let bf16 =
+        cpu["bf16_training"].as_str().map_or("no (neither AMX-BF16 nor AVX512-BF16)".to_owned(), |unit| {
+            format!("yes, by {unit} (tk train --precision bf16)")
+        });
+    let _ = writeln!(out, "  training in bf16: {bf16}");
     let memory = report["memory_bytes"].as_u64().map(|bytes| format!("{:.1} GB", bytes as f64 / 1e9));
     let _ = write!(out, "memory        {}", memory.unwrap_or_else(|| "unknown".to_owned()));
     out

@@ -118,8 +118,14 @@ pub fn run(args: &Args, say: Say) -> Result<()> {
 fn train(args: &Args, world: &dyn World, say: Say) -> Result<()> {
     let say = Say { quiet: say.quiet || !world.leads(), ..say };
     let (train, eval) = args.files()?;
+    args.check(&args.job(&train, eval.as_ref()))?;
+    let device = device::open(&world.device(&args.device))?;
+    args.settings.precision.check(&device)?;
+    // what was taken is what a resumed run goes on with
+    let (precision, taken) = args.settings.precision.taken(&device);
+    taken.iter().for_each(|text| say.line(text));
+    let args = &Args { settings: Settings { precision, ..args.settings.clone() }, ..args.clone() };
     let job = args.job(&train, eval.as_ref());
-    args.check(&job)?;
     let asked = match (args.resume, args.overwrite) {
         (true, _) => EarlierRun::Resume,
         (false, true) => EarlierRun::Overwrite,
@@ -141,8 +147,6 @@ fn train(args: &Args, world: &dyn World, say: Say) -> Result<()> {
     if world.leads() {
         output::check(&args.output, asked, &settings)?;
     }
-    let device = device::open(&world.device(&args.device))?;
-    args.settings.precision.check(&device)?;
     if args.settings.checkpoint_activations && !device.is_cpu() {
         bail_unusable!("--checkpoint-activations works with --device cpu; here, try a smaller --batch-size");
     }

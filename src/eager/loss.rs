@@ -26,7 +26,8 @@ impl Eager<'_> {
         if let (Some((x, map)), Mode::Training { .. }) = (not_computed(scores), self.mode)
             && let Some((weight, bias)) = map.out_in()
         {
-            let (sum, dx) = linear_cross_entropy(&x.numbers, weight, bias, targets, smoothing, scale)?;
+            let (sum, dx) =
+                linear_cross_entropy(&x.numbers, weight, bias, targets, smoothing, scale, map.factors)?;
             return Ok(self.tape.loss(&x, (sum * f64::from(scale)) as f32, dx)?);
         }
         let losses = composite_losses(&scores.tensor()?.to_dtype(DType::F32)?, targets, smoothing)?;
@@ -38,7 +39,7 @@ impl Eager<'_> {
         if let Some((x, map)) = not_computed(scores)
             && let Some((weight, bias)) = map.out_in()
         {
-            return Ok(linear_losses(&x.numbers, weight, bias, targets, 0.0)?);
+            return Ok(linear_losses(&x.numbers, weight, bias, targets, 0.0, map.factors)?);
         }
         Ok(composite_losses(&scores.tensor()?.to_dtype(DType::F32)?, targets, 0.0)?.to_vec1()?)
     }

@@ -25,6 +25,7 @@ use crate::data::batch::{PackedBatch, Spans};
 use crate::model::ops::{Activation, Attend, Distances, Ids, Linear, Norm, Ops, Param, Pick, Pooling, Table};
 use kernels::attention::{Attention, ByDistance, Queries, Relative};
 use kernels::dropout::{Mask, mix};
+use kernels::gemm::Factors;
 use kernels::linear::LinearMap;
 use kernels::residual::{Branch, residual_norm};
 use kernels::{activation, attention, dropout, embedding, layer_norm, linear, pooling, scale, split, wide};
@@ -49,7 +50,7 @@ pub struct Eager<'a> {
     spans: Arc<Spans>,
     tape: Arc<Tape>,
     kernels: Kernels,
-    /// The activations' type.
+    /// The activations' type; what the fused operations round the factors of their products to.
     dtype: DType,
     mode: Mode,
     /// Dropout sites met so far: each has a mask of its own.
@@ -67,7 +68,7 @@ impl<'a> Eager<'a> {
             batch,
             spans: Arc::new(batch.spans.clone()),
             tape: Arc::new(Tape::new(mode != Mode::Evaluation)),
-            kernels: Kernels::of(device, DType::F32),
+            kernels: Kernels::of(device),
             dtype: DType::F32,
             mode,
             sites: Cell::new(0),
@@ -80,7 +81,8 @@ impl<'a> Eager<'a> {
         Self { kernels, ..self }
     }
 
-    /// The same with activations of the given type; the composite form alone takes another than f32.
+    /// The same in f32 or bf16. The composite form keeps its activations in it; the fused operations round the factors of
+    /// their products to it, and keep all else in f32.
     pub fn with_dtype(self, dtype: DType) -> Self {
         Self { dtype, ..self }
     }
@@ -101,6 +103,11 @@ impl<'a> Eager<'a> {
     /// What was tapped, in the order of the definition.
     pub fn into_taps(self) -> Vec<(String, Tensor)> {
         self.taps.map(RefCell::into_inner).unwrap_or_default()
+    }
+
+    /// Of the fused operations' products.
+    fn factors(&self) -> Factors {
+        if self.dtype == DType::BF16 { Factors::Bf16 } else { Factors::F32 }
     }
 
     fn weight(&self, param: &Param) -> Result<Weight> {
@@ -191,7 +198,7 @@ impl Ops for Eager<'_> {
                 X::Tensor(y.with_context(|| map.weight.name)?)
             }
             X::Fused(x) => {
-                let second = LinearMap::new(&weight, bias.as_ref(), map.layout)?;
+                let second = LinearMap::new(&weight, bias.as_ref(), map.layout, self.factors())?;
                 self.fused(Pending::Branch(match x.state() {
                     Pending::Activated { x, map: first, how, gated } => {
                         Branch::FeedForward { x, first, how, gated, second }
@@ -248,7 +255,8 @@ impl Ops for Eager<'_> {
                 None => Queries::All,
             },
         };
-        let how = Attention { spans: self.spans.clone(), heads, sees, queries, mask };
+        let factors = self.factors();
+        let how = Attention { spans: self.spans.clone(), heads, sees, queries, mask, factors };
         let (q, k, v) = match (q, k, v) {
             (X::Fused(q), X::Fused(k), X::Fused(v)) => (q, k, v),
             _ => {

@@ -128,8 +128,9 @@ pub struct Settings {
     /// The seed of the new weights, the order of the examples, dropout, and what --validation-split and --train-fraction draw.
     #[arg(long, default_value_t = 42, value_name = "N", help_heading = "Regime")]
     pub seed: u64,
-    /// What a GPU computes in: fp32, or bf16 with weights and the optimizer's state in fp32. Evaluations and what is
-    /// saved are fp32 in both.
+    /// What products are computed in: fp32, or bf16 that are added up in fp32, by a GPU or by a processor with AMX-BF16 or
+    /// AVX512-BF16; auto takes bf16 where there is one. Weights, the optimizer's state, evaluations and what is saved are fp32
+    /// in all.
     #[arg(long, value_enum, default_value_t = TrainingPrecision::Fp32, help_heading = "Regime")]
     #[serde(default)]
     pub precision: TrainingPrecision,

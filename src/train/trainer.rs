@@ -4,7 +4,7 @@ use std::borrow::Cow;
 
 use anyhow::Context;
 use candle_core::backprop::GradStore;
-use candle_core::{Device, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 
 use super::Settings;
 use super::audit::{Audit, Row};
@@ -31,6 +31,8 @@ pub struct Trainer<'a> {
     pub params: &'a Params,
     pub device: &'a Device,
     kernels: Kernels,
+    /// What interpreters compute in.
+    dtype: DType,
     pub optimizer: AdamW,
     /// Averages of the weights, where `--ema` asks for them.
     pub ema: Option<Ema>,
@@ -73,7 +75,7 @@ impl<'a> Trainer<'a> {
             eps: settings.adam_epsilon,
             weight_decay: settings.weight_decay,
         };
-        let kernels = Kernels::of(device, settings.precision.dtype());
+        let kernels = Kernels::of(device);
         let optimizer = AdamW::new(constants, params, kernels)?;
         let ema = settings.ema.map(Ema::new);
         let rates = Rates::new(params, settings);
@@ -84,6 +86,7 @@ impl<'a> Trainer<'a> {
             params,
             device,
             kernels,
+            dtype: settings.precision.dtype(device),
             optimizer,
             ema,
             rates,
@@ -279,7 +282,7 @@ impl<'a> Trainer<'a> {
     fn eager<'b>(&'b self, batch: &'b PackedBatch, key: u64) -> Eager<'b> {
         let eager = Eager::new(self.params, batch, self.device, Mode::Training { key })
             .with_kernels(self.kernels)
-            .with_dtype(self.settings.precision.dtype());
+            .with_dtype(self.dtype);
         if self.settings.checkpoint_activations { eager.with_recomputation() } else { eager }
     }
 

@@ -18,7 +18,7 @@ use relative::{Scratch, Terms, Turns};
 
 use super::buffer::Buffer;
 use super::dropout::{Mask, Row};
-use super::gemm::{Matrix, MatrixMut, Shared, Write, product, row_blocks};
+use super::gemm::{Factors, Matrix, MatrixMut, Shared, Write, product, row_blocks};
 use super::linear::{Input, LinearMap};
 use super::{simd, wide};
 use crate::data::batch::Spans;
@@ -193,7 +193,7 @@ fn map_all(x: &[f32], maps: [&LinearMap; 3]) -> Result<[Buffer; 3]> {
     let packed = [maps[0].packed()?, maps[1].packed()?, maps[2].packed()?];
     let biases = [maps[0].bias()?, maps[1].bias()?, maps[2].bias()?];
     let starts = mapped.each_mut().map(|y| Shared::new(y));
-    row_blocks(rows, |rows| {
+    row_blocks(rows, maps[0].factors, |rows| {
         for (i, start) in starts.iter().enumerate() {
             // SAFETY: blocks of rows do not overlap, and the buffers outlive the loop.
             let y = unsafe { start.slice(rows.start * width, rows.len() * width) };
@@ -267,6 +267,8 @@ pub struct Attention {
     pub sees: Sees,
     pub queries: Queries,
     pub mask: Option<Mask>,
+    /// Of its products.
+    pub factors: Factors,
 }
 
 /// Which tokens of every sequence ask.
@@ -533,7 +535,7 @@ impl Attention {
                 weights.resize(m * n, 0.0);
                 let scores = MatrixMut::new(weights, m, n, n);
                 let (q, k) = (q.head(queries, *head, d), k.head(keys, *head, d));
-                product(scores, Write::Replace, scale, q, k.transposed());
+                product(scores, Write::Replace, scale, q, k.transposed(), self.factors);
                 terms.add(weights, block, (q, k), scale, scratch);
                 // SAFETY: a block's queries and head are its own, in the sums and in y.
                 let sums = unsafe { sums_start.slice(head * asking + queries.start, m) };
@@ -546,7 +548,8 @@ impl Attention {
                 }
                 // SAFETY: as above.
                 let y = unsafe { y_columns.head(queries, *head, d) };
-                product(y, Write::Replace, 1.0, Matrix::new(weights, m, n, n), v.head(keys, *head, d));
+                let (weights, v) = (Matrix::new(weights, m, n, n), v.head(keys, *head, d));
+                product(y, Write::Replace, 1.0, weights, v, self.factors);
             },
         );
         Ok(y)
@@ -647,9 +650,11 @@ impl Attention {
                 dweights.resize(m * n, 0.0);
                 let (q, dy) = (qs.head(queries, *head, d), dys.head(queries, *head, d));
                 let (k, v) = (ks.head(keys, *head, d), vs.head(keys, *head, d));
-                product(MatrixMut::new(weights, m, n, n), Write::Replace, scale, q, k.transposed());
+                let scores = MatrixMut::new(weights, m, n, n);
+                product(scores, Write::Replace, scale, q, k.transposed(), self.factors);
                 terms.add(weights, block, (q, k), scale, scratch);
-                product(MatrixMut::new(dweights, m, n, n), Write::Replace, 1.0, dy, v.transposed());
+                let dscores = MatrixMut::new(dweights, m, n, n);
+                product(dscores, Write::Replace, 1.0, dy, v.transposed(), self.factors);
                 for (i, query) in queries.clone().enumerate() {
                     let seen = self.seen(block, i);
                     let (row, first) = only(&mut weights[i * n..][..n], seen.clone());
@@ -668,9 +673,9 @@ impl Attention {
                 let (p, ds) = (Matrix::new(weights, m, n, n), Matrix::new(dweights, m, n, n));
                 // SAFETY: this sequence and head belong to this task alone.
                 unsafe {
-                    product(dqs.head(queries, *head, d), Write::Replace, scale, ds, k);
-                    product(dks.head(keys, *head, d), first, scale, ds.transposed(), q);
-                    product(dvs.head(keys, *head, d), first, 1.0, p.transposed(), dy);
+                    product(dqs.head(queries, *head, d), Write::Replace, scale, ds, k, self.factors);
+                    product(dks.head(keys, *head, d), first, scale, ds.transposed(), q, self.factors);
+                    product(dvs.head(keys, *head, d), first, 1.0, p.transposed(), dy, self.factors);
                     let of_group = (group, places);
                     terms.backward(
                         dweights,

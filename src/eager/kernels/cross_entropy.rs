@@ -13,7 +13,7 @@
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
-use super::gemm::{Matrix, MatrixMut, Write, parallel_product};
+use super::gemm::{Factors, Matrix, MatrixMut, Write, parallel_product};
 use super::{CHUNK, Gradient, Numbers, Weight, add_here, simd};
 
 /// Logits that are held at once (32 MiB), where that is more than one row. Each of a chunk's products reads the
@@ -35,8 +35,9 @@ pub fn linear_cross_entropy(
     targets: &[Option<u32>],
     smoothing: f32,
     scale: f32,
+    factors: Factors,
 ) -> Result<(f64, Vec<f32>)> {
-    let (losses, dx) = Head { weight, bias, smoothing, held: HELD }.run(x, targets, Some(scale))?;
+    let (losses, dx) = Head { weight, bias, smoothing, held: HELD, factors }.run(x, targets, Some(scale))?;
     Ok((sum(&losses), dx))
 }
 
@@ -50,8 +51,9 @@ pub fn linear_losses(
     bias: Option<&Weight>,
     targets: &[Option<u32>],
     smoothing: f32,
+    factors: Factors,
 ) -> Result<Vec<f32>> {
-    Ok(Head { weight, bias, smoothing, held: HELD }.run(x, targets, None)?.0)
+    Ok(Head { weight, bias, smoothing, held: HELD, factors }.run(x, targets, None)?.0)
 }
 
 /// Logits (T, V), targets (T) → the sum of the losses; the logits become its gradient times `scale`.
@@ -125,6 +127,8 @@ struct Head<'a> {
     smoothing: f32,
     /// [`HELD`], or what a test wants.
     held: usize,
+    /// Of all its products.
+    factors: Factors,
 }
 
 impl Head<'_> {
@@ -160,7 +164,8 @@ impl Head<'_> {
                 xs[i * input..][..input].copy_from_slice(&x[row * input..][..input]);
             }
             let dst = MatrixMut::new(logits, n, vocabulary, vocabulary);
-            parallel_product(dst, Write::Replace, Matrix::new(xs, n, input, input), w.transposed());
+            let rows = Matrix::new(xs, n, input, input);
+            parallel_product(dst, Write::Replace, rows, w.transposed(), self.factors);
             by_row(logits, vocabulary, &mut of_rows[..n], |i, logits| {
                 let target = kept[i].1;
                 if let Some(bias) = bias {
@@ -178,7 +183,8 @@ impl Head<'_> {
                 self.add_gradients(logits, xs, n);
                 // x's copies have served, and their gradients are as large
                 let dst = MatrixMut::new(xs, n, input, input);
-                parallel_product(dst, Write::Replace, Matrix::new(logits, n, vocabulary, vocabulary), w);
+                let dz = Matrix::new(logits, n, vocabulary, vocabulary);
+                parallel_product(dst, Write::Replace, dz, w, self.factors);
                 for (i, &(row, _)) in kept.iter().enumerate() {
                     dx[row * input..][..input].copy_from_slice(&xs[i * input..][..input]);
                 }
@@ -194,7 +200,8 @@ impl Head<'_> {
             let dz = Matrix::new(dz, n, vocabulary, vocabulary);
             gradient.add(|dw, write| {
                 let dst = MatrixMut::new(dw, vocabulary, input, input);
-                parallel_product(dst, write, dz.transposed(), Matrix::new(x, n, input, input));
+                let x = Matrix::new(x, n, input, input);
+                parallel_product(dst, write, dz.transposed(), x, self.factors);
             });
         }
         if let Some(gradient) = self.bias.and_then(|bias| bias.gradient.as_ref()) {

@@ -6,7 +6,7 @@ use candle_core::{D, Result, Tensor};
 use rayon::prelude::*;
 
 use super::buffer::Buffer;
-use super::gemm::{Shared, row_blocks, share};
+use super::gemm::{Factors, Shared, row_blocks, share};
 use super::{Numbers, Weight, add_here, simd, wide};
 use crate::eager::tape::{Tape, TapeValue};
 
@@ -29,7 +29,7 @@ pub fn layer_norm(tape: &Tape, x: &Arc<TapeValue>, norm: &NormWeights) -> Result
     let numbers = norm.numbers()?;
     let mut y = Buffer::any(x.numbers.len());
     let start = Shared::new(&mut y);
-    row_blocks(x.rows(), |rows| {
+    row_blocks(x.rows(), Factors::F32, |rows| {
         let range = rows.start * x.width..rows.end * x.width;
         // SAFETY: blocks of rows do not overlap, and y outlives the loop.
         let y = unsafe { start.slice(range.start, range.len()) };

@@ -7,7 +7,9 @@ use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
 use super::buffer::Buffer;
-use super::gemm::{Matrix, MatrixMut, PackedMatrix, Shared, Write, parallel_product, row_blocks, share};
+use super::gemm::{
+    Factors, Matrix, MatrixMut, PackedMatrix, Shared, Write, parallel_product, row_blocks, share,
+};
 use super::{Numbers, Weight, activation, simd, wide};
 use crate::eager::tape::{Tape, TapeValue};
 use crate::model::ops::{Activation, Layout};
@@ -96,7 +98,7 @@ pub(super) fn inner_values(
     let mut values = [map.output, inner].map(|width| Buffer::any(x.rows() * width));
     let starts = values.each_mut().map(|buffer| Shared::new(buffer));
     let (weight, bias) = (map.packed()?, map.bias()?);
-    row_blocks(x.rows(), |rows| {
+    row_blocks(x.rows(), map.factors, |rows| {
         let [z, y] = [(starts[0], map.output), (starts[1], inner)].map(|(start, width)| {
             // SAFETY: blocks of rows do not overlap, and the buffers outlive the loop.
             unsafe { start.slice(rows.start * width, rows.len() * width) }
@@ -118,6 +120,8 @@ pub struct LinearMap {
     layout: Layout,
     pub input: usize,
     pub output: usize,
+    /// Of all its products, forward and backward.
+    pub factors: Factors,
 }
 
 /// What maps were applied to, (R, in); the backward passes of all of them pack it once.
@@ -134,7 +138,7 @@ impl<'a> Input<'a> {
 
 impl LinearMap {
     /// weight (out, in) or (in, out), bias (out).
-    pub fn new(weight: &Weight, bias: Option<&Weight>, layout: Layout) -> Result<Self> {
+    pub fn new(weight: &Weight, bias: Option<&Weight>, layout: Layout, factors: Factors) -> Result<Self> {
         let (rows, columns) = weight.values.dims2()?;
         let (input, output) = match layout {
             Layout::OutIn => (columns, rows),
@@ -145,7 +149,7 @@ impl LinearMap {
         {
             candle_core::bail!("a bias of {} for a map to {output} channels", bias.values.dims1()?);
         }
-        Ok(Self { weight: weight.clone(), bias: bias.cloned(), layout, input, output })
+        Ok(Self { weight: weight.clone(), bias: bias.cloned(), layout, input, output, factors })
     }
 
     /// The weight as a matrix (in, out), however it is stored.
@@ -181,12 +185,12 @@ impl LinearMap {
 
     /// The weight, packed for the forward pass.
     pub(super) fn packed(&self) -> Result<PackedMatrix> {
-        Ok(PackedMatrix::new(self.matrix(&Numbers::of(&self.weight.values)?)))
+        Ok(PackedMatrix::new(self.matrix(&Numbers::of(&self.weight.values)?), self.factors))
     }
 
     /// The weight, packed for the gradient of the input.
     pub(super) fn packed_backward(&self) -> Result<PackedMatrix> {
-        Ok(PackedMatrix::new(self.matrix(&Numbers::of(&self.weight.values)?).transposed()))
+        Ok(PackedMatrix::new(self.matrix(&Numbers::of(&self.weight.values)?).transposed(), self.factors))
     }
 
     pub(super) fn bias(&self) -> Result<Option<Buffer>> {
@@ -220,13 +224,13 @@ impl LinearMap {
             let dy = Matrix::new(dy, rows, self.output, self.output);
             gradient.add(|dw, write| match self.layout {
                 Layout::OutIn => {
-                    let x = x.packed.get_or_init(|| PackedMatrix::new(self.rows(x.x)));
+                    let x = x.packed.get_or_init(|| PackedMatrix::new(self.rows(x.x), self.factors));
                     let dst = MatrixMut::new(dw, self.output, self.input, self.input);
                     x.parallel_product(dst, write, None, dy.transposed());
                 }
                 Layout::InOut => {
                     let dst = MatrixMut::new(dw, self.input, self.output, self.output);
-                    parallel_product(dst, write, self.rows(x.x).transposed(), dy);
+                    parallel_product(dst, write, self.rows(x.x).transposed(), dy, self.factors);
                 }
             });
         }

@@ -5,7 +5,7 @@
 use super::activation::{backward_here, forward};
 use super::buffer::Buffer;
 use super::dropout::Mask;
-use super::gemm::{Matrix, MatrixMut, Write, product};
+use super::gemm::{Factors, Matrix, MatrixMut, Write, product};
 use super::{add_here, attention, cross_entropy, gradient, layer_norm, linear, simd};
 use crate::model::ops::Activation;
 
@@ -151,17 +151,24 @@ impl Operand {
         if self.transposed { matrix.transposed() } else { matrix }
     }
 
-    fn at(&self, i: usize, j: usize) -> f64 {
+    fn at(&self, i: usize, j: usize, factors: Factors) -> f64 {
         let (row, column) = if self.transposed { (j, i) } else { (i, j) };
-        f64::from(self.data[row * self.stride + column])
+        let x = self.data[row * self.stride + column];
+        f64::from(match factors {
+            Factors::F32 => x,
+            Factors::Bf16 => half::bf16::from_f32(x).to_f32(),
+        })
     }
 }
 
 #[test]
 fn products_of_all_small_shapes_are_sums_of_products() {
-    // behind 768 numbers of k there is a second part
-    let shapes = [(1, 1, 1), (2, 3, 0), (3, 5, 2), (5, 9, 17), (7, 33, 4), (15, 2, 9), (1, 2, 770)];
-    for (m, n, k) in shapes {
+    // behind 768 numbers of k there is a second part, of bf16 behind 1536
+    let shapes =
+        [(1, 1, 1), (2, 3, 0), (3, 5, 2), (5, 9, 17), (7, 33, 4), (15, 2, 9), (1, 2, 770), (1, 2, 1540)];
+    for ((m, n, k), factors) in
+        shapes.into_iter().flat_map(|shape| [(shape, Factors::F32), (shape, Factors::Bf16)])
+    {
         for (lhs_transposed, rhs_transposed, wider) in
             [(false, false, 0), (true, false, 1), (false, true, 2), (true, true, 0)]
         {
@@ -169,11 +176,14 @@ fn products_of_all_small_shapes_are_sums_of_products() {
             let rhs = Operand::new(k, n, rhs_transposed, wider, 2);
             let mut c = vec![1.0; (m - 1) * (n + wider) + n];
             let dst = MatrixMut::new(&mut c, m, n, n + wider);
-            product(dst, Write::Add, 0.5, lhs.matrix(), rhs.matrix());
+            product(dst, Write::Add, 0.5, lhs.matrix(), rhs.matrix(), factors);
             for (i, j) in (0..m).flat_map(|i| (0..n).map(move |j| (i, j))) {
-                let sum: f64 = (0..k).map(|p| lhs.at(i, p) * rhs.at(p, j)).sum();
+                let sum: f64 = (0..k).map(|p| lhs.at(i, p, factors) * rhs.at(p, j, factors)).sum();
                 let found = f64::from(c[i * (n + wider) + j]);
-                assert!((found - 1.0 - 0.5 * sum).abs() < 2e-3, "{m}×{n}×{k} at {i}, {j}: {found}, {sum}");
+                assert!(
+                    (found - 1.0 - 0.5 * sum).abs() < 2e-3,
+                    "{factors:?}, {m}×{n}×{k} at {i}, {j}: {found}, {sum}"
+                );
             }
         }
     }
@@ -218,6 +228,7 @@ fn a_matrix_that_is_not_inside_its_numbers_is_refused() {
     let row = [1.0, 2.0];
     let same = Matrix::new(&row, 3, 2, 0);
     let mut sum = [0.0; 4];
-    product(MatrixMut::new(&mut sum, 2, 2, 2), Write::Replace, 1.0, Matrix::new(&[1.0; 6], 2, 3, 3), same);
+    let ones = Matrix::new(&[1.0; 6], 2, 3, 3);
+    product(MatrixMut::new(&mut sum, 2, 2, 2), Write::Replace, 1.0, ones, same, Factors::F32);
     assert_eq!(sum, [3.0, 6.0, 3.0, 6.0]);
 }

@@ -1,7 +1,8 @@
 //! Fused differentiable operations for f32 on the CPU, each beside a composite of candle's primitives.
 //!
-//! The composite runs on every other device and dtype and is the oracle of the tests. Its activations may be bf16:
-//! then products are too; statistics, softmax and non-linearities are computed in f32, and parameters are always f32.
+//! The composite runs on every other device and is the oracle of the tests. Its activations may be bf16: then products
+//! are too; statistics, softmax and non-linearities are computed in f32, and parameters are always f32. The fused
+//! operations may round the factors of their products to bf16 ([`gemm::Factors`]); all else of them is f32.
 //! A fused operation has its own backward pass, on the tape ([`super::tape`]); its result does not depend on the
 //! number of threads.
 
@@ -40,8 +41,8 @@ pub enum Kernels {
 
 impl Kernels {
     /// The fastest that runs there.
-    pub fn of(device: &Device, dtype: DType) -> Self {
-        if device.is_cpu() && dtype == DType::F32 { Self::Fused } else { Self::Composite }
+    pub fn of(device: &Device) -> Self {
+        if device.is_cpu() { Self::Fused } else { Self::Composite }
     }
 }
 

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use super::activation;
 use super::buffer::Buffer;
 use super::dropout::{self, Mask};
-use super::gemm::{Matrix, MatrixMut, PackedMatrix, Shared, Write, row_blocks};
+use super::gemm::{Factors, Matrix, MatrixMut, PackedMatrix, Shared, Write, row_blocks};
 use super::layer_norm::{self, NormWeights};
 use super::linear::{Input, LinearMap, inner_values, inner_width};
 use super::{CHUNK, Weight, add_here, wide};
@@ -53,6 +53,14 @@ pub enum Branch {
 }
 
 impl Branch {
+    /// Of its products.
+    fn factors(&self) -> Factors {
+        match self {
+            Self::Ready(_) => Factors::F32,
+            Self::Linear { map, .. } | Self::FeedForward { first: map, .. } => map.factors,
+        }
+    }
+
     /// Whether something of it wants its gradient.
     fn learns(&self) -> bool {
         match self {
@@ -102,7 +110,7 @@ fn compute(
     {
         let norm = norm.map(NormWeights::numbers).transpose()?;
         let (start, behind) = (Shared::new(&mut sum), Shared::new(&mut normed));
-        row_blocks(x.rows(), |rows| {
+        row_blocks(x.rows(), branch.factors(), |rows| {
             let (at, n) = (rows.start * width, rows.len() * width);
             // SAFETY: blocks of rows do not overlap, and both buffers outlive the loop.
             let sum = unsafe { start.slice(at, n) };
@@ -237,7 +245,7 @@ fn backward(
             let mut dz = Buffer::any(z.len());
             let mut inner_backward = |dx: &mut [f32], write| {
                 let (dx, dz) = (Shared::new(dx), Shared::new(&mut dz));
-                row_blocks(x.rows(), |rows| {
+                row_blocks(x.rows(), first.factors, |rows| {
                     let (m, at) = (rows.len(), rows.start * inner);
                     // SAFETY: blocks of rows do not overlap, and both buffers outlive the loop.
                     let (dx, dz) =

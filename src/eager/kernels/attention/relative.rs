@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 use super::{Attention, ColumnsMut, QueryBlock};
 use crate::eager::kernels::buffer::Buffer;
-use crate::eager::kernels::gemm::{Matrix, MatrixMut, Shared, Write, product};
+use crate::eager::kernels::gemm::{Factors, Matrix, MatrixMut, Shared, Write, product};
 use crate::eager::kernels::{Numbers, Weight, add_here};
 use crate::eager::tape::{Flow, TapeValue};
 use crate::model::ops::{Buckets, turn_by};
@@ -100,6 +100,8 @@ pub(super) enum Terms<'a> {
         queries: Option<&'a [f32]>,
         rows: &'a ByDistance,
         width: usize,
+        /// Of the products.
+        factors: Factors,
     },
 }
 
@@ -160,7 +162,8 @@ impl<'a> Terms<'a> {
                 }
                 let numbers =
                     |table: &'a Option<Arc<TapeValue>>| table.as_ref().map(|table| &table.numbers[..]);
-                Self::Products { keys: numbers(keys), queries: numbers(queries), rows, width }
+                let (keys, queries) = (numbers(keys), numbers(queries));
+                Self::Products { keys, queries, rows, width, factors: how.factors }
             }
         })
     }
@@ -204,14 +207,21 @@ impl<'a> Terms<'a> {
                     add_here(row, &by_distance[block.head * rows.len() + start..][..n]);
                 }
             }
-            Self::Products { keys, queries, rows, width } => {
+            Self::Products { keys, queries, rows, width, factors } => {
                 let Range { low, high } = scratch.columns(block, rows);
                 let r = high - low;
                 let Scratch { keys: by_key, queries: by_query, columns } = scratch;
                 if let Some(table) = keys {
                     by_key.resize(m * r, 0.0);
                     let table = part(table, *width, low..high, block.head, q);
-                    product(MatrixMut::new(by_key, m, r, r), Write::Replace, scale, q, table.transposed());
+                    product(
+                        MatrixMut::new(by_key, m, r, r),
+                        Write::Replace,
+                        scale,
+                        q,
+                        table.transposed(),
+                        *factors,
+                    );
                     for (i, row) in scores.chunks_exact_mut(n).enumerate() {
                         let (from, columns) = (&by_key[i * r..][..r], &columns[m - 1 - i..][..n]);
                         for (x, &column) in row.iter_mut().zip(columns) {
@@ -222,7 +232,14 @@ impl<'a> Terms<'a> {
                 if let Some(table) = queries {
                     by_query.resize(n * r, 0.0);
                     let table = part(table, *width, low..high, block.head, k);
-                    product(MatrixMut::new(by_query, n, r, r), Write::Replace, scale, k, table.transposed());
+                    product(
+                        MatrixMut::new(by_query, n, r, r),
+                        Write::Replace,
+                        scale,
+                        k,
+                        table.transposed(),
+                        *factors,
+                    );
                     for (i, row) in scores.chunks_exact_mut(n).enumerate() {
                         let columns = &columns[m - 1 - i..][..n];
                         for ((x, &column), from) in row.iter_mut().zip(columns).zip(by_query.chunks_exact(r))
@@ -261,7 +278,7 @@ impl<'a> Terms<'a> {
                     add_here(&mut sums[start..][..n], row);
                 }
             }
-            (Self::Products { keys, queries, rows, width }, Places::Products(sums)) => {
+            (Self::Products { keys, queries, rows, width, factors }, Places::Products(sums)) => {
                 let Range { low, high } = scratch.columns(block, rows);
                 let r = high - low;
                 let Scratch { keys: by_key, queries: by_query, columns } = scratch;
@@ -282,8 +299,15 @@ impl<'a> Terms<'a> {
                     let (by, rows) =
                         (Matrix::new(by_key, m, r, r), part(table, *width, low..high, block.head, q));
                     // SAFETY: the caller's promise.
-                    product(unsafe { dqs.head(&block.queries, block.head, d) }, Write::Add, scale, by, rows);
-                    product(gradient(sums, table), Write::Add, scale, by.transposed(), q);
+                    product(
+                        unsafe { dqs.head(&block.queries, block.head, d) },
+                        Write::Add,
+                        scale,
+                        by,
+                        rows,
+                        *factors,
+                    );
+                    product(gradient(sums, table), Write::Add, scale, by.transposed(), q, *factors);
                 }
                 if let (Some(table), Some(sums)) = (queries, sums[1]) {
                     by_query.clear();
@@ -297,8 +321,15 @@ impl<'a> Terms<'a> {
                     let (by, rows) =
                         (Matrix::new(by_query, n, r, r), part(table, *width, low..high, block.head, k));
                     // SAFETY: the caller's promise.
-                    product(unsafe { dks.head(&block.keys, block.head, d) }, Write::Add, scale, by, rows);
-                    product(gradient(sums, table), Write::Add, scale, by.transposed(), k);
+                    product(
+                        unsafe { dks.head(&block.keys, block.head, d) },
+                        Write::Add,
+                        scale,
+                        by,
+                        rows,
+                        *factors,
+                    );
+                    product(gradient(sums, table), Write::Add, scale, by.transposed(), k, *factors);
                 }
             }
             _ => {}

@@ -31,7 +31,7 @@ fn slot(weight: &Weight) -> Vec<f32> {
 fn small(held: usize) -> [Vec<f32>; 4] {
     let (rows, input, vocabulary) = (50, 12, 70);
     let (w, b) = (weight(&[vocabulary, input], 1), weight(&[vocabulary], 2));
-    let head = Head { weight: &w, bias: Some(&b), smoothing: 0.1, held };
+    let head = Head { weight: &w, bias: Some(&b), smoothing: 0.1, held, factors: Factors::F32 };
     let x = numbers(rows * input, 3);
     let (losses, dx) = head.run(&x, &targets(rows, vocabulary), Some(0.5)).unwrap();
     let (alone, none) = head.run(&x, &targets(rows, vocabulary), None).unwrap();
@@ -123,7 +123,8 @@ fn the_number_of_threads_shows_in_no_bit() {
     let x = numbers(rows * input, 3);
     let work = || {
         let (w, b) = (weight(&[vocabulary, input], 1), weight(&[vocabulary], 2));
-        let head = Head { weight: &w, bias: Some(&b), smoothing: 0.1, held: 99 * vocabulary };
+        let head =
+            Head { weight: &w, bias: Some(&b), smoothing: 0.1, held: 99 * vocabulary, factors: Factors::F32 };
         let (losses, dx) = head.run(&x, &targets(rows, vocabulary), Some(0.5)).unwrap();
         let bits = |values: Vec<f32>| values.into_iter().map(f32::to_bits).collect::<Vec<_>>();
         (sum(&losses).to_bits(), [losses, dx, slot(&w), slot(&b)].map(bits))
@@ -140,16 +141,18 @@ fn a_row_without_a_target_is_not_read() {
     let (w, b) = (weight(&[9, 4], 1), weight(&[9], 2));
     let mut x = numbers(12, 3);
     x[4..8].fill(f32::NAN);
-    let (total, dx) = linear_cross_entropy(&x, &w, Some(&b), &[Some(3), None, Some(8)], 0.1, 1.0).unwrap();
+    let (total, dx) =
+        linear_cross_entropy(&x, &w, Some(&b), &[Some(3), None, Some(8)], 0.1, 1.0, Factors::F32).unwrap();
     assert!(total.is_finite() && slot(&w).iter().chain(&slot(&b)).all(|x| x.is_finite()));
     assert!(dx[..4].iter().chain(&dx[8..]).all(|&x| x != 0.0) && dx[4..8] == [0.0; 4]);
-    assert_eq!(linear_losses(&x, &w, Some(&b), &[None; 3], 0.1).unwrap(), [0.0; 3]);
+    assert_eq!(linear_losses(&x, &w, Some(&b), &[None; 3], 0.1, Factors::F32).unwrap(), [0.0; 3]);
 }
 
 #[test]
 fn where_no_row_has_a_target_the_gradient_is_zeros() {
     let (w, b) = (weight(&[9, 4], 1), weight(&[9], 2));
-    let none = || linear_cross_entropy(&numbers(8, 3), &w, Some(&b), &[None, None], 0.0, 1.0).unwrap();
+    let none =
+        || linear_cross_entropy(&numbers(8, 3), &w, Some(&b), &[None, None], 0.0, 1.0, Factors::F32).unwrap();
     assert_eq!(none(), (0.0, vec![0.0; 8]));
     for (weight, n) in [(&w, 36), (&b, 9)] {
         let gradient = weight.gradient.as_ref().unwrap();
@@ -168,7 +171,7 @@ fn where_no_row_has_a_target_the_gradient_is_zeros() {
 fn what_does_not_fit_is_named_and_touches_nothing() {
     let (w, b) = (weight(&[9, 4], 1), weight(&[9], 2));
     let refused = |x: &[f32], b: &Weight, targets: &[Option<u32>], smoothing| {
-        linear_cross_entropy(x, &w, Some(b), targets, smoothing, 1.0).unwrap_err().to_string()
+        linear_cross_entropy(x, &w, Some(b), targets, smoothing, 1.0, Factors::F32).unwrap_err().to_string()
     };
     let (x, kept) = (numbers(8, 3), [Some(0), None]);
     let message = refused(&x, &b, &[None, Some(9)], 0.0);

@@ -4,7 +4,7 @@
 #![allow(clippy::needless_range_loop)] // loops over constant ranges become registers, iterators may not
 
 /// What the loops are written in: vectors of f32.
-trait Vector: Copy {
+pub(super) trait Vector: Copy {
     /// Numbers of a vector.
     const LANES: usize;
 
@@ -22,6 +22,23 @@ trait Vector: Copy {
     unsafe fn mul(self, b: Self) -> Self;
     /// `LANES` vectors, the rows of a square matrix → its columns.
     unsafe fn transpose(rows: &mut [Self]);
+}
+
+/// How elements of packed operands are multiplied.
+pub(super) trait Multiply<V> {
+    /// `a · b + sum`.
+    unsafe fn add(a: V, b: V, sum: V) -> V;
+}
+
+/// Elements that are one number each.
+pub(super) struct Numbers;
+
+impl<V: Vector> Multiply<V> for Numbers {
+    #[inline(always)]
+    unsafe fn add(a: V, b: V, sum: V) -> V {
+        // SAFETY: the caller's promise.
+        unsafe { a.mul_add(b, sum) }
+    }
 }
 
 /// What stands in a tile of the result before the products are added.
@@ -43,6 +60,7 @@ pub(super) struct ProductBlock {
     pub panel: usize,
     pub rows: usize,
     pub columns: usize,
+    /// Elements.
     pub k: usize,
     pub result: *mut f32,
     pub stride: usize,
@@ -68,12 +86,30 @@ pub(super) struct Loops {
     pub rows: usize,
     /// Columns of a tile: of a panel.
     pub columns: usize,
+    /// Numbers of k in an element of a packed operand, which is as large as an f32.
+    pub per_element: usize,
+    /// k is filled up with zeros to a multiple of this.
+    pub k_unit: usize,
+    /// Numbers of k that are summed in registers: the packed operands of so many stay in the cache.
+    pub depth: usize,
     /// Computes a block. Safe to call where the block's pointers are valid and its result is nobody else's.
     pub block: unsafe fn(&ProductBlock),
-    /// Packs groups of so many rows or columns: group by group, (k, group). The destination has room for whole
-    /// groups and for one more vector.
-    pub pack: unsafe fn(PackSource, usize, *mut f32),
+    /// Packs groups of as many rows as a tile has: group by group. The destination has room for whole groups and for
+    /// one more vector.
+    pub pack_rows: unsafe fn(PackSource, *mut f32),
+    /// Packs panels: panel by panel, (k, columns of a panel). The destination has room for whole panels.
+    pub pack_columns: unsafe fn(PackSource, *mut f32),
 }
+
+impl Loops {
+    /// The elements that so many numbers of k are packed into.
+    pub fn elements(&self, k: usize) -> usize {
+        k.next_multiple_of(self.k_unit) / self.per_element
+    }
+}
+
+/// Of f32, in one vector's registers.
+const DEPTH: usize = 768;
 
 /// The widest that this processor runs.
 pub(super) fn loops() -> Loops {
@@ -107,17 +143,22 @@ pub(super) fn all() -> Vec<Loops> {
 
 /// Calls `tile` with a constant number of rows.
 macro_rules! with_rows {
-    ($vector:ty, $max:literal, [$($n:literal)*], $block:ident, $row:ident, $column:ident) => {
+    ($vector:ty, $how:ty, $max:literal, [$($n:literal)*], $block:ident, $row:ident, $column:ident) => {
         match $block.rows - $row {
-            $($n => tile::<$vector, $n, $max>($block, $row, $column),)*
-            _ => tile::<$vector, $max, $max>($block, $row, $column),
+            $($n => tile::<$vector, $how, $n, $max>($block, $row, $column),)*
+            _ => tile::<$vector, $how, $max, $max>($block, $row, $column),
         }
     };
 }
+pub(super) use with_rows;
 
 /// One tile: R rows, two vectors of columns; the packed left operand has MAX rows.
 #[inline(always)]
-unsafe fn tile<V: Vector, const R: usize, const MAX: usize>(block: &ProductBlock, row: usize, column: usize) {
+pub(super) unsafe fn tile<V: Vector, M: Multiply<V>, const R: usize, const MAX: usize>(
+    block: &ProductBlock,
+    row: usize,
+    column: usize,
+) {
     // SAFETY: the caller's block is valid, and the tile lies inside it; packed operands hold whole tiles.
     unsafe {
         let width = 2 * V::LANES;
@@ -134,8 +175,8 @@ unsafe fn tile<V: Vector, const R: usize, const MAX: usize>(block: &ProductBlock
             let columns = [V::load(rhs), V::load(rhs.add(V::LANES))];
             for r in 0..R {
                 let x = V::splat(*lhs.add(r));
-                left[r] = x.mul_add(columns[0], left[r]);
-                right[r] = x.mul_add(columns[1], right[r]);
+                left[r] = M::add(x, columns[0], left[r]);
+                right[r] = M::add(x, columns[1], right[r]);
             }
             lhs = lhs.add(MAX);
             rhs = rhs.add(width);
@@ -149,7 +190,12 @@ unsafe fn tile<V: Vector, const R: usize, const MAX: usize>(block: &ProductBlock
 
 /// Puts one vector of columns of a tile into the result.
 #[inline(always)]
-unsafe fn write<V: Vector, const R: usize>(block: &ProductBlock, row: usize, column: usize, sums: [V; R]) {
+pub(super) unsafe fn write<V: Vector, const R: usize>(
+    block: &ProductBlock,
+    row: usize,
+    column: usize,
+    sums: [V; R],
+) {
     // SAFETY: as in `tile`; no column behind the block's is touched.
     unsafe {
         let n = (block.columns - column).min(V::LANES);
@@ -167,7 +213,7 @@ unsafe fn write<V: Vector, const R: usize>(block: &ProductBlock, row: usize, col
     }
 }
 
-/// See [`Loops::pack`].
+/// See [`Loops::pack_rows`]; groups are (k, group).
 #[inline(always)]
 unsafe fn pack<V: Vector, const LANES: usize>(source: PackSource, group: usize, to: *mut f32) {
     let PackSource { start, count, k, across, along } = source;
@@ -237,23 +283,37 @@ unsafe fn pack<V: Vector, const LANES: usize>(source: PackSource, group: usize, 
 mod plain {
     //! Arrays, for processors without instructions of ours.
 
-    use super::{Loops, PackSource, ProductBlock, Vector, tile};
+    use super::{DEPTH, Loops, Numbers, PackSource, ProductBlock, Vector, tile};
 
     const LANES: usize = 4;
-    pub const LOOPS: Loops = Loops { rows: 4, columns: 2 * LANES, block, pack };
+    pub const LOOPS: Loops = Loops {
+        rows: 4,
+        columns: 2 * LANES,
+        per_element: 1,
+        k_unit: 1,
+        depth: DEPTH,
+        block,
+        pack_rows,
+        pack_columns,
+    };
 
     unsafe fn block(b: &ProductBlock) {
         for column in (0..b.columns).step_by(LOOPS.columns) {
             for row in (0..b.rows).step_by(LOOPS.rows) {
                 // SAFETY: the caller's promise.
-                unsafe { with_rows!([f32; LANES], 4, [1 2 3], b, row, column) }
+                unsafe { with_rows!([f32; LANES], Numbers, 4, [1 2 3], b, row, column) }
             }
         }
     }
 
-    unsafe fn pack(source: PackSource, group: usize, to: *mut f32) {
+    unsafe fn pack_rows(source: PackSource, to: *mut f32) {
         // SAFETY: the caller's promise.
-        unsafe { super::pack::<[f32; LANES], LANES>(source, group, to) }
+        unsafe { super::pack::<[f32; LANES], LANES>(source, LOOPS.rows, to) }
+    }
+
+    unsafe fn pack_columns(source: PackSource, to: *mut f32) {
+        // SAFETY: the caller's promise.
+        unsafe { super::pack::<[f32; LANES], LANES>(source, LOOPS.columns, to) }
     }
 
     impl Vector for [f32; LANES] {
@@ -305,25 +365,43 @@ mod x86 {
 
     use std::arch::x86_64::*;
 
-    use super::{Loops, PackSource, ProductBlock, Vector, tile};
+    use super::{DEPTH, Loops, Numbers, PackSource, ProductBlock, Vector, tile};
 
-    pub const AVX512: Loops = Loops { rows: 14, columns: 32, block: block_avx512, pack: pack_avx512 };
-    pub const AVX2: Loops = Loops { rows: 6, columns: 16, block: block_avx2, pack: pack_avx2 };
+    pub const AVX512: Loops = Loops {
+        rows: 14,
+        columns: 32,
+        per_element: 1,
+        k_unit: 1,
+        depth: DEPTH,
+        block: block_avx512,
+        pack_rows: pack_avx512::<14>,
+        pack_columns: pack_avx512::<32>,
+    };
+    pub const AVX2: Loops = Loops {
+        rows: 6,
+        columns: 16,
+        per_element: 1,
+        k_unit: 1,
+        depth: DEPTH,
+        block: block_avx2,
+        pack_rows: pack_avx2::<6>,
+        pack_columns: pack_avx2::<16>,
+    };
 
     #[target_feature(enable = "avx512f")]
     unsafe fn block_avx512(b: &ProductBlock) {
         for column in (0..b.columns).step_by(32) {
             for row in (0..b.rows).step_by(14) {
                 // SAFETY: the caller's promise.
-                unsafe { with_rows!(__m512, 14, [1 2 3 4 5 6 7 8 9 10 11 12 13], b, row, column) }
+                unsafe { with_rows!(__m512, Numbers, 14, [1 2 3 4 5 6 7 8 9 10 11 12 13], b, row, column) }
             }
         }
     }
 
     #[target_feature(enable = "avx512f")]
-    unsafe fn pack_avx512(source: PackSource, group: usize, to: *mut f32) {
+    unsafe fn pack_avx512<const GROUP: usize>(source: PackSource, to: *mut f32) {
         // SAFETY: the caller's promise.
-        unsafe { super::pack::<__m512, 16>(source, group, to) }
+        unsafe { super::pack::<__m512, 16>(source, GROUP, to) }
     }
 
     #[target_feature(enable = "avx2,fma")]
@@ -331,15 +409,15 @@ mod x86 {
         for column in (0..b.columns).step_by(16) {
             for row in (0..b.rows).step_by(6) {
                 // SAFETY: the caller's promise.
-                unsafe { with_rows!(__m256, 6, [1 2 3 4 5], b, row, column) }
+                unsafe { with_rows!(__m256, Numbers, 6, [1 2 3 4 5], b, row, column) }
             }
         }
     }
 
     #[target_feature(enable = "avx2,fma")]
-    unsafe fn pack_avx2(source: PackSource, group: usize, to: *mut f32) {
+    unsafe fn pack_avx2<const GROUP: usize>(source: PackSource, to: *mut f32) {
         // SAFETY: the caller's promise.
-        unsafe { super::pack::<__m256, 8>(source, group, to) }
+        unsafe { super::pack::<__m256, 8>(source, GROUP, to) }
     }
 
     // SAFETY of all of the below: whoever calls has the instructions, and hands over valid pointers.

@@ -3,7 +3,10 @@
 //! An element of a result is summed over k in one order, which depends on k alone: neither the number of threads nor
 //! the other rows of a batch show in a bit of it.
 
+pub mod bf16;
 mod micro;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 
 use std::cell::Cell;
 use std::marker::PhantomData;
@@ -12,7 +15,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::buffer::Buffer;
-use micro::{Base, Loops, PackSource, ProductBlock, loops};
+use micro::{Base, Loops, PackSource, ProductBlock};
 
 /// A matrix in memory: element (i, j) stands at `i · row_stride + j · column_stride`.
 #[derive(Clone, Copy)]
@@ -127,8 +130,23 @@ pub enum Write {
     Add,
 }
 
-/// Numbers of k that are summed in registers: the packed operands of so many stay in the cache.
-const DEPTH: usize = 768;
+/// What the factors of products are rounded to; the products themselves are added up in f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Factors {
+    F32,
+    /// To the nearest number of eight binary digits, of two equally near ones the even one.
+    Bf16,
+}
+
+impl Factors {
+    /// The fastest loops that this processor runs.
+    fn loops(self) -> Loops {
+        match self {
+            Self::F32 => micro::loops(),
+            Self::Bf16 => bf16::loops(),
+        }
+    }
+}
 
 /// Rows that a task packs and works on, or a few less.
 const HEIGHT: usize = 128;
@@ -140,13 +158,13 @@ const WORTH_A_TASK: usize = 1 << 20;
 const SLACK: usize = 16;
 
 /// `dst = scale · lhs · rhs`, or `dst += …`, in this thread.
-pub fn product(dst: MatrixMut, write: Write, scale: f32, lhs: Matrix, rhs: Matrix) {
-    PackedMatrix::here(rhs).product(dst, write, scale, None, lhs);
+pub fn product(dst: MatrixMut, write: Write, scale: f32, lhs: Matrix, rhs: Matrix, factors: Factors) {
+    PackedMatrix::here(rhs, factors).product(dst, write, scale, None, lhs);
 }
 
 /// `dst = lhs · rhs`, or `dst += …`, on all threads.
-pub fn parallel_product(dst: MatrixMut, write: Write, lhs: Matrix, rhs: Matrix) {
-    PackedMatrix::new(rhs).parallel_product(dst, write, None, lhs);
+pub fn parallel_product(dst: MatrixMut, write: Write, lhs: Matrix, rhs: Matrix, factors: Factors) {
+    PackedMatrix::new(rhs, factors).parallel_product(dst, write, None, lhs);
 }
 
 /// The right operand of products, in the order in which they read it.
@@ -159,9 +177,9 @@ pub struct PackedMatrix {
 }
 
 impl PackedMatrix {
-    /// Packs (k, columns) on all threads.
-    pub fn new(rhs: Matrix) -> Self {
-        let mut packed = Self::empty(rhs, loops());
+    /// Packs (k, columns) on all threads. The left operands are rounded to the same.
+    pub fn new(rhs: Matrix, factors: Factors) -> Self {
+        let mut packed = Self::empty(rhs, factors.loops());
         let start = Shared::new(&mut packed.numbers);
         let pieces = if packed.numbers.len() < WORTH_A_TASK / 16 { 1 } else { rayon::current_num_threads() };
         each(pieces, |i| packed.pack(rhs, share(rhs.columns, pieces, i, packed.loops.columns), start));
@@ -169,8 +187,8 @@ impl PackedMatrix {
     }
 
     /// Packs (k, columns) in this thread.
-    pub fn here(rhs: Matrix) -> Self {
-        Self::with(rhs, loops())
+    pub fn here(rhs: Matrix, factors: Factors) -> Self {
+        Self::with(rhs, factors.loops())
     }
 
     fn with(rhs: Matrix, loops: Loops) -> Self {
@@ -183,14 +201,15 @@ impl PackedMatrix {
     fn empty(rhs: Matrix, loops: Loops) -> Self {
         // the rows of an operand may be the same numbers over and over, so they may be any number
         let length = rhs.columns.checked_next_multiple_of(loops.columns);
-        let length = length.and_then(|columns| columns.checked_mul(rhs.rows));
+        let length = length.and_then(|columns| columns.checked_mul(loops.elements(rhs.rows)));
         let numbers = Buffer::any(length.expect("an operand that can be packed"));
         Self { loops, k: rhs.rows, columns: rhs.columns, numbers }
     }
 
     /// Where the panels of a part of k begin that hold the columns from `column` on.
     fn place(&self, depth: &Range<usize>, column: usize) -> usize {
-        depth.start * self.columns.next_multiple_of(self.loops.columns) + column * depth.len()
+        let before = self.loops.elements(depth.start) * self.columns.next_multiple_of(self.loops.columns);
+        before + column * self.loops.elements(depth.len())
     }
 
     /// Packs whole panels.
@@ -199,13 +218,13 @@ impl PackedMatrix {
             return; // nothing to read
         }
         let rhs = rhs.columns(columns.clone());
-        for depth in depths(self.k) {
+        for depth in self.depths() {
             let source = rhs.rows(depth.clone()).transposed().source();
             // SAFETY: the view lies inside its slice; from this place on there is room for the panels, which no other
             // task packs.
             unsafe {
                 let to = start.get().add(self.place(&depth, columns.start));
-                (self.loops.pack)(source, self.loops.columns, to);
+                (self.loops.pack_columns)(source, to);
             }
         }
     }
@@ -253,11 +272,12 @@ impl PackedMatrix {
             return;
         }
         let lhs = lhs.rows(rows.clone());
-        let deepest = depths(self.k).map(|depth| depth.len()).max().unwrap_or(0);
+        let deepest = self.depths().map(|depth| self.loops.elements(depth.len())).max().unwrap_or(0);
         let kept = LHS.take();
         let room = rows.len().next_multiple_of(self.loops.rows) * deepest + SLACK;
         let mut packed = kept.filter(|kept| kept.len() >= room).unwrap_or_else(|| Buffer::any(room));
-        for depth in depths(self.k) {
+        for depth in self.depths() {
+            let k = self.loops.elements(depth.len());
             let base = match (bias, write) {
                 (Some(bias), _) if depth.start == 0 => Base::Row(bias[columns.start..].as_ptr()),
                 (None, Write::Replace) if depth.start == 0 => Base::Zero,
@@ -268,15 +288,15 @@ impl PackedMatrix {
             unsafe {
                 if !depth.is_empty() {
                     let source = lhs.columns(depth.clone()).source();
-                    (self.loops.pack)(source, self.loops.rows, packed.as_mut_ptr());
+                    (self.loops.pack_rows)(source, packed.as_mut_ptr());
                 }
                 (self.loops.block)(&ProductBlock {
                     lhs: packed.as_ptr(),
                     rhs: self.numbers[self.place(&depth, columns.start)..].as_ptr(),
-                    panel: depth.len() * self.loops.columns,
+                    panel: k * self.loops.columns,
                     rows: rows.len(),
                     columns: columns.len(),
-                    k: depth.len(),
+                    k,
                     result: dst.data.get().add(rows.start * dst.row_stride + columns.start),
                     stride: dst.row_stride,
                     base,
@@ -285,6 +305,13 @@ impl PackedMatrix {
             }
         }
         LHS.set(Some(packed));
+    }
+
+    /// The parts of k that are summed in registers, at least one.
+    fn depths(&self) -> impl Iterator<Item = Range<usize>> + use<> {
+        let (k, unit) = (self.k, self.loops.k_unit);
+        let parts = k.div_ceil(self.loops.depth).max(1);
+        (0..parts).map(move |i| share(k, parts, i, unit))
     }
 
     /// Into how many blocks a result is cut, down and across, so that threads are done at the same time.
@@ -307,20 +334,14 @@ impl PackedMatrix {
     }
 }
 
-/// The parts of k that are summed in registers, at least one.
-fn depths(k: usize) -> impl Iterator<Item = Range<usize>> {
-    let parts = k.div_ceil(DEPTH).max(1);
-    (0..parts).map(move |i| share(k, parts, i, 1))
-}
-
 thread_local! {
     /// The packed left operand of the block that this thread works on.
     static LHS: Cell<Option<Buffer>> = const { Cell::new(None) };
 }
 
 /// Works on blocks of rows on all threads; a block is large enough for products, small enough for the cache.
-pub fn row_blocks(rows: usize, work: impl Fn(Range<usize>) + Sync) {
-    let unit = loops().rows;
+pub fn row_blocks(rows: usize, factors: Factors, work: impl Fn(Range<usize>) + Sync) {
+    let unit = factors.loops().rows;
     let threads = rayon::current_num_threads();
     let blocks = rows.div_ceil(HEIGHT).next_multiple_of(threads).min(rows.div_ceil(unit)).max(1);
     each(blocks, |i| {
@@ -392,8 +413,9 @@ mod tests {
 
     #[test]
     fn the_number_of_threads_shows_in_no_bit() {
-        for (m, n, k) in
-            [(522, 384, 384), (100, 1536, 384), (522, 384, 1536), (384, 1536, 522), (33, 800, 1000)]
+        let sizes = [(522, 384, 384), (100, 1536, 384), (522, 384, 1536), (384, 1536, 522), (33, 800, 1000)];
+        for ((m, n, k), factors) in
+            sizes.into_iter().flat_map(|size| [(size, Factors::F32), (size, Factors::Bf16)])
         {
             let value = |i: usize| ((i * 7919) % 1009) as f32 / 500.0 - 1.0;
             let (a, b): (Vec<f32>, Vec<f32>) =
@@ -405,13 +427,17 @@ mod tests {
                 let rhs =
                     if transposed { Matrix::new(&b, k, n, n) } else { Matrix::new(&b, n, k, k).transposed() };
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-                pool.install(|| parallel_product(MatrixMut::new(&mut c, m, n, n), Write::Replace, lhs, rhs));
+                let dst = MatrixMut::new(&mut c, m, n, n);
+                pool.install(|| parallel_product(dst, Write::Replace, lhs, rhs, factors));
                 c
             };
             for transposed in [false, true] {
                 let one = with(1, transposed);
                 for threads in [2, 3, 5, 8, 16] {
-                    assert!(one == with(threads, transposed), "{m}×{n}×{k} on {threads} threads");
+                    assert!(
+                        one == with(threads, transposed),
+                        "{m}×{n}×{k} on {threads} threads: {factors:?}"
+                    );
                 }
             }
         }
@@ -420,46 +446,106 @@ mod tests {
     #[test]
     fn every_element_is_the_sum_of_its_products() {
         let value = |i: usize| ((i * 7919) % 101) as f32 / 50.0 - 1.0;
-        for loops in micro::all() {
-            for (m, n, k) in [(1, 1, 1), (3, 5, 2), (14, 32, 16), (29, 70, 65), (45, 17, 1100), (2, 3, 0)] {
-                // each operand as it is, as a part of a wider matrix, and transposed
-                for (a_wide, b_wide, transposed) in [(0, 0, false), (3, 1, false), (0, 0, true), (1, 2, true)]
-                {
-                    let (a, b): (Vec<f32>, Vec<f32>) = (
-                        (0..(m + a_wide) * (k + a_wide)).map(value).collect(),
-                        (0..(n + b_wide) * (k + b_wide)).map(|i| value(i + 5)).collect(),
-                    );
-                    let (lhs, rhs) = if transposed {
-                        let lhs = Matrix::new(&a, k, m, m + a_wide).transposed();
-                        (lhs, Matrix::new(&b, n, k, k + b_wide).transposed())
-                    } else {
-                        (Matrix::new(&a, m, k, k + a_wide), Matrix::new(&b, k, n, n + b_wide))
-                    };
-                    let bias: Vec<f32> = (0..n).map(|i| value(i + 9)).collect();
-                    let packed = PackedMatrix::with(rhs, loops);
-                    let mut c = vec![7.0; m * (n + 2)];
-                    let dst = MatrixMut::new(&mut c, m, n, n + 2);
-                    packed.product(dst, Write::Replace, 1.0, Some(&bias), lhs);
-                    let dst = MatrixMut::new(&mut c, m, n, n + 2);
-                    packed.product(dst, Write::Add, 0.5, None, lhs);
-                    for i in 0..m {
-                        for j in 0..n {
-                            let at =
-                                |x: Matrix, i, j| f64::from(x.data[i * x.row_stride + j * x.column_stride]);
-                            let sum: f64 = (0..k).map(|p| at(lhs, i, p) * at(rhs, p, j)).sum();
-                            let exact = 1.5 * sum + f64::from(bias[j]);
-                            let found = f64::from(c[i * (n + 2) + j]);
-                            assert!(
-                                (found - exact).abs() < 1e-3,
-                                "{m}×{n}×{k} at {i}, {j}: {found}, {exact}"
-                            );
-                        }
-                        assert_eq!(
-                            c[i * (n + 2) + n..][..2],
-                            [7.0; 2],
-                            "what stands beside the result stays"
+        let whole = |x: f32| x;
+        micro::all().into_iter().for_each(|loops| check_sums("f32", loops, value, whole));
+    }
+
+    #[test]
+    fn every_element_in_bf16_is_the_sum_of_the_rounded_numbers_products() {
+        // between two numbers of bf16, in their middle, and on them
+        let value = |i: usize| ((i * 7919) % 1021) as f32 / 512.0 - 1.0;
+        let rounded = |x: f32| half::bf16::from_f32(x).to_f32();
+        for (name, loops) in bf16::all() {
+            check_sums(name, loops, value, rounded);
+        }
+    }
+
+    #[test]
+    fn in_bf16_what_is_no_number_is_none_in_its_row_and_column_alone() {
+        let (m, n, k) = (35, 40, 37);
+        for (name, loops) in bf16::all() {
+            let (mut a, mut b) = (vec![1.0; m * k], vec![1.0; k * n]);
+            (a[3 * k + 36], b[36 * n + 5]) = (f32::NAN, f32::from_bits(0x7fff_ffff));
+            (a[20 * k], b[9]) = (f32::INFINITY, f32::NEG_INFINITY);
+            let mut c = vec![0.0; m * n];
+            let packed = PackedMatrix::with(Matrix::new(&b, k, n, n), loops);
+            let (dst, lhs) = (MatrixMut::new(&mut c, m, n, n), Matrix::new(&a, m, k, k));
+            packed.product(dst, Write::Replace, 1.0, None, lhs);
+            for (at, &x) in c.iter().enumerate() {
+                let (i, j) = (at / n, at % n);
+                let right = match (i, j) {
+                    (3, _) | (_, 5) => x.is_nan(),
+                    (20, 9) => x == f32::NEG_INFINITY,
+                    (20, _) => x == f32::INFINITY,
+                    (_, 9) => x == f32::NEG_INFINITY,
+                    _ => x == k as f32,
+                };
+                assert!(right, "{name}: {x} at {i}, {j}");
+            }
+        }
+    }
+
+    /// The forms that compute pair by pair give the same bits: the plain one is what the others are held against.
+    #[test]
+    fn forms_of_bf16_agree_to_the_bit_where_they_add_in_one_order() {
+        let value = |i: usize| ((i * 7919) % 1021) as f32 / 512.0 - 1.0;
+        let (m, n, k) = (29, 70, 130);
+        let (a, b): (Vec<f32>, Vec<f32>) =
+            ((0..m * k).map(value).collect(), (0..k * n).map(|i| value(i + 5)).collect());
+        let of = |loops| {
+            let mut c = vec![0.0f32; m * n];
+            let packed = PackedMatrix::with(Matrix::new(&b, k, n, n), loops);
+            let (dst, lhs) = (MatrixMut::new(&mut c, m, n, n), Matrix::new(&a, m, k, k));
+            packed.product(dst, Write::Replace, 1.0, None, lhs);
+            c
+        };
+        let all = bf16::all();
+        let plain = of(all[0].1);
+        for (name, loops) in all.into_iter().filter(|(name, _)| *name != bf16::Unit::Amx.name()) {
+            assert!(of(loops) == plain, "{name}");
+        }
+    }
+
+    fn check_sums(
+        name: &str,
+        loops: Loops,
+        value: impl Fn(usize) -> f32 + Copy,
+        factor: impl Fn(f32) -> f32 + Copy,
+    ) {
+        for (m, n, k) in [(1, 1, 1), (3, 5, 2), (14, 32, 16), (29, 70, 65), (45, 17, 1100), (2, 3, 0)] {
+            // each operand as it is, as a part of a wider matrix, and transposed
+            for (a_wide, b_wide, transposed) in [(0, 0, false), (3, 1, false), (0, 0, true), (1, 2, true)] {
+                let (a, b): (Vec<f32>, Vec<f32>) = (
+                    (0..(m + a_wide) * (k + a_wide)).map(value).collect(),
+                    (0..(n + b_wide) * (k + b_wide)).map(|i| value(i + 5)).collect(),
+                );
+                let (lhs, rhs) = if transposed {
+                    let lhs = Matrix::new(&a, k, m, m + a_wide).transposed();
+                    (lhs, Matrix::new(&b, n, k, k + b_wide).transposed())
+                } else {
+                    (Matrix::new(&a, m, k, k + a_wide), Matrix::new(&b, k, n, n + b_wide))
+                };
+                let bias: Vec<f32> = (0..n).map(|i| value(i + 9)).collect();
+                let packed = PackedMatrix::with(rhs, loops);
+                let mut c = vec![7.0; m * (n + 2)];
+                let dst = MatrixMut::new(&mut c, m, n, n + 2);
+                packed.product(dst, Write::Replace, 1.0, Some(&bias), lhs);
+                let dst = MatrixMut::new(&mut c, m, n, n + 2);
+                packed.product(dst, Write::Add, 0.5, None, lhs);
+                for i in 0..m {
+                    for j in 0..n {
+                        let at = |x: Matrix, i, j| {
+                            f64::from(factor(x.data[i * x.row_stride + j * x.column_stride]))
+                        };
+                        let sum: f64 = (0..k).map(|p| at(lhs, i, p) * at(rhs, p, j)).sum();
+                        let exact = 1.5 * sum + f64::from(bias[j]);
+                        let found = f64::from(c[i * (n + 2) + j]);
+                        assert!(
+                            (found - exact).abs() < 1e-3,
+                            "{name}: {m}×{n}×{k} at {i}, {j}: {found}, {exact}"
                         );
                     }
+                    assert_eq!(c[i * (n + 2) + n..][..2], [7.0; 2], "what stands beside the result stays");
                 }
             }
         }
