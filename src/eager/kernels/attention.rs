@@ -19,6 +19,7 @@ use relative::{Scratch, Terms, Turns};
 use super::buffer::Buffer;
 use super::dropout::{Mask, Row};
 use super::gemm::{Factors, Matrix, MatrixMut, Shared, Write, product, row_blocks};
+use super::kept::Kept;
 use super::linear::{Input, LinearMap};
 use super::{simd, wide};
 use crate::data::batch::Spans;
@@ -125,12 +126,12 @@ pub fn self_attention_of_parts(
     let mapped = how.mapped_parts(&x.numbers, map, turns.as_ref())?;
     let mut log_sums = Buffer::any(rows * how.heads);
     let y = how.forward(Columns::parts(&mapped, width), width, &mut log_sums, relative)?;
-    let kept = tape.keeps().then_some(mapped);
+    let kept = tape.keeps().then(|| Kept::of(mapped, how.factors));
     let learns = x.learns || map.learns() || relative.learns();
     let (how, x, map, relative) = (how.clone(), x.clone(), map.clone(), relative.clone());
     Ok(tape.push_with_result(y, width, learns, move |y, dy, flow| {
         let mapped = match kept {
-            Some(mapped) => mapped,
+            Some(kept) => kept.numbers(),
             None => how.mapped_parts(&x.numbers, &map, turns.as_ref())?,
         };
         let mut dmapped = Buffer::any(mapped.len());
@@ -161,12 +162,12 @@ pub fn self_attention(
     let mapped = how.mapped(&x.numbers, maps, turns.as_ref())?;
     let mut log_sums = Buffer::any(rows * how.heads);
     let y = how.forward(mapped.each_ref().map(|x| Columns::all(x, width)), width, &mut log_sums, relative)?;
-    let kept = tape.keeps().then_some(mapped);
+    let kept = tape.keeps().then(|| mapped.map(|x| Kept::of(x, how.factors)));
     let learns = x.learns || maps.iter().any(|map| map.learns()) || relative.learns();
     let (how, x, maps, relative) = (how.clone(), x.clone(), maps.map(LinearMap::clone), relative.clone());
     Ok(tape.push_with_result(y, width, learns, move |y, dy, flow| {
         let mapped = match kept {
-            Some(mapped) => mapped,
+            Some(kept) => kept.map(Kept::numbers),
             None => how.mapped(&x.numbers, maps.each_ref(), turns.as_ref())?,
         };
         let numbers = mapped.each_ref().map(|x| &x[..]);

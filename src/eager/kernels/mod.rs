@@ -14,6 +14,7 @@ pub mod dropout;
 pub mod embedding;
 pub mod gemm;
 pub mod gradient;
+pub mod kept;
 pub mod layer_norm;
 pub mod linear;
 #[cfg(test)]

@@ -10,6 +10,7 @@ use super::activation;
 use super::buffer::Buffer;
 use super::dropout::{self, Mask};
 use super::gemm::{Factors, Matrix, MatrixMut, PackedMatrix, Shared, Write, row_blocks};
+use super::kept::{Kept, Place};
 use super::layer_norm::{self, NormWeights};
 use super::linear::{Input, LinearMap, inner_values, inner_width};
 use super::{CHUNK, Weight, add_here, wide};
@@ -138,8 +139,8 @@ struct Work<'a> {
     /// The maps' packed weights and their biases.
     maps: Vec<(PackedMatrix, Option<Buffer>)>,
     /// A feed-forward branch's inner values: before the non-linearity, and behind it.
-    kept: Option<[Buffer; 2]>,
-    places: Option<[Shared; 2]>,
+    kept: Option<[Kept; 2]>,
+    places: Option<[Place; 2]>,
 }
 
 impl<'a> Work<'a> {
@@ -167,11 +168,11 @@ impl<'a> Work<'a> {
         let maps = maps.into_iter().map(|map| Ok((map.packed()?, map.bias()?))).collect::<Result<_>>()?;
         let mut kept = match branch {
             Branch::FeedForward { first, second, .. } if keeps => {
-                Some([first.output, second.input].map(|width| Buffer::any(rows * width)))
+                Some([first.output, second.input].map(|width| Kept::any(rows * width, first.factors)))
             }
             _ => None,
         };
-        let places = kept.as_mut().map(|kept| kept.each_mut().map(|buffer| Shared::new(buffer)));
+        let places = kept.as_mut().map(|kept| kept.each_mut().map(Kept::place));
         Ok(Self { branch, maps, kept, places })
     }
 
@@ -187,16 +188,17 @@ impl<'a> Work<'a> {
             }
             Branch::FeedForward { x, first, how, gated, second } => {
                 let (widths, mut own) = ([first.output, second.input], None);
-                let [z, y] = match self.places {
-                    Some([z, y]) => [(z, widths[0]), (y, widths[1])].map(|(place, width)| {
-                        // SAFETY: a block's rows are its own, and the buffers outlive the loop.
-                        unsafe { place.slice(rows.start * width, rows.len() * width) }
-                    }),
-                    None => own
-                        .insert(widths.map(|width| Buffer::any(rows.len() * width)))
+                let kept = self.places.and_then(|[z, y]| {
+                    // SAFETY: a block's rows are its own, and what is kept outlives the loop.
+                    let whole =
+                        |place: Place, width| unsafe { place.whole(rows.start * width, rows.len() * width) };
+                    Some([whole(z, widths[0])?, whole(y, widths[1])?])
+                });
+                let [z, y] = kept.unwrap_or_else(|| {
+                    own.insert(widths.map(|width| Buffer::any(rows.len() * width)))
                         .each_mut()
-                        .map(|buffer| &mut **buffer),
-                };
+                        .map(|buffer| &mut **buffer)
+                });
                 let [(weight, bias), (second_weight, second_bias)] = &self.maps[..] else { return };
                 first.block(weight, bias.as_deref(), z, &x.numbers, rows.clone());
                 match gated {
@@ -204,6 +206,11 @@ impl<'a> Work<'a> {
                     false => activation::forward(*how, y, z),
                 }
                 second.block(second_weight, second_bias.as_deref(), to, y, 0..rows.len());
+                for (place, (values, width)) in self.places.iter().flatten().zip([(z, widths[0]), (y, widths[1])])
+                {
+                    // SAFETY: as above.
+                    unsafe { place.keep(rows.start * width, values) };
+                }
             }
         }
     }
@@ -213,7 +220,7 @@ fn backward(
     branch: &Branch,
     mask: Option<Mask>,
     stream: &TapeValue,
-    kept: Option<[Buffer; 2]>,
+    kept: Option<[Kept; 2]>,
     dsum: Buffer,
     flow: &mut Flow,
 ) -> Result<()> {
@@ -237,7 +244,7 @@ fn backward(
         }
         Branch::FeedForward { x, first, how, gated, second } => {
             let [z, y] = match kept {
-                Some(kept) => kept,
+                Some(kept) => kept.map(Kept::numbers),
                 None => inner_values(x, first, *how, *gated)?,
             };
             let weights = [first.packed_backward()?, second.packed_backward()?];

@@ -362,21 +362,21 @@ fn each(tasks: usize, work: impl Fn(usize) + Sync) {
 
 /// A pointer that tasks share to write to places of their own.
 #[derive(Clone, Copy)]
-pub struct Shared(*mut f32);
+pub struct Shared<T = f32>(*mut T);
 
 // SAFETY: whoever dereferences it keeps tasks apart.
-unsafe impl Send for Shared {}
+unsafe impl<T: Send> Send for Shared<T> {}
 // SAFETY: as above.
-unsafe impl Sync for Shared {}
+unsafe impl<T: Send> Sync for Shared<T> {}
 
-impl Shared {
+impl<T: Copy> Shared<T> {
     /// Shares what `data` points to.
-    pub fn new(data: &mut [f32]) -> Self {
+    pub fn new(data: &mut [T]) -> Self {
         Self(data.as_mut_ptr())
     }
 
     /// The pointer. Through this method closures capture the whole, which is `Sync`.
-    pub fn get(self) -> *mut f32 {
+    pub fn get(self) -> *mut T {
         self.0
     }
 
@@ -384,7 +384,7 @@ impl Shared {
     ///
     /// # Safety
     /// They lie inside the shared slice, which outlives the result, and no other task touches them.
-    pub unsafe fn slice<'a>(self, offset: usize, length: usize) -> &'a mut [f32] {
+    pub unsafe fn slice<'a>(self, offset: usize, length: usize) -> &'a mut [T] {
         // SAFETY: the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.0.add(offset), length) }
     }
@@ -414,9 +414,8 @@ mod tests {
     #[test]
     fn the_number_of_threads_shows_in_no_bit() {
         let sizes = [(522, 384, 384), (100, 1536, 384), (522, 384, 1536), (384, 1536, 522), (33, 800, 1000)];
-        for ((m, n, k), factors) in
-            sizes.into_iter().flat_map(|size| [(size, Factors::F32), (size, Factors::Bf16)])
-        {
+        let all = sizes.map(|size| (size, Factors::F32)).into_iter();
+        for ((m, n, k), factors) in all.chain([((200, 96, 900), Factors::Bf16)]) {
             let value = |i: usize| ((i * 7919) % 1009) as f32 / 500.0 - 1.0;
             let (a, b): (Vec<f32>, Vec<f32>) =
                 ((0..m * k).map(value).collect(), (0..n * k).map(value).collect());
