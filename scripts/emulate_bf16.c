@@ -4,10 +4,10 @@
 //     cc -O2 -shared -fPIC -o emulate_bf16.so scripts/emulate_bf16.c
 //     LD_PRELOAD=$PWD/emulate_bf16.so EMULATE_BF16_COUNT=1 PROGRAM
 //
-// What a processor lacks raises SIGILL; the handler performs it on the interrupted registers and steps over it. What the processor
-// has never comes here. A mistake that faults on hardware (a wrong configuration, shapes that do not fit) is told and aborts. The
-// accelerator's permission (arch_prctl) is granted here, and tiles without it abort. EMULATE_BF16_COUNT=1 prints, at the
-// end, how often each instruction was emulated.
+// What a processor lacks raises SIGILL; the handler performs it on the interrupted registers and steps over it. What the
+// processor has never comes here. A mistake that faults on hardware (a wrong configuration, shapes that do not fit, tiles without
+// the system's permission) is told, and aborts; the permission itself (arch_prctl) is granted here where the system has no
+// tiles. EMULATE_BF16_COUNT=1 prints, at the end, how often each instruction was emulated.
 #define _GNU_SOURCE
 #include <cpuid.h>
 #include <errno.h>
@@ -290,10 +290,10 @@ static const uint8_t *perform_tiles(const ucontext_t *context, const uint8_t *co
 
     struct memory operand = {.end = code + 5};
     if (!is_register) operand = decode_memory(context, code + 4, x, b, 1);
-    uint8_t *whole = (uint8_t *)(operand.address + operand.index);
+    uint8_t *memory = (uint8_t *)(operand.address + operand.index);
     switch (which) {
-    case LDTILECFG: load_configuration(whole); break;
-    case STTILECFG: store_configuration(whole); break;
+    case LDTILECFG: load_configuration(memory); break;
+    case STTILECFG: store_configuration(memory); break;
     case TILERELEASE: tiles = (struct tiles){0}; break;
     case TILEZERO:
         check_tile(which, reg);
