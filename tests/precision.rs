@@ -3,6 +3,8 @@
 
 mod common;
 
+use std::sync::Arc;
+
 use candle_core::{DType, Device};
 use common::{gradient, json, models, records_file, relative, tk};
 use tk::checkpoint::Weights;
@@ -51,13 +53,14 @@ impl Tiny {
         Self { config, task, params, examples }
     }
 
-    /// The losses of `steps` steps on all the records at once.
-    fn train(&self, settings: &Settings, steps: usize, kernels: Kernels) -> Vec<f64> {
+    /// The losses of `steps` steps on all the records, so many of them at once.
+    fn train(&self, settings: &Settings, steps: usize, kernels: Kernels, at_once: usize) -> Vec<f64> {
         let (family, task) = (&self.config.family, &self.task);
         let trainer = Trainer::new(settings, family, task, &self.params, &Device::Cpu, steps);
         let mut trainer = trainer.and_then(|trainer| trainer.with_kernels(kernels)).unwrap();
         let examples: Vec<&Example> = self.examples.iter().collect();
-        (0..steps).map(|_| trainer.step(std::slice::from_ref(&examples)).unwrap().loss).collect()
+        let micro_batches: Vec<Vec<&Example>> = examples.chunks(at_once).map(<[_]>::to_vec).collect();
+        (0..steps).map(|_| trainer.step(&micro_batches).unwrap().loss).collect()
     }
 }
 
@@ -74,8 +77,9 @@ fn settings(precision: TrainingPrecision, learning_rate: f64) -> Settings {
 
 #[test]
 fn losses_in_bf16_follow_those_in_fp32() {
-    for kernels in [Kernels::Fused, Kernels::Composite] {
-        let losses = |precision| Tiny::load().train(&settings(precision, 1e-3), 30, kernels);
+    // weights that are packed for several passes are packed anew for the next step
+    for (kernels, at_once) in [(Kernels::Fused, 100), (Kernels::Fused, 3), (Kernels::Composite, 100)] {
+        let losses = |precision| Tiny::load().train(&settings(precision, 1e-3), 30, kernels, at_once);
         let (fp32, bf16) = (losses(TrainingPrecision::Fp32), losses(TrainingPrecision::Bf16));
         assert!(fp32[29] < 0.7 * fp32[0], "the test needs a run that learns: {fp32:?}");
         let worst = fp32.iter().zip(&bf16).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
@@ -86,7 +90,7 @@ fn losses_in_bf16_follow_those_in_fp32() {
 
 #[test]
 fn auto_takes_what_the_machine_has() {
-    let losses = |precision| Tiny::load().train(&settings(precision, 1e-3), 3, Kernels::Fused);
+    let losses = |precision| Tiny::load().train(&settings(precision, 1e-3), 3, Kernels::Fused, 100);
     let taken = match bf16::unit() {
         Some(_) => TrainingPrecision::Bf16,
         None => TrainingPrecision::Fp32,
@@ -128,6 +132,27 @@ fn every_gradient_in_bf16_is_near_that_in_fp32() {
 }
 
 #[test]
+fn weights_that_are_packed_once_are_those_that_are_packed_for_each_pass() {
+    let tiny = Tiny::load();
+    let examples: Vec<&Example> = tiny.examples.iter().collect();
+    let batch = PackedBatch::new(examples.iter().map(|example| &example.encoding));
+    let weights = Arc::default();
+    let gradients = |packed: bool| -> Vec<Vec<f32>> {
+        let eager = Eager::new(&tiny.params, &batch, &Device::Cpu, Mode::Training { key: 3 });
+        let eager = eager.with_dtype(DType::BF16);
+        let eager = if packed { eager.with_packed(&weights) } else { eager };
+        let outputs = tiny.task.define(&eager, &tiny.config.family).unwrap();
+        let loss = tiny.task.loss(&eager, outputs, &examples, 0.0, &[1.0]).unwrap().remove(0);
+        loss.backward().unwrap();
+        let all = tiny.params.trainable().map(|own| own.gradient.lock().dense().unwrap()).collect();
+        tiny.params.trainable().for_each(|own| own.gradient.lock().clear());
+        all
+    };
+    let plain = gradients(false);
+    assert!(gradients(true) == plain && gradients(true) == plain);
+}
+
+#[test]
 fn updates_that_bf16_could_not_hold_are_kept() {
     [Kernels::Fused, Kernels::Composite].into_iter().for_each(updates_are_kept);
 }
@@ -137,7 +162,7 @@ fn updates_are_kept(kernels: Kernels) {
     let run = |precision| {
         let tiny = Tiny::load();
         let before = tiny.params.values().unwrap().concat();
-        tiny.train(&settings(precision, rate), steps, kernels);
+        tiny.train(&settings(precision, rate), steps, kernels, 100);
         for (param, var) in tiny.params.iter() {
             assert_eq!(var.dtype(), DType::F32, "{}", param.name);
         }

@@ -788,16 +788,17 @@ fn ten_steps_in_bf16_stay_near_those_of_pytorch_in_fp32() {
             Trainer::new(&settings, &r.config.family, &r.task, &r.params, &Device::Cpu, losses.len())
                 .and_then(|trainer| trainer.with_kernels(Kernels::Fused))
                 .unwrap();
-        let mut worst = 0.0f32;
+        let mut worst = [0.0f32; 2];
         for step in 0..losses.len() {
             let batch: Vec<&Example> =
                 (0..4).map(|j| &r.examples[(4 * step + j) % r.examples.len()]).collect();
             let did = trainer.step(&[batch]).unwrap();
             let off = (did.loss as f32 - losses[step]).abs() / losses[step].max(1.0);
             let off_norm = (did.grad_norm as f32 / norms[step] - 1.0).abs();
-            println!("{name} step {step}: {off} {off_norm}");
-            worst = worst.max(off);
+            worst = [worst[0].max(off), worst[1].max(off_norm)];
         }
-        assert!(worst > 1e-6, "{name}: nothing was computed in bf16");
+        // the worst are ModernBERT's losses by 0.015 and ELECTRA's norms by 0.022
+        assert!(worst[0] <= 0.03 && worst[1] <= 0.04, "{name}: {worst:?}");
+        assert!(worst[0] > 1e-6, "{name}: nothing was computed in bf16");
     }
 }

@@ -26,7 +26,7 @@ use crate::model::ops::{Activation, Attend, Distances, Ids, Linear, Norm, Ops, P
 use kernels::attention::{Attention, ByDistance, Queries, Relative};
 use kernels::dropout::{Mask, mix};
 use kernels::gemm::Factors;
-use kernels::linear::LinearMap;
+use kernels::linear::{LinearMap, PackedWeights};
 use kernels::residual::{Branch, residual_norm};
 use kernels::{activation, attention, dropout, embedding, layer_norm, linear, pooling, scale, split, wide};
 use tape::{Tape, TapeValue};
@@ -56,6 +56,7 @@ pub struct Eager<'a> {
     /// Dropout sites met so far: each has a mask of its own.
     sites: Cell<u64>,
     taps: Option<RefCell<Vec<(String, Tensor)>>>,
+    packed: Option<Arc<PackedWeights>>,
 }
 
 impl<'a> Eager<'a> {
@@ -73,6 +74,7 @@ impl<'a> Eager<'a> {
             mode,
             sites: Cell::new(0),
             taps: None,
+            packed: None,
         }
     }
 
@@ -93,6 +95,11 @@ impl<'a> Eager<'a> {
             Mode::Training { .. } => Self { tape: Arc::new(Tape::recomputing()), ..self },
             Mode::Evaluation => self,
         }
+    }
+
+    /// The same, which leaves the weights that it packs for the passes to come over weights that are still these.
+    pub fn with_packed(self, weights: &Arc<PackedWeights>) -> Self {
+        Self { packed: Some(weights.clone()), ..self }
     }
 
     /// The same, keeping what [`Ops::tap`] names.
@@ -198,7 +205,10 @@ impl Ops for Eager<'_> {
                 X::Tensor(y.with_context(|| map.weight.name)?)
             }
             X::Fused(x) => {
-                let second = LinearMap::new(&weight, bias.as_ref(), map.layout, self.factors())?;
+                let mut second = LinearMap::new(&weight, bias.as_ref(), map.layout, self.factors())?;
+                if let Some(weights) = &self.packed {
+                    second = second.packed_in(weights, &map.weight.name);
+                }
                 self.fused(Pending::Branch(match x.state() {
                     Pending::Activated { x, map: first, how, gated } => {
                         Branch::FeedForward { x, first, how, gated, second }

@@ -1,6 +1,7 @@
 //! One optimizer step: micro-batches of examples → changed parameters, and what there is to say about it.
 
 use std::borrow::Cow;
+use std::sync::Arc;
 
 use anyhow::Context;
 use candle_core::backprop::GradStore;
@@ -18,6 +19,7 @@ use crate::Result;
 use crate::data::batch::PackedBatch;
 use crate::eager::kernels::dropout::mix;
 use crate::eager::kernels::gradient::GradientRows;
+use crate::eager::kernels::linear::PackedWeights;
 use crate::eager::{Eager, Kernels, Mode, Params, X, tensors};
 use crate::model::Family;
 use crate::task::{Example, Task};
@@ -33,6 +35,8 @@ pub struct Trainer<'a> {
     kernels: Kernels,
     /// What interpreters compute in.
     dtype: DType,
+    /// Weights that are packed once for all passes of a step.
+    packed: Option<Arc<PackedWeights>>,
     pub optimizer: AdamW,
     /// Averages of the weights, where `--ema` asks for them.
     pub ema: Option<Ema>,
@@ -87,6 +91,7 @@ impl<'a> Trainer<'a> {
             device,
             kernels,
             dtype: settings.precision.dtype(device),
+            packed: None,
             optimizer,
             ema,
             rates,
@@ -130,6 +135,9 @@ impl<'a> Trainer<'a> {
             weights.iter_mut().zip(own).for_each(|(sum, own)| *sum += own);
         }
         self.world.sums(&mut weights)?;
+        // in fp32 they would be twice as large, and packing them is a smaller part of a pass
+        let again = drawn.len() > 1 || self.settings.checkpoint_activations || self.task.chunk().is_some();
+        self.packed = (again && self.dtype == DType::BF16).then(Arc::default);
         let mut losses = vec![0.0; weights.len()];
         for (key, examples) in &drawn {
             let examples: Vec<&Example> = examples.iter().map(Cow::as_ref).collect();
@@ -137,6 +145,7 @@ impl<'a> Trainer<'a> {
             losses.iter_mut().zip(own).for_each(|(loss, own)| *loss += own);
             tokens += examples.iter().map(|example| example.tokens()).sum::<usize>();
         }
+        self.packed = None; // the weights are about to change
         losses.push(tokens as f64);
         self.world.sums(&mut losses)?;
         let tokens = losses.pop().unwrap_or_default() as usize;
@@ -283,6 +292,10 @@ impl<'a> Trainer<'a> {
         let eager = Eager::new(self.params, batch, self.device, Mode::Training { key })
             .with_kernels(self.kernels)
             .with_dtype(self.dtype);
+        let eager = match &self.packed {
+            Some(weights) => eager.with_packed(weights),
+            None => eager,
+        };
         if self.settings.checkpoint_activations { eager.with_recomputation() } else { eager }
     }
 

@@ -13,7 +13,7 @@
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
-use super::gemm::{Factors, Matrix, MatrixMut, Write, parallel_product};
+use super::gemm::{Factors, Matrix, MatrixMut, PackedMatrix, Write, parallel_product};
 use super::{CHUNK, Gradient, Numbers, Weight, add_here, simd};
 
 /// Logits that are held at once (32 MiB), where that is more than one row. Each of a chunk's products reads the
@@ -151,11 +151,17 @@ impl Head<'_> {
             targets.iter().enumerate().filter_map(|(row, target)| Some((row, (*target)? as usize))).collect();
         let mut losses = vec![0.0; targets.len()];
         let mut dx = vec![0.0; if scale.is_some() { x.len() } else { 0 }];
-        if kept.is_empty() && scale.is_some() {
-            self.add_zeros();
+        if kept.is_empty() {
+            if scale.is_some() {
+                self.add_zeros();
+            }
+            return Ok((losses, dx));
         }
         let rows = rows_of_chunk(kept.len(), vocabulary, self.held);
         let mut buffers = [rows * vocabulary, rows * input, rows].map(|n| vec![0.0f32; n]);
+        // of all chunks
+        let forward = PackedMatrix::new(w.transposed(), self.factors);
+        let backward = scale.map(|_| PackedMatrix::new(w, self.factors));
         for kept in kept.chunks(rows) {
             let n = kept.len();
             let [logits, xs, of_rows] = &mut buffers;
@@ -165,7 +171,7 @@ impl Head<'_> {
             }
             let dst = MatrixMut::new(logits, n, vocabulary, vocabulary);
             let rows = Matrix::new(xs, n, input, input);
-            parallel_product(dst, Write::Replace, rows, w.transposed(), self.factors);
+            forward.parallel_product(dst, Write::Replace, None, rows);
             by_row(logits, vocabulary, &mut of_rows[..n], |i, logits| {
                 let target = kept[i].1;
                 if let Some(bias) = bias {
@@ -179,12 +185,12 @@ impl Head<'_> {
             for (&(row, _), &loss) in kept.iter().zip(&*of_rows) {
                 losses[row] = loss;
             }
-            if scale.is_some() {
+            if let Some(backward) = &backward {
                 self.add_gradients(logits, xs, n);
                 // x's copies have served, and their gradients are as large
                 let dst = MatrixMut::new(xs, n, input, input);
                 let dz = Matrix::new(logits, n, vocabulary, vocabulary);
-                parallel_product(dst, Write::Replace, dz, w, self.factors);
+                backward.parallel_product(dst, Write::Replace, None, dz);
                 for (i, &(row, _)) in kept.iter().enumerate() {
                     dx[row * input..][..input].copy_from_slice(&xs[i * input..][..input]);
                 }

@@ -140,7 +140,15 @@ mod tests {
     #[test]
     fn what_is_kept_is_the_nearest_bf16_of_every_kind_of_number() {
         let mut numbers: Vec<f32> = (0..70_000).map(|i| f32::from_bits(i as u32 * 61_357)).collect();
-        numbers.extend([0.0, -0.0, f32::INFINITY, f32::MAX, 1.003_906_2, 1.011_718_8, f32::from_bits(0x7fff_ffff)]);
+        numbers.extend([
+            0.0,
+            -0.0,
+            f32::INFINITY,
+            f32::MAX,
+            1.003_906_2,
+            1.011_718_8,
+            f32::from_bits(0x7fff_ffff),
+        ]);
         let kept = Kept::of(Buffer::of(&numbers), Factors::Bf16).numbers();
         assert_eq!(kept.len(), numbers.len());
         for (x, kept) in numbers.iter().zip(kept.iter()) {

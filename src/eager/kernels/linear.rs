@@ -1,7 +1,8 @@
 //! `y = x · Wᵀ + b` or `x · W + b`, with a non-linearity behind it or without; the backward pass gives dx, dW and db.
 
 use std::cell::OnceCell;
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, OnceLock};
 
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
@@ -112,11 +113,33 @@ pub(super) fn inner_values(
     Ok(values)
 }
 
+/// Weights that are packed once for all passes of a step. Weights must not change as long as it lives.
+#[derive(Default)]
+pub struct PackedWeights {
+    by_name: Mutex<BTreeMap<String, Arc<PackedWeight>>>,
+}
+
+/// One of them, for the forward pass and for the gradient of the input.
+#[derive(Default)]
+struct PackedWeight {
+    ways: [OnceLock<Arc<PackedMatrix>>; 2],
+}
+
+impl PackedWeights {
+    fn of(&self, name: &str) -> Arc<PackedWeight> {
+        // a panic elsewhere leaves a map that is whole
+        let mut by_name = self.by_name.lock().unwrap_or_else(|broken| broken.into_inner());
+        by_name.entry(name.to_owned()).or_default().clone()
+    }
+}
+
 /// A weight and a bias, applied to plain numbers.
 #[derive(Clone)]
 pub struct LinearMap {
     weight: Weight,
     bias: Option<Weight>,
+    /// Where the packed weight is kept; else it is packed for each use.
+    kept: Option<Arc<PackedWeight>>,
     layout: Layout,
     pub input: usize,
     pub output: usize,
@@ -149,7 +172,12 @@ impl LinearMap {
         {
             candle_core::bail!("a bias of {} for a map to {output} channels", bias.values.dims1()?);
         }
-        Ok(Self { weight: weight.clone(), bias: bias.cloned(), layout, input, output, factors })
+        Ok(Self { weight: weight.clone(), bias: bias.cloned(), kept: None, layout, input, output, factors })
+    }
+
+    /// The same, which keeps its packed weight under the parameter's name.
+    pub fn packed_in(self, weights: &PackedWeights, name: &str) -> Self {
+        Self { kept: Some(weights.of(name)), ..self }
     }
 
     /// The weight as a matrix (in, out), however it is stored.
@@ -184,13 +212,25 @@ impl LinearMap {
     }
 
     /// The weight, packed for the forward pass.
-    pub(super) fn packed(&self) -> Result<PackedMatrix> {
-        Ok(PackedMatrix::new(self.matrix(&Numbers::of(&self.weight.values)?), self.factors))
+    pub(super) fn packed(&self) -> Result<Arc<PackedMatrix>> {
+        self.packed_way(0)
     }
 
     /// The weight, packed for the gradient of the input.
-    pub(super) fn packed_backward(&self) -> Result<PackedMatrix> {
-        Ok(PackedMatrix::new(self.matrix(&Numbers::of(&self.weight.values)?).transposed(), self.factors))
+    pub(super) fn packed_backward(&self) -> Result<Arc<PackedMatrix>> {
+        self.packed_way(1)
+    }
+
+    fn packed_way(&self, way: usize) -> Result<Arc<PackedMatrix>> {
+        let kept = self.kept.as_ref().map(|kept| &kept.ways[way]);
+        if let Some(packed) = kept.and_then(OnceLock::get) {
+            return Ok(packed.clone());
+        }
+        let numbers = Numbers::of(&self.weight.values)?;
+        let matrix = self.matrix(&numbers);
+        let matrix = if way == 0 { matrix } else { matrix.transposed() };
+        let packed = Arc::new(PackedMatrix::new(matrix, self.factors));
+        Ok(kept.map_or(packed.clone(), |kept| kept.get_or_init(|| packed).clone()))
     }
 
     pub(super) fn bias(&self) -> Result<Option<Buffer>> {

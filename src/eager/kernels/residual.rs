@@ -137,7 +137,7 @@ fn compute(
 struct Work<'a> {
     branch: &'a Branch,
     /// The maps' packed weights and their biases.
-    maps: Vec<(PackedMatrix, Option<Buffer>)>,
+    maps: Vec<(Arc<PackedMatrix>, Option<Buffer>)>,
     /// A feed-forward branch's inner values: before the non-linearity, and behind it.
     kept: Option<[Kept; 2]>,
     places: Option<[Place; 2]>,
@@ -206,7 +206,8 @@ impl<'a> Work<'a> {
                     false => activation::forward(*how, y, z),
                 }
                 second.block(second_weight, second_bias.as_deref(), to, y, 0..rows.len());
-                for (place, (values, width)) in self.places.iter().flatten().zip([(z, widths[0]), (y, widths[1])])
+                for (place, (values, width)) in
+                    self.places.iter().flatten().zip([(z, widths[0]), (y, widths[1])])
                 {
                     // SAFETY: as above.
                     unsafe { place.keep(rows.start * width, values) };
