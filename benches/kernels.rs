@@ -1,6 +1,6 @@
 //! Each fused operation beside its composite of candle's primitives, and beside what this machine allows.
 //!
-//!     cargo bench --bench kernels -- [--tokens N] [--width C] [--repeat N]
+//!     cargo bench --bench kernels -- [--tokens N] [--width C] [--repeat N] [--bf16]
 //!
 //! The limit of a pass is the longer of two times. One is that of its FLOPs at the speed of a large product: two for
 //! every multiply-add of a matrix product, twice as many backward as forward. What stands between products is not
@@ -13,8 +13,14 @@
 //! AdamW the parameter, its gradient and two means that are read, and the three of them that are written. It can be
 //! faster than a copy, which also fetches what it overwrites.
 //!
+//! The first line holds large products against the peak of the unit that computes them. With `--bf16` it is that of bf16's
+//! products, which the fused operations have then; the composites stay in fp32.
+//!
 //! Medians; `gain` is composite over fused. Composites run as they do in training on the CPU: products on all
 //! threads, all else in one.
+
+#[path = "common/peak.rs"]
+mod peak;
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -23,11 +29,12 @@ use candle_core::{Device, Tensor, Var};
 use rayon::prelude::*;
 use tk::Result;
 use tk::data::batch::Spans;
+use tk::device::TrainingPrecision;
 use tk::eager::kernels::attention::{self, Attention, Queries, Relative};
 use tk::eager::kernels::buffer::Buffer;
 use tk::eager::kernels::cross_entropy::{self, linear_cross_entropy, linear_losses};
 use tk::eager::kernels::dropout::{self, Mask, mix};
-use tk::eager::kernels::gemm::{Matrix, MatrixMut, Write, parallel_product};
+use tk::eager::kernels::gemm::{Factors, Matrix, MatrixMut, Write, parallel_product};
 use tk::eager::kernels::gradient::Gradient;
 use tk::eager::kernels::layer_norm::{self, NormWeights};
 use tk::eager::kernels::linear::{self, LinearMap};
@@ -49,7 +56,7 @@ const FEW: usize = 3;
 fn main() -> Result<()> {
     // SAFETY: no other thread runs yet.
     unsafe { tk::process::prepare() };
-    let (mut tokens, mut width, mut repeat) = (4096, 384, 10);
+    let (mut tokens, mut width, mut repeat, mut factors) = (4096, 384, 10, Factors::F32);
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
         let option = match argument.as_str() {
@@ -57,7 +64,12 @@ fn main() -> Result<()> {
             "--tokens" => &mut tokens,
             "--width" => &mut width,
             "--repeat" => &mut repeat,
-            other => anyhow::bail!("{other}: expected --tokens, --width or --repeat"),
+            "--bf16" => {
+                TrainingPrecision::Bf16.check(&Device::Cpu)?;
+                factors = Factors::Bf16;
+                continue;
+            }
+            other => anyhow::bail!("{other}: expected --tokens, --width, --repeat or --bf16"),
         };
         *option = arguments.next().unwrap_or_default().parse()?;
     }
@@ -65,7 +77,7 @@ fn main() -> Result<()> {
     anyhow::ensure!(width > 0 && width % HEADS == 0, "--width is a multiple of {HEADS}, the heads");
     // the thread that waits for the pool would take a core of it
     rayon::scope(|_| {
-        let bench = Bench { tokens, width, repeat, speed: speed_of_products() };
+        let bench = Bench { tokens, width, repeat, factors, speed: speed_of_products(factors) };
         bench.head();
         bench.all()
     })
@@ -75,6 +87,8 @@ struct Bench {
     tokens: usize,
     width: usize,
     repeat: usize,
+    /// Of the fused operations' products; composites are in fp32.
+    factors: Factors,
     /// FLOPs in a second.
     speed: f64,
 }
@@ -98,6 +112,10 @@ struct Measured {
 }
 
 impl Bench {
+    fn map(&self, weight: &Weight, bias: &Weight) -> candle_core::Result<LinearMap> {
+        LinearMap::new(weight, Some(bias), Layout::OutIn, self.factors)
+    }
+
     fn all(&self) -> Result<()> {
         let (t, c, f) = (self.tokens, self.width, 4 * self.width);
         let mask = Mask::new(1, 0.1);
@@ -106,12 +124,12 @@ impl Bench {
         self.compare(
             operation("linear")?,
             |x, p| mapped(&x[0], &p[0], &p[1]),
-            |tape, x, p| linear::linear(tape, &x[0], &map(&p[0], &p[1])?),
+            |tape, x, p| linear::linear(tape, &x[0], &self.map(&p[0], &p[1])?),
         )?;
         self.compare(
             operation("linear, GELU")?,
             |x, p| activation::composite(&mapped(&x[0], &p[0], &p[1])?, Activation::Gelu),
-            |tape, x, p| linear::linear_activation(tape, &x[0], &map(&p[0], &p[1])?, Activation::Gelu),
+            |tape, x, p| linear::linear_activation(tape, &x[0], &self.map(&p[0], &p[1])?, Activation::Gelu),
         )?;
 
         let lengths = (0..t).step_by(SPAN).map(|start| SPAN.min(t - start));
@@ -138,7 +156,7 @@ impl Bench {
                 attention::composite(&of(0)?, &of(1)?, &of(2)?, &how, &Relative::Nothing)
             },
             |tape, x, p| {
-                let maps = [map(&p[0], &p[1])?, map(&p[2], &p[3])?, map(&p[4], &p[5])?];
+                let maps = [self.map(&p[0], &p[1])?, self.map(&p[2], &p[3])?, self.map(&p[4], &p[5])?];
                 attention::self_attention(tape, &x[0], maps.each_ref(), &how, &Relative::Nothing)
             },
         )?;
@@ -155,7 +173,7 @@ impl Bench {
                 residual::composite(&branch, Some(mask), &x[1], &p[2], Some(&p[3]), EPS.into())
             },
             |tape, x, p| {
-                let branch = Branch::Linear { x: x[0].clone(), map: map(&p[0], &p[1])? };
+                let branch = Branch::Linear { x: x[0].clone(), map: self.map(&p[0], &p[1])? };
                 Ok(residual_norm(tape, &branch, Some(mask), &x[1], &norm(&p[2], &p[3]))?.1)
             },
         )?;
@@ -172,7 +190,7 @@ impl Bench {
                 residual::composite(&branch, Some(mask), &x[0], &p[4], Some(&p[5]), EPS.into())
             },
             |tape, x, p| {
-                let (first, second) = (map(&p[0], &p[1])?, map(&p[2], &p[3])?);
+                let (first, second) = (self.map(&p[0], &p[1])?, self.map(&p[2], &p[3])?);
                 let branch = Branch::FeedForward {
                     x: x[0].clone(),
                     first,
@@ -264,8 +282,9 @@ impl Bench {
         let (numbers, slots) = (x.flatten_all()?.to_vec1::<f32>()?, parameters.each_ref().map(with_slot));
         let (w, b) = (&slots[0], Some(&slots[1]));
         let fused = passes(self.repeat, || {
-            let (losses, forward) = timed(|| linear_losses(&numbers, w, b, &targets, 0.0));
-            let (loss, both) = timed(|| linear_cross_entropy(&numbers, w, b, &targets, 0.0, 1.0));
+            let (losses, forward) = timed(|| linear_losses(&numbers, w, b, &targets, 0.0, self.factors));
+            let (loss, both) =
+                timed(|| linear_cross_entropy(&numbers, w, b, &targets, 0.0, 1.0, self.factors));
             losses?;
             loss?;
             slots.iter().for_each(forget);
@@ -322,8 +341,12 @@ impl Bench {
     }
 
     fn head(&self) {
+        let share = peak::peak(self.factors).map(|(unit, peak)| {
+            format!(" ({:.0} % of {unit}'s {:.0})", 100.0 * self.speed / peak, peak / 1e9)
+        });
+        let share = share.unwrap_or_default();
         println!(
-            "{} tokens, width {}, {} threads: products {:.0} GFLOP/s, copies {:.1} GB/s\n",
+            "{} tokens, width {}, {} threads: products {:.0} GFLOP/s{share}, copies {:.1} GB/s\n",
             self.tokens,
             self.width,
             rayon::current_num_threads(),
@@ -391,12 +414,13 @@ fn fastest(mut work: impl FnMut()) -> f64 {
 }
 
 /// The FLOPs in a second of a product whose matrices are too large for the caches.
-fn speed_of_products() -> f64 {
+fn speed_of_products(factors: Factors) -> f64 {
     let (m, n, k) = (4096, 1536, 1536);
     let (a, b, mut c) = (vec![0.5; m * k], vec![0.5; k * n], vec![0.0; m * n]);
     let seconds = fastest(|| {
         let dst = MatrixMut::new(&mut c, m, n, n);
-        parallel_product(dst, Write::Replace, Matrix::new(&a, m, k, k), Matrix::new(&b, k, n, n));
+        let (a, b) = (Matrix::new(&a, m, k, k), Matrix::new(&b, k, n, n));
+        parallel_product(dst, Write::Replace, a, b, factors);
     });
     2.0 * (m * n * k) as f64 / seconds
 }
@@ -445,10 +469,6 @@ fn forget(weight: &Weight) {
     if let Some(gradient) = &weight.gradient {
         gradient.lock().clear();
     }
-}
-
-fn map(weight: &Weight, bias: &Weight) -> candle_core::Result<LinearMap> {
-    LinearMap::new(weight, Some(bias), Layout::OutIn, Factors::F32)
 }
 
 /// What [`map`] computes, in candle's operations.

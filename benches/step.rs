@@ -2,7 +2,7 @@
 //! without.
 //!
 //!     cargo bench --bench step -- [--model minilm|base|distilbert|roberta|gpt2] [--lora RANK] [--repeat N] [--json]
-//!                                 [BATCHxLENGTH …]
+//!                                 [--precision fp32|bf16] [BATCHxLENGTH …]
 
 use std::time::Instant;
 
@@ -10,7 +10,8 @@ use candle_core::Device;
 use serde_json::json;
 use tk::Result;
 use tk::data::batch::Encoding;
-use tk::eager::kernels::gemm::{Matrix, MatrixMut, Write, parallel_product};
+use tk::device::TrainingPrecision;
+use tk::eager::kernels::gemm::{Factors, Matrix, MatrixMut, Write, parallel_product};
 use tk::eager::{Init, Params};
 use tk::model::ModelConfig;
 use tk::model::ops::{Param, Part, Role};
@@ -27,7 +28,7 @@ fn main() -> Result<()> {
     unsafe { tk::process::prepare() };
     let mut model = "minilm".to_owned();
     let (mut repeat, mut as_json, mut shapes) = (5, false, Vec::new());
-    let mut lora = LoraFlags::default();
+    let (mut lora, mut precision) = (LoraFlags::default(), TrainingPrecision::Fp32);
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
         match argument.as_str() {
@@ -35,6 +36,11 @@ fn main() -> Result<()> {
             "--json" => as_json = true,
             "--model" => model = arguments.next().unwrap_or_default(),
             "--lora" => lora.lora_rank = Some(arguments.next().unwrap_or_default().parse()?),
+            "--precision" => match arguments.next().as_deref() {
+                Some("fp32") => precision = TrainingPrecision::Fp32,
+                Some("bf16") => precision = TrainingPrecision::Bf16,
+                _ => anyhow::bail!("--precision: expected fp32 or bf16"),
+            },
             "--repeat" => repeat = arguments.next().unwrap_or_default().parse()?,
             shape => match shape.split_once('x') {
                 Some((batch, length)) => shapes.push((batch.parse()?, length.parse()?)),
@@ -50,17 +56,22 @@ fn main() -> Result<()> {
         });
     }
     // the thread that waits for the pool would take a core of it
-    rayon::scope(|_| shapes.iter().try_for_each(|&shape| report(&model, &lora, shape, repeat, as_json)))
+    precision.check(&Device::Cpu)?;
+    let settings = Settings { precision, ..Settings::default() };
+    rayon::scope(|_| {
+        shapes.iter().try_for_each(|&shape| report(&model, &lora, &settings, shape, repeat, as_json))
+    })
 }
 
 fn report(
     model: &str,
     lora: &LoraFlags,
+    settings: &Settings,
     (batch, length): (usize, usize),
     repeat: usize,
     as_json: bool,
 ) -> Result<()> {
-    let (step, products, peak) = measure(model, lora, batch, length, repeat)?;
+    let (step, products, peak) = measure(model, lora, settings, (batch, length), repeat)?;
     let tokens = (batch * length) as f64;
     if as_json {
         let line = json!({
@@ -84,8 +95,8 @@ fn report(
 fn measure(
     model: &str,
     lora: &LoraFlags,
-    batch: usize,
-    length: usize,
+    settings: &Settings,
+    (batch, length): (usize, usize),
     repeat: usize,
 ) -> Result<(f64, f64, u64)> {
     let mut config = ModelConfig::parse(&config(model)?)?;
@@ -103,7 +114,6 @@ fn measure(
     if lora.lora_rank.is_some() {
         params.freeze(|param| !matches!(param.part, Part::Adapter | Part::Labels));
     }
-    let settings = Settings::default();
     let examples: Vec<Example> = (0..batch)
         .map(|i| {
             // none is roberta's padding, 1, behind which it counts positions
@@ -119,12 +129,16 @@ fn measure(
         })
         .collect();
     let micro_batches: [Vec<&Example>; 1] = [examples.iter().collect()];
-    let mut trainer = Trainer::new(&settings, &config.family, &task, &params, &Device::Cpu, repeat + 2)?;
+    let mut trainer = Trainer::new(settings, &config.family, &task, &params, &Device::Cpu, repeat + 2)?;
     for _ in 0..2 {
         trainer.step(&micro_batches)?; // the first one allocates
     }
     let peak = peak_rss_bytes();
-    let mut products = Products::new(&manifest, batch, length);
+    let factors = match settings.precision {
+        TrainingPrecision::Bf16 => Factors::Bf16,
+        _ => Factors::F32,
+    };
+    let mut products = Products::new(&manifest, batch, length, factors);
     products.run();
     let (mut steps, mut bare) = (Vec::new(), Vec::new());
     for _ in 0..repeat {
@@ -148,10 +162,11 @@ struct Products {
     activations: [Vec<f32>; 3],
     /// As large as the largest matrix: W, and what is written.
     weights: [Vec<f32>; 2],
+    factors: Factors,
 }
 
 impl Products {
-    fn new(manifest: &[Param], batch: usize, length: usize) -> Self {
+    fn new(manifest: &[Param], batch: usize, length: usize, factors: Factors) -> Self {
         let classifies = manifest.iter().any(|param| param.part == Part::Head);
         let is_map = |param: &&Param| match param.role {
             Role::Matrix => param.part == Part::Body,
@@ -181,6 +196,7 @@ impl Products {
             activations: [(); 3].map(|()| vec![0.5; activation]),
             weights: [(); 2].map(|()| vec![0.5; weight]),
             shapes,
+            factors,
         }
     }
 
@@ -189,9 +205,11 @@ impl Products {
         for &[t, output, input] in &self.shapes {
             let (x, y) = (Matrix::new(x, t, input, input), Matrix::new(y, t, output, output));
             let w = Matrix::new(w, output, input, input);
-            parallel_product(MatrixMut::new(out, t, output, output), Write::Replace, x, w.transposed());
-            parallel_product(MatrixMut::new(out, t, input, input), Write::Replace, y, w);
-            parallel_product(MatrixMut::new(dw, output, input, input), Write::Replace, y.transposed(), x);
+            let factors = self.factors;
+            let product = |to, lhs, rhs| parallel_product(to, Write::Replace, lhs, rhs, factors);
+            product(MatrixMut::new(out, t, output, output), x, w.transposed());
+            product(MatrixMut::new(out, t, input, input), y, w);
+            product(MatrixMut::new(dw, output, input, input), y.transposed(), x);
         }
     }
 }
