@@ -2,7 +2,9 @@
 //! without.
 //!
 //!     cargo bench --bench step -- [--model minilm|base|distilbert|roberta|gpt2] [--lora RANK] [--repeat N] [--json]
-//!                                 [--precision fp32|bf16] [BATCHxLENGTH …]
+//!                                 [--precision fp32|bf16] [--device cpu|cuda|cuda:N] [BATCHxLENGTH …]
+//!
+//! The bare products are the CPU's; on a GPU there are none.
 
 use std::time::Instant;
 
@@ -28,6 +30,7 @@ fn main() -> Result<()> {
     unsafe { tk::process::prepare() };
     let mut model = "minilm".to_owned();
     let (mut repeat, mut as_json, mut shapes) = (5, false, Vec::new());
+    let mut device = "cpu".to_owned();
     let (mut lora, mut precision) = (LoraFlags::default(), TrainingPrecision::Fp32);
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
@@ -41,6 +44,7 @@ fn main() -> Result<()> {
                 Some("bf16") => precision = TrainingPrecision::Bf16,
                 _ => anyhow::bail!("--precision: expected fp32 or bf16"),
             },
+            "--device" => device = arguments.next().unwrap_or_default(),
             "--repeat" => repeat = arguments.next().unwrap_or_default().parse()?,
             shape => match shape.split_once('x') {
                 Some((batch, length)) => shapes.push((batch.parse()?, length.parse()?)),
@@ -56,22 +60,23 @@ fn main() -> Result<()> {
         });
     }
     // the thread that waits for the pool would take a core of it
-    precision.check(&Device::Cpu)?;
+    let device = tk::device::open(&device)?;
+    precision.check(&device)?;
     let settings = Settings { precision, ..Settings::default() };
     rayon::scope(|_| {
-        shapes.iter().try_for_each(|&shape| report(&model, &lora, &settings, shape, repeat, as_json))
+        shapes.iter().try_for_each(|&shape| report(&model, &lora, (&settings, &device), shape, repeat, as_json))
     })
 }
 
 fn report(
     model: &str,
     lora: &LoraFlags,
-    settings: &Settings,
+    how: (&Settings, &Device),
     (batch, length): (usize, usize),
     repeat: usize,
     as_json: bool,
 ) -> Result<()> {
-    let (step, products, peak) = measure(model, lora, settings, (batch, length), repeat)?;
+    let (step, products, peak) = measure(model, lora, how, (batch, length), repeat)?;
     let tokens = (batch * length) as f64;
     if as_json {
         let line = json!({
@@ -80,25 +85,28 @@ fn report(
         });
         println!("{line}");
     } else {
+        let products = products.map(|products| {
+            format!("  bare products {:8.1} ms  ratio {:.2}", 1e3 * products, step / products)
+        });
         println!(
-            "{model} {batch:>2} × {length:<3}  step {:8.1} ms  {:6.0} tokens/s  bare products {:8.1} ms  ratio {:.2}",
+            "{model} {batch:>2} × {length:<3}  step {:8.1} ms  {:6.0} tokens/s{}",
             1e3 * step,
             tokens / step,
-            1e3 * products,
-            step / products
+            products.unwrap_or_default()
         );
     }
     Ok(())
 }
 
-/// The median seconds of a step, and of the bare products of one that trains the whole model; the process's peak memory after two steps.
+/// The median seconds of a step, and of the bare products of one that trains the whole model; the process's peak memory
+/// after two steps.
 fn measure(
     model: &str,
     lora: &LoraFlags,
-    settings: &Settings,
+    (settings, device): (&Settings, &Device),
     (batch, length): (usize, usize),
     repeat: usize,
-) -> Result<(f64, f64, u64)> {
+) -> Result<(f64, Option<f64>, u64)> {
     let mut config = ModelConfig::parse(&config(model)?)?;
     let generates = config.family.class(CausalLm::HEAD).is_some();
     let task = match generates {
@@ -110,7 +118,7 @@ fn measure(
     };
     config.family = config.family.clone().adapted(lora.chosen(&config.family, task.head())?);
     let manifest = task.params(&config.family)?;
-    let mut params = Params::from_scratch(&manifest, Init { seed: 1, std: 0.02 }, &Device::Cpu)?;
+    let mut params = Params::from_scratch(&manifest, Init { seed: 1, std: 0.02 }, device)?;
     if lora.lora_rank.is_some() {
         params.freeze(|param| !matches!(param.part, Part::Adapter | Part::Labels));
     }
@@ -129,7 +137,7 @@ fn measure(
         })
         .collect();
     let micro_batches: [Vec<&Example>; 1] = [examples.iter().collect()];
-    let mut trainer = Trainer::new(settings, &config.family, &task, &params, &Device::Cpu, repeat + 2)?;
+    let mut trainer = Trainer::new(settings, &config.family, &task, &params, device, repeat + 2)?;
     for _ in 0..2 {
         trainer.step(&micro_batches)?; // the first one allocates
     }
@@ -138,18 +146,18 @@ fn measure(
         TrainingPrecision::Bf16 => Factors::Bf16,
         _ => Factors::F32,
     };
-    let mut products = Products::new(&manifest, batch, length, factors);
-    products.run();
+    let mut products = device.is_cpu().then(|| Products::new(&manifest, batch, length, factors));
+    products.iter_mut().for_each(Products::run);
     let (mut steps, mut bare) = (Vec::new(), Vec::new());
     for _ in 0..repeat {
         let started = Instant::now();
         trainer.step(&micro_batches)?;
         steps.push(started.elapsed().as_secs_f64());
         let started = Instant::now();
-        products.run();
+        products.iter_mut().for_each(Products::run);
         bare.push(started.elapsed().as_secs_f64());
     }
-    Ok((median(steps), median(bare), peak))
+    Ok((median(steps), products.map(|_| median(bare)), peak))
 }
 
 /// The products of a step: forward, the input's gradient and the weight's gradient of every linear map of the layers.

@@ -2,6 +2,8 @@
 
     gpu_check.py provider RESULT NAME             what `tk doctor --json` says of a provider; exit code 77 where it lacks
     gpu_check.py losses A B TOLERANCE             the training losses of two runs (`tk train --json`)
+    gpu_check.py steps A B                        steps of benches/step beside those of scripts/reference-step
+    gpu_check.py jobs A B                         `tk train --json` beside scripts/reference-training
     gpu_check.py parity RESULT RUNTIME...         `tk parity --json`: what is said of these runtimes
     gpu_check.py answers A B SAME TOLERANCE       labels and scores of two files of `tk serve-batch`: the share of equal labels
                                                   is at least SAME, and no score further away than TOLERANCE
@@ -42,6 +44,20 @@ def losses(a, b, tolerance):
     a, b = (read(path)["train_loss"] for path in (a, b))
     print(f"loss {a:.4f} and {b:.4f}")
     return abs(a - b) <= float(tolerance)
+
+
+def steps(a, b):
+    told = []
+    for ours, torch in zip(lines(a), lines(b), strict=True):
+        mine, theirs = (step["seconds"] for step in (ours, torch))
+        told.append(f"{ours['batch']}x{ours['length']} {1e3 * mine:.1f} ms, PyTorch's / tk's {theirs / mine:.2f}")
+    print("; ".join(told))
+
+
+def jobs(a, b):
+    ours, torch = read(a), read(b)
+    mine, theirs = (job["train_seconds"] for job in (ours, torch))
+    print(f"{mine:.1f} s, PyTorch's / tk's {theirs / mine:.2f}; loss {ours['train_loss']:.4f} and {torch['train_loss']:.4f}")
 
 
 def parity(result, *names):
@@ -108,7 +124,7 @@ def url(file):
     return bool(found)
 
 
-COMMANDS = {f.__name__: f for f in (provider, losses, parity, answers, texts, bench, prompts, url)}
+COMMANDS = {f.__name__: f for f in (provider, losses, steps, jobs, parity, answers, texts, bench, prompts, url)}
 
 if __name__ == "__main__":
     if len(sys.argv) < 3 or sys.argv[1] not in COMMANDS:
