@@ -51,13 +51,13 @@ impl TrainingPrecision {
         if self != Self::Auto {
             return (self, None);
         }
-        match Self::Bf16.check(device) {
-            Ok(()) => {
+        match why_not_bf16(device) {
+            None => {
                 let unit = gemm::bf16::unit().filter(|_| device.is_cpu());
                 let by = unit.map(|unit| format!(" by {}", unit.name())).unwrap_or_default();
                 (Self::Bf16, Some(format!("--precision auto: products in bf16{by}")))
             }
-            Err(error) => (Self::Fp32, Some(format!("--precision auto: fp32 ({error})"))),
+            Some(reason) => (Self::Fp32, Some(format!("--precision auto: fp32, for {reason}"))),
         }
     }
 
@@ -66,30 +66,34 @@ impl TrainingPrecision {
     /// # Errors
     /// It does not: a CPU without a unit for bf16, or a GPU (or kernels built for one) older than Ampere.
     pub fn check(self, device: &Device) -> Result<()> {
-        if self != Self::Bf16 {
-            return Ok(());
-        }
-        if device.is_cpu() {
-            if gemm::bf16::unit().is_none() {
-                bail_unusable!(
-                    "--precision bf16: this processor has neither AMX-BF16 nor AVX512-BF16 (or its system keeps them \
-                     back), and without one bf16 is slower than fp32; leave --precision out, take --precision auto, or \
-                     train on a GPU"
-                );
-            }
-            return Ok(());
-        }
-        let probe = || {
-            let ones = Tensor::ones((2, 2), DType::BF16, device)?;
-            (ones.matmul(&ones)? + &ones)?.to_dtype(DType::F32)?.sum_all()?.to_scalar::<f32>()
-        };
-        match probe() {
-            Ok(12.0) => Ok(()),
-            Ok(sum) => bail_unusable!("--precision bf16: the device's sums are wrong ({sum}, expected 12)"),
-            Err(e) => bail_unusable!(
-                "--precision bf16: the device does not compute in bf16, which takes compute capability 8.0 (Ampere) \
-                 or higher, also in the build (CUDA_COMPUTE_CAP): {e}"
+        let reason = if self == Self::Bf16 { why_not_bf16(device) } else { None };
+        match reason {
+            None => Ok(()),
+            Some(reason) if device.is_cpu() => bail_unusable!(
+                "--precision bf16: {reason}, and without one bf16 is slower than fp32; leave --precision out, take \
+                 --precision auto, or train on a GPU"
             ),
+            Some(reason) => bail_unusable!("--precision bf16: {reason}"),
         }
+    }
+}
+
+/// Why products in bf16 are not to be had there.
+fn why_not_bf16(device: &Device) -> Option<String> {
+    if device.is_cpu() {
+        let reason = "this processor has neither AMX-BF16 nor AVX512-BF16, or its system keeps them back";
+        return gemm::bf16::unit().is_none().then(|| reason.to_owned());
+    }
+    let probe = || {
+        let ones = Tensor::ones((2, 2), DType::BF16, device)?;
+        (ones.matmul(&ones)? + &ones)?.to_dtype(DType::F32)?.sum_all()?.to_scalar::<f32>()
+    };
+    match probe() {
+        Ok(12.0) => None,
+        Ok(sum) => Some(format!("the device's sums are wrong ({sum}, expected 12)")),
+        Err(e) => Some(format!(
+            "the device does not compute in bf16, which takes compute capability 8.0 (Ampere) or higher, also in the \
+             build (CUDA_COMPUTE_CAP): {e}"
+        )),
     }
 }
