@@ -55,6 +55,8 @@ pub struct Eager<'a> {
     mode: Mode,
     /// Dropout sites met so far: each has a mask of its own.
     sites: Cell<u64>,
+    /// What the layers' composite attention shares.
+    paddings: attention::Paddings,
     taps: Option<RefCell<Vec<(String, Tensor)>>>,
     packed: Option<Arc<PackedWeights>>,
 }
@@ -73,6 +75,7 @@ impl<'a> Eager<'a> {
             dtype: DType::F32,
             mode,
             sites: Cell::new(0),
+            paddings: attention::Paddings::default(),
             taps: None,
             packed: None,
         }
@@ -272,7 +275,7 @@ impl Ops for Eager<'_> {
             _ => {
                 let relative = self.relative(distances, X::tensor)?;
                 let [q, k, v] = [q.tensor()?, k.tensor()?, v.tensor()?];
-                return Ok(X::Tensor(attention::composite(&q, &k, &v, &how, &relative)?));
+                return Ok(X::Tensor(attention::composite_in(&self.paddings, &q, &k, &v, &how, &relative)?));
             }
         };
         let relative = self.relative(distances, |x| match x {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use candle_core::{Result, Tensor};
+use candle_core::{D, Result, Tensor};
 use rayon::prelude::*;
 
 use super::buffer::Buffer;
@@ -47,9 +47,12 @@ pub fn activate(tape: &Tape, x: &Arc<TapeValue>, how: Activation) -> Arc<TapeVal
 
 /// The second half of x's channels times `how` of the first, (R, 2·C) → (R, C), in candle's operations.
 pub fn gated_composite(x: &Tensor, how: Activation) -> Result<Tensor> {
-    let halves = [0, 1].map(|half| super::split::composite(x, half, 2));
-    let [first, second] = halves;
-    (wide(&composite(&first?, how)?)? * wide(&second?)?)?.to_dtype(x.dtype())
+    let width = x.dim(D::Minus1)?;
+    if !width.is_multiple_of(2) {
+        candle_core::bail!("{width} channels have no two halves");
+    }
+    let half = |start| x.narrow(D::Minus1, start, width / 2);
+    (wide(&composite(&half(0)?, how)?)? * wide(&half(width / 2)?)?)?.to_dtype(x.dtype())
 }
 
 /// The same, fused.

@@ -5,14 +5,16 @@
 //! arXiv:2205.14135). Causal attention computes no key behind a block's last query, and attention in a window none
 //! outside of it.
 
+mod composite;
 mod relative;
 
 use std::ops::Range;
 use std::sync::Arc;
 
-use candle_core::{D, Result, Tensor};
+use candle_core::Result;
 use rayon::prelude::*;
 
+pub use composite::{Paddings, composite, composite_in};
 pub use relative::{ByDistance, Relative};
 use relative::{Scratch, Terms, Turns};
 
@@ -21,7 +23,7 @@ use super::dropout::{Mask, Row};
 use super::gemm::{Factors, Matrix, MatrixMut, Shared, Write, product, row_blocks};
 use super::kept::Kept;
 use super::linear::{Input, LinearMap};
-use super::{simd, wide};
+use super::simd;
 use crate::data::batch::Spans;
 use crate::eager::tape::{Flow, Tape, TapeValue};
 use crate::model::ops::Sees;
@@ -204,61 +206,6 @@ fn map_all(x: &[f32], maps: [&LinearMap; 3]) -> Result<[Buffer; 3]> {
     Ok(mapped)
 }
 
-/// q, k, v (T, H·D) → (T, H·D): inside every span, every token sees every token, those up to itself, or those near it;
-/// in candle's operations.
-pub fn composite(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    how: &Attention,
-    relative: &Relative<Tensor>,
-) -> Result<Tensor> {
-    let heads = how.heads;
-    let (_, width) = q.dims2()?;
-    how.check([q.dims2()?, k.dims2()?, v.dims2()?], relative)?;
-    let d = width / heads;
-    let scale = f64::from(relative.scale(d));
-    let mut outputs = Vec::with_capacity(how.spans.len());
-    for Asked { span, queries, position } in how.asked().filter(|asked| !asked.queries.is_empty()) {
-        let (m, n) = (queries.len(), span.len());
-        let part = |x: &Tensor, rows: &Range<usize>| {
-            let n = rows.len();
-            x.narrow(0, rows.start, n)?.reshape((n, heads, d))?.transpose(0, 1)?.contiguous()
-        };
-        let (mut q, mut k, v) = (part(q, &queries)?, part(k, &span)?, part(v, &span)?); // (H, T, D)
-        if let Relative::Rotary { theta } = relative {
-            (q, k) = (relative::turned(&q, *theta, position)?, relative::turned(&k, *theta, 0)?);
-        }
-        let mut scores = (wide(&q.matmul(&k.transpose(1, 2)?)?)? * scale)?;
-        if let Some(terms) = relative::composite(relative, &q, &k, position)? {
-            scores = (scores + wide(&terms)?)?;
-        }
-        if how.sees != Sees::All {
-            // a row has its own key at least, so its largest score is finite
-            let never = Tensor::full(f32::NEG_INFINITY, scores.shape(), scores.device())?;
-            let seen = |i: usize| how.seen_from(position + i, n);
-            let visible =
-                (0..m).flat_map(|i| (0..n).map(move |key| u8::from(seen(i).contains(&key)))).collect();
-            let visible = Tensor::from_vec::<_, u8>(visible, (m, n), scores.device())?;
-            scores = visible.broadcast_as(scores.shape())?.where_cond(&scores, &never)?;
-        }
-        let mut weights = candle_nn::ops::softmax(&scores, D::Minus1)?;
-        if let Some(mask) = how.mask {
-            let mut factors = Vec::with_capacity(heads * m * n);
-            for head in 0..heads {
-                for t in queries.clone() {
-                    let row = mask.row((t * heads + head) as u64);
-                    factors.extend((0..n as u32).map(|column| row.factor(column)));
-                }
-            }
-            let factors = Tensor::from_vec(factors, (heads, m, n), weights.device())?;
-            weights = (weights * factors)?;
-        }
-        outputs.push(weights.to_dtype(v.dtype())?.matmul(&v)?.transpose(0, 1)?.reshape((m, width))?);
-    }
-    Tensor::cat(&outputs, 0)
-}
-
 /// Which tokens see each other, by how many heads, and which weights are dropped: row `t · H + head` of the mask,
 /// column the key's place in its span.
 #[derive(Clone)]
@@ -273,7 +220,7 @@ pub struct Attention {
 }
 
 /// Which tokens of every sequence ask.
-#[derive(Clone)]
+#[derive(Clone, PartialEq, Eq)]
 pub enum Queries {
     All,
     /// The first alone.

@@ -3,20 +3,21 @@
 
 use std::sync::Arc;
 
-use candle_core::{Result, Tensor};
+use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Storage, Tensor};
 use rayon::prelude::*;
 
 use super::buffer::Buffer;
-use super::{CHUNK, simd, wide};
+use super::reorder::NONE;
+use super::{CHUNK, contiguous, simd, wide};
 use crate::eager::tape::{Tape, TapeValue};
 
 /// Which elements are dropped: a pure function of (key, row, column).
 #[derive(Clone, Copy, Debug)]
 pub struct Mask {
-    key: u64,
+    pub(super) key: u64,
     /// An element stays where its hash is at least this.
-    threshold: u32,
-    scale: f32,
+    pub(super) threshold: u32,
+    pub(super) scale: f32,
 }
 
 impl Mask {
@@ -95,11 +96,70 @@ pub fn mix(x: u64) -> u64 {
 /// Elements of a mask's row, where what is masked has no rows of its own.
 const ROW: usize = 1024;
 
-/// Multiplies `x` by the mask, element i standing in row i / 1024, in candle's operations.
+/// Multiplies `x` by the mask, element i standing in row i / 1024, in one operation of candle's.
 pub fn composite(x: &Tensor, mask: Mask) -> Result<Tensor> {
-    let mut factors = vec![1.0; x.elem_count()];
-    apply(&mut factors, mask);
-    (wide(x)? * Tensor::from_vec(factors, x.shape(), x.device())?)?.to_dtype(x.dtype())
+    wide(x)?.contiguous()?.apply_op1(Dropped { mask, rows: None })?.to_dtype(x.dtype())
+}
+
+/// The same of x, (…, C), whose rows stand in these rows of the mask, (R); where that is [`NONE`], zeros come out.
+///
+/// # Errors
+/// There are not as many rows as x has.
+pub fn composite_of_rows(x: &Tensor, mask: Mask, rows: &Tensor) -> Result<Tensor> {
+    let (of_x, of_mask) = (x.elem_count() / x.dim(D::Minus1)?.max(1), rows.elem_count());
+    if of_x != of_mask {
+        candle_core::bail!("{of_mask} rows of a mask for {of_x} rows");
+    }
+    wide(x)?.contiguous()?.apply_op1(Dropped { mask, rows: Some(rows.clone()) })?.to_dtype(x.dtype())
+}
+
+/// An operation that draws its mask as it runs, so that none is held or copied to a device.
+#[derive(Clone)]
+struct Dropped {
+    mask: Mask,
+    rows: Option<Tensor>,
+}
+
+impl CustomOp1 for Dropped {
+    fn name(&self) -> &'static str {
+        "dropout"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let mut y = x.as_slice::<f32>()?[contiguous(layout)?].to_vec();
+        match &self.rows {
+            None => apply(&mut y, self.mask),
+            Some(rows) => {
+                let (rows, of_rows) = rows.storage_and_layout();
+                let Storage::Cpu(rows) = &*rows else {
+                    candle_core::bail!("a mask's rows are on another device")
+                };
+                let rows = &rows.as_slice::<u32>()?[contiguous(of_rows)?];
+                let width = (y.len() / rows.len().max(1)).max(1);
+                y.par_chunks_mut(width).zip(rows).for_each(|(y, &row)| match row {
+                    NONE => y.fill(0.0),
+                    row => multiply(y, self.mask.row(u64::from(row)), 0),
+                });
+            }
+        }
+        Ok((CpuStorage::F32(y), layout.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &candle_core::CudaStorage,
+        layout: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        let Some(rows) = &self.rows else { return super::cuda::dropout(x, layout, self.mask, None) };
+        let (rows, of_rows) = rows.storage_and_layout();
+        let Storage::Cuda(rows) = &*rows else { candle_core::bail!("a mask's rows are on another device") };
+        super::cuda::dropout(x, layout, self.mask, Some((rows, of_rows)))
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        dy.contiguous()?.apply_op1(self.clone()).map(Some)
+    }
 }
 
 /// The same, fused.
@@ -165,6 +225,53 @@ mod tests {
             .filter(|&(row, column)| a.row(row).factor(column) == b.row(row).factor(column))
             .count();
         assert!((same as f32 / 1e5 - 0.5).abs() < 0.0064);
+    }
+
+    /// What a GPU draws, in plain C: what stands between the marks of `cuda.cu`.
+    #[test]
+    #[cfg(unix)]
+    fn a_gpu_draws_the_bits_of_the_cpu() {
+        let source = include_str!("cuda.cu");
+        let arithmetic = source.split("// mark").nth(1).unwrap();
+        let (key, p, rows, columns) = (0xfeed_5eed_0bad_cafe, 0.3, [7u32, NONE, 0, 4_000_000_000], 37u32);
+        let mask = Mask::new(key, p);
+        let Mask { threshold, scale, .. } = mask;
+        let [first, last] = [3 * ROW as u64 - 5, 5 * ROW as u64];
+        let program = format!(
+            "#include <stdio.h>
+            #define __device__
+            typedef unsigned int u32;
+            typedef unsigned long long u64;
+            //{arithmetic}
+            int main(void) {{
+              u32 rows[] = {{{}u, {}u, {}u, {}u}};
+              for (u64 i = 0; i < 4 * {columns}; i++)
+                printf(\"%.9g\\n\", factor_of_rows(i, rows, {columns}, {key}ull, {threshold}u, {scale:?}f));
+              for (u64 i = {first}; i < {last}; i++)
+                printf(\"%.9g\\n\", factor_of_numbers(i, {key}ull, {threshold}u, {scale:?}f));
+            }}",
+            rows[0], rows[1], rows[2], rows[3]
+        );
+        let dir = tempfile::tempdir().unwrap();
+        let [file, binary] = ["mask.c", "mask"].map(|name| dir.path().join(name));
+        std::fs::write(&file, program).unwrap();
+        let built = std::process::Command::new("cc").arg(&file).arg("-o").arg(&binary).output().unwrap();
+        assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+        let said = String::from_utf8(std::process::Command::new(&binary).output().unwrap().stdout).unwrap();
+        let found: Vec<f32> = said.lines().map(|line| line.parse().unwrap()).collect();
+
+        let mut wanted = vec![1.0; rows.len() * columns as usize];
+        let of_rows = Tensor::new(&rows, &candle_core::Device::Cpu).unwrap();
+        let ones =
+            Tensor::from_slice(&wanted, (rows.len(), columns as usize), &candle_core::Device::Cpu).unwrap();
+        let dropped = composite_of_rows(&ones, mask, &of_rows).unwrap();
+        wanted.copy_from_slice(&dropped.flatten_all().unwrap().to_vec1::<f32>().unwrap());
+        let mut numbers = vec![1.0; (last - first) as usize];
+        mask.apply(first as usize, &mut numbers);
+        wanted.extend(numbers);
+        let differs = found.iter().zip(&wanted).position(|(found, wanted)| found != wanted);
+        assert_eq!((found.len(), differs), (wanted.len(), None));
+        assert!(wanted[columns as usize..][..columns as usize].iter().all(|&factor| factor == 0.0));
     }
 
     #[test]

@@ -2,25 +2,96 @@
 
 use std::sync::Arc;
 
-use candle_core::{D, Result, Tensor};
+use candle_core::{CpuStorage, CustomOp3, D, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::buffer::Buffer;
 use super::gemm::{Factors, Shared, row_blocks, share};
-use super::{Numbers, Weight, add_here, simd, wide};
+use super::{Numbers, Weight, add_here, contiguous, simd, wide};
 use crate::eager::tape::{Tape, TapeValue};
 
-/// x (…, C), weight (C), bias (C) → (…, C), with the biased variance, in candle's operations.
+/// x (…, C), weight (C), bias (C) → (…, C), with the biased variance, in one operation of candle's.
 pub fn composite(x: &Tensor, weight: &Weight, bias: Option<&Weight>, eps: f64) -> Result<Tensor> {
-    let dtype = x.dtype();
-    let x = wide(x)?;
-    let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
-    let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
-    let normed = centred.broadcast_div(&(variance + eps)?.sqrt()?)?;
-    let scaled = normed.broadcast_mul(&weight.values)?;
-    match bias {
-        Some(bias) => scaled.broadcast_add(&bias.values)?.to_dtype(dtype),
-        None => scaled.to_dtype(dtype),
+    let bias = match bias {
+        Some(bias) => bias.values.clone(),
+        None => weight.values.zeros_like()?,
+    };
+    let y = wide(x)?.contiguous()?.apply_op3(&weight.values, &bias, OnCandlesTape { eps })?;
+    y.to_dtype(x.dtype())
+}
+
+/// The operation: candle's own has no gradient, and its primitives would be ten of them.
+struct OnCandlesTape {
+    eps: f64,
+}
+
+impl CustomOp3 for OnCandlesTape {
+    fn name(&self) -> &'static str {
+        "layer norm"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        of_x: &Layout,
+        weight: &CpuStorage,
+        of_weight: &Layout,
+        bias: &CpuStorage,
+        of_bias: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let x = &x.as_slice::<f32>()?[contiguous(of_x)?];
+        let weight = &weight.as_slice::<f32>()?[contiguous(of_weight)?];
+        let bias = &bias.as_slice::<f32>()?[contiguous(of_bias)?];
+        let width = weight.len();
+        if of_x.shape().dims().last() != Some(&width) || bias.len() != width {
+            candle_core::bail!("a norm of {width} channels is applied to {:?}", of_x.shape());
+        }
+        let mut y = x.to_vec();
+        y.par_chunks_mut(width.max(1)).for_each(|row| {
+            let mean_of =
+                |number: &dyn Fn(f32) -> f64| row.iter().map(|&x| number(x)).sum::<f64>() / width as f64;
+            let mean = mean_of(&|x| f64::from(x));
+            let variance = mean_of(&|x| (f64::from(x) - mean).powi(2));
+            let rstd = 1.0 / (variance + self.eps).sqrt();
+            for ((x, &weight), &bias) in row.iter_mut().zip(weight).zip(bias) {
+                *x = ((f64::from(*x) - mean) * rstd * f64::from(weight) + f64::from(bias)) as f32;
+            }
+        });
+        Ok((CpuStorage::F32(y), of_x.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &candle_core::CudaStorage,
+        of_x: &Layout,
+        weight: &candle_core::CudaStorage,
+        of_weight: &Layout,
+        bias: &candle_core::CudaStorage,
+        of_bias: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        super::cuda::layer_norm([(x, of_x), (weight, of_weight), (bias, of_bias)], self.eps as f32)
+    }
+
+    /// With the normalised `n = (x − mean) · rstd` and `g = dy · w`: `dw = Σ dy · n`, `db = Σ dy` and
+    /// `dx = (g − mean g − n · mean (g · n)) · rstd`.
+    fn bwd(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let (x, weight) = (x.detach(), weight.detach());
+        let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
+        let rstd = (centred.sqr()?.mean_keepdim(D::Minus1)? + self.eps)?.sqrt()?.recip()?;
+        let normed = centred.broadcast_mul(&rstd)?;
+        let g = dy.broadcast_mul(&weight)?;
+        let along = (&g * &normed)?.mean_keepdim(D::Minus1)?;
+        let rest = (g.broadcast_sub(&g.mean_keepdim(D::Minus1)?)? - normed.broadcast_mul(&along)?)?;
+        let sum = |x: &Tensor| x.reshape(((), weight.elem_count()))?.sum(0);
+        Ok((Some(rest.broadcast_mul(&rstd)?), Some(sum(&(dy * &normed)?)?), Some(sum(dy)?)))
     }
 }
 

@@ -1,8 +1,10 @@
 //! Fused differentiable operations for f32 on the CPU, each beside a composite of candle's primitives.
 //!
-//! The composite runs on every other device and is the oracle of the tests. Its activations may be bf16: then products
-//! are too; statistics, softmax and non-linearities are computed in f32, and parameters are always f32. The fused
-//! operations may round the factors of their products to bf16 ([`gemm::Factors`]); all else of them is f32.
+//! The composite runs on every other device and is the oracle of the tests. Its operations are few and large, as many for
+//! many sequences as for one, and none waits for a number to come back from a device. Where candle has no operation with
+//! a gradient, the composite brings one of its own. Its activations may be bf16: then products are too; statistics,
+//! softmax and non-linearities are computed in f32, and parameters are always f32. The fused operations may round the
+//! factors of their products to bf16 ([`gemm::Factors`]); all else of them is f32.
 //! A fused operation has its own backward pass, on the tape ([`super::tape`]); its result does not depend on the
 //! number of threads.
 
@@ -10,6 +12,8 @@ pub mod activation;
 pub mod attention;
 pub mod buffer;
 pub mod cross_entropy;
+#[cfg(feature = "cuda")]
+mod cuda;
 pub mod dropout;
 pub mod embedding;
 pub mod gemm;
@@ -20,9 +24,12 @@ pub mod linear;
 #[cfg(test)]
 mod loops;
 pub mod pooling;
+pub mod reorder;
 pub mod residual;
+pub mod rotary;
 pub mod scale;
 pub mod simd;
+pub mod softmax;
 pub mod split;
 
 use std::ops::Deref;

@@ -27,6 +27,7 @@ use crate::data::batch::Encoding;
 use crate::data::offsets::OffsetUnit;
 use crate::data::records::{BadRow, Columns, Files, How, Row};
 use crate::data::tokens::{SecondText, Tokenizer};
+use crate::eager::kernels::reorder::{NONE, Order};
 use crate::eager::{Eager, Forward, X, tensors};
 use crate::model::ops::Ops;
 use crate::model::{Family, Head, ModelConfig};
@@ -507,20 +508,19 @@ impl Part {
 /// The sum of the cross-entropies of one token of every sequence under the softmax over its own. `scores` are a packed
 /// batch's, (T, 1).
 fn sum_of_losses(scores: &Tensor, lengths: &[usize], targets: &[usize]) -> Result<Tensor> {
-    let count = scores.dim(0)?;
     let width = lengths.iter().copied().max().unwrap_or(0);
-    // one row more stands for what is behind a sequence's end
-    let scores = scores.to_dtype(DType::F32)?.flatten_all()?;
-    let masked = Tensor::full(MASKED, 1, scores.device())?;
-    let scores = Tensor::cat(&[&scores, &masked], 0)?;
-    let mut places = Vec::with_capacity(lengths.len() * width);
+    let scores = scores.to_dtype(DType::F32)?.reshape(((), 1))?;
+    let (mut places, mut unseen) = (Vec::new(), Vec::new());
     let mut first = 0;
     for &length in lengths {
-        places.extend((0..width).map(|i| if i < length { first + i } else { count } as u32));
+        places.extend((0..width).map(|i| if i < length { (first + i) as u32 } else { NONE }));
+        unseen.extend((0..width).map(|i| if i < length { 0.0 } else { MASKED }));
         first += length;
     }
-    let places = Tensor::from_vec(places, lengths.len() * width, scores.device())?;
-    let rows = scores.index_select(&places, 0)?.reshape((lengths.len(), width))?;
+    let shape = (lengths.len(), width);
+    let unseen = Tensor::from_vec(unseen, shape, scores.device())?;
+    let rows = Order::new(places, scores.dim(0)?, scores.device())?.apply(&scores)?;
+    let rows = (rows.reshape(shape)? + unseen)?;
     let targets: Vec<u32> = targets.iter().map(|&target| target as u32).collect();
     let targets = Tensor::from_vec(targets, (lengths.len(), 1), scores.device())?;
     let log_p = candle_nn::ops::log_softmax(&rows, D::Minus1)?;

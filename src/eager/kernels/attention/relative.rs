@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use candle_core::{Result, Tensor};
+use candle_core::Result;
 use rayon::prelude::*;
 
 use super::{Attention, ColumnsMut, QueryBlock};
@@ -48,7 +48,7 @@ impl<T> Relative<T> {
 }
 
 /// The row of a table for every distance, query − key, inside sequences up to some length.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ByDistance {
     rows: Vec<u32>,
     longest: usize,
@@ -64,12 +64,17 @@ impl ByDistance {
         self.rows[(distance + self.longest as isize - 1) as usize]
     }
 
+    /// The tokens of the longest sequence.
+    pub(super) fn longest(&self) -> usize {
+        self.longest
+    }
+
     /// How many distances there are.
     fn len(&self) -> usize {
         self.rows.len()
     }
 
-    fn check(&self, table: (usize, usize), columns: usize, longest: usize) -> Result<()> {
+    pub(super) fn check(&self, table: (usize, usize), columns: usize, longest: usize) -> Result<()> {
         if longest > self.longest
             || self.rows.iter().any(|&row| row as usize >= table.0)
             || table.1 != columns
@@ -447,67 +452,4 @@ impl Turns {
             }
         });
     }
-}
-
-/// What a composite adds to the scaled scores of one sequence's queries, (H, m, n): q is (H, m, D), k (H, n, D).
-pub(super) fn composite(
-    relative: &Relative<Tensor>,
-    q: &Tensor,
-    k: &Tensor,
-    position: usize,
-) -> Result<Option<Tensor>> {
-    let ((heads, m, d), n) = (q.dims3()?, k.dim(1)?);
-    let scale = f64::from(relative.scale(d));
-    let row = |rows: &ByDistance, i: usize, j: usize| rows.at((position + i) as isize - j as isize);
-    match relative {
-        Relative::Nothing | Relative::Rotary { .. } => Ok(None),
-        Relative::Bias { table, rows } => {
-            let ids: Vec<u32> = (0..m).flat_map(|i| (0..n).map(move |j| row(rows, i, j))).collect();
-            let ids = Tensor::from_vec(ids, m * n, q.device())?;
-            let bias = table.values.index_select(&ids, 0)?.reshape((m, n, heads))?;
-            Ok(Some(bias.permute((2, 0, 1))?.contiguous()?))
-        }
-        Relative::Products { keys, queries, rows } => {
-            let of_heads = |table: &Tensor| {
-                table.reshape((table.dim(0)?, heads, d))?.permute((1, 2, 0))?.contiguous() // (H, D, R)
-            };
-            let mut sum = None::<Tensor>;
-            if let Some(table) = keys {
-                let ids: Vec<u32> = (0..m).flat_map(|i| (0..n).map(move |j| row(rows, i, j))).collect();
-                let ids = Tensor::from_vec(ids, (1, m, n), q.device())?
-                    .broadcast_as((heads, m, n))?
-                    .contiguous()?;
-                sum = Some((q.matmul(&of_heads(table)?)?.gather(&ids, 2)? * scale)?);
-            }
-            if let Some(table) = queries {
-                let ids: Vec<u32> = (0..n).flat_map(|j| (0..m).map(move |i| row(rows, i, j))).collect();
-                let ids = Tensor::from_vec(ids, (1, n, m), q.device())?
-                    .broadcast_as((heads, n, m))?
-                    .contiguous()?;
-                let of_keys = (k.matmul(&of_heads(table)?)?.gather(&ids, 2)? * scale)?.transpose(1, 2)?;
-                sum = Some(match sum {
-                    Some(sum) => (sum + of_keys)?,
-                    None => of_keys.contiguous()?,
-                });
-            }
-            Ok(sum)
-        }
-    }
-}
-
-/// One sequence's queries or keys, (H, m, D), turned by their positions, from the first's on.
-pub(super) fn turned(x: &Tensor, theta: f64, position: usize) -> Result<Tensor> {
-    let (_, m, d) = x.dims3()?;
-    if !d.is_multiple_of(2) {
-        candle_core::bail!("heads of {d} channels can't be turned: their channels are turned by two");
-    }
-    let half = d / 2;
-    let (sin, cos): (Vec<f32>, Vec<f32>) =
-        turn_by(theta, d, position + m).into_iter().skip(position * half).unzip();
-    let table = |values| Tensor::from_vec(values, (1, m, half), x.device())?.to_dtype(x.dtype());
-    let (sin, cos) = (table(sin)?, table(cos)?);
-    let (a, b) = (x.narrow(2, 0, half)?, x.narrow(2, half, half)?);
-    let first = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
-    let second = (b.broadcast_mul(&cos)? + a.broadcast_mul(&sin)?)?;
-    Tensor::cat(&[first, second], 2)
 }
