@@ -44,7 +44,8 @@ use tk::eager::tape::{Tape, TapeValue};
 use tk::eager::{Init, Kernels, Params, Weight};
 use tk::model::manifest::manifest;
 use tk::model::ops::{Activation, At, Ids, Layout, Ops, Sees};
-use tk::train::optimizer::{AdamW, Constants, Gradients};
+use tk::train::gradients::Gradients;
+use tk::train::optimizer::{AdamW, Constants};
 
 const HEADS: usize = 12;
 const SPAN: usize = 128;
@@ -317,7 +318,7 @@ impl Bench {
             let mut optimizer = AdamW::new(constants, &params, kernels)?;
             passes(repeat, || {
                 let gradients = match kernels {
-                    Kernels::Composite => Gradients::Tensors(vec![gradient.as_detached_tensor()]),
+                    Kernels::Composite => Gradients::flat(&params, &[gradient.as_detached_tensor()])?,
                     Kernels::Fused => {
                         params.gradients()[0].add_values(&numbers);
                         Gradients::Slots

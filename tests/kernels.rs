@@ -22,7 +22,8 @@ use tk::eager::kernels::{activation, attention, dropout, embedding, layer_norm, 
 use tk::eager::tape::{Tape, TapeValue};
 use tk::eager::{Init, Kernels, Params, Weight};
 use tk::model::ops::{Activation, At, Buckets, Ids, Layout, Ops, Pooling, Sees};
-use tk::train::optimizer::{AdamW, Constants, Gradients};
+use tk::train::gradients::Gradients;
+use tk::train::optimizer::{AdamW, Constants};
 
 /// Both forms round differently; candle's own GELU gradients use six-digit constants.
 const TOLERANCE: f64 = 5e-6;
@@ -865,7 +866,7 @@ fn the_fused_adamw_is_its_composite_over_many_steps() {
             let mut gradients = Gradients::Slots;
             let given = params.iter().map(|(p, _)| random(step, &p.shape).as_tensor().clone());
             match kernels {
-                Kernels::Composite => gradients = Gradients::Tensors(given.collect()),
+                Kernels::Composite => gradients = Gradients::flat(&params, &given.collect::<Vec<_>>()).unwrap(),
                 Kernels::Fused => given.zip(params.gradients()).for_each(|(given, slot)| {
                     slot.add_values(&given.flatten_all().unwrap().to_vec1::<f32>().unwrap());
                 }),

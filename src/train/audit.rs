@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::optimizer::Gradients;
+use super::gradients::Gradients;
 use crate::Result;
 use crate::eager::{Params, Trainable};
 

@@ -1,8 +1,8 @@
 //! The sum of a step's gradients over all processes: whole matrices, and of tables the rows that one of them looked up.
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
-use super::optimizer::Gradients;
+use super::gradients::{Gradients, Group};
 use crate::Result;
 use crate::eager::Params;
 use crate::eager::kernels::gradient::GradientRows;
@@ -18,22 +18,16 @@ pub fn sum_gradients(world: &dyn World, params: &Params, gradients: &mut Gradien
     }
     match gradients {
         Gradients::Slots => sum_slots(world, params),
-        Gradients::Tensors(sums) => {
-            for (own, place) in params.trainable().zip(0..) {
-                let sum = match sums.get(place) {
-                    Some(sum) => world.sum_tensor(sum)?,
-                    None => world.sum_tensor(&Tensor::zeros(
-                        own.param.shape.as_slice(),
-                        DType::F32,
-                        own.var.device(),
-                    )?)?,
-                };
-                match sums.get_mut(place) {
-                    Some(own) => *own = sum,
-                    None => sums.push(sum),
-                }
+        Gradients::Flat(sums) => {
+            if sums.is_empty() {
+                let device = params.trainable().next().map_or(Device::Cpu, |own| own.var.device().clone());
+                let zeros = |group: &Group| Tensor::zeros(group.numel(), DType::F32, &device);
+                *sums = Group::all(params).iter().map(zeros).collect::<candle_core::Result<_>>()?;
             }
-            Ok(())
+            sums.iter_mut().try_for_each(|sum| {
+                *sum = world.sum_tensor(sum)?;
+                Ok(())
+            })
         }
     }
 }
@@ -105,8 +99,6 @@ fn decoded(bytes: &[u8], count: usize) -> Result<Vec<GradientRows>> {
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
-
-    use candle_core::Device;
 
     use super::*;
     use crate::eager::Init;

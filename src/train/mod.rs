@@ -6,6 +6,7 @@ pub mod dry_run;
 pub mod ema;
 pub mod events;
 mod exchange;
+pub mod gradients;
 pub mod log;
 pub mod lora;
 pub mod not_finite;

@@ -2,9 +2,10 @@
 
 use std::sync::Mutex;
 
-use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Tensor, Var};
+use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Tensor};
 use rayon::prelude::*;
 
+use super::gradients::{Gradients, Group, Member};
 use crate::Result;
 use crate::eager::kernels::gradient::{GradientRows, GradientSlot};
 use crate::eager::kernels::{CHUNK, Kernels, simd};
@@ -27,31 +28,41 @@ pub struct AdamW {
     constants: Constants,
     /// Steps taken.
     step: usize,
-    moments: Vec<Moments>,
+    moments: Moments,
 }
 
 enum Moments {
-    /// On the CPU: plain numbers, updated with the parameter in one pass.
-    Host(Mutex<(Vec<f32>, Vec<f32>)>),
-    /// Elsewhere: tensors.
-    Device(Tensor, Tensor),
+    /// On the CPU: plain numbers of each parameter, updated with it in one pass.
+    Host(Vec<Mutex<(Vec<f32>, Vec<f32>)>>),
+    /// Elsewhere: tensors of several parameters, end to end.
+    Device(Vec<Means>),
+}
+
+/// The running means of a group of parameters, (N) each.
+struct Means {
+    group: Group,
+    mean: Tensor,
+    square: Tensor,
 }
 
 impl AdamW {
     /// A fresh state for the given parameters and form of the update.
     pub fn new(constants: Constants, params: &Params, kernels: Kernels) -> Result<Self> {
-        let moments = params
-            .trainable()
-            .map(|Trainable { param, var, .. }| {
-                Ok(match kernels {
-                    Kernels::Fused => {
-                        let zeros = vec![0.0; param.numel()];
-                        Moments::Host(Mutex::new((zeros.clone(), zeros)))
-                    }
-                    Kernels::Composite => Moments::Device(var.zeros_like()?, var.zeros_like()?),
-                })
-            })
-            .collect::<Result<Vec<_>>>()?;
+        let moments = match kernels {
+            Kernels::Fused => {
+                let zeros = params.trainable().map(|own| vec![0.0; own.param.numel()]);
+                Moments::Host(zeros.map(|zeros| Mutex::new((zeros.clone(), zeros))).collect())
+            }
+            Kernels::Composite => {
+                let means = |group: Group| {
+                    let device =
+                        params.trainable().next().map_or(Device::Cpu, |own| own.var.device().clone());
+                    let zeros = Tensor::zeros(group.numel(), DType::F32, &device)?;
+                    Ok(Means { group, mean: zeros.clone(), square: zeros })
+                };
+                Moments::Device(Group::all(params).into_iter().map(means).collect::<Result<_>>()?)
+            }
+        };
         Ok(Self { constants, step: 0, moments })
     }
 
@@ -67,10 +78,11 @@ impl AdamW {
         self.step += 1;
         let Constants { beta1, beta2, eps, weight_decay } = self.constants;
         let exponent = self.step as i32;
-        for (i, Trainable { param, var, gradient }) in params.trainable().enumerate() {
-            let learning_rate = learning_rate(i);
-            let decay = if param.role.decays() { weight_decay } else { 0.0 };
-            let update = Update {
+        let own: Vec<Trainable> = params.trainable().collect();
+        let update = |place: usize| {
+            let learning_rate = learning_rate(place);
+            let decay = if own[place].param.role.decays() { weight_decay } else { 0.0 };
+            Update {
                 clip: clip as f32,
                 beta1: beta1 as f32,
                 one_less_beta1: (1.0 - beta1) as f32,
@@ -80,19 +92,26 @@ impl AdamW {
                 rate: (learning_rate / (1.0 - beta1.powi(exponent))) as f32,
                 scale: (1.0 / (1.0 - beta2.powi(exponent)).sqrt()) as f32,
                 eps: eps as f32,
-            };
-            match (&mut self.moments[i], gradients) {
-                (Moments::Host(means), Gradients::Slots) => {
+            }
+        };
+        match (&mut self.moments, gradients) {
+            (Moments::Host(all), Gradients::Slots) => {
+                for (place, (means, Trainable { var, gradient, .. })) in all.iter_mut().zip(&own).enumerate()
+                {
                     let mut slot = gradient.lock();
                     let means = means.get_mut().unwrap_or_else(|broken| broken.into_inner());
-                    var.as_tensor().inplace_op1(&Fused { update, slot: &slot, means: Mutex::new(means) })?;
+                    let fused = Fused { update: update(place), slot: &slot, means: Mutex::new(means) };
+                    var.as_tensor().inplace_op1(&fused)?;
                     slot.clear();
                 }
-                (Moments::Device(mean, square), Gradients::Tensors(gradients)) => {
-                    update.composite(var, &gradients[i], mean, square)?;
-                }
-                _ => anyhow::bail!("the optimizer and the gradients are of different kernels"),
             }
+            (Moments::Device(all), Gradients::Flat(gradients)) => {
+                anyhow::ensure!(all.len() == gradients.len(), "AdamW on parameters without a gradient");
+                all.iter_mut()
+                    .zip(gradients)
+                    .try_for_each(|(means, gradient)| means.step(&own, gradient, update))?;
+            }
+            _ => anyhow::bail!("the optimizer and the gradients are of different kernels"),
         }
         Ok(())
     }
@@ -109,27 +128,48 @@ impl AdamW {
 
     /// The running means of every parameter that is trained, in order: (of the gradient, of its square).
     pub fn state(&self) -> Result<Vec<(Vec<f32>, Vec<f32>)>> {
-        let host = |moments: &Moments| match moments {
-            Moments::Host(means) => Ok(means.lock().unwrap_or_else(|broken| broken.into_inner()).clone()),
-            Moments::Device(mean, square) => {
-                Ok((mean.flatten_all()?.to_vec1()?, square.flatten_all()?.to_vec1()?))
+        match &self.moments {
+            Moments::Host(all) => {
+                let numbers = |means: &Mutex<(Vec<f32>, Vec<f32>)>| {
+                    means.lock().unwrap_or_else(|broken| broken.into_inner()).clone()
+                };
+                Ok(all.iter().map(numbers).collect())
             }
-        };
-        self.moments.iter().map(host).collect()
+            Moments::Device(all) => {
+                let mut state =
+                    vec![(Vec::new(), Vec::new()); all.iter().map(|of| of.group.members().len()).sum()];
+                for Means { group, mean, square } in all {
+                    let (mean, square) = (mean.to_vec1::<f32>()?, square.to_vec1::<f32>()?);
+                    group.parts(&mean).for_each(|(place, own)| state[place].0 = own.to_vec());
+                    group.parts(&square).for_each(|(place, own)| state[place].1 = own.to_vec());
+                }
+                Ok(state)
+            }
+        }
     }
 
     /// Goes on from a state that was taken after `step` steps.
+    ///
+    /// # Errors
+    /// It is of other parameters.
     pub fn restore(&mut self, step: usize, state: Vec<(Vec<f32>, Vec<f32>)>) -> Result<()> {
-        self.step = step;
-        for (moments, (mean, square)) in self.moments.iter_mut().zip(state) {
-            match moments {
-                Moments::Host(means) => *means = Mutex::new((mean, square)),
-                Moments::Device(old_mean, old_square) => {
-                    *old_mean = Tensor::from_vec(mean, old_mean.shape(), old_mean.device())?;
-                    *old_square = Tensor::from_vec(square, old_square.shape(), old_square.device())?;
+        match &mut self.moments {
+            Moments::Host(all) => {
+                all.iter_mut().zip(state).for_each(|(means, state)| *means = Mutex::new(state));
+            }
+            Moments::Device(all) => {
+                let (means, squares): (Vec<_>, Vec<_>) = state.into_iter().unzip();
+                for Means { group, mean, square } in all {
+                    let flat = |of: &[Vec<f32>], like: &Tensor| {
+                        let own = group.members().iter().filter_map(|member| of.get(member.place));
+                        let numbers: Vec<f32> = own.flatten().copied().collect();
+                        Tensor::from_vec(numbers, like.shape(), like.device())
+                    };
+                    (*mean, *square) = (flat(&means, mean)?, flat(&squares, square)?);
                 }
             }
         }
+        self.step = step;
         Ok(())
     }
 }
@@ -151,16 +191,36 @@ struct Update {
     eps: f32,
 }
 
-impl Update {
-    fn composite(&self, var: &Var, gradient: &Tensor, mean: &mut Tensor, square: &mut Tensor) -> Result<()> {
-        let gradient = (gradient * f64::from(self.clip))?;
-        *mean = ((&*mean * f64::from(self.beta1))? + (&gradient * f64::from(self.one_less_beta1))?)?.detach();
-        *square = ((&*square * f64::from(self.beta2))?
-            + (gradient.sqr()? * f64::from(self.one_less_beta2))?)?
-        .detach();
-        let denominator = ((square.sqrt()? * f64::from(self.scale))? + f64::from(self.eps))?;
-        let change = ((&*mean / denominator)? * f64::from(self.rate))?;
-        var.set(&((var.as_detached_tensor() * f64::from(self.keep))? - change)?)?;
+impl Means {
+    /// Changes the parameters of the group, of all that are trained. Those whose numbers are the same are changed together.
+    fn step(&mut self, own: &[Trainable], gradient: &Tensor, update: impl Fn(usize) -> Update) -> Result<()> {
+        let updates: Vec<(Member, Update)> =
+            self.group.members().iter().map(|member| (*member, update(member.place))).collect();
+        let Some((_, of_all)) = updates.first() else { return Ok(()) };
+        let gradient = (gradient * f64::from(of_all.clip))?;
+        let weighted = |old: &Tensor, keep: f32, new: &Tensor, share: f32| {
+            (old * f64::from(keep))? + (new * f64::from(share))?
+        };
+        self.mean = weighted(&self.mean, of_all.beta1, &gradient, of_all.one_less_beta1)?;
+        self.square = weighted(&self.square, of_all.beta2, &gradient.sqr()?, of_all.one_less_beta2)?;
+        let denominator = self.square.sqrt()?.affine(f64::from(of_all.scale), f64::from(of_all.eps))?;
+        let change = (&self.mean / denominator)?;
+        let mut at = 0;
+        let same = |(_, a): &(_, Update), (_, b): &(_, Update)| (a.keep, a.rate) == (b.keep, b.rate);
+        for run in updates.chunk_by(same) {
+            let members: Vec<Member> = run.iter().map(|(member, _)| *member).collect();
+            let (keep, rate) = (f64::from(run[0].1.keep), f64::from(run[0].1.rate));
+            let weights = Group::flat(&members, |place| own[place].var.as_detached_tensor())?;
+            let numel = weights.elem_count();
+            let changed = ((weights * keep)? - (change.narrow(0, at, numel)? * rate)?)?;
+            let mut start = 0;
+            for Member { place, numel } in members {
+                let var = own[place].var;
+                var.set(&changed.narrow(0, start, numel)?.reshape(var.shape())?)?;
+                start += numel;
+            }
+            at += numel;
+        }
         Ok(())
     }
 }
@@ -233,67 +293,6 @@ simd::vectorised! {
     }
 }
 
-/// Where the gradients of a step are.
-pub enum Gradients {
-    /// In the parameters' slots, where fused operations put them.
-    Slots,
-    /// In tensors, in the order of the parameters that are trained.
-    Tensors(Vec<Tensor>),
-}
-
-impl Gradients {
-    /// The Euclidean norm of each trained parameter's gradient.
-    pub fn norms(&self, params: &Params) -> Result<Vec<f64>> {
-        match self {
-            Self::Slots => Ok(params.trainable().map(|own| own.gradient.lock().squares().sqrt()).collect()),
-            Self::Tensors(gradients) => {
-                let norm = |gradient: &Tensor| {
-                    let squares = gradient.to_dtype(DType::F32)?.sqr()?.sum_all()?;
-                    Ok(f64::from(squares.to_scalar::<f32>()?).sqrt())
-                };
-                gradients.iter().map(norm).collect()
-            }
-        }
-    }
-}
-
-impl Gradients {
-    /// The share of each trained parameter's gradient that is exactly zero.
-    pub fn zeros(&self, params: &Params) -> Result<Vec<f64>> {
-        let share = |zeros: usize, of: usize| zeros as f64 / of.max(1) as f64;
-        let counted = |numbers: &[f32]| numbers.iter().filter(|&&number| number == 0.0).count();
-        match self {
-            Self::Slots => Ok(params
-                .trainable()
-                .map(|own| {
-                    let slot = own.gradient.lock();
-                    let numel = own.param.numel();
-                    match slot.rows() {
-                        GradientRows::None => 1.0,
-                        GradientRows::All => share(counted(slot.values()), numel),
-                        GradientRows::Some(rows) => {
-                            let zeros: usize = rows.iter().map(|&row| counted(slot.row(row))).sum();
-                            share(numel - rows.len() * slot.width() + zeros, numel)
-                        }
-                    }
-                })
-                .collect()),
-            Self::Tensors(gradients) => gradients
-                .iter()
-                .map(|gradient| {
-                    let numbers: Vec<f32> = gradient.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
-                    Ok(share(counted(&numbers), numbers.len()))
-                })
-                .collect(),
-        }
-    }
-}
-
-/// The norm of all gradients together, from that of each.
-pub fn global_norm(norms: &[f64]) -> f64 {
-    norms.iter().map(|norm| norm.powi(2)).sum::<f64>().sqrt()
-}
-
 /// The factor that brings a norm down to `max`, as `torch.nn.utils.clip_grad_norm_` computes it; 1 where
 /// `max` is 0.
 pub fn clip_factor(norm: f64, max: f64) -> f64 {
@@ -303,6 +302,24 @@ pub fn clip_factor(norm: f64, max: f64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::train::gradients::tests::params;
+
+    #[test]
+    fn a_state_is_the_same_numbers_in_either_form() {
+        let params = params();
+        let constants = Constants { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.1 };
+        let numbers = |from: f32, own: &Trainable| (0..own.param.numel()).map(|i| from + i as f32).collect();
+        let state: Vec<(Vec<f32>, Vec<f32>)> = params
+            .trainable()
+            .zip([0.0, 100.0, 200.0])
+            .map(|(own, from)| (numbers(from, &own), numbers(from + 50.0, &own)))
+            .collect();
+        for kernels in [Kernels::Fused, Kernels::Composite] {
+            let mut optimizer = AdamW::new(constants, &params, kernels).unwrap();
+            optimizer.restore(7, state.clone()).unwrap();
+            assert_eq!((optimizer.steps(), optimizer.state().unwrap()), (7, state.clone()), "{kernels:?}");
+        }
+    }
 
     #[test]
     #[cfg(target_arch = "x86_64")]

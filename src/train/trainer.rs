@@ -11,8 +11,9 @@ use super::Settings;
 use super::audit::{Audit, Row};
 use super::ema::Ema;
 use super::exchange;
+use super::gradients::Gradients;
 use super::not_finite::{Alone, NotFinite, Tensors, is_finite};
-use super::optimizer::{AdamW, Constants, Gradients, clip_factor, global_norm};
+use super::optimizer::{AdamW, Constants, clip_factor};
 use super::rates::Rates;
 use super::schedule::warmup_steps;
 use crate::Result;
@@ -138,23 +139,26 @@ impl<'a> Trainer<'a> {
         // in fp32 they would be twice as large, and packing them is a smaller part of a pass
         let again = drawn.len() > 1 || self.settings.checkpoint_activations || self.task.chunk().is_some();
         self.packed = (again && self.dtype == DType::BF16).then(Arc::default);
-        let mut losses = vec![0.0; weights.len()];
+        // the values stay where they are until all is computed: reading one waits for a device
+        let mut of_micro_batches = Vec::new();
         for (key, examples) in &drawn {
             let examples: Vec<&Example> = examples.iter().map(Cow::as_ref).collect();
-            let own = self.backward(&examples, &weights, *key, &mut gradients)?;
-            losses.iter_mut().zip(own).for_each(|(loss, own)| *loss += own);
+            of_micro_batches.extend(self.backward(&examples, &weights, *key, &mut gradients)?);
             tokens += examples.iter().map(|example| example.tokens()).sum::<usize>();
         }
         self.packed = None; // the weights are about to change
+        let mut losses = vec![0.0; weights.len()];
+        for own in numbers(&of_micro_batches)?.chunks(weights.len().max(1)) {
+            losses.iter_mut().zip(own).for_each(|(loss, own)| *loss += own);
+        }
         losses.push(tokens as f64);
         self.world.sums(&mut losses)?;
         let tokens = losses.pop().unwrap_or_default() as usize;
         exchange::sum_gradients(self.world, self.params, &mut gradients)?;
         let loss: f64 = losses.iter().sum();
-        let norms = gradients.norms(self.params)?;
-        let grad_norm = global_norm(&norms);
+        let grad_norm = gradients.norm(self.params)?;
         if !loss.is_finite() || !grad_norm.is_finite() {
-            let first = self.first_not_finite(&drawn, &weights, &norms)?;
+            let first = self.first_not_finite(&drawn, &weights, &gradients.norms(self.params)?)?;
             let micro_batches: Vec<Vec<Alone>> =
                 drawn.iter().map(|(key, examples)| self.alone(examples, *key)).collect();
             let step = number + 1;
@@ -186,7 +190,7 @@ impl<'a> Trainer<'a> {
         self.params.trainable().for_each(|own| own.gradient.lock().clear());
         match self.kernels {
             Kernels::Fused => Gradients::Slots,
-            Kernels::Composite => Gradients::Tensors(Vec::new()),
+            Kernels::Composite => Gradients::Flat(Vec::new()),
         }
     }
 
@@ -213,14 +217,14 @@ impl<'a> Trainer<'a> {
     }
 
     /// Adds a micro-batch's gradients up; returns its shares of the losses, whose weights are `of`
-    /// together.
+    /// together, one number each.
     fn backward(
         &self,
         examples: &[&Example],
         of: &[f64],
         key: u64,
         gradients: &mut Gradients,
-    ) -> Result<Vec<f64>> {
+    ) -> Result<Vec<Tensor>> {
         let passes = self.passes(examples, key);
         if passes.len() > 1 {
             return self.backward_in_chunks(examples, &passes, of, key, gradients);
@@ -229,7 +233,7 @@ impl<'a> Trainer<'a> {
         let eager = self.eager(&batch, key);
         let outputs = self.task.define(&eager, self.family)?;
         let losses = self.task.loss(&eager, outputs, examples, self.settings.label_smoothing, of)?;
-        let values = numbers(&losses)?;
+        let values = losses.iter().map(Tensor::detach).collect();
         self.add_up(sum(losses)?.backward()?, gradients)?;
         Ok(values)
     }
@@ -244,7 +248,7 @@ impl<'a> Trainer<'a> {
         of: &[f64],
         key: u64,
         gradients: &mut Gradients,
-    ) -> Result<Vec<f64>> {
+    ) -> Result<Vec<Tensor>> {
         let ahead = self.task.ahead();
         let mut of_chunks: Vec<Vec<Tensor>> = Vec::with_capacity(chunks.len());
         for &(chunk, key) in chunks {
@@ -263,7 +267,7 @@ impl<'a> Trainer<'a> {
         let outputs = wholes.iter().map(|whole| X::Tensor(whole.as_tensor().clone())).collect();
         let smoothing = self.settings.label_smoothing;
         let losses = self.task.loss(&self.eager(&batch, key), outputs, examples, smoothing, of)?;
-        let values = numbers(&losses)?;
+        let values = losses.iter().map(Tensor::detach).collect();
         let mut store = sum(losses)?.backward()?;
         let stored: Vec<Option<Tensor>> =
             wholes.iter().map(|whole| store.remove(whole.as_tensor())).collect();
@@ -313,14 +317,16 @@ impl<'a> Trainer<'a> {
                     }
                 }
             }
-            Gradients::Tensors(sums) => {
-                let first = sums.is_empty();
-                for (i, own) in self.params.trainable().enumerate() {
+            Gradients::Flat(_) => {
+                let mut found = Vec::new();
+                for own in self.params.trainable() {
                     match store.remove(own.var.as_tensor()) {
                         None => missing.push(own.param.name.as_str()),
-                        Some(gradient) if first => sums.push(gradient),
-                        Some(gradient) => sums[i] = (&sums[i] + gradient)?,
+                        Some(gradient) => found.push(gradient),
                     }
+                }
+                if missing.is_empty() {
+                    gradients.add(Gradients::flat(self.params, &found)?)?;
                 }
             }
         }
@@ -371,7 +377,7 @@ impl<'a> Trainer<'a> {
         }
         let losses_are_finite = drawn.iter().try_fold(true, |all, (key, examples)| {
             let examples: Vec<&Example> = examples.iter().map(Cow::as_ref).collect();
-            let losses = self.backward(&examples, of, *key, &mut self.no_gradients())?;
+            let losses = numbers(&self.backward(&examples, of, *key, &mut self.no_gradients())?)?;
             Ok::<_, anyhow::Error>(all && losses.iter().all(|loss| loss.is_finite()))
         })?;
         if !losses_are_finite {
@@ -400,8 +406,8 @@ impl<'a> Trainer<'a> {
             let loss = self
                 .backward(&[example.as_ref()], &self.task.weights(&example.target), key, &mut gradients)
                 .and_then(|losses| {
-                    let norm = global_norm(&gradients.norms(self.params)?);
-                    Ok(if norm.is_finite() { losses.iter().sum() } else { f64::NAN })
+                    let norm = gradients.norm(self.params)?;
+                    Ok(if norm.is_finite() { numbers(&losses)?.iter().sum() } else { f64::NAN })
                 });
             // one that can't be computed alone, as a contrast needs others, is no suspect
             Alone { example: example.clone().into_owned(), loss: loss.unwrap_or(0.0) }
@@ -410,9 +416,12 @@ impl<'a> Trainer<'a> {
     }
 }
 
-/// The values of losses.
+/// The values of losses, which come to the host together.
 fn numbers(losses: &[Tensor]) -> Result<Vec<f64>> {
-    losses.iter().map(|loss| Ok(f64::from(loss.to_scalar::<f32>()?))).collect()
+    if losses.is_empty() {
+        return Ok(Vec::new());
+    }
+    Ok(Tensor::stack(losses, 0)?.to_vec1::<f32>()?.into_iter().map(f64::from).collect())
 }
 
 /// All losses as one.
