@@ -866,7 +866,9 @@ fn the_fused_adamw_is_its_composite_over_many_steps() {
             let mut gradients = Gradients::Slots;
             let given = params.iter().map(|(p, _)| random(step, &p.shape).as_tensor().clone());
             match kernels {
-                Kernels::Composite => gradients = Gradients::flat(&params, &given.collect::<Vec<_>>()).unwrap(),
+                Kernels::Composite => {
+                    gradients = Gradients::flat(&params, &given.collect::<Vec<_>>()).unwrap()
+                }
                 Kernels::Fused => given.zip(params.gradients()).for_each(|(given, slot)| {
                     slot.add_values(&given.flatten_all().unwrap().to_vec1::<f32>().unwrap());
                 }),

@@ -348,6 +348,7 @@ mod tests {
 
     use super::*;
     use crate::eager::kernels::dropout::{Mask, mix};
+    use crate::eager::kernels::gemm::Factors;
     use crate::model::ops::Buckets;
 
     fn random(seed: u64, shape: (usize, usize)) -> Var {
@@ -427,7 +428,8 @@ mod tests {
                 Queries::First | Queries::Last => spans.len(),
                 Queries::Asked(rows) => rows.tokens(),
             };
-            let how = Attention { spans: spans.clone(), heads, sees, queries, mask: Some(Mask::new(3, 0.2)) };
+            let (mask, factors) = (Some(Mask::new(3, 0.2)), Factors::F32);
+            let how = Attention { spans: spans.clone(), heads, sees, queries, mask, factors };
             let x = |seed, rows| random(seed, (rows, heads * d));
             let mut inputs = vec![x(1, asking), x(2, spans.tokens()), x(3, spans.tokens())];
             inputs.extend(tables.iter().cloned());
