@@ -64,7 +64,9 @@ fn main() -> Result<()> {
     precision.check(&device)?;
     let settings = Settings { precision, ..Settings::default() };
     rayon::scope(|_| {
-        shapes.iter().try_for_each(|&shape| report(&model, &lora, (&settings, &device), shape, repeat, as_json))
+        shapes
+            .iter()
+            .try_for_each(|&shape| report(&model, &lora, (&settings, &device), shape, repeat, as_json))
     })
 }
 

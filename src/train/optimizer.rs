@@ -10,6 +10,7 @@ use crate::Result;
 use crate::eager::kernels::gradient::{GradientRows, GradientSlot};
 use crate::eager::kernels::{CHUNK, Kernels, simd};
 use crate::eager::{Params, Trainable};
+use crate::model::ops::{Param, Role};
 
 /// AdamW's constants; the learning rate comes with each step.
 #[derive(Clone, Copy, Debug)]
@@ -33,9 +34,34 @@ pub struct AdamW {
 
 enum Moments {
     /// On the CPU: plain numbers of each parameter, updated with it in one pass.
-    Host(Vec<Mutex<(Vec<f32>, Vec<f32>)>>),
+    Host(Vec<Mutex<HostMeans>>),
     /// Elsewhere: tensors of several parameters, end to end.
     Device(Vec<Means>),
+}
+
+/// The running means of a parameter.
+struct HostMeans {
+    mean: Vec<f32>,
+    square: Vec<f32>,
+    /// Of each row, of so many numbers, whether it has a mean: that of a row of a table that was never looked up is zero, and
+    /// nothing of it is read. All rows have, where there are none here.
+    rows: Vec<bool>,
+}
+
+impl HostMeans {
+    fn zeros(param: &Param) -> Self {
+        let zeros = vec![0.0; param.numel()];
+        let rows = if param.role == Role::Table { vec![false; param.shape[0]] } else { Vec::new() };
+        Self { mean: zeros.clone(), square: zeros, rows }
+    }
+
+    fn set(&mut self, mean: Vec<f32>, square: Vec<f32>) {
+        let width = mean.len().checked_div(self.rows.len()).unwrap_or(0).max(1);
+        let has = |(mean, square): (&[f32], &[f32])| mean.iter().chain(square).any(|&x| x != 0.0);
+        let parts = mean.chunks(width).zip(square.chunks(width));
+        self.rows.iter_mut().zip(parts.map(has)).for_each(|(row, has)| *row = has);
+        (self.mean, self.square) = (mean, square);
+    }
 }
 
 /// The running means of a group of parameters, (N) each.
@@ -50,8 +76,7 @@ impl AdamW {
     pub fn new(constants: Constants, params: &Params, kernels: Kernels) -> Result<Self> {
         let moments = match kernels {
             Kernels::Fused => {
-                let zeros = params.trainable().map(|own| vec![0.0; own.param.numel()]);
-                Moments::Host(zeros.map(|zeros| Mutex::new((zeros.clone(), zeros))).collect())
+                Moments::Host(params.trainable().map(|own| Mutex::new(HostMeans::zeros(own.param))).collect())
             }
             Kernels::Composite => {
                 let means = |group: Group| {
@@ -130,8 +155,9 @@ impl AdamW {
     pub fn state(&self) -> Result<Vec<(Vec<f32>, Vec<f32>)>> {
         match &self.moments {
             Moments::Host(all) => {
-                let numbers = |means: &Mutex<(Vec<f32>, Vec<f32>)>| {
-                    means.lock().unwrap_or_else(|broken| broken.into_inner()).clone()
+                let numbers = |means: &Mutex<HostMeans>| {
+                    let means = means.lock().unwrap_or_else(|broken| broken.into_inner());
+                    (means.mean.clone(), means.square.clone())
                 };
                 Ok(all.iter().map(numbers).collect())
             }
@@ -155,7 +181,9 @@ impl AdamW {
     pub fn restore(&mut self, step: usize, state: Vec<(Vec<f32>, Vec<f32>)>) -> Result<()> {
         match &mut self.moments {
             Moments::Host(all) => {
-                all.iter_mut().zip(state).for_each(|(means, state)| *means = Mutex::new(state));
+                for (means, (mean, square)) in all.iter_mut().zip(state) {
+                    means.get_mut().unwrap_or_else(|broken| broken.into_inner()).set(mean, square);
+                }
             }
             Moments::Device(all) => {
                 let (means, squares): (Vec<_>, Vec<_>) = state.into_iter().unzip();
@@ -230,7 +258,7 @@ struct Fused<'a> {
     update: Update,
     slot: &'a GradientSlot,
     /// The operation is handed over by a shared reference, but is applied once.
-    means: Mutex<&'a mut (Vec<f32>, Vec<f32>)>,
+    means: Mutex<&'a mut HostMeans>,
 }
 
 impl InplaceOp1 for Fused<'_> {
@@ -243,19 +271,27 @@ impl InplaceOp1 for Fused<'_> {
             candle_core::bail!("the fused AdamW takes contiguous f32 parameters");
         };
         let mut means = self.means.lock().unwrap_or_else(|broken| broken.into_inner());
-        let (mean, square) = &mut **means;
+        let HostMeans { mean, square, rows: with_means } = &mut **means;
         let weights = &mut weights[start..end];
         match self.slot.rows() {
             GradientRows::None => candle_core::bail!("AdamW on a parameter without a gradient"),
-            GradientRows::All => weights
-                .par_chunks_mut(CHUNK)
-                .zip(mean.par_chunks_mut(CHUNK).zip(square.par_chunks_mut(CHUNK)))
-                .zip(self.slot.values().par_chunks(CHUNK))
-                .for_each(|((weights, (mean, square)), gradient)| {
-                    update(weights, gradient, mean, square, self.update);
-                }),
+            GradientRows::All => {
+                with_means.fill(true);
+                weights
+                    .par_chunks_mut(CHUNK)
+                    .zip(mean.par_chunks_mut(CHUNK).zip(square.par_chunks_mut(CHUNK)))
+                    .zip(self.slot.values().par_chunks(CHUNK))
+                    .for_each(|((weights, (mean, square)), gradient)| {
+                        update(weights, gradient, mean, square, self.update);
+                    });
+            }
             GradientRows::Some(rows) => {
-                // no gradient of a row that was not looked up is read, but the row is decayed and moved
+                // no gradient of a row that was not looked up is read, but the row is decayed, and moved if it ever was
+                for &row in rows {
+                    with_means.get_mut(row as usize).into_iter().for_each(|has| *has = true);
+                }
+                let with_means = &*with_means;
+                let has_means = |row: u32| with_means.get(row as usize).is_none_or(|&has| has);
                 let width = self.slot.width();
                 let zeros = vec![0.0; width];
                 let block = (CHUNK / width).max(1);
@@ -272,8 +308,12 @@ impl InplaceOp1 for Fused<'_> {
                         {
                             let is_next = rows.get(next) == Some(&row);
                             next += usize::from(is_next);
-                            let gradient = if is_next { self.slot.row(row) } else { &zeros };
-                            update(weights, gradient, mean, square, self.update);
+                            if has_means(row) {
+                                let gradient = if is_next { self.slot.row(row) } else { &zeros };
+                                update(weights, gradient, mean, square, self.update);
+                            } else {
+                                scale(weights, self.update.keep);
+                            }
                         }
                     });
             }
@@ -293,6 +333,15 @@ simd::vectorised! {
     }
 }
 
+simd::vectorised! {
+    /// What the update is where there is neither a gradient nor a mean.
+    fn scale(weights: &mut [f32], keep: f32) {
+        for w in weights {
+            *w *= keep;
+        }
+    }
+}
+
 /// The factor that brings a norm down to `max`, as `torch.nn.utils.clip_grad_norm_` computes it; 1 where
 /// `max` is 0.
 pub fn clip_factor(norm: f64, max: f64) -> f64 {
@@ -302,6 +351,8 @@ pub fn clip_factor(norm: f64, max: f64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::eager::Init;
+    use crate::model::ops::At;
     use crate::train::gradients::tests::params;
 
     #[test]
@@ -319,6 +370,38 @@ mod tests {
             optimizer.restore(7, state.clone()).unwrap();
             assert_eq!((optimizer.steps(), optimizer.state().unwrap()), (7, state.clone()), "{kernels:?}");
         }
+    }
+
+    #[test]
+    fn a_row_moves_from_its_first_gradient_on_and_behind_a_resumption_too() {
+        let list = [At::body("embeddings").table(4, 2).weight];
+        let init = Init { seed: 1, std: 0.02 };
+        let (params, again) = (
+            Params::from_scratch(&list, init, &Device::Cpu).unwrap(),
+            Params::from_scratch(&list, init, &Device::Cpu).unwrap(),
+        );
+        let constants = Constants { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.1 };
+        let new = |params: &Params| AdamW::new(constants, params, Kernels::Fused).unwrap();
+        let step = |optimizer: &mut AdamW, params: &Params, row: u32| {
+            params.gradients()[0].add_rows(&[row], &[1.0, -2.0]);
+            optimizer.step(params, &Gradients::Slots, |_| 0.1, 1.0).unwrap();
+            params.values().unwrap().concat()
+        };
+        let mut optimizer = new(&params);
+        let before = params.values().unwrap().concat();
+        let first = step(&mut optimizer, &params, 1);
+        let kept = (1.0f64 - 0.1 * 0.1) as f32;
+        let decayed =
+            |row: usize, x: &[f32], of: &[f32]| (2 * row..2 * row + 2).all(|i| x[i] == of[i] * kept);
+        assert!(decayed(0, &first, &before) && decayed(3, &first, &before) && !decayed(1, &first, &before));
+
+        again.set_values(&params.values().unwrap()).unwrap();
+        let mut resumed = new(&again);
+        resumed.restore(1, optimizer.state().unwrap()).unwrap();
+        let (second, same) = (step(&mut optimizer, &params, 3), step(&mut resumed, &again, 3));
+        assert_eq!(second, same);
+        assert!(!decayed(1, &second, &first), "what had a gradient goes on");
+        assert!(decayed(0, &second, &first) && !decayed(3, &second, &first));
     }
 
     #[test]
