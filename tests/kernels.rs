@@ -864,7 +864,10 @@ fn the_fused_adamw_is_its_composite_over_many_steps() {
         let mut optimizer = AdamW::new(constants, &params, kernels).unwrap();
         for step in 0..5 {
             let mut gradients = Gradients::Slots;
-            let given = params.iter().map(|(p, _)| random(step, &p.shape).as_tensor().clone());
+            let given = params
+                .iter()
+                .zip(1..)
+                .map(|((p, _), place)| random(place + 2 * step, &p.shape).as_tensor().clone());
             match kernels {
                 Kernels::Composite => {
                     gradients = Gradients::flat(&params, &given.collect::<Vec<_>>()).unwrap()
