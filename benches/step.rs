@@ -216,10 +216,21 @@ impl Products {
             let (x, y) = (Matrix::new(x, t, input, input), Matrix::new(y, t, output, output));
             let w = Matrix::new(w, output, input, input);
             let factors = self.factors;
-            let product = |to, lhs, rhs| parallel_product(to, Write::Replace, lhs, rhs, factors);
-            product(MatrixMut::new(out, t, output, output), x, w.transposed());
-            product(MatrixMut::new(out, t, input, input), y, w);
-            product(MatrixMut::new(dw, output, input, input), y.transposed(), x);
+            parallel_product(
+                MatrixMut::new(out, t, output, output),
+                Write::Replace,
+                x,
+                w.transposed(),
+                factors,
+            );
+            parallel_product(MatrixMut::new(out, t, input, input), Write::Replace, y, w, factors);
+            parallel_product(
+                MatrixMut::new(dw, output, input, input),
+                Write::Replace,
+                y.transposed(),
+                x,
+                factors,
+            );
         }
     }
 }

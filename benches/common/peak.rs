@@ -78,6 +78,7 @@ mod x86 {
     }
 
     /// The FLOPs of so many rounds of AVX-512.
+    #[target_feature(enable = "avx512f")]
     pub unsafe fn numbers(rounds: usize) -> usize {
         // SAFETY: the caller's promise.
         unsafe { vectors!("vfmadd231ps", rounds) }
@@ -85,6 +86,7 @@ mod x86 {
     }
 
     /// The same of AVX512-BF16.
+    #[target_feature(enable = "avx512f,avx512bf16")]
     pub unsafe fn pairs(rounds: usize) -> usize {
         // SAFETY: the caller's promise.
         unsafe { vectors!("vdpbf16ps", rounds) }
