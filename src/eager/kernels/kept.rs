@@ -139,7 +139,7 @@ mod tests {
 
     #[test]
     fn what_is_kept_is_the_nearest_bf16_of_every_kind_of_number() {
-        let mut numbers: Vec<f32> = (0..70_000).map(|i| f32::from_bits(i as u32 * 61_357)).collect();
+        let mut numbers: Vec<f32> = (0..20_000).map(|i| f32::from_bits(i as u32 * 214_747)).collect();
         numbers.extend([
             0.0,
             -0.0,

@@ -1,9 +1,9 @@
 //! Products of bf16 numbers that are added up in f32, and which of the processor's units computes them.
 //!
 //! Two numbers of k that follow each other are packed as a pair into the place of one f32: with AVX-512 and plainly the
-//! loops are those of f32 ([`super::micro`]), and a multiplication is that of a pair. A pair's second product is added
+//! loops are those of f32 (`micro`), and a multiplication is that of a pair. A pair's second product is added
 //! before its first, as AVX512-BF16 does it, so these forms agree to the bit but for numbers below the normal ones, which
-//! the unit takes for zero. The tile unit ([`super::tiles`]) adds its own way.
+//! the unit takes for zero. The tile unit (`tiles`) adds its own way.
 
 #![allow(clippy::needless_range_loop)] // loops over constant ranges become registers, iterators may not
 
@@ -105,7 +105,7 @@ pub(super) unsafe fn load_row<V: Vector>(row: *const f32, at: usize, k: usize) -
 /// Packs groups as (pairs, group), of k filled up to a multiple of `k_unit`.
 ///
 /// # Safety
-/// As [`Loops::pack_rows`].
+/// As `Loops::pack_rows`.
 #[inline(always)]
 pub(super) unsafe fn pack<V: Vector, M: Pairs<V>, const LANES: usize>(
     source: PackSource,

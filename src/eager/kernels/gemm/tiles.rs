@@ -39,11 +39,11 @@ pub(super) const LOOPS: Loops = Loops {
 pub(super) fn are_there() -> bool {
     static THERE: OnceLock<bool> = OnceLock::new();
     *THERE.get_or_init(|| {
-        let has_tiles = __cpuid(0).eax >= 7 && {
-            let features = __cpuid_count(7, 0).edx;
+        let has_tiles = || {
+            let features = if __cpuid(0).eax >= 7 { __cpuid_count(7, 0).edx } else { 0 };
             features & (1 << 22) != 0 && features & (1 << 24) != 0 // AMX-BF16, AMX-TILE
         };
-        has_tiles && has_unit() && permitted()
+        has_unit() && has_tiles() && permitted()
     })
 }
 
