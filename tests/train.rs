@@ -308,7 +308,11 @@ fn a_head_for_other_labels_starts_anew_and_learns() {
     std::fs::write(bench.path("eval.jsonl"), &lines).unwrap();
     let output = bench.train("out", &["--epochs", "6", "--json"]).success();
     let result: Value = serde_json::from_slice(&output.get_output().stdout).unwrap();
-    assert_eq!(result["eval"]["accuracy"], 1.0);
+    assert_eq!((&result["eval"]["accuracy"], &result["epochs"]), (&1.0.into(), &6.0.into()));
+    // ten batches are an epoch
+    let short = bench.train("short", &["--max-steps", "4", "--json"]).success();
+    let short: Value = serde_json::from_slice(&short.get_output().stdout).unwrap();
+    assert_eq!(short["epochs"], 0.4);
     assert!(
         stderr(&output).contains("classifier.weight was trained for other labels"),
         "{}",

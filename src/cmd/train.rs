@@ -308,7 +308,7 @@ fn tell_outcome(args: &Args, outcome: &Outcome, best: Metric, say: &Say) -> Resu
             "train_seconds": progress.seconds,
             "tokens": progress.tokens,
             "tokens_per_second": speed,
-            "epochs": args.settings.epochs,
+            "epochs": (outcome.epochs * 100.0).round() / 100.0,
             "steps": progress.step,
             "train_loss": progress.loss_sum / progress.step.max(1) as f64,
             "eval": metrics,

@@ -49,6 +49,8 @@ pub struct Run<'a> {
 #[derive(Clone, Debug)]
 pub struct Outcome {
     pub progress: Progress,
+    /// How many epochs the steps are.
+    pub epochs: f64,
     pub end: End,
 }
 
@@ -164,7 +166,7 @@ impl Run<'_> {
             }
             if let Some(end) = end.filter(|end| *end == End::StopAt || !last) {
                 bar.abandon();
-                return Ok(Outcome { progress, end });
+                return Ok(Outcome { epochs: supply.epochs(progress.step), progress, end });
             }
         }
         bar.finish_and_clear();
@@ -182,7 +184,7 @@ impl Run<'_> {
                 ));
             }
         }
-        Ok(Outcome { progress, end: End::Finished })
+        Ok(Outcome { epochs: supply.epochs(progress.step), progress, end: End::Finished })
     }
 
     /// Of a step that was not taken because something is not finite: writes its batch down, and says what to do.

@@ -76,7 +76,7 @@ impl DryRun {
                 group.what,
                 group.parameters,
                 grouped(group.numbers),
-                group.learning_rate,
+                group.learning_rate as f32, // with no more digits than the product that it is deserves
                 group.weight_decay
             )?;
         }
