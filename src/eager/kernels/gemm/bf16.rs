@@ -2,8 +2,8 @@
 //!
 //! Two numbers of k that follow each other are packed as a pair into the place of one f32: with AVX-512 and plainly the
 //! loops are those of f32 (`micro`), and a multiplication is that of a pair. A pair's second product is added
-//! before its first, as AVX512-BF16 does it, so these forms agree to the bit but for numbers below the normal ones, which
-//! the unit takes for zero. The tile unit (`tiles`) adds its own way.
+//! before its first, as Intel's manual has it of AVX512-BF16, so these forms agree to the bit but for numbers below the
+//! normal ones, which the unit takes for zero. The tile unit (`tiles`) adds its own way.
 
 #![allow(clippy::needless_range_loop)] // loops over constant ranges become registers, iterators may not
 
