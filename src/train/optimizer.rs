@@ -288,7 +288,9 @@ impl InplaceOp1 for Fused<'_> {
             GradientRows::Some(rows) => {
                 // no gradient of a row that was not looked up is read, but the row is decayed, and moved if it ever was
                 for &row in rows {
-                    with_means.get_mut(row as usize).into_iter().for_each(|has| *has = true);
+                    if let Some(has) = with_means.get_mut(row as usize) {
+                        *has = true;
+                    }
                 }
                 let with_means = &*with_means;
                 let has_means = |row: u32| with_means.get(row as usize).is_none_or(|&has| has);
