@@ -47,20 +47,22 @@ pub fn activate(tape: &Tape, x: &Arc<TapeValue>, how: Activation) -> Arc<TapeVal
 
 /// The second half of x's channels times `how` of the first, (R, 2·C) → (R, C), in candle's operations.
 pub fn gated_composite(x: &Tensor, how: Activation) -> Result<Tensor> {
-    let width = x.dim(D::Minus1)?;
-    if !width.is_multiple_of(2) {
-        candle_core::bail!("{width} channels have no two halves");
+    let width = half(x.dim(D::Minus1)?)?;
+    let part = |start| x.narrow(D::Minus1, start, width);
+    (wide(&composite(&part(0)?, how)?)? * wide(&part(width)?)?)?.to_dtype(x.dtype())
+}
+
+/// Half of so many channels, of which one half gates the other.
+pub(super) fn half(channels: usize) -> Result<usize> {
+    if !channels.is_multiple_of(2) {
+        candle_core::bail!("{channels} channels have no two halves");
     }
-    let half = |start| x.narrow(D::Minus1, start, width / 2);
-    (wide(&composite(&half(0)?, how)?)? * wide(&half(width / 2)?)?)?.to_dtype(x.dtype())
+    Ok(channels / 2)
 }
 
 /// The same, fused.
 pub fn gated(tape: &Tape, x: &Arc<TapeValue>, how: Activation) -> Result<Arc<TapeValue>> {
-    if !x.width.is_multiple_of(2) {
-        candle_core::bail!("{} channels have no two halves", x.width);
-    }
-    let width = x.width / 2;
+    let width = half(x.width)?;
     let mut y = Buffer::any(x.numbers.len() / 2);
     let rows = CHUNK.div_ceil(x.width);
     y.par_chunks_mut(rows * width)

@@ -82,10 +82,7 @@ pub fn linear_gated(
 
 /// The channels behind a map's non-linearity, which gates one half with the other or does not.
 pub(super) fn inner_width(map: &LinearMap, gated: bool) -> Result<usize> {
-    if gated && !map.output.is_multiple_of(2) {
-        candle_core::bail!("{} channels have no two halves", map.output);
-    }
-    Ok(if gated { map.output / 2 } else { map.output })
+    if gated { activation::half(map.output) } else { Ok(map.output) }
 }
 
 /// `z = x · Wᵀ + b`, and `how(z)` or its gated halves.

@@ -1,6 +1,5 @@
 //! The tokens of every sequence as one row, and rows of length 1.
 
-use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::{D, Result, Tensor};
@@ -8,7 +7,7 @@ use rayon::prelude::*;
 
 use super::buffer::Buffer;
 use super::gemm::Write;
-use super::reorder::{NONE, Order};
+use super::reorder::side_by_side;
 use super::wide;
 use crate::data::batch::Spans;
 use crate::eager::tape::{Tape, TapeValue};
@@ -43,24 +42,15 @@ fn check(rows: usize, spans: &Spans) -> Result<()> {
 /// x has other rows than the spans, or a sequence has none.
 pub fn composite(x: &Tensor, spans: &Spans, how: Pooling) -> Result<Tensor> {
     check(x.dim(0)?, spans)?;
-    let (sequences, x) = (spans.len(), wide(x)?.contiguous()?);
-    let longest = spans.iter().map(|span| span.len()).max().unwrap_or(0);
-    // sequences side by side, padded
-    let place =
-        |(at, span): (usize, Range<usize>)| if at < span.len() { (span.start + at) as u32 } else { NONE };
-    let places = spans.iter().flat_map(|span| (0..longest).map(move |at| (at, span.clone())));
-    let ids: Vec<u32> = places.map(place).collect();
+    let x = wide(x)?.contiguous()?;
+    let lengths: Vec<usize> = spans.iter().map(|span| span.len()).collect();
     let Some(shares) = shares(spans, how) else {
-        let unseen = ids.iter().map(|&id| if id == NONE { f32::NEG_INFINITY } else { 0.0 }).collect();
-        let unseen = Tensor::from_vec::<_, f32>(unseen, (sequences, longest, 1), x.device())?;
-        let rows = Order::new(ids, spans.tokens(), x.device())?.apply(&x)?;
-        let rows = rows.reshape((sequences, longest, ()))?.broadcast_add(&unseen)?;
+        let rows = side_by_side(&x, &lengths, f32::NEG_INFINITY)?;
         // candle's own maximum gives each of several largest numbers the whole gradient
         return rows.gather(&rows.argmax_keepdim(1)?, 1)?.squeeze(1);
     };
     let shares = Tensor::from_vec(shares, (spans.tokens(), 1), x.device())?;
-    let rows = Order::new(ids, spans.tokens(), x.device())?.apply(&x.broadcast_mul(&shares)?)?;
-    rows.reshape((sequences, longest, ()))?.sum(1)
+    side_by_side(&x.broadcast_mul(&shares)?, &lengths, 0.0)?.sum(1)
 }
 
 /// The same, fused. Of several largest numbers the first gets the gradient.

@@ -48,6 +48,26 @@ impl Order {
     }
 }
 
+/// Sequences that stand back to back, (T, C), side by side, (B, N, C): `padding` stands behind each one's end, up to the
+/// longest's.
+///
+/// # Errors
+/// T is not the sum of the lengths.
+pub fn side_by_side(x: &Tensor, lengths: &[usize], padding: f32) -> Result<Tensor> {
+    let longest = lengths.iter().copied().max().unwrap_or(0);
+    let (mut places, mut first) = (Vec::with_capacity(lengths.len() * longest), 0);
+    for &length in lengths {
+        places.extend((0..longest).map(|i| if i < length { (first + i) as u32 } else { NONE }));
+        first += length;
+    }
+    let absent: Vec<f32> = places.iter().map(|&place| if place == NONE { padding } else { 0.0 }).collect();
+    let rows = Order::new(places, first, x.device())?.apply(x)?.reshape((lengths.len(), longest, ()))?;
+    if padding == 0.0 {
+        return Ok(rows);
+    }
+    rows.broadcast_add(&Tensor::from_vec(absent, (lengths.len(), longest, 1), x.device())?)
+}
+
 struct Reordered {
     from: Tensor,
     to: Tensor,

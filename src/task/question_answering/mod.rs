@@ -27,7 +27,7 @@ use crate::data::batch::Encoding;
 use crate::data::offsets::OffsetUnit;
 use crate::data::records::{BadRow, Columns, Files, How, Row};
 use crate::data::tokens::{SecondText, Tokenizer};
-use crate::eager::kernels::reorder::{NONE, Order};
+use crate::eager::kernels::reorder::side_by_side;
 use crate::eager::{Eager, Forward, X, tensors};
 use crate::model::ops::Ops;
 use crate::model::{Family, Head, ModelConfig};
@@ -508,19 +508,8 @@ impl Part {
 /// The sum of the cross-entropies of one token of every sequence under the softmax over its own. `scores` are a packed
 /// batch's, (T, 1).
 fn sum_of_losses(scores: &Tensor, lengths: &[usize], targets: &[usize]) -> Result<Tensor> {
-    let width = lengths.iter().copied().max().unwrap_or(0);
     let scores = scores.to_dtype(DType::F32)?.reshape(((), 1))?;
-    let (mut places, mut unseen) = (Vec::new(), Vec::new());
-    let mut first = 0;
-    for &length in lengths {
-        places.extend((0..width).map(|i| if i < length { (first + i) as u32 } else { NONE }));
-        unseen.extend((0..width).map(|i| if i < length { 0.0 } else { MASKED }));
-        first += length;
-    }
-    let shape = (lengths.len(), width);
-    let unseen = Tensor::from_vec(unseen, shape, scores.device())?;
-    let rows = Order::new(places, scores.dim(0)?, scores.device())?.apply(&scores)?;
-    let rows = (rows.reshape(shape)? + unseen)?;
+    let rows = side_by_side(&scores, lengths, MASKED)?.squeeze(2)?;
     let targets: Vec<u32> = targets.iter().map(|&target| target as u32).collect();
     let targets = Tensor::from_vec(targets, (lengths.len(), 1), scores.device())?;
     let log_p = candle_nn::ops::log_softmax(&rows, D::Minus1)?;

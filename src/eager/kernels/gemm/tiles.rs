@@ -120,6 +120,33 @@ unsafe fn block(b: &ProductBlock) {
     unsafe { asm!("tilerelease", options(nostack, nomem)) }
 }
 
+/// Multiplies `steps` times 32 numbers of k by the given instructions, between tiles of zeros and stored ones. All tiles count
+/// as used.
+macro_rules! tiles {
+    ($lhs:ident, $rhs:ident, $sums:ident, $steps:ident, [$($zero:literal)*] [$($multiply:literal)*] [$($store:literal)*]) => {
+        asm!(
+            $($zero,)*
+            "2:",
+            $($multiply,)*
+            "add {lhs}, 2048",
+            "add {rhs}, 2048",
+            "sub {steps}, 1",
+            "jnz 2b",
+            $($store,)*
+            lhs = inout(reg) $lhs => _,
+            rhs = inout(reg) $rhs => _,
+            steps = inout(reg) $steps => _,
+            sums = in(reg) $sums,
+            // bytes from one row of a tile to the next
+            row = in(reg) 4 * PAIRS,
+            pairs = in(reg) 4 * SIDE,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            options(nostack),
+        )
+    };
+}
+
 /// 32 rows and 32 columns, `steps` times 32 numbers of k → sums (32, 32).
 ///
 /// # Safety
@@ -127,38 +154,20 @@ unsafe fn block(b: &ProductBlock) {
 unsafe fn four_tiles(lhs: *const f32, rhs: *const f32, sums: *mut f32, steps: usize) {
     // SAFETY: the caller's promise.
     unsafe {
-        asm!(
-            "tilezero tmm0",
-            "tilezero tmm1",
-            "tilezero tmm2",
-            "tilezero tmm3",
-            "2:",
-            "tileloadd tmm4, [{lhs} + {row}]",
-            "tileloadd tmm6, [{rhs} + {pairs}]",
-            "tileloadd tmm7, [{rhs} + {pairs} + 64]",
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            "tdpbf16ps tmm1, tmm4, tmm7",
-            "tileloadd tmm5, [{lhs} + {row} + 1024]",
-            "tdpbf16ps tmm2, tmm5, tmm6",
-            "tdpbf16ps tmm3, tmm5, tmm7",
-            "add {lhs}, 2048",
-            "add {rhs}, 2048",
-            "sub {steps}, 1",
-            "jnz 2b",
-            "tilestored [{sums} + {pairs}], tmm0",
-            "tilestored [{sums} + {pairs} + 64], tmm1",
-            "tilestored [{sums} + {pairs} + 2048], tmm2",
-            "tilestored [{sums} + {pairs} + 2112], tmm3",
-            lhs = inout(reg) lhs => _,
-            rhs = inout(reg) rhs => _,
-            steps = inout(reg) steps => _,
-            sums = in(reg) sums,
-            // bytes from one row of a tile to the next
-            row = in(reg) 4 * PAIRS,
-            pairs = in(reg) 4 * SIDE,
-            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-            options(nostack),
+        tiles!(lhs, rhs, sums, steps,
+            ["tilezero tmm0" "tilezero tmm1" "tilezero tmm2" "tilezero tmm3"]
+            ["tileloadd tmm4, [{lhs} + {row}]"
+             "tileloadd tmm6, [{rhs} + {pairs}]"
+             "tileloadd tmm7, [{rhs} + {pairs} + 64]"
+             "tdpbf16ps tmm0, tmm4, tmm6"
+             "tdpbf16ps tmm1, tmm4, tmm7"
+             "tileloadd tmm5, [{lhs} + {row} + 1024]"
+             "tdpbf16ps tmm2, tmm5, tmm6"
+             "tdpbf16ps tmm3, tmm5, tmm7"]
+            ["tilestored [{sums} + {pairs}], tmm0"
+             "tilestored [{sums} + {pairs} + 64], tmm1"
+             "tilestored [{sums} + {pairs} + 2048], tmm2"
+             "tilestored [{sums} + {pairs} + 2112], tmm3"]
         );
     }
 }
@@ -170,29 +179,15 @@ unsafe fn four_tiles(lhs: *const f32, rhs: *const f32, sums: *mut f32, steps: us
 unsafe fn two_tiles(lhs: *const f32, rhs: *const f32, sums: *mut f32, steps: usize) {
     // SAFETY: the caller's promise.
     unsafe {
-        asm!(
-            "tilezero tmm0",
-            "tilezero tmm1",
-            "2:",
-            "tileloadd tmm4, [{lhs} + {row}]",
-            "tileloadd tmm6, [{rhs} + {pairs}]",
-            "tileloadd tmm7, [{rhs} + {pairs} + 64]",
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            "tdpbf16ps tmm1, tmm4, tmm7",
-            "add {lhs}, 2048",
-            "add {rhs}, 2048",
-            "sub {steps}, 1",
-            "jnz 2b",
-            "tilestored [{sums} + {pairs}], tmm0",
-            "tilestored [{sums} + {pairs} + 64], tmm1",
-            lhs = inout(reg) lhs => _,
-            rhs = inout(reg) rhs => _,
-            steps = inout(reg) steps => _,
-            sums = in(reg) sums,
-            row = in(reg) 4 * PAIRS,
-            pairs = in(reg) 4 * SIDE,
-            out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm6") _, out("tmm7") _,
-            options(nostack),
+        tiles!(lhs, rhs, sums, steps,
+            ["tilezero tmm0" "tilezero tmm1"]
+            ["tileloadd tmm4, [{lhs} + {row}]"
+             "tileloadd tmm6, [{rhs} + {pairs}]"
+             "tileloadd tmm7, [{rhs} + {pairs} + 64]"
+             "tdpbf16ps tmm0, tmm4, tmm6"
+             "tdpbf16ps tmm1, tmm4, tmm7"]
+            ["tilestored [{sums} + {pairs}], tmm0"
+             "tilestored [{sums} + {pairs} + 64], tmm1"]
         );
     }
 }
